@@ -1,0 +1,205 @@
+"""Checkpoints on disk, and the one door through which every script gets a model.
+
+    out_dir/ckpt.pt    the model one would ship: weights, model_args, iter_num, best_val_loss,
+                       config (nanoGPT's keys) and the tokenizer
+    out_dir/state.pt   the latest step, whole: what --init_from=resume goes on from
+
+Both are written to a temporary file, synced and renamed, so that a crash leaves the old one; both
+are checked bit by bit before use, and read as plain data: no code in them is run. What nanoGPT
+wrote as ckpt.pt samples, evaluates and resumes here.
+"""
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+import pretrained
+import tokenizer as tokenizers
+from model import GPT, GPTConfig
+
+MODEL_FILE, STATE_FILE = "ckpt.pt", "state.pt"
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def write_atomic(path, write):
+    """Calls write(file) on a temporary file beside `path`, syncs it and renames it to `path`.
+
+    Raises ValueError where the disk does not take it; what stood at `path` is then still there.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path) or ".")
+    except (OSError, RuntimeError) as e:  # RuntimeError: torch's zip writer on a full disk
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
+        raise ValueError(f"cannot write {path} ({reason}); what stood there before is untouched: "
+                         "free space or choose another --out_dir") from e
+
+
+def sync_folder(folder):
+    """Makes a rename in the folder survive a power cut; Windows has no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def save(path, data):
+    """torch.save, atomically. Tensors go to disk one by one: none is copied as a whole."""
+    write_atomic(path, lambda f: torch.save(data, f))
+
+
+def load(path):
+    """A checkpoint file as a dict of plain data and CPU tensors. Raises ValueError for one that is
+    missing, damaged (a flipped bit too: torch.load alone lets that through) or carries code."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the --out_dir of a run that has saved")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{path} is damaged (in {damaged}); use another copy of it")
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError) as e:
+        raise ValueError(f"{path} is truncated, damaged or no checkpoint "
+                         f"({str(e).splitlines()[0]}); use another copy of it") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} carries code or objects beside plain data; refused, none of it "
+                         "was run") from None
+    if not isinstance(data, dict) or not {"model", "model_args"} <= data.keys():
+        raise ValueError(f"{path} is no checkpoint of nanotune or nanoGPT: it lacks 'model' or "
+                         "'model_args'")
+    return data
+
+
+# -----------------------------------------------------------------------------
+# models
+
+def load_model(source, block_size=None, dropout=0.0, device="cpu"):
+    """(GPT, tokenizer or None) from a run's out_dir, a Hugging Face folder, or a hub id.
+
+    The weights are float32. A smaller block_size crops the context. Raises ValueError that says
+    what to do where the source is none of these.
+    """
+    folder = Path(source)
+    if (folder / MODEL_FILE).is_file():
+        data = load(folder / MODEL_FILE)
+        model = model_from(data, folder / MODEL_FILE, dropout).to(device)
+        model.tie_head()
+        if block_size is not None:
+            model.crop_block_size(block_size)
+        return model, tokenizer_from(data)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{source} holds neither {MODEL_FILE} (a run's out_dir) nor config.json "
+                         "(a Hugging Face folder)")
+    if not folder.exists() and (source.count("/") > 1 or source.startswith((".", "/", "out"))):
+        raise ValueError(f"{source} does not exist; give a run's out_dir, a Hugging Face folder, "
+                         "or a hub id such as gpt2")
+    model = GPT.from_pretrained(source, block_size, dropout, device)
+    return model, tokenizer_of_pretrained(source, model.config.vocab_size)
+
+
+def model_from(data, path, dropout=0.0):
+    """The GPT of a loaded checkpoint, ours or nanoGPT's; takes the tensors over without a copy."""
+    args = dict(data["model_args"])
+    args.setdefault("activation", "gelu")  # nanoGPT's; its checkpoints do not say
+    unknown = args.keys() - {f.name for f in fields(GPTConfig)}
+    if unknown:
+        raise ValueError(f"{path}: model_args has unknown fields: {', '.join(sorted(unknown))}")
+    weights = {plain_key(key): tensor.float() for key, tensor in data["model"].items()
+               if not pretrained.BUFFERS.search(key) or tensor.dim() == 1}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**args | {"dropout": dropout}))
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: its weights do not fit its model_args "
+                         f"({' '.join(str(e).split())[:200]})") from None
+    for param in model.parameters():
+        param.requires_grad_(True)
+    model.tie_head()
+    return model
+
+
+def plain_key(key):
+    """A parameter's name without what torch.compile or DDP put before it."""
+    return key.removeprefix("_orig_mod.").removeprefix("module.")
+
+
+def tokenizer_from(data):
+    """The tokenizer that a checkpoint holds; nanoGPT's holds none, but names its dataset."""
+    if "tokenizer" in data:
+        return data["tokenizer"] and tokenizers.from_spec(data["tokenizer"])
+    dataset = data.get("config", {}).get("dataset")
+    found = dataset and tokenizers.of_folder(Path("data") / dataset)
+    return found or gpt2_by_size(data["model_args"].get("vocab_size"))
+
+
+def tokenizer_of_pretrained(source, vocab_size):
+    if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"):
+        return tokenizers.GPT2Tokenizer()
+    folder = Path(source)
+    if not folder.is_dir():  # a hub id: the files that there are, into the hub's cache
+        folder = Path(pretrained.hub_file(source, "config.json")).parent
+        if pretrained.hub_file(source, "tokenizer.json") is None:
+            pretrained.hub_file(source, "vocab.json")
+            pretrained.hub_file(source, "merges.txt")
+    return tokenizers.of_folder(folder) or gpt2_by_size(vocab_size)
+
+
+def gpt2_by_size(vocab_size):
+    return tokenizers.GPT2Tokenizer() if vocab_size in tokenizers.GPT2_SIZES else None
+
+
+def model_data(model, iter_num, best_val_loss, config, tokenizer, weights=None):
+    """What ckpt.pt holds; `weights` where the model's own state dict is not whole (sharded)."""
+    return {"model": weights or model.state_dict(), "model_args": asdict(model.config),
+            "iter_num": iter_num, "best_val_loss": best_val_loss, "config": config,
+            "tokenizer": tokenizer.spec}
+
+
+# -----------------------------------------------------------------------------
+# optimizer state, by parameter name: the same file whatever wrote it
+
+def optimizer_state(model, optimizer):
+    """{parameter name: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}; references, no copies."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: dict(state) for p, state in optimizer.state.items()}
+
+
+def load_optimizer_state(model, optimizer, state, path):
+    """Fills a fresh optimizer with a saved state, by name (ours) or as nanoGPT's list."""
+    if {"state", "param_groups"} <= state.keys():
+        state = by_name(model, state, path)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if state.keys() != params.keys():
+        wrong = sorted(state.keys() ^ params.keys())
+        raise ValueError(f"{path}: its optimizer state is of other parameters ({wrong[0]}, ...)")
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {p: name for name, p in params.items()}
+    # the optimizer's own loader casts and moves what it takes
+    optimizer.load_state_dict({
+        "state": {i: state[names[p]] for i, p in enumerate(order)},
+        "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def by_name(model, state, path):
+    """nanoGPT numbers its parameters: matrices in the model's order, then vectors."""
+    named = list(model.named_parameters())
+    names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
+    if len(state["state"]) != len(names):
+        raise ValueError(f"{path}: its optimizer state has {len(state['state'])} parameters, "
+                         f"the model {len(names)}")
+    return {plain_key(name): state["state"][i] for i, name in enumerate(names)}

@@ -1,0 +1,139 @@
+"""Token files as batches: a batch is a pure function of (seed, sample number).
+
+A .bin file holds uint16 token ids end to end, without a header; a .mask.bin beside it, where there
+is one, holds a byte a token, 0 for those that are no target of the loss.
+
+Sample n belongs to epoch n // N. Each epoch cuts the file anew into N blocks of T tokens, from a
+seeded phase on, and takes them in a seeded order. So each token is a target once an epoch, but for
+less than two blocks at the edges; a resumed run needs its step alone; and a global batch is the
+same however ranks and micro-steps share it.
+"""
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+IGNORED = -1         # the target that model.py's loss does not count
+SCAN_LIMIT = 2**28   # tokens: up to here (0.2 s) a whole file's ids are checked at the start
+
+
+class TokenBin:
+    """One split of a dataset, read in blocks of block_size inputs and as many targets.
+
+    vocab_size is the model's: an id beyond it raises ValueError with its file and position.
+    """
+    def __init__(self, path, block_size, vocab_size, seed=0):
+        self.path, self.block_size = Path(path), block_size
+        self.vocab_size, self.seed = vocab_size, seed
+        self.tokens = open_tokens(self.path, block_size)
+        self.mask = open_mask(self.path, len(self.tokens))
+        if len(self.tokens) <= SCAN_LIMIT:
+            self.check_ids(self.tokens, 0)
+        targets = len(self.tokens) - 1
+        self.n_blocks = max(1, targets // block_size - 1)
+        # how far the first block may be moved, so that the last one still fits
+        self.n_phases = min(block_size, targets - self.n_blocks * block_size + 1)
+        self.epoch_order = lru_cache(maxsize=2)(self.epoch_order)  # a batch may span two epochs
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def epoch_order(self, epoch):
+        """(phase, order of the blocks). RandomState, since numpy has frozen its streams: a run
+        resumes on the same data under another numpy."""
+        rng = np.random.RandomState([self.seed, epoch])
+        phase = rng.randint(self.n_phases)
+        return phase, rng.permutation(self.n_blocks)
+
+    def position(self, n):
+        """Where sample n begins in the file."""
+        phase, order = self.epoch_order(n // self.n_blocks)
+        return int(phase + order[n % self.n_blocks] * self.block_size)
+
+    def batch(self, first, size):
+        """Samples first to first + size: inputs and targets, (size, T) int64 each."""
+        return self.read([self.position(n) for n in range(first, first + size)])
+
+    def count_targets(self, first, size):
+        """How many targets of these samples count in the loss; reads the mask alone."""
+        if self.mask is None:
+            return size * self.block_size
+        starts = (self.position(n) + 1 for n in range(first, first + size))
+        return sum(int(np.count_nonzero(self.mask[s:s + self.block_size])) for s in starts)
+
+    def windows(self, count=0):
+        """Beginnings of `count` evenly spaced windows, the same at each call; with 0, or where
+        that many would overlap, of those that cover the whole split end to end."""
+        targets = len(self.tokens) - 1
+        if count == 0 or count * self.block_size >= targets:
+            return list(range(0, targets, self.block_size))
+        return [i * (targets - self.block_size) // max(1, count - 1) for i in range(count)]
+
+    def read(self, starts):
+        """The blocks from these positions: inputs and targets, (B, T) int64 each. A last block
+        that the file's end cuts short is filled up with 0 and targets that do not count."""
+        x = np.zeros((len(starts), self.block_size), dtype=np.int64)
+        y = np.full((len(starts), self.block_size), IGNORED, dtype=np.int64)
+        for row, start in enumerate(starts):
+            block = self.tokens[start:start + self.block_size + 1]
+            self.check_ids(block, start)
+            x[row, :len(block) - 1] = block[:-1]
+            y[row, :len(block) - 1] = block[1:]
+            if self.mask is not None:
+                keep = self.mask[start + 1:start + len(block)]
+                y[row, :len(keep)][keep == 0] = IGNORED
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def check_ids(self, tokens, start):
+        if int(tokens.max()) < self.vocab_size:
+            return
+        at = int(np.argmax(tokens >= self.vocab_size))
+        raise ValueError(f"{self.path}: token {start + at} is {tokens[at]}, beyond the model's "
+                         f"vocabulary of {self.vocab_size}; the file was made with another "
+                         "tokenizer, or is damaged: run its prepare.py again")
+
+
+def dataset_folder(dataset):
+    """data/DATASET, or DATASET itself where that is a path to a folder. ValueError without one."""
+    for folder in (Path("data") / dataset, Path(dataset)):
+        if folder.is_dir():
+            return folder
+    known = sorted(str(p.parent.relative_to("data")) for p in Path("data").glob("**/train.bin"))
+    raise ValueError(f"the dataset folder data/{dataset} does not exist; "
+                     + how_to_prepare(Path("data") / dataset / "train.bin")
+                     + (f" (prepared already: {', '.join(known)})" if known else ""))
+
+
+def open_tokens(path, block_size):
+    """The file as a read-only memory map; ValueError where it cannot serve."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; " + how_to_prepare(path))
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        wrong = "is empty" if size == 0 else f"has an odd size, {size} bytes, for 2-byte tokens"
+        raise ValueError(f"{path} {wrong}; " + how_to_prepare(path))
+    if size // 2 < block_size + 1:
+        raise ValueError(f"{path} has {size // 2} tokens; block_size={block_size} needs "
+                         f"{block_size + 1}: use --block_size={max(1, size // 2 - 1)} or less, or "
+                         "more text")
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def open_mask(path, length):
+    mask_path = path.with_suffix(".mask.bin")
+    if not mask_path.is_file():
+        return None
+    size = mask_path.stat().st_size
+    if size != length:
+        raise ValueError(f"{mask_path} has {size} entries for the {length} tokens of {path}; "
+                         + how_to_prepare(path))
+    return np.memmap(mask_path, dtype=np.uint8, mode="r")
+
+
+def how_to_prepare(path):
+    """'run python data/X/prepare.py', for the nearest folder that has one, else data/text's."""
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "prepare.py").is_file():
+            return f"run: python {folder / 'prepare.py'}"
+    return f"run: python data/text/prepare.py --input=FILE_OR_FOLDER --out_dir={path.parent}"

@@ -1,0 +1,347 @@
+"""GPT-2 and GPT-Neo in one file: the model, its loss, generation.
+
+Letters in the shape comments:
+    B batch   T time (tokens in a row)   S tokens seen so far, cache included
+    C channels (n_embd)   nh heads   hs head size (C / nh)   V vocabulary
+
+References: GPT-2, Radford et al. 2019 and https://github.com/openai/gpt-2; GPT-Neo, Black et al.
+2021; the modules' names are GPT-2's and nanoGPT's, so that their files load.
+"""
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import pretrained
+
+IGNORED = -1     # a target that does not count
+HEAD_ROWS = 512  # rows of logits held at a time: 512 * V * 4 bytes = 103 MB for GPT-2
+
+ACTIVATIONS = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's and GPT-Neo's
+    "gelu": F.gelu,                                    # exact: nanoGPT's own checkpoints have it
+}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304           # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True                 # in LayerNorms and Linears
+    activation: str = "gelu_tanh"
+    n_inner: int | None = None        # width of the MLP; None: 4 * n_embd
+    norm_eps: float = 1e-5
+    tied_head: bool = True            # the head is the token embedding
+    attn_scale: float | None = None   # None: 1 / sqrt(hs); GPT-Neo: 1
+    qkv_bias: bool | None = None      # None: as bias; GPT-Neo: False
+    local_window: int | None = None   # GPT-Neo: odd layers see the last so many tokens
+
+
+class KVCache:
+    """Keys and values of every layer for one batch, filled from position 0.
+
+    `pos` is the number of tokens that stand in it. Reset it to start over without allocating.
+    """
+    def __init__(self, config, batch_size, length=None, device=None, dtype=None):
+        length = min(length or config.block_size, config.block_size)
+        hs = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, length, hs)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.pos = 0
+
+    def append(self, layer, k, v):
+        """Writes (B, nh, T, hs) behind what is there; returns all, (B, nh, S, hs) each."""
+        end = self.pos + k.size(2)
+        self.k[layer, :, :, self.pos:end] = k
+        self.v[layer, :, :, self.pos:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def attention_mask(T, S, window, device):
+    """(T, S) bool, True where the last T of S tokens may look; None where causal alone will do."""
+    if window is not None and window >= S:
+        window = None
+    if window is None and T in (1, S):
+        return None
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return mask if window is None else mask.triu(S - T - window + 1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.layer, self.n_head = layer, config.n_head
+        self.dropout, self.scale = config.dropout, config.attn_scale
+        self.window = config.local_window if layer % 2 else None
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+            q = q.to(k.dtype)
+        # (B, nh, T, hs) x (B, nh, S, hs) -> (B, nh, T, hs)
+        mask = attention_mask(T, k.size(2), self.window, x.device)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner, bias=config.bias)
+        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=config.bias)
+        self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
+
+    def forward(self, x):
+        x = self.c_proj(self.activation(self.c_fc(x)))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        norm = partial(nn.LayerNorm, config.n_embd, eps=config.norm_eps, bias=config.bias)
+        self.ln_1 = norm()
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = norm()
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of cross-entropies of x @ weight.T, HEAD_ROWS rows at a time.
+
+    The gradients are worked out while a chunk's logits are at hand, (p - 1[target]) times the
+    other factor, so that the logits of all rows, the largest tensor of a small GPT by far, never
+    exist and no softmax is computed twice. The idea is that of Liger Kernel, Hsu et al. 2024.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, with_grad):  # x (N, C), weight (V, C), targets (N,)
+        w = weight.to(dtype)
+        loss = torch.zeros((), device=x.device, dtype=torch.float32)
+        dx = torch.empty_like(x) if with_grad else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        for rows in torch.arange(len(x), device="cpu").split(HEAD_ROWS):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            xc, counts = x[rows].to(dtype), (targets[rows] != IGNORED)[:, None]
+            target = targets[rows, None].clamp(min=0)
+            logits = (xc @ w.t()).float()                         # (n, V)
+            norm = logits.logsumexp(-1, keepdim=True)
+            loss += ((norm - logits.gather(-1, target)) * counts).sum()
+            if with_grad:
+                p = logits.sub_(norm).exp_().mul_(counts)
+                p.scatter_add_(-1, target, -counts.to(p.dtype))
+                p = p.to(dtype)
+                dx[rows] = p @ w
+                dw += p.t() @ xc
+        ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dw * grad, None, None, None
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {config.activation!r}: use {' or '.join(ACTIVATIONS)}")
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_head()
+        self.apply(self.init_weights)
+
+    def tie_head(self):
+        """Makes the head the token embedding, again too where a change of device split them."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def init_weights(self, module):
+        """N(0, 0.02); what adds to the residual stream is scaled by its depth (GPT-2, 2.3)."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):  # apply() comes to a block after its parts
+            for proj in (module.attn.c_proj, module.mlp.c_proj):
+                nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) -> logits (B, T, V); with targets (B, T) the loss *summed* over those that
+        are not -1; with a cache the logits of the last position, (B, V), and the cache filled."""
+        start = 0 if cache is None else cache.pos
+        pos = torch.arange(start, start + idx.size(1), device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.pos += idx.size(1)
+            return self.lm_head(self.transformer.ln_f(x[:, -1])).float()
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x)
+        return self.head_loss(x.flatten(0, 1), targets.flatten())
+
+    def head_loss(self, x, targets):
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.lm_head.weight.dtype
+        with torch.autocast(device, enabled=False):  # the dtype is said, chunk by chunk
+            return HeadLoss.apply(x, self.lm_head.weight, targets, dtype, torch.is_grad_enabled())
+
+    def num_params(self):
+        """The number of parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Floating-point operations of forward and backward for one token at full context:
+        6 N + 12 L C T, N without the position embeddings (PaLM, Chowdhery et al. 2022, app. B)."""
+        c = self.config
+        n = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def param_groups(self, weight_decay):
+        """AdamW's two groups: decay for matrices and embeddings, none for biases and gains."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+                {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+
+    def crop_block_size(self, block_size):
+        """Keeps the first block_size position embeddings: a shorter context takes less memory."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size={block_size} is more than the {self.config.block_size} "
+                             "positions that the model was trained with; lower --block_size")
+        self.config = replace(self.config, block_size=block_size)
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
+        wpe.num_embeddings = block_size
+
+    def new_cache(self, batch_size, length=None):
+        weight = self.lm_head.weight
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        return KVCache(self.config, batch_size, length, weight.device, dtype)
+
+    def generate(self, idx, max_new_tokens, **options):
+        """idx (B, T) and what follows it, (B, T + new); options as for stream()."""
+        new = list(stream(self, idx, max_new_tokens, **options))
+        return torch.cat([idx] + [token[:, None] for token in new], dim=1)
+
+    @classmethod
+    def empty(cls, config, device="cpu", dtype=torch.float32):
+        """A GPT whose weights are allocated, not initialised: for what fills each of them."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device=device).to(dtype)
+        model.tie_head()
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name, block_size=None, dropout=0.0, device="cpu"):
+        """A GPT with the weights of a hub id ('gpt2', 'EleutherAI/gpt-neo-125m', ...) or of a
+        local Hugging Face folder, stored in any dtype, in float32 and in training mode.
+
+        A smaller block_size crops the position embeddings. Raises ValueError where the files
+        cannot be had, hold another architecture, or do not fit it tensor for tensor.
+        """
+        config_file, weight_files = pretrained.find_pretrained(name)
+        hf = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        fields = pretrained.config_from_hf(hf, name)
+        fields["tied_head"] = pretrained.head_is_tied(weight_files, fields["tied_head"])
+        config = GPTConfig(**fields, dropout=dropout)
+        model = cls.empty(config, device)
+        pretrained.fill_from_hf(model, weight_files)
+        if block_size is not None:
+            model.crop_block_size(block_size)
+        return model
+
+
+# -----------------------------------------------------------------------------
+# generation
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
+           n_vocab=None, generator=None, use_cache=True):
+    """Yields the next token of each row, (B,), up to max_new_tokens times.
+
+    temperature 0 takes the likeliest token. top_k keeps that many, top_p the fewest that hold
+    this much probability. A row that drew stop_token repeats it; when all have, the stream ends.
+    n_vocab is the tokenizer's size: ids from there on, a padded vocabulary's, are never drawn.
+
+    The context holds block_size tokens. When it is full, the window slides: the later half is
+    read again from position 0, and generation goes on behind it. So the model always sees between
+    a half and a whole context, and the second reading costs a token in block_size / 2.
+    """
+    block_size = model.config.block_size
+    length = min(block_size, idx.size(1) + max_new_tokens)
+    cache = model.new_cache(idx.size(0), length) if use_cache else None
+    begin = max(0, idx.size(1) - block_size)  # where the window begins
+    done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+    for _ in range(max_new_tokens):
+        if idx.size(1) - begin > block_size:
+            begin = idx.size(1) - max(1, block_size // 2)
+            if cache is not None:
+                cache.pos = 0
+        if cache is not None:
+            logits = model(idx[:, begin + cache.pos:], cache=cache)
+        else:
+            logits = model(idx[:, begin:])[:, -1].float()
+        token = sample_token(logits[:, :n_vocab], temperature, top_k, top_p, generator)
+        if stop_token is not None:
+            token = torch.where(done, stop_token, token)
+            done |= token == stop_token
+        yield token
+        if stop_token is not None and bool(done.all()):  # note: a CPU-GPU sync point
+            return
+        idx = torch.cat([idx, token[:, None]], dim=1)
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """logits (B, V) -> ids (B,), drawn from what temperature, top_k and top_p leave."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None and top_p < 1:
+        values, order = logits.sort(descending=True)
+        p = values.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # what stands before it holds enough already
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

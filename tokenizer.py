@@ -1,0 +1,170 @@
+"""Text to token ids and back: GPT-2's BPE, a character vocabulary, or a tokenizer.json.
+
+Three classes with one small interface:
+    n_vocab       ids are below it
+    eot           the end-of-text id, or None
+    encode(text)  -> list of ids; <|endoftext|> in the text is that token
+    decode(ids)   -> text
+    spec          plain data to keep in a checkpoint; from_spec() makes the tokenizer again
+Two tokenizers are the same if and only if their `identity` is.
+"""
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+EOT = "<|endoftext|>"
+GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, as it is and padded to a multiple of 64
+# sha256 of canonical() of GPT-2's vocabulary: a tokenizer.json or vocab.json with it is GPT-2's
+GPT2_IDENTITY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte pair encoding by tiktoken, which fetches the vocabulary once and caches it."""
+    n_vocab, eot, identity, name = 50257, 50256, GPT2_IDENTITY, "GPT-2's BPE"
+    spec = {"kind": "gpt2"}  # noqa: RUF012
+
+    def __init__(self):
+        self.encoding = None  # loaded at first use: training needs none of it
+
+    def load(self):
+        if self.encoding is None:
+            import tiktoken
+            try:
+                self.encoding = tiktoken.get_encoding("gpt2")
+            except Exception as e:  # whatever requests, urllib3 or the file system raise
+                raise ValueError(
+                    f"tiktoken cannot fetch GPT-2's vocabulary ({type(e).__name__}); on a machine "
+                    "with network run `TIKTOKEN_CACHE_DIR=tiktoken python -c \"import tiktoken; "
+                    "tiktoken.get_encoding('gpt2')\"`, copy that folder here, and set "
+                    "TIKTOKEN_CACHE_DIR to it") from None
+        return self.encoding
+
+    def encode(self, text):
+        return self.load().encode(text, allowed_special={EOT})
+
+    def decode(self, ids):
+        return self.load().decode(list(ids))
+
+
+class CharTokenizer:
+    """A vocabulary of single characters, as nanoGPT's meta.pkl holds it."""
+    eot, name = None, "a character vocabulary"
+
+    def __init__(self, itos):
+        self.itos = list(itos)
+        self.stoi = {c: i for i, c in enumerate(self.itos)}
+        self.n_vocab = len(self.itos)
+        self.spec = {"kind": "characters", "itos": self.itos}
+        self.identity = digest(canonical(self.stoi))
+
+    def encode(self, text):
+        unknown = next((c for c in text if c not in self.stoi), None)
+        if unknown is not None:
+            raise ValueError(f"the character {unknown!r} is not in the model's vocabulary of "
+                             f"{self.n_vocab}: {''.join(self.itos)!r}")
+        return [self.stoi[c] for c in text]
+
+    def decode(self, ids):
+        return "".join(self.itos[i] for i in ids)
+
+
+class JsonTokenizer:
+    """A tokenizer.json of the `tokenizers` library: one's own, or a pretrained model's."""
+    name = "a tokenizer.json"
+
+    def __init__(self, text, where="tokenizer.json"):
+        from tokenizers import Tokenizer
+        try:
+            self.tokenizer = Tokenizer.from_str(text)
+        except Exception as e:  # the library raises a bare Exception
+            raise ValueError(f"{where} is no tokenizer.json ({e})") from None
+        vocab = self.tokenizer.get_vocab()
+        self.n_vocab = max(vocab.values()) + 1
+        self.eot = vocab.get(EOT)
+        self.spec = {"kind": "json", "json": text}
+        self.identity = digest(canonical(vocab))
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def canonical(vocab):
+    """A vocabulary, {token: id}, as one string."""
+    return json.dumps(sorted(vocab.items(), key=lambda item: item[1]))
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def from_spec(spec):
+    """The tokenizer that a checkpoint's plain data describes."""
+    kind = spec.get("kind") if isinstance(spec, dict) else None
+    if kind == "gpt2":
+        return GPT2Tokenizer()
+    if kind == "characters":
+        return CharTokenizer(spec["itos"])
+    if kind == "json":
+        return JsonTokenizer(spec["json"])
+    raise ValueError(f"the checkpoint's tokenizer is of an unknown kind, {kind!r}")
+
+
+def of_folder(folder):
+    """The tokenizer whose file lies in a dataset or model folder, or None where there is none:
+    meta.pkl (characters), tokenizer.json, or vocab.json with merges.txt (GPT-2's old layout)."""
+    folder = Path(folder)
+    if (folder / "meta.pkl").is_file():
+        return CharTokenizer(read_meta(folder / "meta.pkl"))
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = JsonTokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"),
+                                  folder / "tokenizer.json")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        tokenizer = from_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
+    else:
+        return None
+    return GPT2Tokenizer() if tokenizer.identity == GPT2_IDENTITY else tokenizer
+
+
+def of_dataset(folder):
+    """A dataset folder's tokenizer: without a tokenizer file it is GPT-2's BPE."""
+    return of_folder(folder) or GPT2Tokenizer()
+
+
+def check_same(model_tokenizer, data_tokenizer, source, folder):
+    """Raises ValueError where a model and a dataset do not share a tokenizer."""
+    if model_tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer file, and its vocabulary is not of GPT-2's "
+                         "size; put its tokenizer.json into the folder")
+    if model_tokenizer.identity != data_tokenizer.identity:
+        raise ValueError(
+            f"{source} reads {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), {folder} "
+            f"was made with {data_tokenizer.name} ({data_tokenizer.n_vocab}): prepare the text "
+            "again with the model's tokenizer")
+
+
+def from_vocab_and_merges(vocab, merges):
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
+    tokenizer = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
+    tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
+    return JsonTokenizer(tokenizer.to_str(), vocab)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads built-in containers, text and numbers; refuses whatever would call code."""
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def read_meta(path):
+    """The characters of a nanoGPT meta.pkl in the order of their ids; no code in it is run."""
+    try:
+        with open(path, "rb") as f:
+            itos = PlainUnpickler(f).load()["itos"]
+        return [itos[i] for i in range(len(itos))]
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise ValueError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
+                         "again") from None
