@@ -1,0 +1,16 @@
+# strategy: very little text (a few hundred kilobytes: one author, one show, one's own letters)
+# The model will have read all of it within a few steps, and then learns it by heart. So few
+# steps, a very low rate, much dropout, frequent evaluation, and the best checkpoint only.
+out_dir = "out-little"
+eval_interval = 5
+eval_iters = 0  # the whole validation split: it is small
+
+init_from = "gpt2"
+batch_size = 1
+gradient_accumulation_steps = 16
+
+learning_rate = 1e-5
+decay_lr = False
+dropout = 0.2
+max_iters = 50
+always_save_checkpoint = False

@@ -1,0 +1,17 @@
+# strategy: one task from some thousand examples (classify, extract, answer in a form)
+# The form is learned soon; what must not be lost is the language. A low rate, dropout against
+# learning examples by heart, and the best checkpoint by validation loss. Give --dataset.
+out_dir = "out-task"
+eval_interval = 50
+eval_iters = 50
+
+init_from = "gpt2"
+batch_size = 4
+gradient_accumulation_steps = 8
+
+learning_rate = 3e-5
+dropout = 0.1
+max_iters = 1000
+warmup_iters = 50
+always_save_checkpoint = False
+patience = 5  # five evaluations without a better one: stop

@@ -1,0 +1,26 @@
+# a small GPT from scratch on the characters of Shakespeare: minutes on a GPU, an hour or two on CPU
+out_dir = "out-shakespeare-char"
+eval_interval = 250  # often, since so little data is soon overfitted
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False  # keep the best, not the last
+
+wandb_project = "shakespeare-char"
+wandb_run_name = "mini-gpt"
+
+dataset = "shakespeare_char"
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256  # characters
+
+# 10.6M parameters
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+
+learning_rate = 1e-3  # small models bear a higher one
+max_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99  # few tokens a step: a longer memory
+warmup_iters = 100

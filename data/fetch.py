@@ -1,0 +1,390 @@
+"""What the prepare.py scripts share: get a text, split it, encode it, write it whole or not at all.
+
+A dataset is a folder with train.bin and val.bin: token ids as little-endian uint16, one after the
+other, no header. Beside them lies what made the ids: meta.pkl (characters), tokenizer.json (the
+tokenizers library), or neither, which means GPT-2's byte pair encoding. What the user can mend is
+a ValueError, and `run` prints it as one line.
+"""
+import argparse
+import contextlib
+import hashlib
+import os
+import pickle
+import random
+import re
+import ssl
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import numpy as np
+from tqdm import tqdm
+
+DATA = Path(__file__).resolve().parent
+TOKEN = np.dtype("<u2")
+END_OF_TEXT = "<|endoftext|>"
+MIN_TOKENS = 16                 # a split shorter than this is a mistake, not a dataset
+# what may lie beside the .bin files and speaks of their ids: none of it may outlive them
+COMPANIONS = ("meta.pkl", "tokenizer.json", "train.mask.bin", "val.mask.bin")
+GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt")
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+def parser(description: str, folder: Path, input_help: str = "") -> argparse.ArgumentParser:
+    """--out_dir (default: `folder`, the script's own) and, if it has a help text, --input."""
+    p = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    if input_help:
+        p.add_argument("--input", type=Path, metavar="FILE", help=input_help)
+    p.add_argument("--out_dir", type=Path, default=folder, metavar="DIR",
+                   help="where train.bin and val.bin go (default: the script's own folder)")
+    return p
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main; what the user can mend is one line on stderr and exit status 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; no half-written dataset is left", file=sys.stderr)
+        sys.exit(130)
+
+
+# -----------------------------------------------------------------------------
+# from a URL or a file to text
+
+def download(url: str, path: Path, size: int | None = None, sha256: str | None = None,
+             timeout: float = 30.0) -> Path:
+    """Fetch `url` into `path`, unless it is there already; `path` is never half a file.
+
+    `timeout` is in seconds, for each wait and not for the whole. ValueError if nothing comes, or an
+    error, a web page, or anything but `size` bytes of hash `sha256`; and if `path` holds something
+    else, since nanoGPT's users put texts of their own there.
+    """
+    if path.exists():
+        if problem := wrong_with(path, size, sha256):
+            raise ValueError(f"{path} is not the file that {url} gives: {problem}; delete it to "
+                             f"download that, or pass --input={path} to use it as it is")
+        return path
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        receive(url, part, size, timeout)
+        if problem := wrong_with(part, size, sha256):
+            raise ValueError(problem)
+        os.replace(part, path)
+    except (ValueError, HTTPException, URLError, TimeoutError, ConnectionError) as error:
+        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
+        raise ValueError(f"cannot download {url}: {reason or type(error).__name__}; "
+                         f"fetch it by hand and pass --input=FILE") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def receive(url: str, part: Path, size: int | None, timeout: float) -> None:
+    """Stream `url` into `part` with a progress bar."""
+    context = ssl.create_default_context()
+    with contextlib.suppress(ImportError):      # python.org's Python for macOS has none of its own
+        import certifi
+        context.load_verify_locations(certifi.where())
+    request = Request(url, headers={"User-Agent": "nanotune"})
+    with urlopen(request, timeout=timeout, context=context) as answer:
+        # a login page or a proxy's notice comes with status 200 too
+        if answer.headers.get_content_type() == "text/html":
+            raise ValueError("the answer is a web page, not the file")
+        promised = int(answer.headers.get("Content-Length") or 0) or size
+        with open(part, "wb") as f, tqdm(desc=part.stem, total=promised, unit="B",
+                                         unit_scale=True, disable=None) as bar:
+            while block := answer.read(1 << 16):
+                bar.update(f.write(block))
+    # http.client takes a connection that closes early for the end of the file
+    if promised and (came := part.stat().st_size) != promised:
+        raise ValueError(f"{came:,} of {promised:,} bytes came")
+
+
+def wrong_with(path: Path, size: int | None, sha256: str | None) -> str:
+    """What is wrong with a downloaded file, or "" if nothing is."""
+    if size is not None and path.stat().st_size != size:
+        return f"it has {path.stat().st_size:,} bytes, not {size:,}"
+    with open(path, "rb") as f:
+        if sha256 is not None and hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+            return f"its sha256 is not {sha256}"
+    return ""
+
+
+def read_text(path: Path) -> str:
+    r"""A UTF-8 file as text, without a byte order mark, and with \r\n as \n.
+
+    GPT-2 hardly saw a carriage return, and two kinds of line end would teach a model both.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset "
+                         f"{error.start:,}; convert it, for example with "
+                         f"iconv -f WINDOWS-1252 -t UTF-8") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def shakespeare(source: Path | None, folder: Path) -> str:
+    """Tiny Shakespeare, from `source` or downloaded into `folder` (1,115,394 bytes)."""
+    source = source or download(SHAKESPEARE, folder / "input.txt", 1_115_394, SHAKESPEARE_SHA256)
+    text = read_text(source)
+    if not text.strip():
+        raise ValueError(f"{source} is empty; it should hold the text to train on")
+    return text
+
+
+# -----------------------------------------------------------------------------
+# a split is a list of pieces: (text, whether a document ends there)
+
+Pieces = list[tuple[str, bool]]
+
+
+def split_text(text: str, val_fraction: float = 0.1) -> tuple[Pieces, Pieces]:
+    """One running text: its first part trains, its end validates, and no document ends."""
+    cut = int(len(text) * (1 - val_fraction))
+    return [(text[:cut], False)], [(text[cut:], False)]
+
+
+def split_documents(documents: Sequence[str], val_fraction: float = 0.1,
+                    seed: int = 1337) -> tuple[Pieces, Pieces]:
+    """Whole documents, drawn by `seed`, validate: up to `val_fraction` of the characters.
+
+    Where whole documents do not give half of that (there is one, or a few long ones), the longest
+    that trains gives up its end. Documents keep their order in both splits.
+    """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction={val_fraction}: must lie between 0 and 1")
+    wanted, have, chosen = val_fraction * sum(map(len, documents)), 0, set()
+    for i in random.Random(seed).sample(range(len(documents)), len(documents)):
+        if have + len(documents[i]) <= wanted:
+            chosen.add(i)
+            have += len(documents[i])
+    val = [(documents[i], True) for i in sorted(chosen)]
+    train = [(text, True) for i, text in enumerate(documents) if i not in chosen]
+    if have < wanted / 2:
+        longest = max(range(len(train)), key=lambda i: len(train[i][0]))
+        text = train[longest][0]
+        cut = int(len(text) - (wanted - have))
+        train[longest] = (text[:cut], False)
+        val.append((text[cut:], True))
+    return train, val
+
+
+# -----------------------------------------------------------------------------
+# encoding
+
+class Encoder(NamedTuple):
+    """How text becomes ids, and what is laid beside the .bin files to turn them back."""
+    batch: Callable[[list[str]], list[Sequence[int]]]   # several texts at once
+    end: list[int]                                      # the ids after a document
+    files: dict[str, bytes]                             # meta.pkl or tokenizer.json; none: GPT-2
+    sliceable: bool                                     # a long text may come in `slices`
+
+
+def gpt2():
+    """tiktoken's GPT-2 encoding; ValueError that says what to do by hand if it cannot be had."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:      # requests', the disk's, or tiktoken's own check of what came
+        bpe, vocab = (hashlib.sha1((GPT2_FILES + name).encode()).hexdigest()
+                      for name in ("vocab.bpe", "encoder.json"))
+        raise ValueError(
+            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); by hand: fetch "
+            f"vocab.bpe and encoder.json from {GPT2_FILES}, save them in one folder as {bpe} and "
+            f"{vocab} (tiktoken's names for them), and set TIKTOKEN_CACHE_DIR to that folder; the "
+            f"cache of another machine does too") from error
+
+
+def gpt2_encoder() -> Encoder:
+    """GPT-2's BPE; special tokens written in a text are plain text, as in nanoGPT."""
+    encoding, threads = gpt2(), os.cpu_count() or 1
+    return Encoder(lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads),
+                   [encoding.eot_token], {}, True)
+
+
+def char_encoder(text: str) -> Encoder:
+    """An id for each distinct character of `text`, in sorted order; meta.pkl as nanoGPT's.
+
+    Characters have no end-of-text: a newline parts the documents, if the text has newlines.
+    """
+    chars = sorted(set(text))
+    check_ids(len(chars) - 1, "the text's characters")
+    stoi = {c: i for i, c in enumerate(chars)}
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}
+    points = np.array([ord(c) for c in chars], dtype="<u4")
+
+    def batch(texts):
+        return [np.searchsorted(points, np.frombuffer(t.encode("utf-32-le"), "<u4"))
+                for t in texts]
+
+    return Encoder(batch, [stoi["\n"]] if "\n" in stoi else [],
+                   {"meta.pkl": pickle.dumps(meta)}, True)
+
+
+def json_encoder(content: bytes, name: str = "tokenizer.json") -> Encoder:
+    """A tokenizer.json of the tokenizers library; `name` is what errors call it.
+
+    Where it has no <|endoftext|>, a newline parts the documents.
+    """
+    from tokenizers import Tokenizer
+    try:
+        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:      # tokenizers raises a bare Exception
+        raise ValueError(f"{name} is no file of the tokenizers library: {error}") from None
+    vocab = tokenizer.get_vocab()
+    check_ids(max(vocab.values()), name)
+    # the file may carry its model's limits, which would cut every document without a word
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True      # as plain text, that is: see gpt2_encoder
+
+    def batch(texts):
+        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    end = [vocab[END_OF_TEXT]] if END_OF_TEXT in vocab else batch(["\n"])[0]
+    return Encoder(batch, end, {"tokenizer.json": content}, False)
+
+
+def check_ids(highest: int, name: str) -> None:
+    """ValueError if an id does not fit a .bin file."""
+    if highest > np.iinfo(TOKEN).max:
+        raise ValueError(f"{name}: ids up to {highest:,} do not fit a .bin file, which holds those "
+                         f"below 65,536 (uint16); use a smaller vocabulary")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Train a byte-level BPE, with end-of-text as id 0; the content of its tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    if not 257 <= vocab_size <= 65536:
+        raise ValueError(f"--vocab_size={vocab_size}: must lie between 257 (each byte, and "
+                         f"end-of-text) and 65536")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
+    tokenizer.train_from_iterator((s for text in texts for s in slices(text)), trainer)
+    return tokenizer.to_str(pretty=True).encode("utf-8")
+
+
+def slices(text: str, length: int = 1 << 18) -> Iterator[str]:
+    """`text` in slices of about `length` characters, cut before a newline that follows a word.
+
+    GPT-2's pattern joins no word to the whitespace after it, so that the ids stay the same.
+    """
+    start = 0
+    while start < len(text):
+        cut = re.compile(r"(?<=\S)\n").search(text, start + length)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end
+
+
+def batches(pieces: Pieces, sliceable: bool, length: int = 1 << 22) -> Iterator[Pieces]:
+    """`pieces` in batches of about `length` characters, long texts sliced where that is allowed.
+
+    That is enough for every core, while a text of gigabytes never stands in memory as a list of
+    Python's integers.
+    """
+    batch, waiting = [], 0
+    for text, ends in pieces:
+        parts = list(slices(text)) if sliceable else [text]
+        for i, part in enumerate(parts, 1):
+            batch.append((part, ends and i == len(parts)))
+            waiting += len(part)
+            if waiting >= length:
+                yield batch
+                batch, waiting = [], 0
+    yield batch
+
+
+def encode(encoder: Encoder, pieces: Pieces, name: str) -> Iterator[np.ndarray]:
+    """The ids of `pieces` as they come, end-of-text after each that ends a document."""
+    total = sum(len(text) for text, _ in pieces)
+    with tqdm(desc=name, total=total, unit="char", unit_scale=True, disable=None) as bar:
+        for batch in batches(pieces, encoder.sliceable):
+            texts = [text for text, _ in batch]
+            for ids, (_, ends) in zip(encoder.batch(texts), batch, strict=True):
+                yield np.array([*ids, *encoder.end] if ends else ids, dtype=TOKEN)
+            bar.update(sum(map(len, texts)))
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+def encode_dataset(out_dir: Path, train: Pieces, val: Pieces, encoder: Encoder) -> tuple[int, int]:
+    """Encode both splits into `out_dir`, with what turns the ids back into text."""
+    return write_dataset(out_dir, encode(encoder, train, "train"), encode(encoder, val, "val"),
+                         encoder.files)
+
+
+def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.ndarray],
+                  files: dict[str, bytes]) -> tuple[int, int]:
+    """Write train.bin, val.bin and `files` (meta.pkl or tokenizer.json); returns both lengths.
+
+    Whole or not at all: all is first written and fsynced as NAME.part, so that an error leaves the
+    folder as it was. Only then the old files go, another run's tokenizer too, and the new ones
+    take their names; an error there leaves none of them.
+    """
+    names = ["train.bin", "val.bin", *files]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    placed = []
+    try:
+        counts = write_part(out_dir, "train.bin", train), write_part(out_dir, "val.bin", val)
+        if min(counts) < MIN_TOKENS:
+            raise ValueError(f"too little text: {counts[0]} tokens to train on and {counts[1]} to "
+                             f"validate on, where {MIN_TOKENS} is the least; give it more text")
+        for name, content in files.items():
+            write_part(out_dir, name, [np.frombuffer(content, np.uint8)])
+        for name in ("train.bin", "val.bin", *COMPANIONS):
+            (out_dir / name).unlink(missing_ok=True)
+        for name in names:
+            os.replace(out_dir / f"{name}.part", out_dir / name)
+            placed.append(name)
+    except BaseException:
+        for name in [*placed, *(f"{name}.part" for name in names)]:
+            (out_dir / name).unlink(missing_ok=True)
+        raise
+    print(f"{out_dir}: train.bin {counts[0]:,} tokens, val.bin {counts[1]:,} tokens")
+    if min(counts) <= 1024:
+        print(f"note: one is shorter than GPT-2's context of 1,024 tokens: train with "
+              f"--block_size={min(counts) - 1} or less")
+    return counts
+
+
+def write_part(out_dir: Path, name: str, arrays: Iterable[np.ndarray]) -> int:
+    """Write arrays to NAME.part and through to the disk; returns the number of elements."""
+    count = 0
+    with open(out_dir / f"{name}.part", "wb") as f:
+        for array in arrays:
+            f.write(array.tobytes())
+            count += array.size
+        f.flush()
+        os.fsync(f.fileno())
+    return count
+
+
+def dataset_name(out_dir: Path) -> str:
+    """What --dataset= calls a folder: its path below data/, or else the whole path."""
+    out_dir = out_dir.resolve()
+    inside = out_dir.is_relative_to(DATA)
+    return out_dir.relative_to(DATA).as_posix() if inside else str(out_dir)

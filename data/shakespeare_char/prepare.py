@@ -1,0 +1,23 @@
+"""Tiny Shakespeare by characters: 1,003,854 train, 111,540 validate, 65 are distinct.
+
+    python data/shakespeare_char/prepare.py [--input=FILE] [--out_dir=DIR]
+
+Downloads 1.1 MB from karpathy/char-rnn, unless --input names the file (or any other text).
+The characters go into meta.pkl, as nanoGPT writes it.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fetch
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = fetch.parser(__doc__, Path(__file__).parent, "the text, if at hand").parse_args(argv)
+    text = fetch.shakespeare(args.input, args.out_dir)
+    train, val = fetch.split_text(text)
+    fetch.encode_dataset(args.out_dir, train, val, fetch.char_encoder(text))
+
+
+if __name__ == "__main__":
+    fetch.run(main)
