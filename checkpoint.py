@@ -33,18 +33,23 @@ def write_atomic(path, write):
     """
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        sync_folder(os.path.dirname(path) or ".")
+        try:
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            sync_folder(os.path.dirname(path) or ".")
+        finally:  # a second Ctrl-C in the middle leaves no half file either
+            Path(temporary).unlink(missing_ok=True)
     except (OSError, RuntimeError) as e:  # RuntimeError: torch's zip writer on a full disk
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
-        raise ValueError(f"cannot write {path} ({reason}); what stood there before is untouched: "
-                         "free space or choose another --out_dir") from e
+        raise ValueError(f"cannot write {path} ({getattr(e, 'strerror', None) or first_line(e)}); "
+                         "what stood there before is untouched: free space or choose another "
+                         "--out_dir") from e
+
+
+def first_line(error):
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def sync_folder(folder):
@@ -69,15 +74,16 @@ def load(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{path} is damaged (in {damaged}); use another copy of it")
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError) as e:
-        raise ValueError(f"{path} is truncated, damaged or no checkpoint "
-                         f"({str(e).splitlines()[0]}); use another copy of it") from None
+        if damaged is None:
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} carries code or objects beside plain data; refused, none of it "
                          "was run") from None
+    except Exception as e:  # a damaged archive or pickle can raise nearly anything
+        raise ValueError(f"{path} is truncated, damaged or no checkpoint ({first_line(e)}); use "
+                         "another copy of it") from None
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged (in {damaged}); use another copy of it")
     if not isinstance(data, dict) or not {"model", "model_args"} <= data.keys():
         raise ValueError(f"{path} is no checkpoint of nanotune or nanoGPT: it lacks 'model' or "
                          "'model_args'")
@@ -184,6 +190,8 @@ def load_optimizer_state(model, optimizer, state, path):
     if {"state", "param_groups"} <= state.keys():
         state = by_name(model, state, path)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not state:  # saved before the first step
+        return
     if state.keys() != params.keys():
         wrong = sorted(state.keys() ^ params.keys())
         raise ValueError(f"{path}: its optimizer state is of other parameters ({wrong[0]}, ...)")
@@ -191,8 +199,13 @@ def load_optimizer_state(model, optimizer, state, path):
     names = {p: name for name, p in params.items()}
     # the optimizer's own loader casts and moves what it takes
     optimizer.load_state_dict({
-        "state": {i: state[names[p]] for i, p in enumerate(order)},
+        "state": {i: cropped(state[names[p]], p) for i, p in enumerate(order)},
         "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def cropped(state, param):
+    """One parameter's state, its moments cut to as many rows as a cropped wpe has."""
+    return {key: value[:len(param)] if value.dim() else value for key, value in state.items()}
 
 
 def by_name(model, state, path):

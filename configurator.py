@@ -55,7 +55,7 @@ def run_config_file(path):
     if not os.path.isfile(path):
         raise ValueError(f"config file {path} does not exist (a field is written --name=value)"
                          + nearest(path, sibling_configs(path)))
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         source = f.read()
     namespace = {"__file__": path, "__name__": "config"}
     try:
@@ -117,7 +117,7 @@ def parse(kind, text, where):
         return text
     try:
         return check_type(kind, ast.literal_eval(text), where)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
         raise ValueError(f"{where} wants {spell(kind)}, not {text!r}") from None
 
 

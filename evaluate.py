@@ -21,7 +21,7 @@ class Config:
     # what
     out_dir: str = "out"         # the run whose ckpt.pt is read
     init_from: str = "resume"    # resume: out_dir's; or a hub id, a Hugging Face folder, a run
-    dataset: str = "openwebtext" # a folder below data/, or a path
+    dataset: str = "openwebtext"  # a folder below data/, or a path
     split: str = "val"           # train or val
     # how
     eval_iters: int = 0          # batches, evenly spaced over the split; 0: the whole split
@@ -51,7 +51,7 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
             batch_loss = model(x, y)
         if mine < len(batches):
-            loss += batch_loss.double().cpu()
+            loss += float(batch_loss)  # note: a CPU-GPU sync point
             count += int((y != IGNORED).sum())
     model.train(was_training)
     loss, count = sum_over_ranks(loss, count, device=world.device)
@@ -63,6 +63,9 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
 
 def main(argv):
     cfg = configure(Config, argv)
+    for name, least in (("eval_iters", 0), ("batch_size", 1)):
+        if getattr(cfg, name) < least:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least {least}")
     world = read_world(cfg.device)
     dtype = pick_dtype(cfg.dtype, world.device)
     folder = dataset_folder(cfg.dataset)

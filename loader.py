@@ -32,8 +32,8 @@ class TokenBin:
             self.check_ids(self.tokens, 0)
         targets = len(self.tokens) - 1
         self.n_blocks = max(1, targets // block_size - 1)
-        # how far the first block may be moved, so that the last one still fits
-        self.n_phases = min(block_size, targets - self.n_blocks * block_size + 1)
+        # how far the first block may be moved: so far that some epoch reads the file's last token
+        self.n_phases = targets - self.n_blocks * block_size + 1
         self.epoch_order = lru_cache(maxsize=2)(self.epoch_order)  # a batch may span two epochs
 
     def __len__(self):
@@ -114,9 +114,9 @@ def open_tokens(path, block_size):
         wrong = "is empty" if size == 0 else f"has an odd size, {size} bytes, for 2-byte tokens"
         raise ValueError(f"{path} {wrong}; " + how_to_prepare(path))
     if size // 2 < block_size + 1:
+        fits = f"use --block_size={size // 2 - 1} or less, or more text"
         raise ValueError(f"{path} has {size // 2} tokens; block_size={block_size} needs "
-                         f"{block_size + 1}: use --block_size={max(1, size // 2 - 1)} or less, or "
-                         "more text")
+                         f"{block_size + 1}: {fits if size > 2 else 'it needs more text'}")
     return np.memmap(path, dtype="<u2", mode="r")
 
 

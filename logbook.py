@@ -67,7 +67,7 @@ class Logbook:
 def kept_entries(path, start):
     """The entries of a metrics file that a run from `start` on does not write again: its
     evaluations up to `start`, its iterations before. A line cut short by a crash is dropped."""
-    if start == 0 or not os.path.isfile(path):
+    if not os.path.isfile(path):
         return []
     kept = []
     with open(path, encoding="utf-8") as f:

@@ -7,11 +7,9 @@ Letters in the shape comments:
 References: GPT-2, Radford et al. 2019 and https://github.com/openai/gpt-2; GPT-Neo, Black et al.
 2021; the modules' names are GPT-2's and nanoGPT's, so that their files load.
 """
-import json
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,7 +18,9 @@ from torch.nn import functional as F
 import pretrained
 
 IGNORED = -1     # a target that does not count
-HEAD_ROWS = 512  # rows of logits held at a time: 512 * V * 4 bytes = 103 MB for GPT-2
+# rows of logits held at a time: on CPU 128 * V * 4 bytes = 26 MB for GPT-2, which malloc reuses
+# where it maps anything past 32 MB anew; on a GPU as many as keep it busy
+HEAD_ROWS = {"cpu": 128, "cuda": 2048}
 
 ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's and GPT-Neo's
@@ -133,7 +133,7 @@ class Block(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies of x @ weight.T, HEAD_ROWS rows at a time.
+    """Sum of cross-entropies of x @ weight.T, a few rows of logits at a time.
 
     The gradients are worked out while a chunk's logits are at hand, (p - 1[target]) times the
     other factor, so that the logits of all rows, the largest tensor of a small GPT by far, never
@@ -141,30 +141,35 @@ class HeadLoss(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):  # x (N, C), weight (V, C), targets (N,)
-        w = weight.to(dtype)
-        loss = torch.zeros((), device=x.device, dtype=torch.float32)
+        w, n_rows = weight.to(dtype), HEAD_ROWS.get(x.device.type, HEAD_ROWS["cuda"])
+        loss = torch.zeros((), device=x.device)
         dx = torch.empty_like(x) if with_grad else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
-        for rows in torch.arange(len(x), device="cpu").split(HEAD_ROWS):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            xc, counts = x[rows].to(dtype), (targets[rows] != IGNORED)[:, None]
-            target = targets[rows, None].clamp(min=0)
-            logits = (xc @ w.t()).float()                         # (n, V)
-            norm = logits.logsumexp(-1, keepdim=True)
-            loss += ((norm - logits.gather(-1, target)) * counts).sum()
+        for begin in range(0, len(x), n_rows):
+            rows = slice(begin, begin + n_rows)
+            xc, target = x[rows].to(dtype), targets[rows, None].clamp(min=0)
+            counts = (targets[rows, None] != IGNORED).float()
+            logits = (xc @ w.t()).float()                          # (n, V)
+            highest, at_target = logits.amax(-1, keepdim=True), logits.gather(-1, target)
+            p = logits.sub_(highest).exp_()                        # in place: 2 passes, no copy
+            total = p.sum(-1, keepdim=True)
+            loss += ((total.log() + highest - at_target) * counts).sum()
             if with_grad:
-                p = logits.sub_(norm).exp_().mul_(counts)
-                p.scatter_add_(-1, target, -counts.to(p.dtype))
+                p.mul_(counts / total).scatter_add_(-1, target, -counts)
                 p = p.to(dtype)
                 dx[rows] = p @ w
-                dw += p.t() @ xc
-        ctx.save_for_backward(dx, dw)
+                if dtype == dw.dtype:
+                    dw.addmm_(p.t(), xc)
+                else:
+                    dw += p.t() @ xc
+        ctx.dx, ctx.dw = dx, dw
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw * grad, None, None, None
+        dx, dw = ctx.dx.mul_(grad), ctx.dw.mul_(grad)
+        ctx.dx = ctx.dw = None  # scaled in place, for want of memory: good for one backward
+        return dx, dw, None, None, None
 
 
 class GPT(nn.Module):
@@ -242,6 +247,8 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Keeps the first block_size position embeddings: a shorter context takes less memory."""
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size} must be at least 1")
         if block_size > self.config.block_size:
             raise ValueError(f"block_size={block_size} is more than the {self.config.block_size} "
                              "positions that the model was trained with; lower --block_size")
@@ -280,8 +287,7 @@ class GPT(nn.Module):
         cannot be had, hold another architecture, or do not fit it tensor for tensor.
         """
         config_file, weight_files = pretrained.find_pretrained(name)
-        hf = json.loads(Path(config_file).read_text(encoding="utf-8"))
-        fields = pretrained.config_from_hf(hf, name)
+        fields = pretrained.config_from_hf(pretrained.read_json(config_file), name)
         fields["tied_head"] = pretrained.head_is_tied(weight_files, fields["tied_head"])
         config = GPTConfig(**fields, dropout=dropout)
         model = cls.empty(config, device)

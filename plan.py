@@ -1,5 +1,4 @@
 """What a run will take, told before it begins: tokens, epochs, parameters, disk."""
-import math
 import shutil
 import time
 from functools import lru_cache
@@ -36,19 +35,22 @@ def spell_bytes(n):
 
 
 @lru_cache(maxsize=1)
-def matmul_peak(device, dtype, size=None):
+def matmul_peak(device, dtype):
     """Floating-point operations a second that a matrix product of this dtype reaches on the
-    device, measured on the spot in about 0.1 s: what MFU is a share of."""
-    size = size or (8192 if device.type == "cuda" else 1024)
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(5):  # the first warms up
+    device, measured on the spot: what MFU is a share of. The product grows until it takes 10 ms,
+    since a CPU may take seconds where it has no instructions for the dtype (float16)."""
+    peak, size, seconds = 0.0, 256, 0.0
+    while seconds < 0.01 and size <= 8192:
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        a @ a  # warms up
         synchronize(device)
         began = time.perf_counter()
         a @ a
         synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        seconds = time.perf_counter() - began
+        peak = max(peak, 2 * size**3 / seconds)
+        size *= 2
+    return peak
 
 
 def synchronize(device):

@@ -1,7 +1,7 @@
 """Pretrained weights as transformers and the hub store them: find, check, read into a GPT.
 
     config_file, weight_files = find_pretrained("gpt2")    # or a local folder
-    fields = config_from_hf(json_of(config_file), "gpt2")  # those of model.GPTConfig
+    fields = config_from_hf(read_json(config_file), "gpt2")  # those of model.GPTConfig
     fill_from_hf(gpt, weight_files)                        # each tensor once, each parameter once
 
 What the files may hold, and each is tested: OpenAI's gpt2 repos have keys without the
@@ -10,7 +10,9 @@ of their own; GPT-Neo's have q, k and v apart; weights in any dtype, whole or in
 safetensors or as pytorch_model.bin.
 """
 import json
+import pickle
 import re
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +30,7 @@ HF_SIZES = {
 }
 # transformers' defaults, which a config.json may leave out
 HF_DEFAULTS = {"n_inner": None, "intermediate_size": None, "layer_norm_epsilon": 1e-5}
+HF_ATTENTION_TYPES = [[["global", "local"], 12]]  # GPT-Neo's
 HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # numerics that this model does not have: key and the one value that it does
 HF_REFUSED = {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
@@ -60,10 +63,11 @@ def config_from_hf(hf, name):
                       "tied_head": hf.get("tie_word_embeddings", True)}
     if not neo:
         return fields | {"attn_scale": None if hf.get("scale_attn_weights", True) else 1.0}
-    layers = [kind for pattern, times in hf["attention_types"] for kind in pattern * times]
+    types = hf.get("attention_types", HF_ATTENTION_TYPES)
+    layers = [kind for pattern, times in types for kind in pattern * times]
     if layers != (["global", "local"] * len(layers))[:fields["n_layer"]]:
-        raise ValueError(f"{name}: its config.json has attention_types={hf['attention_types']}; "
-                         "nanotune alternates global and local")
+        raise ValueError(f"{name}: its config.json has attention_types={types}; nanotune "
+                         "alternates global and local, one a layer")
     return fields | {"attn_scale": 1.0, "qkv_bias": False,
                      "local_window": hf.get("window_size", 256)}
 
@@ -94,21 +98,33 @@ def find_pretrained(name):
         fetch = partial(hub_file, name)
     config = fetch("config.json")
     if config is None:
-        raise ValueError(f"{name} has no config.json: not a Hugging Face model folder"
-                         if Path(name).is_dir() else hub_unreachable(name))
+        raise ValueError(f"{name} has no config.json: no Hugging Face model")
     for file in WEIGHT_FILES:
         path = fetch(file)
         if path is None:
             continue
         if not file.endswith(".index.json"):
             return config, [path]
-        shards = sorted(set(json.loads(Path(path).read_text("utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json(path).get("weight_map", {}).values()))
         paths = [fetch(shard) for shard in shards]
         if None in paths:
             raise ValueError(f"{name}: the shard {shards[paths.index(None)]} that {file} names is "
                              "missing; fetch it again")
         return config, paths
-    raise ValueError(f"{name} has none of {', '.join(WEIGHT_FILES)}")
+    raise ValueError(f"{name} has none of {', '.join(WEIGHT_FILES)}"
+                     + ("" if Path(name).is_dir() else
+                        "; or the hub cannot be reached just now: try again"))
+
+
+def read_json(file):
+    """A file's JSON object as a dict; ValueError where it holds none."""
+    try:
+        data = json.loads(Path(file).read_bytes())
+    except ValueError as e:  # no JSON, or no UTF-8
+        raise ValueError(f"{file} is damaged ({e}); fetch it again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} is damaged (no JSON object); fetch it again")
+    return data
 
 
 def local_file(folder, file):
@@ -122,11 +138,16 @@ def hub_file(repo, file):
         EntryNotFoundError,
         GatedRepoError,
         HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
     try:
         return hf_hub_download(repo, file)
-    except EntryNotFoundError:  # on the hub; or offline, in the cache
+    except LocalEntryNotFoundError:  # no answer from the hub, and not in the cache
+        if file == "config.json":    # without which there is no model
+            raise ValueError(hub_unreachable(repo)) from None
+        return None
+    except EntryNotFoundError:
         return None
     except GatedRepoError:
         raise ValueError(f"{repo} is gated: accept its terms on the hub, then run "
@@ -134,8 +155,8 @@ def hub_file(repo, file):
     except (RepositoryNotFoundError, HFValidationError):
         raise ValueError(f"{repo} is no folder on this machine and no model on the hub (or a "
                          "private one: then run `hf auth login`)") from None
-    except OSError as e:
-        raise ValueError(f"{hub_unreachable(repo)} ({type(e).__name__})") from None
+    except Exception as e:  # what the file system, or the HTTP library of the day, raises
+        raise ValueError(f"{hub_unreachable(repo)} ({type(e).__name__}: {e})") from None
 
 
 def hub_unreachable(repo):
@@ -153,12 +174,16 @@ def open_safetensors(file):
 
 
 def load_torch_bin(file):
-    """The state dict of a pytorch_model.bin, its pages read as they are used; no code is run."""
+    """The state dict of a pytorch_model.bin, its pages read as they are used (all at once where
+    torch before 1.6 wrote it, which is no zip file); no code is run."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # torch.load raises many kinds for a damaged or unsafe file
-        raise ValueError(f"{file} cannot be read as plain weights "
-                         f"({str(e).splitlines()[0]}); fetch it again") from None
+        return dict(torch.load(file, map_location="cpu", weights_only=True,
+                               mmap=zipfile.is_zipfile(file)))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file} carries code or objects beside plain weights, or is damaged; "
+                         "refused, none of it was run") from None
+    except Exception as e:  # torch.load raises many kinds for a damaged file
+        raise ValueError(f"{file} is damaged ({type(e).__name__}); fetch it again") from None
 
 
 def read_tensors(file, only=("",)):
@@ -176,14 +201,14 @@ def read_tensors(file, only=("",)):
 
 
 def head_is_tied(weight_files, tied):
-    """Whether the head is the token embedding: as config.json says (`tied`), but for files that
-    hold no head, and finetuned ones whose head differs although their config says tied."""
+    """Whether the head is the token embedding: as config.json says (`tied`), but for finetuned
+    files whose head differs although their config says tied."""
     found = {}
     for file in weight_files:
         for key, tensor in read_tensors(file, only=("lm_head.weight", "wte.weight")):
             found[key.removeprefix("transformer.")] = tensor
-    if "lm_head.weight" not in found:
-        return True
+    if len(found) < 2:
+        return tied
     return tied and torch.equal(found["lm_head.weight"], found["wte.weight"])
 
 
@@ -223,7 +248,7 @@ def fill_from_hf(model, weight_files):
                                  "twice")
             missing.remove((name, part))
             target = params[name] if part is None else params[name].chunk(3)[part]
-            tensor = tensor.t() if transposed else tensor
+            target = target.t() if transposed else target
             if tensor.shape != target.shape:
                 raise ValueError(f"{file}: {key} is {tuple(tensor.shape)} where config.json "
                                  f"means {tuple(target.shape)}")

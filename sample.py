@@ -2,7 +2,7 @@
 
     python sample.py --out_dir=out-shakespeare
     python sample.py --init_from=gpt2 --start="What is the answer?" --num_samples=5
-    python sample.py --out_dir=out-mine --start=FILE:prompt.txt --stop="\\n\\n" --temperature=0
+    python sample.py --out_dir=out-mine --start=FILE:prompt.txt --stop=$'\\n\\n' --temperature=0
 """
 import sys
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from checkpoint import load_model
 from configurator import configure
 from distributed import pick_compile, pick_device, pick_dtype, run
 from model import stream
-from tokenizer import EOT
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Config:
     temperature: float = 0.8     # 0: the likeliest token; below 1 less random, above more
     top_k: int = 200             # only the likeliest so many tokens; 0: all
     top_p: float = 1.0           # only the fewest tokens that hold this much probability
-    stop: str = EOT              # a sample ends before this text; end-of-text ends it always
+    stop: str = "<|endoftext|>"  # a sample ends before this text; end-of-text ends it always
     seed: int = 1337
     # system
     device: str = "auto"         # auto, cpu, cuda, cuda:N, mps
@@ -110,7 +109,8 @@ def main(argv):
     if pick_compile(cfg.compile, device):
         model.compile()
 
-    writers = [Writer(tokenizer, ids, cfg.stop) for _ in range(cfg.num_samples)]
+    shown_ids = ids if prompt else []  # an empty prompt's end-of-text is not shown
+    writers = [Writer(tokenizer, shown_ids, cfg.stop) for _ in range(cfg.num_samples)]
     live = cfg.num_samples == 1 and sys.stdout.isatty()
     shown = 0
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -120,8 +120,7 @@ def of_folder(folder):
     if (folder / "meta.pkl").is_file():
         return CharTokenizer(read_meta(folder / "meta.pkl"))
     if (folder / "tokenizer.json").is_file():
-        tokenizer = JsonTokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"),
-                                  folder / "tokenizer.json")
+        tokenizer = read_json_tokenizer(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         tokenizer = from_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
     else:
@@ -146,9 +145,19 @@ def check_same(model_tokenizer, data_tokenizer, source, folder):
             "again with the model's tokenizer")
 
 
+def read_json_tokenizer(path):
+    try:
+        return JsonTokenizer(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is no tokenizer.json ({e})") from None
+
+
 def from_vocab_and_merges(vocab, merges):
     from tokenizers import AddedToken, ByteLevelBPETokenizer
-    tokenizer = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
+    try:
+        tokenizer = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
+    except Exception as e:  # the library raises a bare Exception
+        raise ValueError(f"{vocab} and {merges.name} are no vocabulary ({e})") from None
     tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
     return JsonTokenizer(tokenizer.to_str(), vocab)
 
@@ -164,7 +173,7 @@ def read_meta(path):
     try:
         with open(path, "rb") as f:
             itos = PlainUnpickler(f).load()["itos"]
-        return [itos[i] for i in range(len(itos))]
+        return ["" + itos[i] for i in range(len(itos))]  # TypeError for what is no text
     except Exception as e:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
                          "again") from None

@@ -105,6 +105,7 @@ class Progress:
     best_train_loss: float = math.inf  # of the same evaluation
     best_step: int = 0
     worse: int = 0               # evaluations since then
+    warned: bool = False         # of overfitting, since then
     skipped: int = 0             # fp16 steps that the scaler skipped, in all
     run_id: str = ""
 
@@ -119,12 +120,17 @@ def check_config(cfg, world):
                  "n_layer", "n_head", "n_embd"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 1")
+    for name in ("eval_iters", "max_iters", "learning_rate", "weight_decay", "grad_clip",
+                 "warmup_iters", "patience", "sample_interval"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 0")
+    for name in ("dropout", "beta1", "beta2"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must be in [0, 1)")
     if cfg.block_size is not None and cfg.block_size < 1:
         raise ValueError(f"--block_size={cfg.block_size} must be at least 1")
     if not 0 <= cfg.seed < 2**32:
         raise ValueError(f"--seed={cfg.seed} must be in [0, 2**32)")
-    if not 0 <= cfg.dropout < 1:
-        raise ValueError(f"--dropout={cfg.dropout} must be in [0, 1)")
     if accumulation % world.size:
         lower = accumulation - accumulation % world.size
         raise ValueError(
@@ -227,6 +233,8 @@ def set_up(cfg, argv):
     if not cfg.eval_only:
         check_out_dir(cfg)
     tokenizer = tokenizers.of_dataset(folder)
+    if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
+        raise ValueError("--sample_start is empty; give it at least a character")
     model, saved, path = load_start(cfg, tokenizer, folder)
     data = {split: TokenBin(folder / f"{split}.bin", model.config.block_size,
                             model.config.vocab_size, cfg.seed) for split in ("train", "val")}
@@ -374,12 +382,15 @@ def evaluate_and_save(r):
             f"step {p.step}: the validation loss is {val_loss}; stopped without saving, so that "
             f"the files in {cfg.out_dir} are good; try a lower --learning_rate or --dtype=float32")
     improved = val_loss < p.best_val_loss
-    p.worse = 0 if improved else p.worse + 1
-    if p.worse == 1 and train_loss < p.best_train_loss:
-        log.warn(f"validation loss rises while training loss falls: overfitting; the best was "
-                 f"{p.best_val_loss:.4f} at step {p.best_step}")
     if improved:
         p.best_val_loss, p.best_train_loss, p.best_step = val_loss, train_loss, p.step
+        p.worse, p.warned = 0, False
+    else:
+        p.worse += 1
+        if train_loss < p.best_train_loss and not p.warned:
+            log.warn(f"validation loss rises while training loss falls: overfitting; the best was "
+                     f"{p.best_val_loss:.4f} at step {p.best_step}")
+            p.warned = True
     p.evaluated = p.step
     log.evaluation(p.step, train_loss, val_loss)
     if improved or cfg.always_save_checkpoint:

@@ -1,0 +1,47 @@
+# make quickstart   pretrain a small GPT, finetune it, sample from it: 5 minutes on 2 CPU cores
+# make test         the test suite; make test-slow runs what takes longer
+# make lint         ruff
+#
+# Each target first makes .venv and installs what it needs. Another Python: make PYTHON=python3.12 ...
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: .venv/.runs
+	$(PY) data/python_docs/prepare.py
+	@echo "--- 1. pretrain on the docstrings of Python's standard library"
+	$(PY) train.py config/quickstart_pretrain.py --overwrite=True
+	@echo "--- 2. finetune that model on Python's language reference"
+	$(PY) train.py config/quickstart_finetune.py --overwrite=True
+	@echo "--- 3. the same steps from scratch, to compare"
+	$(PY) train.py config/quickstart_finetune.py --init_from=scratch --out_dir=out-quickstart-scratch --overwrite=True
+	@echo "--- 4. sample"
+	$(PY) sample.py --out_dir=out-quickstart --start="The for statement" --num_samples=1 --max_new_tokens=150
+	@echo "--- 5. what finetuning bought: before, after, and the same steps from scratch"
+	@$(PY) evaluate.py --out_dir=out-quickstart-base --dataset=python_docs/topics
+	@$(PY) evaluate.py --out_dir=out-quickstart --dataset=python_docs/topics
+	@$(PY) evaluate.py --out_dir=out-quickstart-scratch --dataset=python_docs/topics
+
+test: .venv/.tests
+	$(PY) -m pytest -q
+
+test-slow: .venv/.tests
+	$(PY) -m pytest -q -m slow
+
+lint: .venv/.tests
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf .venv out-quickstart out-quickstart-base out-quickstart-scratch
+
+.venv/.runs: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/.tests: requirements.txt requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements-dev.txt
+	touch $@ .venv/.runs

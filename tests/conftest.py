@@ -1,0 +1,158 @@
+"""What several test files share: tiny datasets, tiny Hugging Face folders, a tiny run.
+
+No test touches a network. What needs ../shared (GPT-2's vocabulary, a real model) skips where that
+is absent, and says so.
+"""
+import json
+import os
+import pickle
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import save_file
+
+import checkpoint
+import tokenizer as tokenizers
+from model import GPT, GPTConfig
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TEXT = "".join(f"Line {i}: what's more, it ends.\n" for i in range(60))
+
+settings.register_profile("alike", derandomize=True, database=None, deadline=None, max_examples=50)
+settings.load_profile("alike")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny tensors gain nothing from a second one, and sums come out alike on any machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shared():
+    """shared("models/x") is that path below ../shared; without it the test skips."""
+    def find(path):
+        if not (SHARED / path).exists():
+            pytest.skip(f"no ../shared/{path}")
+        return SHARED / path
+    return find
+
+
+@pytest.fixture
+def gpt2_vocabulary(shared, monkeypatch):
+    """tiktoken finds GPT-2's vocabulary without a network: in TIKTOKEN_CACHE_DIR or ../shared."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("data/tiktoken")))
+
+
+def tiny_json(text=TEXT, vocab_size=300):
+    """A tokenizer.json, as text: a byte-level BPE trained on `text`, with an end-of-text token."""
+    from tokenizers import ByteLevelBPETokenizer
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([text], vocab_size=vocab_size, show_progress=False,
+                                  special_tokens=[tokenizers.EOT])
+    return tokenizer.to_str()
+
+
+def write_tokenizer(folder, kind, text=TEXT):
+    """Puts the tokenizer file of a kind, 'chars', 'json' or 'gpt2' (none), into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "chars":
+        itos = dict(enumerate(sorted(set(text))))
+        meta = {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    elif kind == "json":
+        (folder / "tokenizer.json").write_text(tiny_json(text), encoding="utf-8")
+    return tokenizers.of_dataset(folder)
+
+
+@pytest.fixture
+def make_dataset(tmp_path):
+    """make_dataset("chars" | "json" | "gpt2") writes TEXT as train.bin and val.bin below tmp_path,
+    with the kind's tokenizer file; returns (folder, tokenizer). gpt2 wants gpt2_vocabulary."""
+    def make(kind="chars", name="words", text=TEXT):
+        folder = tmp_path / "data" / name
+        tokenizer = write_tokenizer(folder, kind, text)
+        ids = np.array(tokenizer.encode(text), dtype="<u2")
+        ids[:len(ids) * 9 // 10].tofile(folder / "train.bin")
+        ids[len(ids) * 9 // 10:].tofile(folder / "val.bin")
+        return folder, tokenizer
+    return make
+
+
+def tiny_gpt(vocab_size, seed=0, **fields):
+    """A GPT in evaluation mode whose weights are large enough for each part to matter."""
+    torch.manual_seed(seed)
+    fields = dict(block_size=16, n_layer=2, n_head=2, n_embd=16) | fields
+    model = GPT(GPTConfig(vocab_size=vocab_size, **fields)).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param) * 0.2)
+    return model
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(tokenizer) writes the ckpt.pt of a tiny model; returns (out_dir, model)."""
+    def make(tokenizer, name="out-tiny", vocab_size=None, **fields):
+        model = tiny_gpt(vocab_size or tokenizer.n_vocab, **fields)
+        out_dir = tmp_path / name
+        out_dir.mkdir(exist_ok=True)
+        checkpoint.save(out_dir / checkpoint.MODEL_FILE,
+                        checkpoint.model_data(model, 0, 1.0, {}, tokenizer))
+        return out_dir, model
+    return make
+
+
+def hf_model(neo=False, seed=0, **fields):
+    """transformers' GPT-2 or GPT-Neo, tiny, in evaluation mode, with weights that matter."""
+    import transformers as t
+    torch.manual_seed(seed)
+    fields = dict(vocab_size=61, bos_token_id=0, eos_token_id=0) | fields
+    if neo:
+        sizes = dict(max_position_embeddings=24, hidden_size=16, num_layers=3, num_heads=2,
+                     attention_types=[[["global", "local"], 1], [["global"], 1]], window_size=5)
+        model = t.GPTNeoForCausalLM(t.GPTNeoConfig(**sizes | fields)).eval()
+    else:
+        sizes = dict(n_positions=24, n_embd=16, n_layer=2, n_head=2)
+        model = t.GPT2LMHeadModel(t.GPT2Config(**sizes | fields)).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param) * 0.2)
+    return model
+
+
+def hf_tensors(model):
+    """Its state dict without the head, where that is the embedding: as save_pretrained has it."""
+    tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+@pytest.fixture
+def write_hf(tmp_path):
+    """write_hf(model, tensors) writes config.json and the weights as a layout names them."""
+    def write(model, tensors=None, layout="model.safetensors", name="hf", **config):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        tensors = hf_tensors(model) if tensors is None else tensors
+        hf = json.loads(model.config.to_json_string()) | config
+        (folder / "config.json").write_text(json.dumps(hf))
+        save = save_file if "safetensors" in layout else torch.save
+        if not layout.endswith(".index.json"):
+            save(tensors, folder / layout)
+            return folder
+        keys, stem = list(tensors), layout.removesuffix(".index.json")
+        shards = {f"part-1-of-2.{stem}": keys[::2], f"part-2-of-2.{stem}": keys[1::2]}
+        for shard, held in shards.items():
+            save({key: tensors[key] for key in held}, folder / shard)
+        (folder / layout).write_text(json.dumps(
+            {"weight_map": {key: shard for shard, held in shards.items() for key in held}}))
+        return folder
+    return write

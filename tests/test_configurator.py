@@ -1,0 +1,293 @@
+"""Arguments and config files onto a dataclass: round trips, and each mistake told in one line."""
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import evaluate
+import sample
+import train
+from configurator import configure, help_text
+
+
+@dataclass
+class Config:
+    # names
+    out_dir: str = "out"         # where it goes
+    init_from: str = "scratch"
+    # numbers
+    learning_rate: float = 6e-4  # the highest
+    max_iters: int = 5 * 8
+    bias: bool = False           # of layers
+    min_lr: float | None = None  # None: learning_rate / 10
+    block_size: int | None = None
+    compile: bool | str = "auto"
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text, name="some.py"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+    return write
+
+
+def refuse(argv, *parts, cls=Config):
+    with pytest.raises(ValueError) as error:
+        configure(cls, argv)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+# -----------------------------------------------------------------------------
+# values
+
+FIELDS = {
+    "out_dir": st.text(), "learning_rate": st.floats(allow_nan=False, allow_infinity=False),
+    "max_iters": st.integers(), "bias": st.booleans(),
+    "min_lr": st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    "block_size": st.none() | st.integers(), "compile": st.booleans() | st.sampled_from(["auto"]),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=FIELDS))
+def test_values_come_through_the_command_line(values):
+    cfg = configure(Config, [f"--{name}={value}" for name, value in values.items()])
+    assert cfg == Config(**values)
+    for name, value in values.items():
+        assert type(getattr(cfg, name)) is type(value)
+
+
+@given(values=st.fixed_dictionaries({}, optional=FIELDS))
+def test_values_come_through_a_file(values, tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "some.py"
+    path.write_text("".join(f"{n} = {v!r}\n" for n, v in values.items()), encoding="utf-8")
+    cfg = configure(Config, [str(path)])
+    assert cfg == Config(**values)
+    for name, value in values.items():
+        assert type(getattr(cfg, name)) is type(value)
+
+
+@given(st.sampled_from([f.name for f in dataclasses.fields(Config)]),
+       st.text() | st.sampled_from(["{[]:1}", "1e999", "1" * 400, "(" * 999, "-" * 9999 + "1",
+                                    "None", "True", "nan", "1.0", "0x10", "[1]", "'a'", "1L"]))
+def test_any_text_is_a_value_of_the_type_or_an_error(name, text):
+    try:
+        value = getattr(configure(Config, [f"--{name}={text}"]), name)
+    except ValueError as error:
+        assert str(error).startswith(f"--{name} wants ")
+        return
+    types = {"learning_rate": float, "min_lr": float | None, "max_iters": int, "bias": bool,
+             "block_size": int | None, "compile": bool | str}
+    assert isinstance(value, types.get(name, str))
+    assert isinstance(value, bool) == (name in ("bias", "compile") and text.lower() in
+                                       ("true", "false"))
+
+
+@pytest.mark.parametrize("arg, expected", [
+    ("--learning_rate=1", 1.0), ("--learning_rate=1e-5", 1e-5), ("--learning_rate=-3", -3.0),
+    ("--min_lr=0", 0.0), ("--min_lr=None", None), ("--bias=True", True), ("--bias=false", False),
+    ("--block_size=None", None), ("--block_size=128", 128), ("--compile=True", True),
+    ("--compile=auto", "auto"), ("--out_dir=None", "None"), ("--out_dir=", ""),
+    ("--out_dir=a=b==c", "a=b==c"), ("--out_dir='quoted'", "'quoted'"), ("--out_dir=12", "12"),
+    ("--out_dir=--x", "--x"), ("--out_dir= a b\n", " a b\n"), ("--init_from=https://x/?a=1&b=2",
+                                                             "https://x/?a=1&b=2"),
+])
+def test_single_values(arg, expected):
+    value = getattr(configure(Config, [arg]), arg[2:].partition("=")[0])
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize("arg, wants", [
+    ("--max_iters=1.0", "int"), ("--max_iters=True", "int"), ("--max_iters=1e3", "int"),
+    ("--max_iters=None", "int"), ("--max_iters=", "int"), ("--max_iters=ten", "int"),
+    ("--learning_rate=True", "float"), ("--learning_rate=fast", "float"),
+    ("--learning_rate=None", "float"), ("--bias=1", "bool"), ("--bias=yes", "bool"),
+    ("--bias=None", "bool"), ("--block_size=big", "int or None"), ("--block_size=True", "int or "),
+    ("--min_lr=", "float or None"), ("--min_lr=False", "float or None"),
+])
+def test_wrong_types(arg, wants):
+    name, _, text = arg.partition("=")
+    refuse([arg], f"{name} wants {wants}", repr(text))
+
+
+@pytest.mark.parametrize("line, parts", [
+    ("max_iters = 1.5", ["max_iters wants int, not 1.5 (float)"]),
+    ("max_iters = True", ["max_iters wants int, not True (bool)"]),
+    ("learning_rate = False", ["learning_rate wants float, not False (bool)"]),
+    ("learning_rate = '1e-4'", ["learning_rate wants float, not '1e-4' (str)"]),
+    ("bias = 1", ["bias wants bool, not 1 (int)"]),
+    ("out_dir = 3", ["out_dir wants str, not 3 (int)"]),
+    ("out_dir = None", ["out_dir wants str, not None"]),
+    ("block_size = 2.0", ["block_size wants int or None"]),
+    ("learning_rat = 1", ["learning_rat: there is no such field (did you mean learning_rate?)"]),
+    ("def schedule(): pass", ["schedule: there is no such field"]),
+])
+def test_wrong_types_and_names_in_a_file(config_file, line, parts):
+    path = config_file(line)
+    refuse([path], f"{path}: ", *parts)
+
+
+def test_later_wins(config_file):
+    path = config_file("max_iters = 2\nout_dir = 'file'")
+    assert configure(Config, [path, "--max_iters=3"]) == Config(max_iters=3, out_dir="file")
+    assert configure(Config, ["--max_iters=3", path]) == Config(max_iters=2, out_dir="file")
+    other = config_file("max_iters = 9", "other.py")
+    assert configure(Config, [path, "--max_iters=3", other]).max_iters == 9
+    assert configure(Config, ["--bias=True", "--bias=False", "--bias=True"]).bias is True
+    assert configure(Config, []) == Config()
+
+
+# -----------------------------------------------------------------------------
+# config files
+
+NANOGPT = {
+    "finetune": """import time
+
+out_dir = 'out-shakespeare'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False # feel free to turn on
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-' + str(time.time())
+
+dataset = 'shakespeare'
+init_from = 'gpt2-xl' # this is the largest GPT-2 model
+
+# only save checkpoints if the validation loss improves
+always_save_checkpoint = False
+
+# 1 batch_size * 32 grad_accum * 1024 tokens = 32,768 tokens/iter
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+
+# finetune at constant LR
+learning_rate = 3e-5
+decay_lr = False
+""",
+    "scratch": """wandb_log = True
+wandb_project = 'owt'
+wandb_run_name='gpt2-124M'
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 600000
+lr_decay_iters = 600000
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
+""",
+    "characters": """out_dir = 'out-shakespeare-char'
+dataset = 'shakespeare_char'
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+min_lr = 1e-4 # learning_rate / 10 usually
+beta2 = 0.99
+warmup_iters = 100
+# device = 'cpu'
+# compile = False
+""",
+    "evaluate": "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\n"
+                "init_from = 'gpt2'\n",
+}
+
+
+@pytest.mark.parametrize("name", NANOGPT)
+def test_config_files_in_nanogpts_shape(config_file, name):
+    cfg = configure(train.Config, [config_file(NANOGPT[name])])
+    assert cfg != train.Config()
+    if name == "finetune":
+        assert cfg.wandb_run_name.startswith("ft-") and float(cfg.wandb_run_name[3:]) > 0
+        assert (cfg.init_from, cfg.learning_rate, cfg.decay_lr) == ("gpt2-xl", 3e-5, False)
+    if name == "scratch":
+        assert (cfg.gradient_accumulation_steps, cfg.weight_decay) == (40, 0.1)
+
+
+def test_what_a_file_keeps_to_itself(config_file, tmp_path):
+    path = config_file("import math as m, os.path\n_half = 0.5\nlearning_rate = _half * m.pi\n"
+                       "out_dir = __file__\n")
+    cfg = configure(Config, [path])
+    assert cfg.learning_rate == math.pi / 2 and cfg.out_dir == path
+    assert "math" not in dir(cfg)
+    # one file's names are not seen by the next
+    refuse([path, config_file("bias = _half > 0", "next.py")], "line 1: NameError", "_half")
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("max_iters = 1\n\nbias = = True\n", ["line 3", "SyntaxError"]),
+    ("max_iters = 1\nlearning_rate = 1 / 0\n", ["line 2", "ZeroDivisionError"]),
+    ("def f():\n    raise KeyError('x')\n\n\nf()\n", ["line 5", "KeyError"]),
+    ("import no_such_module\n", ["line 1", "no_such_module"]),
+    (b"max_iters = 1\nout_dir = 'caf\xe9'\n", ["line 2", "SyntaxError"]),
+    (b"max_iters = 1\0\n", ["line ", "SyntaxError"]),
+])
+def test_errors_inside_a_file(config_file, text, parts):
+    path = config_file(text)
+    refuse([path], path, *parts)
+
+
+def test_utf8_in_a_file(config_file):
+    assert configure(Config, [config_file("out_dir = 'café'")]).out_dir == "café"
+    assert configure(Config, [config_file(b"\xef\xbb\xbfout_dir = 'bom'")]).out_dir == "bom"
+
+
+def test_missing_files(config_file, tmp_path):
+    path = config_file("")
+    missing = path.replace("some.py", "sme.py")
+    refuse([missing], f"{missing} does not exist", f"did you mean {path}?")
+    refuse([str(tmp_path)], "does not exist")
+    refuse(["max_iters=3"], "max_iters=3 does not exist", "--name=value")
+
+
+# -----------------------------------------------------------------------------
+# names
+
+@pytest.mark.parametrize("arg, parts", [
+    ("--learning_rte=1", ["--learning_rte", "did you mean learning_rate?", "--help"]),
+    ("--outdir=x", ["did you mean out_dir?"]), ("--zzzzz=1", ["no such field; --help"]),
+    ("--max_iters", ["--max_iters has no value: write --max_iters=VALUE"]),
+    ("--bias", ["--bias has no value"]), ("--biass", ["did you mean bias?"]),
+    ("--max-iters=3", ["did you mean max_iters?"]), ("--=3", ["no such field"]),
+    ("--__class__=3", ["no such field"]),
+])
+def test_bad_arguments(arg, parts):
+    refuse([arg], *parts)
+
+
+def test_a_value_after_a_space_is_not_taken_for_a_config_file():
+    refuse(["--max_iters", "3"], "write --max_iters=VALUE")
+
+
+@pytest.mark.parametrize("script", [train, sample, evaluate])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_each_field_with_its_comment(script, flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        configure(script.Config, ["--anything=1", flag])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert script.__doc__.strip().splitlines()[0] in out
+    lines = {line.strip().partition("=")[0]: line for line in out.splitlines() if "  --" in line}
+    for field in dataclasses.fields(script.Config):
+        default = lines[f"--{field.name}"].partition("=")[2].partition("  ")[0].strip()
+        assert eval(default) == field.default, lines[f"--{field.name}"]
+        assert "#" not in lines[f"--{field.name}"]
+
+
+def test_help_text():
+    text = help_text(Config).splitlines()
+    assert "names" in text and "numbers" in text
+    line = next(line for line in text if "--learning_rate" in line)
+    assert line.split() == ["--learning_rate=6e-4", "the", "highest"]
+    assert next(line for line in text if "--block_size" in line) == "  --block_size=None"

@@ -1,0 +1,131 @@
+"""What one sees of a run: lines, the bar, metrics.jsonl, loss.png."""
+import io
+import json
+import sys
+
+import pytest
+
+import logbook
+from logbook import Logbook, draw, kept_entries
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def log(tmp_path):
+    return Logbook(str(tmp_path), 0, 10, is_main=True)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_iteration_is_nanogpts_line(tmp_path, log, capsys):
+    log.iteration(5, 2.34567, 3e-5, 0.1234, 4096, 0.4321)
+    assert capsys.readouterr().out == (
+        "iter 5: loss 2.3457, time 123.40ms, tok/s 33,193, mfu 43.21%\n")
+    assert lines(tmp_path) == [{"iter": 5, "loss": 2.34567, "lr": 3e-5, "ms": 123.4,
+                                "tok_s": 33192.9, "mfu": 0.4321}]
+
+
+def test_mfu_is_left_out_where_the_peak_is_not_known(tmp_path, log, capsys):
+    log.iteration(5, 2.0, 3e-5, 0.5, 100)
+    assert capsys.readouterr().out == "iter 5: loss 2.0000, time 500.00ms, tok/s 200\n"
+    assert lines(tmp_path)[0]["mfu"] is None
+
+
+def test_skipped_steps_are_shown(log, capsys):
+    log.iteration(5, 2.0, 3e-5, 0.5, 100, skipped=4)
+    assert capsys.readouterr().out.endswith("tok/s 200, 4 steps skipped by the scaler\n")
+
+
+def test_an_evaluation_is_nanogpts_line_and_a_picture(tmp_path, log, capsys):
+    log.evaluation(0, 3.23408, 3.21561)
+    assert capsys.readouterr().out == "step 0: train loss 3.2341, val loss 3.2156\n"
+    assert lines(tmp_path) == [{"step": 0, "train_loss": 3.23408, "val_loss": 3.21561}]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_warnings_say_so(log, capsys):
+    log.warn("look out")
+    assert capsys.readouterr().out == "warning: look out\n"
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = Logbook(str(tmp_path), 0, 10, is_main=False)
+    log.say("x")
+    log.warn("x")
+    log.evaluation(0, 1.0, 1.0)
+    log.iteration(0, 1.0, 1e-3, 0.1, 10)
+    log.close()
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_line_is_on_disk_at_once(tmp_path, log):
+    for step in range(3):
+        log.iteration(step, 1.0, 1e-3, 0.1, 10)
+        assert len(lines(tmp_path)) == step + 1
+
+
+ENTRIES = [{"step": 0, "val_loss": 3}, {"iter": 0}, {"iter": 1}, {"iter": 2},
+           {"step": 3, "val_loss": 2}, {"iter": 3}, {"iter": 4}]
+
+
+@pytest.mark.parametrize("start, kept", [(0, 1), (2, 3), (3, 5), (4, 6), (5, 7), (9, 7)])
+def test_metrics_behind_the_start_are_dropped(tmp_path, start, kept):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES) + '{"iter": 1, "lo')
+    assert kept_entries(str(path), start) == ENTRIES[:kept]
+    Logbook(str(tmp_path), start, 10, is_main=True)
+    assert lines(tmp_path) == ENTRIES[:kept]
+
+
+def test_no_metrics_yet(tmp_path):
+    assert kept_entries(str(tmp_path / "metrics.jsonl"), 5) == []
+
+
+def test_a_bar_on_a_terminal_alone(tmp_path, monkeypatch):
+    for kind, shown in ((Terminal, True), (io.StringIO, False)):
+        stream = kind()
+        monkeypatch.setattr(sys, "stderr", stream)
+        log = Logbook(str(tmp_path), 3, 10, is_main=True)
+        log.bar.update(1)
+        log.say("a line")
+        log.close()
+        assert ("| 4/10 [" in stream.getvalue()) == shown
+        assert ("| 3/10 [" in stream.getvalue()) == shown  # where a resumed run begins
+
+
+def test_draw_takes_what_there_is(tmp_path):
+    evaluation = {"step": 0, "train_loss": 3.0, "val_loss": 3.1}
+    for entries in ([], [{"iter": 0, "loss": 3.0}], [evaluation], [evaluation, *ENTRIES[:0]]):
+        draw(entries, tmp_path / "loss.png")
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "loss.png").unlink()
+
+
+def test_wandb_gets_numbers_alone(tmp_path):
+    class Run:
+        logged = []  # noqa: RUF012
+
+        def log(self, entry, step):
+            self.logged.append((entry, step))
+
+        def finish(self):
+            self.logged.append("finished")
+
+    log = Logbook(str(tmp_path), 0, 10, is_main=True, wandb_run=Run())
+    log.iteration(4, 2.0, 1e-3, 0.5, 100)
+    log.close()
+    assert Run.logged == [({"iter": 4, "loss": 2.0, "lr": 1e-3, "ms": 500.0, "tok_s": 200.0}, 4),
+                          "finished"]
+
+
+def test_wandb_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        logbook.check_wandb()

@@ -1,0 +1,388 @@
+"""The model against transformers, its loss against PyTorch's, cached against uncached."""
+import math
+
+import pytest
+import torch
+from conftest import hf_model, tiny_gpt
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_module
+from model import GPT, GPTConfig, sample_token, stream
+
+NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5, n_layer=3)
+
+
+def ids(*shape, vocab=61, seed=1):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -----------------------------------------------------------------------------
+# numerics
+
+@pytest.mark.parametrize("fields", [
+    dict(),
+    dict(n_inner=40, layer_norm_epsilon=1e-2),
+    dict(activation_function="gelu"),
+    dict(activation_function="gelu_pytorch_tanh", n_head=1, n_layer=3),
+    dict(scale_attn_weights=False, n_head=4),
+    dict(tie_word_embeddings=False),
+    dict(n_positions=300, n_embd=8),
+    dict(neo=True),
+    dict(neo=True, intermediate_size=24, layer_norm_epsilon=1e-2, activation_function="gelu"),
+    dict(neo=True, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=1),
+    dict(neo=True, max_position_embeddings=300, hidden_size=8, window_size=256),
+    dict(neo=True, max_position_embeddings=300, hidden_size=8, window_size=7),
+], ids=lambda fields: " ".join(f"{k}={v}" for k, v in fields.items() if k != "attention_types"))
+def test_logits_are_those_of_transformers(fields, write_hf):
+    theirs = hf_model(**fields)
+    ours = GPT.from_pretrained(write_hf(theirs)).eval()
+    idx = ids(2, ours.config.block_size)
+    with torch.no_grad():
+        expected, logits = theirs(idx).logits, ours(idx)
+    assert expected.std() > 0.3  # or nothing would be compared
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_without_biases_is_with_zero_ones():
+    plain = tiny_gpt(61, bias=False)
+    assert not [name for name, _ in plain.named_parameters() if name.endswith("bias")]
+    biased = tiny_gpt(61, seed=5)
+    missing, unexpected = biased.load_state_dict(plain.state_dict(), strict=False)
+    assert missing and not unexpected
+    with torch.no_grad():
+        for name, param in biased.named_parameters():
+            if name in missing:
+                param.zero_()
+        torch.testing.assert_close(plain(ids(2, 16)), biased(ids(2, 16)))
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=8, n_head=2, n_embd=128))
+    block = model.transformer.h[3]
+    residual = 0.02 / math.sqrt(2 * 8)
+    for weight, std in ((model.transformer.wte.weight, 0.02), (model.transformer.wpe.weight, 0.02),
+                        (block.attn.c_attn.weight, 0.02), (block.mlp.c_fc.weight, 0.02),
+                        (block.attn.c_proj.weight, residual), (block.mlp.c_proj.weight, residual)):
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.03)
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            assert not param.any()
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_parameter_is_in_one_optimizer_group(tied):
+    model = tiny_gpt(61, tied_head=tied)
+    decayed, plain = model.param_groups(0.1)
+    grouped = [id(p) for group in (decayed, plain) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") and "ln_" not in names[id(p)]
+               for p in decayed["params"])
+    assert all(names[id(p)].endswith("bias") or "ln_" in names[id(p)] for p in plain["params"])
+
+
+def test_counts():
+    c = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)
+    tied, untied = GPT(c), GPT(GPTConfig(**vars(c) | {"tied_head": False}))
+    block = (16 * 48 + 48) + (16 * 16 + 16) + (16 * 64 + 64) + (64 * 16 + 16) + 4 * 16
+    assert tied.num_params() == 61 * 16 + 16 * 16 + 2 * block + 2 * 16
+    assert untied.num_params() == tied.num_params() + 61 * 16
+    assert tied.flops_per_token() == 6 * (tied.num_params() - 16 * 16) + 12 * 2 * 16 * 16
+
+
+def test_dropout_is_drawn_in_training_only():
+    model = tiny_gpt(61, dropout=0.5)
+    idx = ids(2, 16)
+    with torch.no_grad():
+        assert torch.equal(model(idx), model(idx))
+        model.train()
+        torch.manual_seed(3)
+        first = model(idx)
+        second = model(idx)
+        torch.manual_seed(3)
+        again = model(idx)
+    assert torch.equal(first, again) and not torch.allclose(first, second)
+
+
+def test_dropout_is_applied_where_gpt2_does(monkeypatch):
+    rates = []
+    attention = F.scaled_dot_product_attention
+
+    def spy_attention(*args, dropout_p=0.0, **kwargs):
+        rates.append(("attention", dropout_p))
+        return attention(*args, dropout_p=dropout_p, **kwargs)
+
+    def spy_dropout(x, p=0.5, training=True, inplace=False):
+        rates.append(("residual", p if training else 0.0))
+        return x
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy_attention)
+    monkeypatch.setattr(F, "dropout", spy_dropout)
+    model = tiny_gpt(61, dropout=0.25).train()
+    model(ids(1, 4))
+    # embeddings once; per layer attention's weights, its projection, the MLP's
+    assert rates == [("residual", 0.25)] + 2 * [("attention", 0.25), ("residual", 0.25),
+                                                ("residual", 0.25)]
+    rates.clear()
+    model.eval()(ids(1, 4))
+    assert {rate for _, rate in rates} == {0.0}
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(n_embd=17), "n_embd=17 must be a multiple of n_head=2"),
+    (dict(activation="relu"), "activation 'relu'.*gelu_tanh or gelu"),
+])
+def test_refused_configs(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_gpt(61, **fields)
+
+
+def test_crop():
+    model = tiny_gpt(61)
+    idx = ids(2, 7)
+    with torch.no_grad():
+        whole = model(idx)
+        model.crop_block_size(7)
+        torch.testing.assert_close(model(idx), whole)
+    assert model.config.block_size == 7 and model.transformer.wpe.weight.shape == (7, 16)
+    assert model.transformer.wpe.weight.requires_grad
+    with pytest.raises(ValueError, match="block_size=8 is more than the 7 positions"):
+        model.crop_block_size(8)
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=f"block_size={size} must be at least 1"):
+            model.crop_block_size(size)
+    assert model.config.block_size == 7
+
+
+# -----------------------------------------------------------------------------
+# loss
+
+def targets_with_gaps(*shape):
+    targets = ids(*shape, seed=2)
+    targets[0, 2:] = -1          # with 5 rows a chunk one is without any target
+    targets[-1, ::3] = -1
+    return targets
+
+
+def loss_and_gradients(model, loss):
+    model.zero_grad(set_to_none=True)
+    (loss * 0.37).backward()     # not 1: what comes from above must be multiplied in
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()
+                           if p.grad is not None}
+
+
+def reference_loss(model, idx, targets):
+    return F.cross_entropy(model(idx).float().flatten(0, 1), targets.flatten(), ignore_index=-1,
+                           reduction="sum")
+
+
+@pytest.mark.parametrize("rows", [1, 5, 7, 21, 512])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradients(rows, tied, monkeypatch):
+    monkeypatch.setattr(model_module, "HEAD_ROWS", rows)
+    model, idx, targets = tiny_gpt(61, tied_head=tied), ids(3, 7), targets_with_gaps(3, 7)
+    expected, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
+    loss, ours = loss_and_gradients(model, model(idx, targets))
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, gradients, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx, targets), expected, rtol=1e-5, atol=1e-5)
+        assert not model(idx, targets).requires_grad
+
+
+def test_loss_without_targets_is_zero_and_moves_nothing():
+    model, idx = tiny_gpt(61), ids(2, 7)
+    loss, gradients = loss_and_gradients(model, model(idx, torch.full_like(idx, -1)))
+    assert loss == 0 and all(not g.any() for g in gradients.values())
+
+
+def test_loss_with_a_frozen_head():
+    model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
+    model.lm_head.weight.requires_grad_(False)
+    _, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
+    _, ours = loss_and_gradients(model, model(idx, targets))
+    assert "transformer.wte.weight" not in ours and len(ours) == len(list(model.parameters())) - 1
+    torch.testing.assert_close(ours, gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [5, 512])
+def test_loss_under_bf16_autocast(rows, monkeypatch):
+    monkeypatch.setattr(model_module, "HEAD_ROWS", rows)
+    model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
+    exact, exact_gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, targets)
+        expected = reference_loss(model, idx, targets)
+    assert loss != exact  # the products did run in bfloat16
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+    _, expected = loss_and_gradients(model, expected)
+    _, ours = loss_and_gradients(model, loss)
+    for name, gradient in ours.items():
+        assert gradient.dtype == torch.float32
+        # no farther from the exact gradient than PyTorch's own loss, up to chance
+        error = (gradient - exact_gradients[name]).norm() / exact_gradients[name].norm()
+        theirs = (expected[name] - exact_gradients[name]).norm() / exact_gradients[name].norm()
+        assert error < max(1.5 * theirs, 0.01), name
+
+
+def test_loss_never_holds_all_logits(monkeypatch):
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    monkeypatch.setattr(model_module, "HEAD_ROWS", 8)
+    model, idx = tiny_gpt(500, n_embd=4, n_layer=1), ids(8, 16, vocab=500)
+    with Largest() as seen:
+        model(idx, idx).backward()
+    assert 8 * 500 <= seen.numel < 16 * 500  # of 8 * 16 rows in all
+    with Largest() as seen:
+        reference_loss(model, idx, idx)
+    assert seen.numel == 8 * 16 * 500        # the spy does see logits
+
+
+# -----------------------------------------------------------------------------
+# generation
+
+def greedy_reference(model, idx, new):
+    """The docstring of stream(), written out: whole forwards, the window's later half kept."""
+    size, begin = model.config.block_size, max(0, idx.size(1) - model.config.block_size)
+    for _ in range(new):
+        if idx.size(1) - begin > size:
+            begin = idx.size(1) - max(1, size // 2)
+        with torch.no_grad():
+            logits = model(idx[:, begin:])[:, -1]
+        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("fields", [dict(), NEO, dict(block_size=1), dict(block_size=7)],
+                         ids=["gpt2", "neo", "block 1", "block 7"])
+@pytest.mark.parametrize("prompt, new", [(1, 15), (5, 11), (5, 50), (16, 3), (40, 30)])
+def test_cached_is_uncached(fields, prompt, new):
+    model, idx = tiny_gpt(61, **fields), ids(3, prompt)
+    expected = greedy_reference(model, idx, new)
+    for use_cache in (True, False):
+        out = model.generate(idx, new, temperature=0, use_cache=use_cache)
+        assert torch.equal(out, expected)
+    assert len(expected[:, prompt:].unique()) > 1 or new < 4  # no constant tail
+
+
+@pytest.mark.parametrize("fields", [dict(), NEO], ids=["gpt2", "neo"])
+@pytest.mark.parametrize("pieces", [[16], [1] * 16, [3, 1, 7, 5], [1, 15], [15, 1]])
+def test_prefill_in_pieces(fields, pieces):
+    model, idx = tiny_gpt(61, **fields), ids(2, 16)
+    cache, end = model.new_cache(2), 0
+    with torch.no_grad():
+        whole = model(idx)
+        for piece in pieces:
+            logits = model(idx[:, end:end + piece], cache=cache)
+            end += piece
+            assert cache.pos == end and logits.shape == (2, 61)
+            torch.testing.assert_close(logits, whole[:, end - 1], atol=1e-5, rtol=1e-5)
+
+
+def test_cache_starts_over():
+    model, idx = tiny_gpt(61), ids(2, 9)
+    cache = model.new_cache(2, length=9)
+    assert cache.k.shape == (2, 2, 2, 9, 8)
+    with torch.no_grad():
+        model(ids(2, 9, seed=7), cache=cache)
+        cache.pos = 0
+        torch.testing.assert_close(model(idx, cache=cache), model(idx)[:, -1])
+
+
+def test_cache_under_autocast():
+    model, idx = tiny_gpt(61), ids(2, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model.new_cache(2)
+        assert cache.k.dtype == torch.bfloat16
+        model(idx[:, :8], cache=cache)
+        logits = [model(idx[:, i:i + 1], cache=cache) for i in range(8, 12)][-1]
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, model(idx)[:, -1].float(), atol=0.1, rtol=0.1)
+
+
+def reference_distribution(logits, temperature, top_k, top_p):
+    """What sample_token should draw from, a token at a time."""
+    weights = {i: math.exp(v / temperature) for i, v in enumerate(logits)}
+    ranked = sorted(weights, key=weights.get, reverse=True)[:top_k]
+    total = sum(weights[i] for i in ranked)
+    kept, held = [], 0.0
+    for i in ranked:
+        kept.append(i)
+        held += weights[i] / total
+        if held >= (1 if top_p is None else top_p):
+            break
+    total = sum(weights[i] for i in kept)
+    return torch.tensor([weights[i] / total if i in kept else 0.0 for i in range(len(logits))])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 50])
+@pytest.mark.parametrize("top_p", [None, 0.01, 0.55, 0.9, 1.0])
+def test_sample_token(temperature, top_k, top_p):
+    logits, draws = torch.tensor([0.3, 2.0, -1.0, 1.4, 0.9, -0.2, 1.1]), 20_000
+    expected = reference_distribution(logits.tolist(), temperature, top_k, top_p)
+    drawn = sample_token(logits.expand(draws, -1), temperature, top_k, top_p,
+                         torch.Generator().manual_seed(0))
+    share = drawn.bincount(minlength=7) / draws
+    assert drawn.shape == (draws,)
+    assert not share[expected == 0].any()
+    deviation = (expected * (1 - expected) / draws).sqrt()
+    assert ((share - expected).abs() <= 4.5 * deviation).all()
+
+
+def test_sample_token_takes_each_row_by_itself():
+    logits = torch.tensor([[5.0, 0.0, 0.0, 1.0], [0.0, 0.1, 6.0, 0.2], [1.0, 9.0, 0.0, 0.0]])
+    for options in (dict(temperature=0), dict(top_k=1), dict(top_p=0.01)):
+        assert sample_token(logits, **options).tolist() == [0, 2, 1]
+    assert sample_token(logits, temperature=1e-4).tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=5.0),
+                                     dict(top_k=61), dict(top_p=0.999)])
+def test_ids_beyond_the_tokenizers_are_never_drawn(options):
+    model, idx = tiny_gpt(61), ids(4, 3, vocab=5)
+    options["generator"] = torch.Generator().manual_seed(0)
+    out = model.generate(idx, 60, n_vocab=5, **options)
+    assert out.max() < 5
+    assert model.generate(idx, 60, **options).max() >= 5
+
+
+def test_a_stop_token_ends_its_row_alone():
+    model, idx = tiny_gpt(20), ids(3, 2, vocab=20)
+
+    def draw(**options):
+        generator = torch.Generator().manual_seed(4)
+        return torch.stack(list(stream(model, idx, 90, temperature=3.0, generator=generator,
+                                       **options)), dim=1)
+    free = draw()                # (3, 90)
+    stop = int(free[0, 3])
+    first = [row.index(stop) for row in free.tolist()]
+    assert len(set(first)) == 3 and max(first) < 89  # else another seed shows more
+    out = draw(stop_token=stop)
+    assert out.shape == (3, max(first) + 1)
+    for row, expected, end in zip(out.tolist(), free.tolist(), first):
+        assert row[:end] == expected[:end] and set(row[end:]) == {stop}
+
+
+def test_a_seed_gives_the_same_draws_and_the_model_stays_as_it_is():
+    model, idx = tiny_gpt(61), ids(2, 3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first, second, other = (model.generate(idx, 20, generator=torch.Generator().manual_seed(seed))
+                            for seed in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert first.shape == (2, 23) and torch.equal(first[:, :3], idx)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])

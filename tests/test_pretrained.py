@@ -1,0 +1,449 @@
+"""Every layout of the hub's files, made small; bad ones refused by name; the hub, played here."""
+import functools
+import json
+import threading
+import time
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import hf_model, hf_tensors, tiny_gpt
+from huggingface_hub import constants
+
+import pretrained
+from model import GPT, GPTConfig
+
+KEY = "transformer.h.1.mlp.c_fc.weight"
+
+
+def same_logits(folder, theirs, **options):
+    """Loads the folder; asserts that it computes what transformers' model does; returns it."""
+    ours = GPT.from_pretrained(str(folder), **options)
+    assert ours.training and {p.dtype for p in ours.parameters()} == {torch.float32}
+    idx = torch.arange(2 * ours.config.block_size).view(2, -1) % 61
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(idx), theirs(idx).logits, atol=1e-4, rtol=0)
+    return ours
+
+
+# -----------------------------------------------------------------------------
+# layouts
+
+def with_masks(tensors, n_layer, prefix=""):
+    """The masks that older files hold as if they were weights."""
+    masks = {}
+    for layer in range(n_layer):
+        masks[f"{prefix}h.{layer}.attn.bias"] = torch.ones(24, 24).tril().view(1, 1, 24, 24)
+        if prefix:
+            masks[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    return masks | tensors
+
+
+def openai(tensors):
+    """OpenAI's own repos: no prefix, and masks."""
+    return with_masks({k.removeprefix("transformer."): t for k, t in tensors.items()}, 2)
+
+
+LAYOUTS = {
+    "plain": lambda tensors: tensors,
+    "OpenAI's": openai,
+    "masks": lambda tensors: with_masks(tensors, 2, "transformer."),
+    "equal head": lambda tensors: tensors | {
+        "lm_head.weight": tensors["transformer.wte.weight"].clone()},
+    "fp16": lambda tensors: {k: t.half() for k, t in tensors.items()},
+    "bf16": lambda tensors: {k: t.bfloat16() for k, t in tensors.items()},
+    "fp64": lambda tensors: {k: t.double() for k, t in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("file", [
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_gpt2_layouts(layout, file, write_hf):
+    theirs = hf_model()
+    tensors = LAYOUTS[layout](hf_tensors(theirs))
+    with torch.no_grad():  # what the file's dtype leaves of the weights
+        for name, param in theirs.named_parameters():
+            stored = tensors.get(name, tensors.get(name.removeprefix("transformer.")))
+            param.copy_(stored)
+    ours = same_logits(write_hf(theirs, tensors, file), theirs)
+    assert ours.config.tied_head and ours.lm_head.weight is ours.transformer.wte.weight
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("says_tied", [True, False])
+def test_a_head_of_its_own(file, says_tied, write_hf):
+    theirs = hf_model(tie_word_embeddings=False)
+    folder = write_hf(theirs, layout=file, tie_word_embeddings=says_tied)
+    ours = same_logits(folder, theirs)
+    assert not ours.config.tied_head
+    assert not torch.equal(ours.lm_head.weight, ours.transformer.wte.weight)
+
+
+def test_a_head_said_to_be_its_own_stays_so_though_equal(write_hf):
+    theirs = hf_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        theirs.lm_head.weight.copy_(theirs.transformer.wte.weight)
+    ours = same_logits(write_hf(theirs), theirs)
+    assert ours.lm_head.weight is not ours.transformer.wte.weight
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json",
+                                  "pytorch_model.bin"])
+def test_gpt_neo_with_its_masks(file, write_hf):
+    theirs = hf_model(neo=True)
+    tensors = hf_tensors(theirs)
+    for layer in range(3):
+        stem = f"transformer.h.{layer}.attn.attention"
+        tensors[f"{stem}.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril()
+        tensors[f"{stem}.masked_bias"] = torch.tensor(-1e9)
+    same_logits(write_hf(theirs, tensors, file), theirs)
+
+
+def test_what_transformers_itself_saves(tmp_path):
+    for neo in (False, True):
+        theirs = hf_model(neo=neo)
+        theirs.save_pretrained(tmp_path / str(neo))
+        same_logits(tmp_path / str(neo), theirs)
+
+
+def test_a_bin_from_before_torch_1_6(write_hf):
+    """The hub's older repos hold those: no zip file, which cannot be mapped."""
+    theirs = hf_model()
+    folder = write_hf(theirs, {}, layout="pytorch_model.bin")
+    torch.save(hf_tensors(theirs), folder / "pytorch_model.bin",
+               _use_new_zipfile_serialization=False)
+    same_logits(folder, theirs)
+
+
+def test_safetensors_come_before_a_bin(write_hf):
+    theirs = hf_model()
+    folder = write_hf(theirs)
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    same_logits(folder, theirs)
+
+
+def test_crop_and_dropout(write_hf):
+    theirs = hf_model()
+    ours = same_logits(write_hf(theirs), theirs, block_size=10, dropout=0.25)
+    assert ours.config.block_size == 10 and ours.transformer.wpe.weight.shape == (10, 16)
+    assert ours.config.dropout == ours.transformer.drop.p == 0.25
+    assert [block.attn.dropout for block in ours.transformer.h] == [0.25, 0.25]
+    with pytest.raises(ValueError, match="block_size=25 is more than the 24 positions"):
+        GPT.from_pretrained(str(write_hf(theirs)), block_size=25)
+
+
+def test_a_real_model(shared):
+    folder = shared("models/gutenberg-17m")
+    from transformers import GPT2LMHeadModel
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = GPT.from_pretrained(str(folder)).eval()
+    idx = torch.randint(50257, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+# -----------------------------------------------------------------------------
+# weights that do not fit
+
+def without(key):
+    return lambda tensors: {k: t for k, t in tensors.items() if k != key}
+
+
+def with_tensor(key, *shape):
+    return lambda tensors: tensors | {key: torch.ones(*shape)}
+
+
+@pytest.mark.parametrize("neo, change, message", [
+    (False, without(KEY), f"no tensor for {KEY}$"),
+    (False, without("transformer.wte.weight"), "no tensor for transformer.wte.weight$"),
+    (False, lambda tensors: {}, r"no tensor for (transformer\S+, ){2}\S+ and 25 more"),
+    (True, without("transformer.h.1.attn.attention.k_proj.weight"),
+     "no tensor for transformer.h.1.attn.c_attn.weight$"),
+    (False, with_tensor("score.weight", 2, 16), "score.weight has no place"),
+    (False, with_tensor("transformer.h.2.ln_1.weight", 16), "h.2.ln_1.weight has no place"),
+    (False, with_tensor("h.1.mlp.c_fc.weight", 16, 64), r"h.1.mlp.c_fc.\w+ .*came twice"),
+    (True, with_tensor("transformer.h.0.attn.attention.q_proj.bias", 16),
+     "q_proj.bias has no place"),
+    (False, with_tensor(KEY, 64, 16), rf"{KEY} is \(64, 16\) where .* means \(16, 64\)"),
+    (False, with_tensor("transformer.wpe.weight", 23, 16), r"wpe.weight is \(23, 16\) .*\(24, 16"),
+    (False, with_tensor("transformer.ln_f.bias", 1), r"ln_f.bias is \(1,\) .*\(16,\)"),
+    (True, with_tensor("transformer.h.0.attn.attention.v_proj.weight", 16, 1),
+     r"v_proj.weight is \(16, 1\) .*\(16, 16\)"),
+    (False, with_tensor("lm_head.weight", 60, 16), r"lm_head.weight is \(60, 16\)"),
+])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_tensors_that_do_not_fit(neo, change, message, file, write_hf):
+    theirs = hf_model(neo=neo)
+    folder = write_hf(theirs, change(hf_tensors(theirs)), file)
+    with pytest.raises(ValueError, match=message) as error:
+        GPT.from_pretrained(str(folder))
+    assert file in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_head_alone_is_not_taken_for_the_embedding(write_hf):
+    """As safetensors' save_model leaves a tied pair: refused by name, no KeyError."""
+    theirs = hf_model()
+    tensors = hf_tensors(theirs)
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+    with pytest.raises(ValueError, match=r"no tensor for transformer.wte.weight"):
+        GPT.from_pretrained(str(write_hf(theirs, tensors)))
+
+
+def test_a_missing_head_is_not_made_up(write_hf):
+    theirs = hf_model(tie_word_embeddings=False)
+    folder = write_hf(theirs, without("lm_head.weight")(hf_tensors(theirs)))
+    with pytest.raises(ValueError, match=r"no tensor for lm_head.weight"):
+        GPT.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_the_same_tensor_in_two_shards(stem, write_hf):
+    theirs = hf_model()
+    folder = write_hf(theirs, layout=f"{stem}.index.json")
+    first, second = (folder / f"part-{i}-of-2.{stem}" for i in (1, 2))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=r"part-2\S+: the tensor \S+ has no place .*twice"):
+        GPT.from_pretrained(str(folder))
+
+
+# -----------------------------------------------------------------------------
+# damaged files
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("damage", [
+    lambda data: b"", lambda data: data[:-9], lambda data: data[:len(data) // 2],
+    lambda data: b"<html>" + data, lambda data: b"version https://git-lfs.github.com/spec/v1\n",
+], ids=["empty", "cut", "half", "html", "LFS pointer"])
+def test_damaged_weights(file, damage, write_hf):
+    folder = write_hf(hf_model(), layout=file)
+    (folder / file).write_bytes(damage((folder / file).read_bytes()))
+    with pytest.raises(ValueError, match=rf"{file} .*damaged.*") as error:
+        GPT.from_pretrained(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_bin_that_is_no_state_dict(write_hf):
+    folder = write_hf(hf_model(), layout="pytorch_model.bin")
+    torch.save([1, 2], folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is damaged"):
+        GPT.from_pretrained(str(folder))
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bin_that_carries_code_is_refused_and_not_run(zipped, write_hf, tmp_path):
+    folder = write_hf(hf_model(), layout="pytorch_model.bin")
+    torch.save({"transformer.wte.weight": Code(str(tmp_path / "run"))},
+               folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin carries code .*refused"):
+        GPT.from_pretrained(str(folder))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text, message", [
+    (b"", "config.json is damaged"), (b"{", "config.json is damaged"),
+    (b"\xff\xfe{}", "config.json is damaged"), (b"[]", "config.json is damaged"),
+    (b"{}", "is a None model"),
+])
+def test_a_damaged_config(text, message, write_hf):
+    folder = write_hf(hf_model())
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(str(folder))
+
+
+def test_missing_files(write_hf, tmp_path):
+    folder = write_hf(hf_model(), layout="model.safetensors.index.json")
+    (folder / "part-2-of-2.model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard part-2-of-2.model.safetensors that .* missing"):
+        GPT.from_pretrained(str(folder))
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"has none of model.safetensors, .*pytorch_model.bin"):
+        GPT.from_pretrained(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        GPT.from_pretrained(str(folder))
+
+
+# -----------------------------------------------------------------------------
+# configs
+
+@pytest.mark.parametrize("neo, fields, message", [
+    (False, dict(model_type="llama"), "is a 'llama' model; .*gpt2 and gpt_neo"),
+    (False, dict(model_type="gpt_neox"), "is a 'gpt_neox' model"),
+    (False, dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+    (False, dict(reorder_and_upcast_attn=True), "reorder_and_upcast_attn=True"),
+    (False, dict(add_cross_attention=True), "add_cross_attention=True"),
+    (False, dict(activation_function="relu"), "activation_function=relu; nanotune has gelu_new"),
+    (True, dict(activation_function="silu"), "activation_function=silu"),
+    (True, dict(attention_types=[[["global"], 3]]), r"attention_types=\[\[\['global'\], 3\]\]"),
+    (True, dict(attention_types=[[["local", "global"], 1], [["local"], 1]]), "attention_types="),
+    (True, dict(attention_types=[[["global", "local"], 1]]), "attention_types="),
+])
+def test_refused_configs(neo, fields, message, write_hf):
+    with pytest.raises(ValueError, match=message) as error:
+        GPT.from_pretrained(str(write_hf(hf_model(neo=neo), **fields)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("neo, key", [(False, "n_head"), (False, "n_positions"),
+                                      (True, "hidden_size"), (True, "vocab_size")])
+def test_a_config_without_a_size(neo, key, write_hf):
+    folder = write_hf(hf_model(neo=neo))
+    hf = json.loads((folder / "config.json").read_text())
+    del hf[key]
+    (folder / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=f"its config.json lacks '{key}'"):
+        GPT.from_pretrained(str(folder))
+
+
+def test_what_a_config_leaves_out_is_transformers_default():
+    sizes = dict(n_positions=8, vocab_size=9, n_layer=1, n_head=2, n_embd=4)
+    config = GPTConfig(**pretrained.config_from_hf(sizes | {"model_type": "gpt2"}, "x"))
+    assert config == GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=4)
+    sizes = dict(max_position_embeddings=8, vocab_size=9, num_layers=24, num_heads=2,
+                 hidden_size=4)
+    config = GPTConfig(**pretrained.config_from_hf(sizes | {"model_type": "gpt_neo"}, "x"))
+    assert config == GPTConfig(block_size=8, vocab_size=9, n_layer=24, n_head=2, n_embd=4,
+                               attn_scale=1.0, qkv_bias=False, local_window=256)
+
+
+NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(), dict(n_inner=40, norm_eps=1e-3), dict(activation="gelu"), dict(attn_scale=1.0),
+    dict(tied_head=False), NEO, NEO | dict(n_layer=3, n_inner=24), NEO | dict(n_layer=1),
+])
+def test_configs_go_to_transformers_and_back(fields):
+    from transformers import AutoConfig
+    config = tiny_gpt(61, **fields).config
+    hf = json.loads(json.dumps(pretrained.config_to_hf(config)))
+    assert GPTConfig(**pretrained.config_from_hf(hf, "x")) == config
+    # through transformers' own reading and writing too
+    kind = hf.pop("model_type")
+    again = json.loads(AutoConfig.for_model(kind, **hf).to_json_string())
+    assert asdict(GPTConfig(**pretrained.config_from_hf(again, "x"))) == asdict(config)
+
+
+# -----------------------------------------------------------------------------
+# the hub
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine that serves the folders of `hub.repos`, {id: folder}; what asks it
+    for another gets the answer of `hub.other`: (status, error code)."""
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            repo, _, file = self.path[1:].partition("/resolve/main/")
+            path = hub.repos[repo] / file if repo in hub.repos else None
+            hub.asked.append(file)
+            if path is None or not path.is_file():
+                status, code = (404, "EntryNotFound") if path else hub.other
+                self.send_response(status)
+                self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            data = path.read_bytes()
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.send_header("ETag", f'"{file}{len(data)}"')
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data[:hub.cut.get(file)])
+                self.close_connection = file in hub.cut
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.daemon_threads = True
+    hub.repos, hub.asked, hub.cut, hub.other = {}, [], {}, (404, "RepoNotFound")
+    url = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's retries
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", functools.partial(
+        huggingface_hub.hf_hub_download, endpoint=url, cache_dir=tmp_path / "cache", token=False,
+        etag_timeout=5))
+    huggingface_hub.close_session()
+    threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json",
+                                  "pytorch_model.bin"])
+def test_a_model_of_the_hub_and_then_of_its_cache(hub, file, write_hf, monkeypatch):
+    theirs = hf_model()
+    hub.repos["someone/gpt"] = write_hf(theirs, layout=file)
+    same_logits("someone/gpt", theirs)
+    assert hub.asked
+    hub.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    same_logits("someone/gpt", theirs)
+    assert not hub.asked
+
+
+def test_the_hub_answers_that_there_is_no_such_model(hub):
+    with pytest.raises(ValueError, match="nobody/none is no folder on this machine and no model"):
+        GPT.from_pretrained("nobody/none")
+    with pytest.raises(ValueError, match=r"no folder on this machine and no model"):
+        GPT.from_pretrained("no such/name at all")
+
+
+def test_a_gated_model(hub):
+    hub.other = (403, "GatedRepo")
+    with pytest.raises(ValueError, match=r"meta/x is gated: accept its terms"):
+        GPT.from_pretrained("meta/x")
+
+
+def test_a_repo_of_the_hub_without_a_model(hub, write_hf):
+    folder = hub.repos["someone/other"] = write_hf(hf_model())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"someone/other has none of model.safetensors"):
+        GPT.from_pretrained("someone/other")
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"someone/other has no config.json"):
+        GPT.from_pretrained("someone/other")
+
+
+@pytest.mark.parametrize("how", ["offline", "down", "server error"])
+def test_a_hub_that_cannot_be_reached(hub, how, monkeypatch):
+    if how == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif how == "down":
+        hub.shutdown()
+        hub.server_close()
+    else:
+        hub.other = (503, "")
+    with pytest.raises(ValueError, match=r"hub cannot be reached for gpt2, .*hf download gpt2 "
+                                         r"--local-dir FOLDER.*--init_from=FOLDER") as error:
+        GPT.from_pretrained("gpt2")
+    assert "\n" not in str(error.value)
+
+
+def test_a_download_that_breaks_off(hub, write_hf):
+    hub.repos["someone/gpt"] = write_hf(hf_model())
+    hub.cut["model.safetensors"] = 100
+    with pytest.raises(ValueError, match="hub cannot be reached for someone/gpt") as error:
+        GPT.from_pretrained("someone/gpt")
+    assert "\n" not in str(error.value)

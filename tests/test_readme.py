@@ -1,0 +1,119 @@
+"""Every command that the README shows runs, on a tiny scale, in the order in which it stands."""
+import importlib
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TEXT, hf_model
+from tiny import REPO
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+NAMES = ("gpt2", "gpt2-medium", "gpt2-xl")  # made as folders: a folder goes before the hub
+# what makes each script's commands small; appended, so that it wins
+TINY = {
+    "train.py": ["--max_iters=2", "--eval_interval=1", "--eval_iters=1", "--batch_size=1",
+                 "--gradient_accumulation_steps=2", "--block_size=16", "--n_layer=1", "--n_head=1",
+                 "--n_embd=16", "--device=cpu", "--overwrite=True"],
+    "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
+    "evaluate.py": ["--eval_iters=1", "--batch_size=1", "--device=cpu"],
+    "data/shakespeare/prepare.py": ["--input=text.txt"],
+    "data/text/prepare.py": [],
+    "data/python_docs/prepare.py": [],
+}
+
+
+def commands(text):
+    """The lines of a document's code that start a script of ours, as lists of words."""
+    code = re.findall(r"^```\w*\n(.*?)^```|^((?:    .*\n)+)", text, re.MULTILINE | re.DOTALL)
+    lines = [line.strip().lstrip("!") for block in code for line in "".join(block).splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines
+             if re.match(r"(\.venv/bin/)?(python|torchrun) (?!-m)", line)]
+    return list(dict.fromkeys(map(tuple, words)))  # once each, in order
+
+
+def script_and_arguments(command):
+    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
+    return command[at], list(command[at + 1:])
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf):
+    """A copy of the project, with a text and with tiny models where the README downloads."""
+    for name in ("config", "data"):
+        shutil.copytree(REPO / name, tmp_path / name,
+                        ignore=shutil.ignore_patterns("*.bin", "*.json", "*.pkl", "*.txt"))
+    for script in REPO.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    (tmp_path / "my_texts").mkdir()
+    for path in ("text.txt", "my_texts/one.txt"):
+        (tmp_path / path).write_text(TEXT * 3, encoding="utf-8")
+    model = hf_model(vocab_size=50257, n_embd=8, n_positions=64)
+    for name in NAMES:
+        write_hf(model, name=name)
+    monkeypatch.chdir(tmp_path)
+    # the three commands at the README's top come before those that prepare their text
+    runpy.run_path("data/shakespeare/prepare.py")["main"](["--input=text.txt"])
+    return tmp_path
+
+
+def test_the_readme_shows_commands():
+    scripts = {script_and_arguments(command)[0] for command in commands(README)}
+    assert {"train.py", "sample.py", "evaluate.py", "data/shakespeare/prepare.py"} <= scripts
+    assert scripts <= TINY.keys(), "tell TINY how to make a new script's commands small"
+
+
+def test_the_readmes_commands_run(sandbox, monkeypatch, capsys):
+    for command in commands(README):
+        script, argv = script_and_arguments(command)
+        if "torchrun" in command[0]:
+            continue
+        argv += TINY[script]
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        if script.startswith("data/"):
+            main = runpy.run_path(str(sandbox / script))["main"]
+            status = main(argv)
+        else:
+            try:
+                status = importlib.import_module(script.removesuffix(".py")).main(argv)
+            except SystemExit as end:
+                status = end.code
+        assert not status, f"{' '.join(command)} ended with {status}"
+        capsys.readouterr()
+
+
+def test_the_readmes_torchrun_command_runs(sandbox):
+    command = next(c for c in commands(README) if c[0] == "torchrun")
+    script, argv = script_and_arguments(command)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         script, *argv, *TINY[script]],
+        check=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (sandbox / "out-shakespeare" / "ckpt.pt").is_file()
+
+
+def test_the_makefile_runs_what_the_readme_says():
+    made = [line.split("$(PY) ")[1].replace(" --overwrite=True", "")
+            for line in (REPO / "Makefile").read_text(encoding="utf-8").splitlines()
+            if "$(PY) " in line and ".py" in line]
+    typed = [line.removeprefix(".venv/bin/python ") for line in README.splitlines()
+             if line.startswith(".venv/bin/python ") and ".py" in line]
+    assert made == typed
+
+
+def test_the_file_tree_is_whole():
+    tree = README.split("## The files")[1].split("```")[1]
+    listed = {line.split()[0] for line in tree.splitlines() if line.strip()}
+    scripts = {path.name for path in REPO.glob("*.py")}
+    assert scripts <= listed
+    assert all((REPO / name).exists() for name in listed)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
+        assert Path(REPO, target).exists(), target

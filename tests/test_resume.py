@@ -1,0 +1,402 @@
+"""A run that was stopped, by whatever, goes on as if it had not been."""
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import (
+    REPO,
+    arguments,
+    losses,
+    nanogpt_checkpoint,
+    read_metrics,
+    run_script,
+    run_train,
+    write_dataset,
+)
+from torch.nn import functional as F
+
+import checkpoint
+import train
+from loader import TokenBin
+
+# sums come out alike in as many threads
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+# the schedule does not depend on where the first part stops
+FIELDS = dict(lr_decay_iters=6, warmup_iters=2, min_lr=1e-3, dropout=0.2)
+
+
+class PowerCut(BaseException):
+    """Ends the process, for all that the code under test can see."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(dataset, out_dir) of six steps in one go; tests read them alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_dataset(folder / "chars")
+    assert run_train(folder / "chars", folder / "out", **FIELDS) == 0
+    return folder / "chars", folder / "out"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def assert_same_run(a, b):
+    """Bitwise the same weights, moments, scaler, progress and losses."""
+    for name in ("ckpt.pt", "state.pt"):
+        one, other = checkpoint.load(a / name), checkpoint.load(b / name)
+        assert one.keys() == other.keys()
+        for key in one["model"]:
+            assert torch.equal(one["model"][key], other["model"][key]), key
+        assert one["iter_num"] == other["iter_num"]
+        assert one["best_val_loss"] == other["best_val_loss"]
+        for key, state in one.get("optimizer", {}).items():
+            assert state.keys() == other["optimizer"][key].keys()
+            for moment in state:
+                assert torch.equal(state[moment], other["optimizer"][key][moment]), (key, moment)
+        assert one.get("scaler") == other.get("scaler")
+        if "progress" in one:
+            assert one["progress"] | {"run_id": ""} == other["progress"] | {"run_id": ""}
+    assert losses(a) == losses(b)
+
+
+def at_step(monkeypatch, step, act):
+    real = train.forward_backward
+
+    def forward_backward(r, now):
+        if now == step:
+            act()
+        return real(r, now)
+
+    monkeypatch.setattr(train, "forward_backward", forward_backward)
+
+
+# -----------------------------------------------------------------------------
+# exact
+
+@pytest.mark.parametrize("fields", [{}, {"always_save_checkpoint": False}])
+def test_three_steps_and_three_are_six(whole, out, fields):
+    dataset, expected = whole
+    assert run_train(dataset, out, max_iters=3, **FIELDS, **fields) == 0
+    assert checkpoint.load(out / "state.pt")["iter_num"] == 3
+    assert run_train(dataset, out, init_from="resume", **FIELDS, **fields) == 0
+    # six steps improve at each evaluation here: the best is the latest
+    assert_same_run(out, expected)
+
+
+@pytest.mark.parametrize("first", [1, 2, 4, 5])
+def test_any_step_will_do(whole, out, monkeypatch, first):
+    """A stop between evaluations; what stands behind it in metrics.jsonl is written once."""
+    dataset, expected = whole
+    with monkeypatch.context() as patch:
+        at_step(patch, first - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_train(dataset, out, **FIELDS) == 143
+    assert checkpoint.load(out / "state.pt")["iter_num"] == first
+    assert run_train(dataset, out, init_from="resume", **FIELDS) == 0
+    assert_same_run(out, expected)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_prints_a_command_that_works(whole, out, monkeypatch, capsys, number,
+                                                        status):
+    dataset, expected = whole
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        assert run_train(dataset, out, **FIELDS, overwrite=True) == status
+    assert signal.getsignal(number) is before
+    command = capsys.readouterr().out.splitlines()[-1].strip()
+    python, script, *argv = shlex.split(command)
+    assert (python, script) == ("python", "train.py")
+    assert argv[-1] == "--init_from=resume" and "--overwrite=True" not in argv
+    with pytest.raises(SystemExit) as end:
+        train.main(argv)
+    assert not end.value.code
+    assert_same_run(out, expected)
+
+
+def test_a_second_ctrl_c_stops_at_once(whole, out, monkeypatch, capsys):
+    dataset, expected = whole
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, twice)
+        status, _, err = run_script(patch, capsys, train.main, arguments(dataset, out, **FIELDS))
+    assert status == 130
+    assert "Traceback" not in err
+    assert checkpoint.load(out / "state.pt")["iter_num"] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run_train(dataset, out, init_from="resume", **FIELDS)
+    assert_same_run(out, expected)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_crash_at_any_save(whole, out, monkeypatch, at):
+    """The process ends before the rename number `at`: ckpt.pt, state.pt of steps 0, 3 and 6."""
+    dataset, expected = whole
+    renames = []
+    real = os.replace
+
+    def replace(*paths):
+        renames.append(paths)
+        if len(renames) > at:
+            raise PowerCut
+        real(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", replace)
+        with pytest.raises(PowerCut):
+            train.main(arguments(dataset, out, **FIELDS))
+    if at < 2:  # no state.pt yet: there is nothing to go on from, and it says so
+        with pytest.raises(ValueError, match=r"no checkpoint|no state\.pt"):
+            run_train(dataset, out, init_from="resume", **FIELDS)
+        run_train(dataset, out, overwrite=True, **FIELDS)
+    else:
+        assert run_train(dataset, out, init_from="resume", **FIELDS) == 0
+    assert_same_run(out, expected)
+
+
+def test_a_crash_in_the_first_step(whole, out, monkeypatch):
+    """state.pt of step 0 has no moments yet, and resumes."""
+    dataset, expected = whole
+
+    def crash():
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, crash)
+        with pytest.raises(PowerCut):
+            train.main(arguments(dataset, out, **FIELDS))
+    assert run_train(dataset, out, init_from="resume", **FIELDS) == 0
+    assert_same_run(out, expected)
+
+
+def test_metrics_are_cut_back_to_the_resumed_step(whole, out, monkeypatch):
+    dataset, expected = whole
+
+    def crash():
+        with open(out / "metrics.jsonl", "a") as f:
+            f.write('{"iter": 5, "lo')
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, crash)
+        with pytest.raises(PowerCut):
+            train.main(arguments(dataset, out, **FIELDS))
+    assert '"iter": 4' in (out / "metrics.jsonl").read_text()
+    run_train(dataset, out, init_from="resume", **FIELDS)
+    assert losses(out) == losses(expected)
+
+
+def test_resume_does_not_depend_on_how_a_batch_is_shared_out(whole, out):
+    dataset, _ = whole
+    run_train(dataset, out, max_iters=3, **FIELDS | {"dropout": 0.0})
+    run_train(dataset, out, init_from="resume", batch_size=1, gradient_accumulation_steps=4,
+              eval_iters=4, **FIELDS | {"dropout": 0.0})
+    once = out.with_name("once")
+    run_train(dataset, once, **FIELDS | {"dropout": 0.0})
+    for one, other in zip(losses(out), losses(once)):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_what_patience_has_counted_is_kept(whole, out, monkeypatch):
+    dataset, _ = whole
+    pairs = iter([(3, 3), (3, 3.1), (3, 3.2), (3, 3.3), (3, 3.4)])
+    monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
+    run_train(dataset, out, max_iters=6, patience=3)
+    run_train(dataset, out, max_iters=60, patience=3, init_from="resume")
+    assert [e["step"] for e in read_metrics(out) if "step" in e] == [0, 3, 6, 9]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, out, capsys):
+    dataset, _ = whole
+    run_train(dataset, out, **FIELDS)
+    before = {name: (out / name).read_bytes() for name in ("ckpt.pt", "state.pt")}
+    kept = read_metrics(out)
+    capsys.readouterr()
+    assert run_train(dataset, out, init_from="resume", **FIELDS) == 0
+    assert "raise --max_iters to train on" in capsys.readouterr().out
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert read_metrics(out) == kept
+    assert run_train(dataset, out, init_from="resume", **FIELDS, max_iters=8) == 0
+    assert checkpoint.load(out / "state.pt")["iter_num"] == 8
+
+
+# -----------------------------------------------------------------------------
+# another run
+
+@pytest.mark.parametrize("changed, told", [
+    ({"seed": 5}, r"seed was 1337, now 5"),
+    ({"block_size": 8}, r"block_size was 16, now 8"),
+    ({"batch_size": 3}, r"global batch was 4, now 6"),
+    ({"gradient_accumulation_steps": 1, "seed": 7},
+     r"seed was 1337, now 7; global batch was 4, now 2"),
+])
+def test_another_run_is_told_and_can_be_forced(whole, out, monkeypatch, capsys, changed, told):
+    dataset, expected = whole
+    out.mkdir()
+    (out / "state.pt").write_bytes((expected / "state.pt").read_bytes())
+    argv = arguments(dataset, out, init_from="resume", max_iters=8, **changed)
+    status, _, err = run_script(monkeypatch, capsys, train.main, argv)
+    assert status == 1
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(told, err) and "--force_resume=True" in err
+    assert run_train(dataset, out, init_from="resume", force_resume=True, max_iters=8,
+                     **changed) == 0
+    state = checkpoint.load(out / "state.pt")
+    assert state["iter_num"] == 8
+    block_size = changed.get("block_size", 16)
+    assert state["model_args"]["block_size"] == block_size
+    wpe = state["optimizer"]["transformer.wpe.weight"]
+    assert wpe["exp_avg"].shape == wpe["exp_avg_sq"].shape == (block_size, 16)
+    # and the forced run resumes in its turn, without force
+    assert run_train(dataset, out, init_from="resume", max_iters=9, **changed) == 0
+
+
+def test_another_dataset(tmp_path, whole, out, monkeypatch, capsys):
+    dataset, expected = whole
+    other = write_dataset(tmp_path / "other", seed=1)
+    out.mkdir()
+    (out / "state.pt").write_bytes((expected / "state.pt").read_bytes())
+    status, _, err = run_script(monkeypatch, capsys, train.main,
+                                arguments(other, out, init_from="resume"))
+    assert status == 1 and err.count("\n") == 1
+    assert f"dataset was {dataset}, now {other}" in err
+    assert run_train(other, out, init_from="resume", force_resume=True, max_iters=7) == 0
+    # force does not make another alphabet the same
+    third = write_dataset(tmp_path / "third", alphabet="\n ABCDEFGHIJKLMNOP")
+    status, _, err = run_script(monkeypatch, capsys, train.main, arguments(
+        third, out, init_from="resume", force_resume=True))
+    assert status == 1 and "prepare the text again with the model's tokenizer" in err
+
+
+def test_a_larger_block_size_cannot_be_forced(whole, out, monkeypatch, capsys):
+    dataset, expected = whole
+    out.mkdir()
+    (out / "state.pt").write_bytes((expected / "state.pt").read_bytes())
+    status, _, err = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, out, init_from="resume", force_resume=True, block_size=32))
+    assert status == 1 and err.count("\n") == 1
+    assert "block_size=32 is more than the 16" in err
+
+
+def test_a_damaged_state_is_one_line(whole, out, monkeypatch, capsys):
+    dataset, expected = whole
+    out.mkdir()
+    good = (expected / "state.pt").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for content in (good[:-100], bytes(flipped)):
+        (out / "state.pt").write_bytes(content)
+        status, _, err = run_script(monkeypatch, capsys, train.main,
+                                    arguments(dataset, out, init_from="resume"))
+        assert status == 1 and err.count("\n") == 1
+        assert str(out / "state.pt") in err and "damaged" in err
+        assert (out / "state.pt").read_bytes() == content
+
+
+# -----------------------------------------------------------------------------
+# nanoGPT's checkpoint
+
+@pytest.mark.parametrize("bias, compiled", [(False, False), (True, True)])
+def test_a_nanogpt_run_goes_on(whole, out, bias, compiled):
+    """One step from its ckpt.pt is AdamW's with nanoGPT's moments, on the weights by name."""
+    dataset, _ = whole
+    held, order = nanogpt_checkpoint(bias=bias, compiled=compiled, dataset=dataset)
+    out.mkdir()
+    torch.save(held, out / "ckpt.pt")
+    model, _ = checkpoint.load_model(str(out))
+    params = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW([{"params": [params[n] for n in order if params[n].dim() > 1]},
+                                   {"params": [params[n] for n in order if params[n].dim() < 2]}])
+    optimizer.load_state_dict(held["optimizer"])  # decay and betas are the file's: 0.1, 0.0
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    x, y = TokenBin(dataset / "train.bin", 16, 18, seed=1337).batch(4 * 4, 4)
+    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+    assert run_train(dataset, out, init_from="resume", max_iters=5, dropout=0.0, eval_interval=4,
+                     learning_rate=1e-3, decay_lr=False, always_save_checkpoint=False) == 0
+    state = checkpoint.load(out / "state.pt")
+    assert state["iter_num"] == 5
+    for name, p in params.items():
+        torch.testing.assert_close(state["model"][name], p.detach(), rtol=0, atol=1e-5, msg=name)
+        assert state["optimizer"][name]["step"] == 5
+    # its best loss, 2.5, is what a checkpoint must be better than; this model is worse
+    assert all(e["val_loss"] > 2.5 for e in read_metrics(out) if "step" in e)
+    assert [e["step"] for e in read_metrics(out) if "step" in e] == [4, 5]
+    assert state["best_val_loss"] == 2.5
+    assert checkpoint.load(out / "ckpt.pt")["iter_num"] == 4
+
+
+def test_a_nanogpt_run_of_another_batch_is_told(whole, out, monkeypatch, capsys):
+    dataset, _ = whole
+    out.mkdir()
+    torch.save(nanogpt_checkpoint(dataset=dataset)[0], out / "ckpt.pt")
+    status, _, err = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, out, init_from="resume", batch_size=4))
+    assert status == 1 and "global batch was 4, now 8" in err and err.count("\n") == 1
+
+
+# -----------------------------------------------------------------------------
+# as a user types it
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_script_and_the_printed_command(whole, tmp_path, number, status):
+    dataset, _ = whole
+    out = tmp_path / "out dir"
+    fields = FIELDS | dict(max_iters=100_000, eval_interval=50_000, lr_decay_iters=100)
+    command = [sys.executable, "train.py", *arguments(dataset, out, **fields)]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env=ONE_THREAD) as process:
+        lines = iter(process.stdout.readline, "")
+        next(line for line in lines if line.startswith("iter 3:"))
+        process.send_signal(number)
+        printed = [*lines]
+        assert process.stderr.read() == ""
+        assert process.wait(60) == status
+    step = int(re.search(r"after step (\d+)", printed[-2])[1])
+    resume = printed[-1].strip().replace("python", shlex.quote(sys.executable), 1)
+    done = subprocess.run(f"{resume} --max_iters={step + 3}", shell=True, cwd=REPO,
+                          capture_output=True, text=True, timeout=120, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming at step {step + 1} of {step + 3}" in done.stdout
+    once = tmp_path / "once"
+    run_train(dataset, once, **fields | {"max_iters": step + 3})
+    for name in ("ckpt.pt", "state.pt"):
+        one, other = checkpoint.load(out / name), checkpoint.load(once / name)
+        assert all(torch.equal(one["model"][k], other["model"][k]) for k in one["model"])
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_a_run_that_resumes(whole, tmp_path):
+    dataset, _ = whole
+    out = tmp_path / "out"
+    fields = FIELDS | dict(max_iters=100_000, eval_interval=1, lr_decay_iters=100)
+    command = [sys.executable, "train.py", *arguments(dataset, out, **fields)]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True,
+                          env=ONE_THREAD) as process:
+        lines = iter(process.stdout.readline, "")
+        next(line for line in lines if line.startswith("iter 2:"))
+        time.sleep(0.3)
+        process.kill()
+    step = checkpoint.load(out / "state.pt")["iter_num"]
+    assert step >= 2
+    assert run_train(dataset, out, init_from="resume", **fields | {"max_iters": step + 2}) == 0
+    once = tmp_path / "once"
+    run_train(dataset, once, **fields | {"max_iters": step + 2})
+    assert_same_run(out, once)

@@ -1,0 +1,215 @@
+"""sample.py as a user runs it, on tiny runs: what it prints, and what it refuses."""
+import io
+import os
+import re
+from contextlib import redirect_stdout
+
+import pytest
+from conftest import TEXT, tiny_json
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sample
+from sample import Writer, main, show_new
+from tokenizer import EOT, CharTokenizer, JsonTokenizer
+
+RULE = "\n" + "-" * 15 + "\n"
+
+
+@pytest.fixture
+def chars(make_run):
+    return make_run(CharTokenizer(sorted(set(TEXT))))[0]
+
+
+@pytest.fixture
+def json_run(make_run):
+    return make_run(JsonTokenizer(tiny_json()), block_size=64)[0]
+
+
+@pytest.fixture
+def samples(capsys):
+    """samples(out_dir, ...) runs sample.py; returns the texts."""
+    def run(out_dir, **options):
+        options = dict(device="cpu", dtype="float32", max_new_tokens=12) | options
+        main([f"--out_dir={out_dir}", *(f"--{k}={v}" for k, v in options.items())])
+        out = capsys.readouterr().out
+        assert out.endswith(RULE)
+        return out.removesuffix(RULE).split(RULE)
+    return run
+
+
+# -----------------------------------------------------------------------------
+# what is printed
+
+def test_several_together(chars, samples):
+    texts = samples(chars, start="Line ", num_samples=4)
+    assert len(texts) == len(set(texts)) == 4
+    assert all(text.startswith("Line ") and len(text) == 5 + 12 for text in texts)
+    assert samples(chars, start="Line ", num_samples=4) == texts
+    assert samples(chars, start="Line ", num_samples=4, seed=1) != texts
+
+
+def test_options_are_heeded(chars, samples):
+    greedy = samples(chars, start="Line", num_samples=3, temperature=0)
+    assert len(set(greedy)) == 1
+    assert samples(chars, start="Line", num_samples=2, top_k=1) == greedy[:2]
+    assert samples(chars, start="Line", num_samples=2, top_p=1e-6) == greedy[:2]
+    wild = dict(start="Line", num_samples=3, temperature=5.0)
+    assert samples(chars, **wild, top_k=0) == samples(chars, **wild, top_k=99)
+    assert samples(chars, **wild, top_k=0) != samples(chars, **wild, top_k=2)
+
+
+def test_past_the_context(chars, samples):
+    text, = samples(chars, start="Line", num_samples=1, max_new_tokens=50)
+    assert len(text) == 54
+
+
+def test_the_model_of_an_init_from(chars, samples):
+    assert samples("nothing", init_from=chars, start="L") == samples(chars, start="L")
+
+
+def test_a_padded_vocabulary(make_run, samples):
+    out_dir, _ = make_run(CharTokenizer("ab"), vocab_size=64)
+    for text in samples(out_dir, start="a", max_new_tokens=40, temperature=3.0):
+        assert len(text) == 41 and set(text) <= {"a", "b"}
+
+
+def test_a_prompt_from_a_file(chars, samples, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Line 1:", encoding="utf-8")
+    path = f"FILE:{tmp_path / 'prompt.txt'}"
+    assert samples(chars, start=path) == samples(chars, start="Line 1:")
+
+
+def test_end_of_text_ends_a_sample(json_run, samples, monkeypatch):
+    eot = JsonTokenizer(tiny_json()).eot
+    fed = iter([[5, 6, eot], [7, eot, eot], [eot, eot, eot], [9, 9, 9]])
+
+    def stream(model, idx, max_new_tokens, stop_token=None, **options):
+        assert stop_token == eot
+        for row in fed:
+            yield sample.torch.tensor(row)
+    monkeypatch.setattr(sample, "stream", stream)
+    decode = JsonTokenizer(tiny_json()).decode
+    texts = samples(json_run, start="Line", num_samples=3)
+    assert texts == ["Line" + decode([5, 7]), "Line" + decode([6]), "Line"]
+    assert next(fed) == [9, 9, 9]  # nothing is drawn beyond the last end
+
+
+def test_an_empty_prompt_begins_after_end_of_text(json_run, samples):
+    started = samples(json_run, start="", num_samples=2, temperature=0)
+    assert all(text and EOT not in text for text in started)
+    assert samples(json_run, start=EOT, num_samples=2, temperature=0) == [
+        EOT + text for text in started]
+
+
+def test_a_stop_text_across_tokens(chars, samples):
+    free = samples(chars, start="L", num_samples=6, max_new_tokens=40)
+    stop = free[2][20:23]
+    stopped = samples(chars, start="L", num_samples=6, max_new_tokens=40, stop=stop)
+    assert stopped == [text[0] + text[1:].partition(stop)[0] for text in free]
+    assert stopped != free and stop not in stopped[2][1:]
+
+
+def test_a_stop_text_in_the_prompt_stops_nothing(chars, samples):
+    assert samples(chars, start="Line", stop="Line") == samples(chars, start="Line")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo terminals are POSIX's")
+def test_on_a_terminal_each_character_comes_once(json_run, samples):
+    options = dict(start="Line é", num_samples=1, max_new_tokens=50, temperature=1.5, top_k=0)
+    text, = samples(json_run, **options)
+    assert "\ufffd" in text  # bytes that are no character are among them
+    ours, theirs = os.openpty()
+    with open(theirs, "w", encoding="utf-8") as terminal, redirect_stdout(terminal):
+        main([f"--out_dir={json_run}", "--device=cpu", "--dtype=float32",
+              *(f"--{k}={v}" for k, v in options.items())])
+    shown = b""
+    while chunk := read_or_end(ours):
+        shown += chunk
+    os.close(ours)
+    assert re.sub("\r+\n", "\n", shown.decode()) == re.sub("\r+\n", "\n", text) + "\n"
+
+
+def read_or_end(handle):
+    try:
+        return os.read(handle, 65536)
+    except OSError:  # Linux, where the other end is closed
+        return b""
+
+
+class Pieces:
+    """A tokenizer whose tokens are pieces of bytes, cut anywhere."""
+    eot = None
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def decode(self, ids):
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+
+
+@given(st.text("aé日🙂\n", max_size=8),
+       st.lists(st.binary(min_size=1, max_size=4) | st.text("aé日🙂\n", min_size=1, max_size=3)
+                .map(str.encode), max_size=12),
+       st.sampled_from(["", "a", "aa", "日", "🙂\n", "a\naé"]), st.integers(1, 3))
+def test_a_growing_sample_is_printed_once(prompt, new, stop, cut):
+    data = b"".join(new)
+    pieces = [prompt.encode()] + [data[i:i + cut] for i in range(0, len(data), cut)]
+    writer, shown, printed = Writer(Pieces(pieces), [0], stop), 0, ""
+    whole = data.decode("utf-8", "replace")
+    expected = prompt + (whole.partition(stop)[0] if stop else whole)
+    for token in range(1, len(pieces)):
+        writer.add(token)
+        with redirect_stdout(io.StringIO()) as out:
+            shown = show_new(writer, shown, len(stop))
+        printed += out.getvalue()
+        assert expected.startswith(printed) and len(printed) == shown
+    assert writer.text() == expected
+    assert printed + writer.text()[shown:] == expected
+
+
+# -----------------------------------------------------------------------------
+# what is refused
+
+def refuse(out_dir, message, *argv):
+    with pytest.raises(ValueError, match=message) as error:
+        main([f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *argv])
+    assert "\n" not in str(error.value)
+
+
+def test_bad_prompts(chars, tmp_path):
+    refuse(chars, "the character 'é' is not in the model's vocabulary", "--start=é")
+    refuse(chars, "--start is empty", "--start=")
+    refuse(chars, "--start has 17 tokens, the model reads at most 16", f"--start={'L' * 17}")
+    refuse(chars, "the file .*none.txt does not exist", f"--start=FILE:{tmp_path / 'none.txt'}")
+    (tmp_path / "latin1.txt").write_bytes("Line, café".encode("latin-1"))
+    refuse(chars, r"latin1.txt is not UTF-8 \(byte 9\)", f"--start=FILE:{tmp_path / 'latin1.txt'}")
+
+
+def test_the_longest_prompt(chars, samples):
+    text, = samples(chars, start="L" * 16, num_samples=1)
+    assert len(text) == 16 + 12
+
+
+@pytest.mark.parametrize("arg, message", [
+    ("--num_samples=0", "--num_samples=0 must be at least 1"),
+    ("--max_new_tokens=0", "--max_new_tokens=0 must be at least 1"),
+    ("--temperature=-0.1", "--temperature=-0.1 must be at least 0"),
+    ("--top_k=-1", "--top_k=-1 must be at least 0"), ("--seed=-1", "--seed=-1 must be at least 0"),
+    ("--top_p=0", r"--top_p=0.0 must be in \(0, 1\]"), ("--top_p=1.1", "--top_p=1.1 must be in"),
+    ("--dtype=int8", "--dtype=int8: use auto"), ("--device=tpu9", "--device=tpu9: use auto"),
+    ("--compile=fast", "--compile=fast: use auto, True or False"),
+])
+def test_bad_options(chars, arg, message):
+    refuse(chars, message, arg)
+
+
+def test_no_run(tmp_path):
+    refuse(tmp_path / "none", "none does not exist")
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", "holds neither ckpt.pt .* nor config.json")
+
+
+def test_a_model_without_a_tokenizer(write_hf):
+    from conftest import hf_model
+    refuse(write_hf(hf_model()), "has no tokenizer file: put its tokenizer.json")
