@@ -62,12 +62,11 @@ def barrier():
         dist.barrier()
 
 
-def sum_over_ranks(*values, device="cpu"):
+def sum_over_ranks(*values, device):
     """The sums over all ranks of a few numbers, as floats; note: this is a CPU-GPU sync point."""
     sums = torch.tensor([float(v) for v in values], dtype=torch.float64)
     if dist.is_initialized():
-        # float32 on the wire where the device has no float64 (mps)
-        sums = sums.to(device)
+        sums = sums.to(device)  # nccl adds up on the GPU
         dist.all_reduce(sums)
     return sums.tolist()
 
@@ -131,6 +130,7 @@ def run(main):
     a library is a bug and keeps its traceback. Under torchrun rank 0 speaks for all: the others
     wait, and speak only if it had nothing to say and so did not end the job.
     """
+    sys.stdout.reconfigure(errors="replace")  # a Windows console's code page lacks most characters
     try:
         main(sys.argv[1:])
     except (ValueError, FloatingPointError) as e:
@@ -140,7 +140,7 @@ def run(main):
         if Path(last.tb_frame.f_code.co_filename).parent != Path(__file__).parent:
             raise
         if int(os.environ.get("RANK", 0)) != 0:
-            time.sleep(5)
+            time.sleep(30)
         print(f"error: {e}", file=sys.stderr, flush=True)
         os._exit(1) if dist.is_initialized() else sys.exit(1)  # no wait for ranks that are gone
     except KeyboardInterrupt:

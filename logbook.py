@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -34,11 +35,19 @@ class Logbook:
     def warn(self, text):
         self.say(f"warning: {text}")
 
+    @contextmanager
+    def tolerate_full_disk(self):
+        """A log that cannot be written is no reason to lose a run."""
+        try:
+            yield
+        except OSError as e:
+            self.warn(f"cannot write to {os.path.dirname(self.metrics_path)} ({e.strerror})")
+
     def record(self, entry, step):
         if not self.is_main:
             return
         self.entries.append(entry)
-        with open(self.metrics_path, "a", encoding="utf-8") as f:
+        with self.tolerate_full_disk(), open(self.metrics_path, "a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")
         if self.wandb_run is not None:
             self.wandb_run.log({k: v for k, v in entry.items() if v is not None}, step=step)
@@ -47,7 +56,8 @@ class Logbook:
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.record({"step": step, "train_loss": train_loss, "val_loss": val_loss}, step)
         if self.is_main:
-            draw(self.entries, self.picture_path)
+            with self.tolerate_full_disk():
+                draw(self.entries, self.picture_path)
 
     def iteration(self, step, loss, lr, seconds, tokens, mfu=None, skipped=0):
         """One logged step; mfu is a fraction, or None where the device's peak is not known."""
@@ -58,10 +68,10 @@ class Logbook:
         self.record({"iter": step, "loss": loss, "lr": lr, "ms": round(seconds * 1e3, 3),
                      "tok_s": round(tok_s, 1), "mfu": mfu and round(mfu, 4)}, step)
 
-    def close(self):
+    def close(self, status=0):
         self.bar.close()
         if self.wandb_run is not None:
-            self.wandb_run.finish()
+            self.wandb_run.finish(exit_code=status)
 
 
 def kept_entries(path, start):

@@ -187,7 +187,8 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_head()
-        self.apply(self.init_weights)
+        if not self.lm_head.weight.is_meta:  # else the weights come from a file
+            self.apply(self.init_weights)
 
     def tie_head(self):
         """Makes the head the token embedding, again too where a change of device split them."""
@@ -237,6 +238,8 @@ class GPT(nn.Module):
         6 N + 12 L C T, N without the position embeddings (PaLM, Chowdhery et al. 2022, app. B)."""
         c = self.config
         n = self.num_params() - self.transformer.wpe.weight.numel()
+        if not c.tied_head:  # a tied one serves as the head, where it is a product
+            n -= self.transformer.wte.weight.numel()
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     def param_groups(self, weight_decay):

@@ -14,6 +14,7 @@ from checkpoint import load_model
 from configurator import configure
 from distributed import pick_compile, pick_device, pick_dtype, run
 from model import stream
+from tokenizer import EOT
 
 
 @dataclass
@@ -74,7 +75,8 @@ class Writer:
     """Decodes one growing sample: text() is what stands before the stop text, whole characters
     only, since a character may span several tokens."""
     def __init__(self, tokenizer, prompt_ids, stop):
-        self.tokenizer, self.ids, self.stop = tokenizer, list(prompt_ids), stop
+        self.tokenizer, self.ids = tokenizer, list(prompt_ids)
+        self.stop = None if stop == EOT else stop  # that one is a token, and found without decoding
         self.prompt_length = len(tokenizer.decode(prompt_ids))
         self.done = False
 

@@ -329,7 +329,7 @@ def forward_backward(r, step):
         if world.device.type == "cuda":  # pinned memory lets the copy run beside the GPU's work
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)
-        seed_draws(cfg.seed, step, micro)  # dropout: the same however ranks share the batch
+        seed_draws(cfg.seed, step, 1 + micro)  # dropout: the same however ranks share the batch
         last = micro + world.size >= micro_steps
         with r.ddp.no_sync() if world.size > 1 and not last else nullcontext():
             with autocast(world, r.dtype):
@@ -356,7 +356,7 @@ def update(r, loss, step, skipped_in_a_row):
             "--grad_clip=1.0 or --dtype=float32, and look at the data")
     if r.cfg.grad_clip > 0 and finite:
         torch.nn.utils.clip_grads_with_norm_(params, r.cfg.grad_clip, norm)
-    seed_draws(r.cfg.seed, step)  # alike on all ranks
+    seed_draws(r.cfg.seed, step, 0)  # alike on all ranks
     r.scaler.step(r.optimizer)
     r.scaler.update()
     r.optimizer.zero_grad(set_to_none=True)
@@ -515,7 +515,7 @@ def tell_plan(r):
         r.log.say(line)
     if p.step:
         r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
-    if p.step >= cfg.max_iters:
+    if p.step >= cfg.max_iters and p.evaluated == p.step:
         r.log.warn(f"the run is at step {p.step} already: raise --max_iters to train on")
     if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
         r.log.warn(f"warmup_iters={cfg.warmup_iters} is no less than max_iters={cfg.max_iters}: "
@@ -554,13 +554,14 @@ def main(argv):
                                         asdict(cfg), cfg.out_dir)
     r.log = logbook.Logbook(cfg.out_dir, r.progress.step, cfg.max_iters, r.world.is_main, wandb_run)
     tell_plan(r)
+    status = 1
     try:
         with StopSignals() as signals:
             status = train(r, signals)
         if status == 0:
             tell_end(r)
     finally:
-        r.log.close()
+        r.log.close(status)
     barrier()
     sys.exit(status)
 

@@ -102,7 +102,7 @@ def test_a_bar_on_a_terminal_alone(tmp_path, monkeypatch):
 
 def test_draw_takes_what_there_is(tmp_path):
     evaluation = {"step": 0, "train_loss": 3.0, "val_loss": 3.1}
-    for entries in ([], [{"iter": 0, "loss": 3.0}], [evaluation], [evaluation, *ENTRIES[:0]]):
+    for entries in ([{"iter": 0, "loss": 3.0}], [evaluation]):
         draw(entries, tmp_path / "loss.png")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "loss.png").unlink()
@@ -115,7 +115,7 @@ def test_wandb_gets_numbers_alone(tmp_path):
         def log(self, entry, step):
             self.logged.append((entry, step))
 
-        def finish(self):
+        def finish(self, exit_code):
             self.logged.append("finished")
 
     log = Logbook(str(tmp_path), 0, 10, is_main=True, wandb_run=Run())

@@ -183,7 +183,7 @@ def reference_loss(model, idx, targets):
 @pytest.mark.parametrize("rows", [1, 5, 7, 21, 512])
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients(rows, tied, monkeypatch):
-    monkeypatch.setattr(model_module, "HEAD_ROWS", rows)
+    monkeypatch.setitem(model_module.HEAD_ROWS, "cpu", rows)
     model, idx, targets = tiny_gpt(61, tied_head=tied), ids(3, 7), targets_with_gaps(3, 7)
     expected, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
     loss, ours = loss_and_gradients(model, model(idx, targets))
@@ -193,6 +193,19 @@ def test_loss_and_gradients(rows, tied, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(model(idx, targets), expected, rtol=1e-5, atol=1e-5)
         assert not model(idx, targets).requires_grad
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_micro_batches_add_up(tied):
+    """backward() scales in place what it hands out: that must not reach an earlier gradient."""
+    model, idx, targets = tiny_gpt(61, tied_head=tied), ids(3, 7), targets_with_gaps(3, 7)
+    _, expected = loss_and_gradients(model, reference_loss(model, idx, targets))
+    model.zero_grad(set_to_none=True)
+    losses = [model(idx[i:i + 1], targets[i:i + 1]) for i in range(3)]  # before any backward
+    for loss in losses:
+        (loss * 0.37).backward()
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_loss_without_targets_is_zero_and_moves_nothing():
@@ -212,7 +225,7 @@ def test_loss_with_a_frozen_head():
 
 @pytest.mark.parametrize("rows", [5, 512])
 def test_loss_under_bf16_autocast(rows, monkeypatch):
-    monkeypatch.setattr(model_module, "HEAD_ROWS", rows)
+    monkeypatch.setitem(model_module.HEAD_ROWS, "cpu", rows)
     model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
     exact, exact_gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
     with torch.autocast("cpu", torch.bfloat16):
@@ -241,7 +254,7 @@ def test_loss_never_holds_all_logits(monkeypatch):
                     self.numel = max(self.numel, tensor.numel())
             return out
 
-    monkeypatch.setattr(model_module, "HEAD_ROWS", 8)
+    monkeypatch.setitem(model_module.HEAD_ROWS, "cpu", 8)
     model, idx = tiny_gpt(500, n_embd=4, n_layer=1), ids(8, 16, vocab=500)
     with Largest() as seen:
         model(idx, idx).backward()

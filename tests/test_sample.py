@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 
 import pytest
 from conftest import TEXT, tiny_json
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sample
@@ -148,6 +148,8 @@ class Pieces:
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
 
+@example("é", [b"\xf0\x9f", b"\x99\x82", b"\xe6\x97a"], "", 1)   # half characters
+@example("a", [b"xa", b"a\n", b"aa"], "a\naa", 1)                 # a stop text, token by token
 @given(st.text("aé日🙂\n", max_size=8),
        st.lists(st.binary(min_size=1, max_size=4) | st.text("aé日🙂\n", min_size=1, max_size=3)
                 .map(str.encode), max_size=12),

@@ -1,0 +1,357 @@
+"""Where a run computes: the picks, sums over ranks, and two processes against one."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import REPO, arguments, losses, read_metrics, run_script, run_train, write_dataset
+
+import checkpoint
+import distributed
+import evaluate
+import train
+from distributed import pick_compile, pick_device, pick_dtype, read_world, sum_over_ranks
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """cards(n, capability) makes this a machine with n such GPUs."""
+    def pretend(n, capability=(8, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    return pretend
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """ranks(rank, size) sets what torchrun sets."""
+    def pretend(rank, size):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size),
+                            ("LOCAL_WORLD_SIZE", size)):
+            monkeypatch.setenv(name, str(value))
+    return pretend
+
+
+# -----------------------------------------------------------------------------
+# picks
+
+def test_auto_takes_the_gpu_where_there_is_one(cards, monkeypatch):
+    cards(2)
+    assert pick_device() == CUDA
+    cards(0)
+    assert pick_device() == CPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device() == torch.device("mps")
+
+
+def test_each_process_has_a_card_of_its_own(cards, ranks):
+    cards(2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    ranks(1, 2)
+    assert pick_device("cuda", local_rank=1) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"cuda:2 .* has 2 GPU.*--nproc_per_node"):
+        pick_device("auto", local_rank=2)
+
+
+def test_a_card_that_is_not_there(cards):
+    cards(1)
+    with pytest.raises(ValueError, match=r"cuda:3 .* has 1 GPU"):
+        pick_device("cuda:3")
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16),
+                                               ((9, 0), torch.bfloat16)])
+def test_auto_dtype_on_a_gpu_is_what_it_computes_itself(cards, monkeypatch, capability, dtype):
+    cards(1, capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # emulated: no guide
+    assert pick_dtype("auto", CUDA) == dtype
+
+
+@pytest.mark.parametrize("amx, avx512", [(False, False), (True, False), (False, True)])
+def test_auto_dtype_on_a_cpu(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    assert pick_dtype("auto", CPU) == (torch.bfloat16 if amx or avx512 else torch.float32)
+
+
+def test_a_dtype_that_is_asked_for():
+    assert pick_dtype("float16", CPU) == torch.float16
+    assert pick_dtype("auto", torch.device("mps")) == torch.float32
+    with pytest.raises(ValueError, match="--dtype=half: use auto, float32, bfloat16, float16"):
+        pick_dtype("half", CPU)
+
+
+def test_compile_is_picked_where_it_works(cards, monkeypatch):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
+    cards(1, (7, 0))
+    assert pick_compile("auto", CUDA) is True
+    assert pick_compile("auto", CPU) is False
+    assert pick_compile(False, CUDA) is False
+    assert pick_compile(True, CPU) is True
+    cards(1, (6, 1))
+    assert pick_compile("auto", CUDA) is False
+    cards(1, (8, 0))
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    assert pick_compile("auto", CUDA) is False
+
+
+def test_one_process_needs_no_group():
+    world = read_world("cpu")
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    distributed.join(world)
+    distributed.barrier()
+    assert not torch.distributed.is_initialized()
+    assert sum_over_ranks(1, torch.tensor(2.5), True, device="cpu") == [1.0, 2.5, 1.0]
+
+
+# -----------------------------------------------------------------------------
+# run: what ends as one line
+
+def test_a_user_error_is_one_line(monkeypatch, capsys):
+    def main(argv):
+        train.check_config(train.Config(batch_size=0), read_world("cpu"))
+
+    assert run_script(monkeypatch, capsys, main, []) == (
+        1, "", "error: --batch_size=0 must be at least 1\n")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    with pytest.raises(json.JSONDecodeError):  # a ValueError, but a library's
+        run_script(monkeypatch, capsys, lambda argv: json.loads("{"), [])
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert run_script(monkeypatch, capsys, main, []) == (130, "", "")
+
+
+def test_other_ranks_let_the_first_speak(monkeypatch, capsys, ranks):
+    waits = []
+    monkeypatch.setattr(distributed.time, "sleep", waits.append)
+    for rank in (0, 1):
+        ranks(rank, 2)
+        status, _, err = run_script(monkeypatch, capsys, train.main, ["--nonsense=1"])
+        assert status == 1 and err.startswith("error: --nonsense")
+        assert len(waits) == rank
+
+
+@pytest.mark.parametrize("steps, size, use", [(3, 2, 2), (40, 3, 39), (1, 4, 4)])
+def test_accumulation_that_does_not_divide(tmp_path, monkeypatch, capsys, ranks, steps, size, use):
+    ranks(0, size)
+    status, _, err = run_script(monkeypatch, capsys, train.main, arguments(
+        write_dataset(tmp_path / "chars"), tmp_path / "out", gradient_accumulation_steps=steps))
+    assert status == 1 and err.count("\n") == 1
+    assert (f"--gradient_accumulation_steps={steps} does not divide among {size} processes; "
+            f"use a multiple, such as {use}\n") in err
+    assert not (tmp_path / "out").exists()
+
+
+# -----------------------------------------------------------------------------
+# two processes
+
+FIELDS = dict(gradient_accumulation_steps=4, lr_decay_iters=6, eval_iters=3, dropout=0.2)
+
+DRIVER = '''
+import json, os, signal, sys
+import torch
+import distributed, evaluate, logbook, train
+
+def join_once(*args):
+    if not torch.distributed.is_initialized():
+        distributed.join(*args)
+
+logbook.draw = lambda *_: None
+train.join = evaluate.join = join_once
+forward_backward = train.forward_backward
+for job in json.load(open(sys.argv[1])):
+    def signalled(r, step):
+        if [r.world.rank, step] == job.get("signal"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward_backward(r, step)
+
+    train.forward_backward = signalled
+    status = 0
+    try:
+        {"train": train.main, "evaluate": evaluate.main}[job["script"]](job["argv"])
+    except SystemExit as end:
+        status = end.code or 0
+    with open(f"{job['note']}.{os.environ['RANK']}", "w") as f:
+        f.write(str(status))
+distributed.leave()
+'''
+
+
+def torchrun(*command, timeout=120):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         *map(str, command)],
+        cwd=REPO, capture_output=True, text=True, timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)})
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(folder, stdout) of several runs by two processes, which one start of them makes: whole is
+    six steps in one go, parts is three and three, stopped is ended by a signal to one of them at
+    step 4 and goes on, masked has uneven targets."""
+    folder = tmp_path_factory.mktemp("two")
+    dataset = write_dataset(folder / "chars")
+    masked = write_dataset(folder / "masked")
+    (masked / "train.mask.bin").write_bytes((b"\0" * 60 + b"\1" * 40) * 20)
+
+    def job(name, out, data=dataset, signal=None, **fields):
+        argv = arguments(data, folder / out, **FIELDS | fields)
+        return {"script": "train", "argv": argv, "note": str(folder / name), "signal": signal}
+
+    jobs = [job("whole", "whole"), job("part 1", "parts", max_iters=3),
+            job("part 2", "parts", init_from="resume"), job("stopped", "stopped", signal=[1, 4]),
+            job("resumed", "stopped", init_from="resume"),
+            job("masked", "masked-out", masked, dropout=0.0),
+            {"script": "evaluate", "note": str(folder / "evaluated"), "argv": [
+                f"--out_dir={folder / 'whole'}", f"--dataset={dataset}", "--device=cpu",
+                "--dtype=float32", "--eval_iters=7", "--batch_size=3"]}]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "driver.py").write_text(DRIVER)
+    done = torchrun(folder / "driver.py", folder / "jobs.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def statuses(folder, name):
+    return [int((folder / f"{name}.{rank}").read_text()) for rank in (0, 1)]
+
+
+def assert_same_state(a, b, atol=0.0):
+    one, other = checkpoint.load(a / "state.pt"), checkpoint.load(b / "state.pt")
+    assert one["iter_num"] == other["iter_num"]
+    for name in one["model"]:
+        torch.testing.assert_close(one["model"][name], other["model"][name], rtol=0, atol=atol,
+                                   msg=name)
+    for name, state in one["optimizer"].items():
+        for key in state:
+            torch.testing.assert_close(state[key], other["optimizer"][name][key], rtol=0,
+                                       atol=atol, msg=f"{name} {key}")
+
+
+def test_two_processes_are_one(two, tmp_path):
+    folder, _ = two
+    assert statuses(folder, "whole") == [0, 0]
+    run_train(folder / "chars", tmp_path / "one", **FIELDS)
+    ours, theirs = losses(tmp_path / "one"), losses(folder / "whole")
+    assert len(ours) == len(theirs) == 9
+    for one, other in zip(ours, theirs):
+        assert one == pytest.approx(other, abs=1e-4)
+    assert_same_state(tmp_path / "one", folder / "whole", atol=1e-3)
+
+
+def test_targets_that_are_uneven_among_ranks_weigh_alike(two, tmp_path):
+    folder, _ = two
+    run_train(folder / "masked", tmp_path / "one", **FIELDS | {"dropout": 0.0})
+    for one, other in zip(losses(tmp_path / "one"), losses(folder / "masked-out")):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_two_processes_resume_exactly(two):
+    folder, _ = two
+    assert_same_state(folder / "parts", folder / "whole")
+    assert losses(folder / "parts") == losses(folder / "whole")
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step(two):
+    folder, printed = two
+    assert statuses(folder, "stopped") == [143, 143]
+    assert "stopped by a signal after step 4" in printed
+    assert "torchrun --standalone --nproc_per_node=2 train.py" in printed
+    assert statuses(folder, "resumed") == [0, 0]
+    assert_same_state(folder / "stopped", folder / "whole")
+    assert losses(folder / "stopped") == losses(folder / "whole")
+
+
+def test_what_two_processes_began_one_goes_on_with(two, tmp_path):
+    folder, _ = two
+    (tmp_path / "state.pt").write_bytes((folder / "whole" / "state.pt").read_bytes())
+    assert run_train(folder / "chars", tmp_path, init_from="resume", **FIELDS, max_iters=8) == 0
+    assert [e["step"] for e in read_metrics(tmp_path) if "step" in e] == [8]
+
+
+def test_two_processes_speak_once(two):
+    _, printed = two
+    assert printed.count("step 0: train loss") == 4  # whole, part 1, stopped, masked
+    assert printed.count("nats a token") == 1
+
+
+def test_two_processes_evaluate_as_one(two, capsys):
+    folder, printed = two
+    evaluate.main([f"--out_dir={folder / 'whole'}", f"--dataset={folder / 'chars'}",
+                   "--device=cpu", "--dtype=float32", "--eval_iters=7", "--batch_size=3"])
+    assert capsys.readouterr().out.strip() in printed
+
+
+def test_a_user_error_under_torchrun_is_one_line(tmp_path):
+    done = torchrun("train.py", *arguments(write_dataset(tmp_path / "chars"), tmp_path / "out",
+                                           gradient_accumulation_steps=3))
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "does not divide among 2 processes" in errors[0]
+    assert "Traceback" not in done.stderr.partition("error:")[0]
+
+
+@pytest.mark.slow
+def test_a_run_that_blows_up_ends_on_both(tmp_path):
+    done = torchrun("train.py", *arguments(
+        write_dataset(tmp_path / "chars"), tmp_path / "out", learning_rate=1e30, grad_clip=0.0))
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and errors[0].startswith("error: step 1: the ")
+    assert checkpoint.load(tmp_path / "out" / "state.pt")["iter_num"] == 0
+
+
+@pytest.mark.slow
+def test_a_failure_of_the_first_rank_alone_ends_both(tmp_path):
+    """Only the first writes: when its disk is full, the other waits for it in vain."""
+    (tmp_path / "driver.py").write_text(
+        "import os, sys, checkpoint, distributed, train\n"
+        "real, calls = os.replace, []\n"
+        "def replace(*paths):\n"
+        "    calls.append(paths)\n"
+        "    if len(calls) > 3:\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    real(*paths)\n"
+        "checkpoint.os.replace = replace\n"
+        "distributed.run(train.main)\n")
+    done = torchrun(tmp_path / "driver.py", *arguments(
+        write_dataset(tmp_path / "chars"), tmp_path / "out"))
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "state.pt (No space left on device)" in errors[0]
+    assert checkpoint.load(tmp_path / "out" / "state.pt")["iter_num"] == 0
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_and_the_command_goes_on(tmp_path):
+    dataset = write_dataset(tmp_path / "chars")
+    fields = FIELDS | dict(max_iters=100_000, eval_interval=50_000)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node=2", "train.py", *arguments(dataset, tmp_path / "out", **fields)]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.DEVNULL,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        lines = iter(process.stdout.readline, "")
+        next(line for line in lines if line.startswith("iter 3:"))
+        process.terminate()
+        printed = [*lines]
+        assert process.wait(60) != 0
+    step = checkpoint.load(tmp_path / "out" / "state.pt")["iter_num"]
+    assert f"after step {step - 1}; the state is saved" in printed[-2]
+    assert printed[-1].strip().startswith("torchrun --standalone --nproc_per_node=2 train.py")
+    done = torchrun("train.py", *printed[-1].split()[4:], f"--max_iters={step + 2}")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming at step {step} of {step + 2}" in done.stdout
