@@ -44,7 +44,8 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
     model.eval()
     loss, count = 0.0, 0
     # a sharded model's ranks must go forward together: the last round is run by all
-    for first in tqdm(range(0, len(batches), world.size), leave=False, disable=not progress):
+    for first in tqdm(range(0, len(batches), world.size), leave=False,
+                      disable=None if progress else True):
         mine = first + world.rank
         x, y = data.read(batches[min(mine, len(batches) - 1)])
         x, y = x.to(world.device), y.to(world.device)
