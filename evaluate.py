@@ -81,14 +81,12 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
 
 def check_config(cfg, world):
     """Raises ValueError for fields that do not go together."""
-    choices = {"task": ("perplexity", "classify", "lambada"), "split": ("train", "val"),
-               "method": ("generate", "likelihood")}
-    for name, allowed in choices.items():
+    for name, allowed in (("task", list(RUN)), ("method", ["generate", "likelihood"])):
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"--{name}={getattr(cfg, name)}: use {', '.join(allowed)}")
-    for name in ("batch_size", "stride", "block_size", "max_new_tokens"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 1")
+    for name, least in (("eval_iters", 0), ("batch_size", 1), ("stride", 1), ("max_new_tokens", 1)):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < least:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least {least}")
     if cfg.input is not None and not Path(cfg.input).is_file():
         raise ValueError(f"--input={cfg.input}: no such file")
     if cfg.eval_iters and (cfg.input or cfg.stride):

@@ -18,7 +18,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import HEAD_ROWS, IGNORED, stream
+from model import IGNORED, stream
+
+HEAD_ROWS = 512  # rows of logits held at a time: 512 * V * 4 bytes = 103 MB for GPT-2
 
 # Words that rarely end a sentence: articles, pronouns, prepositions, conjunctions, auxiliaries.
 # Radford et al. 2019, section 3.3, filter such words and do not print their list; this is ours.
