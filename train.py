@@ -513,6 +513,13 @@ def tell_plan(r):
             r.model.num_params(), tokens_per_iter, cfg.max_iters, len(r.data["train"]),
             len(r.data["val"]), r.world, r.dtype, r.compiled, cfg.out_dir, cfg.dataset):
         r.log.say(line)
+    data = r.data["train"]
+    if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
+        long, examples = data.count_long(r.tokenizer.eot)
+        if long:
+            r.log.warn(f"{long:,} of {examples:,} examples are longer than block_size="
+                       f"{data.block_size}: no window holds one whole, and the end of one is "
+                       "learnt without its beginning; raise --block_size or shorten them")
     if p.step:
         r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
     if p.step >= cfg.max_iters and p.evaluated == p.step:
