@@ -221,9 +221,6 @@ RUN = {"perplexity": run_perplexity, "classify": run_classify, "lambada": run_la
 
 def main(argv):
     cfg = configure(Config, argv)
-    for name, least in (("eval_iters", 0), ("batch_size", 1)):
-        if getattr(cfg, name) < least:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least {least}")
     world = read_world(cfg.device)
     check_config(cfg, world)
     dtype = pick_dtype(cfg.dtype, world.device)
