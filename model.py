@@ -44,6 +44,7 @@ class GPTConfig:
     attn_scale: float | None = None   # None: 1 / sqrt(hs); GPT-Neo: 1
     qkv_bias: bool | None = None      # None: as bias; GPT-Neo: False
     local_window: int | None = None   # GPT-Neo: odd layers see the last so many tokens
+    doc_end: int | None = None        # tokens see their own document only, which this id ends
 
 
 class KVCache:
@@ -69,20 +70,36 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def attention_mask(T, S, window, device, pad=None):
-    """(T, S) bool, True where the last T of S tokens may look, (B, 1, T, S) with the rows' filling
-    `pad` (B,); None where causal alone will do."""
+def attention_mask(T, S, window, device, seen=None):
+    """(T, S) bool, True where the last T of S tokens may look; with `seen`, (B, 1, T, S) bool, only
+    where that is True too; None where causal alone will do."""
     if window is not None and window >= S:
         window = None
-    if window is None and T in (1, S) and pad is None:
+    if window is None and T in (1, S) and seen is None:
         return None
     mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     mask = mask if window is None else mask.triu(S - T - window + 1)
-    if pad is None:
-        return mask
-    seen = torch.arange(S, device=device) >= pad[:, None]
+    return mask if seen is None else mask & seen
+
+
+def beside_filling(pad, start, T):
+    """Rows with `pad` (B,) tokens of filling at their left, the last T of start + T tokens of each:
+    their positions, (B, T), and what they may look at, (B, 1, T, S) bool."""
+    column = torch.arange(start + T, device=pad.device)
+    seen = (column >= pad[:, None])[:, None, None]
     # a filling token sees itself: a softmax over nothing would be NaN
-    return (mask & seen[:, None, None]) | torch.eye(S, dtype=torch.bool, device=device)[S - T:]
+    seen = seen | (column[start:, None] == column)
+    return (column[start:] - pad[:, None]).clamp(min=0), seen
+
+
+def within_documents(idx, end):
+    """The same for packed rows, idx (B, T), whose tokens are to see their own document alone; the
+    token `end` is a document's last."""
+    ends = idx == end
+    document = ends.cumsum(1) - ends.long()
+    column = torch.arange(idx.size(1), device=idx.device)
+    begin = torch.where(F.pad(ends[:, :-1], (1, 0)), column, 0).cummax(1).values
+    return column - begin, (document[:, :, None] == document[:, None])[:, None]
 
 
 class CausalSelfAttention(nn.Module):
@@ -97,7 +114,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout, self.scale = config.dropout, config.attn_scale
         self.window = config.local_window if layer % 2 else None
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, seen=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
@@ -105,7 +122,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             q = q.to(k.dtype)
         # (B, nh, T, hs) x (B, nh, S, hs) -> (B, nh, T, hs)
-        mask = attention_mask(T, k.size(2), self.window, x.device, cache and cache.pad)
+        mask = attention_mask(T, k.size(2), self.window, x.device, seen)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0)
@@ -135,8 +152,8 @@ class Block(nn.Module):
         self.ln_2 = norm()
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, seen=None):
+        x = x + self.attn(self.ln_1(x), cache, seen)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -225,16 +242,18 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None):
         """idx (B, T) -> what the head reads, (B, T, C); the cache, if there is one, is filled."""
-        start = 0 if cache is None else cache.pos
-        pos = torch.arange(start, start + idx.size(1), device=idx.device)  # (T,)
+        start, T = 0 if cache is None else cache.pos, idx.size(1)
+        pos, seen = torch.arange(start, start + T, device=idx.device), None
         if cache is not None and cache.pad is not None:
-            pos = (pos - cache.pad[:, None]).clamp(min=0)                  # (B, T)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)          # (B, T, C)
+            pos, seen = beside_filling(cache.pad, start, T)
+        elif cache is None and self.config.doc_end is not None:
+            pos, seen = within_documents(idx, self.config.doc_end)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, cache, seen)
         if cache is not None:
-            cache.pos += idx.size(1)
+            cache.pos += T
         return self.transformer.ln_f(x)
 
     def head_loss(self, x, targets):

@@ -2,7 +2,7 @@
 # data: python data/twitter_sentiment/prepare.py; all of it: make sentiment
 out_dir = "out-twitter-sentiment"
 eval_interval = 58  # half an epoch
-eval_iters = 0      # the whole validation split: it is small
+eval_iters = 7      # 14,336 tokens: the whole validation split, and as much of the other
 
 dataset = "twitter_sentiment"
 init_from = "gpt2"  # or EleutherAI/gpt-neo-125m
@@ -14,6 +14,8 @@ batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 256
 max_iters = 348  # 3 epochs
+
+separate_documents = True  # a tweet has nothing to learn from the tweet before it
 
 learning_rate = 5e-5
 warmup_iters = 35

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_gpt
+from tiny import losses, run_train
 from torch.nn import functional as F
 
+import checkpoint
+import train
 from loader import TokenBin
 
 REPO = Path(__file__).resolve().parents[1]
@@ -315,3 +318,42 @@ def test_a_mask_of_another_length(tmp_path):
     np.zeros(99, "u1").tofile(tmp_path / "val.mask.bin")
     with pytest.raises(ValueError, match=r"val.mask.bin has 99 entries for the 100 tokens"):
         TokenBin(tmp_path / "val.bin", 8, 61)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(attn_scale=1.0, qkv_bias=False, local_window=3)],
+                         ids=["gpt2", "neo"])
+@torch.no_grad()
+def test_separate_documents_are_each_alone(fields):
+    """Packed into rows, three documents get the logits that each gets by itself; without the
+    field they do not, and a cached prompt is left as it is."""
+    model = tiny_gpt(61, n_layer=3, **fields)
+    documents = [torch.tensor(ids) for ids in ([5, 6, 7, 8, 0], [9, 0], [1, 2, 3, 4, 9, 8, 7])]
+    packed = torch.stack([torch.cat(documents), torch.cat(documents[::-1])])
+    plain = model(packed)
+    model.config.doc_end = 0
+    for row, order in zip(model(packed), (documents, documents[::-1])):
+        order = [torch.cat(order[:2]), order[2]] if order[0][-1] != 0 else order
+        for logits, document in zip(row.split([len(d) for d in order]), order):
+            torch.testing.assert_close(logits, model(document[None])[0])
+    assert (model(packed)[0, :5] - plain[0, :5]).abs().max() < 1e-5  # the first has none before
+    assert (model(packed)[0, 5:] - plain[0, 5:]).abs().max() > 0.1
+    cached = model(packed, cache=model.new_cache(2))
+    torch.testing.assert_close(cached, plain[:, -1])
+
+
+def test_separate_documents_in_a_run(make_dataset, tmp_path):
+    """The field changes the loss, is kept in the checkpoint, and wants an end-of-text."""
+    text = "".join(f"Line {i}: what's more<|endoftext|>" for i in range(100))
+    folder, tokenizer = make_dataset("json", text=text)
+    assert np.fromfile(folder / "train.bin", "<u2").tolist().count(tokenizer.eot) > 50
+    for name in ("True", "False"):
+        assert run_train(folder, tmp_path / name, max_iters=2, eval_interval=1,
+                         separate_documents=name) == 0
+    assert losses(tmp_path / "True") != losses(tmp_path / "False")
+    model, _ = checkpoint.load_model(str(tmp_path / "True"))
+    assert model.config.doc_end == tokenizer.eot
+    folder, _ = make_dataset("chars", name="chars")
+    with pytest.raises(ValueError, match="separate_documents needs end-of-text"):
+        train.main([f"--dataset={folder}", f"--out_dir={tmp_path / 'x'}", "--device=cpu",
+                    "--separate_documents=True", "--n_layer=1", "--n_head=1", "--n_embd=8",
+                    "--block_size=8"])
