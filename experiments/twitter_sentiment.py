@@ -12,7 +12,6 @@ same command goes on where it was.
 """
 import argparse
 import json
-import re
 import shlex
 import statistics
 import subprocess
@@ -83,10 +82,14 @@ def prepare(args, seed):
     return folder
 
 
+def short_name(model):
+    """gpt-neo-125m of EleutherAI/gpt-neo-125m, and the last folder of a path."""
+    return Path(model).resolve().name
+
+
 def train_and_evaluate(args, model, seed, folder):
     """The test's macro F1 of a model on a split, of a run that was done before too."""
-    name = re.sub(r"[^\w.-]+", "-", model).strip("-.")
-    out_dir = args.out_dir.resolve() / f"{name}-{seed}"
+    out_dir = args.out_dir.resolve() / f"{short_name(model)}-{seed}"
     predictions = out_dir / "predictions.jsonl"
     if not predictions.is_file():
         begun = (out_dir / "state.pt").is_file()
@@ -134,6 +137,8 @@ def main(argv=None):
     models = [name for name in args.models.split(",") if name]
     if args.splits < 1 or not models:
         raise ValueError("--splits must be at least 1, and --models name one or more")
+    if len(set(map(short_name, models))) < len(models):
+        raise ValueError(f"--models={args.models}: two have the same name; rename a folder")
     if args.input is not None and not args.input.is_file():
         raise ValueError(f"--input={args.input}: no such file")
     check_sklearn()
@@ -141,7 +146,7 @@ def main(argv=None):
     folders = [prepare(args, seed) for seed in range(args.splits)]
     results = {FLOOR: [floor(folder) for folder in folders]}
     for model in models:
-        results[Path(model).name if Path(model).is_dir() else model] = [
+        results[short_name(model)] = [
             train_and_evaluate(args, model, seed, folder) for seed, folder in enumerate(folders)]
     text = table(results)
     (args.out_dir / "results.md").write_text(text, encoding="utf-8")
