@@ -2,6 +2,7 @@
 import importlib.util
 import itertools
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -339,6 +340,20 @@ def test_separate_documents_are_each_alone(fields):
     assert (model(packed)[0, 5:] - plain[0, 5:]).abs().max() > 0.1
     cached = model(packed, cache=model.new_cache(2))
     torch.testing.assert_close(cached, plain[:, -1])
+
+
+def test_a_run_says_which_examples_are_too_long(make_dataset, tmp_path, capsys):
+    text = "".join(f"Line {i}: what's more{' it ends' * (i % 2 * 9)}<|endoftext|>"
+                   for i in range(99))
+    folder, _ = make_dataset("json", text=text)
+    size = len(np.fromfile(folder / "train.bin", "<u2"))
+    run_train(folder, tmp_path / "plain", max_iters=1)
+    assert "examples are longer" not in capsys.readouterr().out  # texts, which windows may cut
+    np.ones(size, "u1").tofile(folder / "train.mask.bin")
+    run_train(folder, tmp_path / "masked", max_iters=1)
+    found = re.search(r"warning: (\d+) of (\d+) examples are longer than block_size=16: no window",
+                      capsys.readouterr().out)
+    assert 40 < int(found[1]) < int(found[2]) == 89
 
 
 def test_separate_documents_in_a_run(make_dataset, tmp_path):
