@@ -1,4 +1,6 @@
 # make quickstart   pretrain a small GPT, finetune it, sample from it: 5 minutes on 2 CPU cores
+# make sentiment    GPT-2 and GPT-Neo on Twitter sentiment, three splits each; resumes where it
+#                   stopped; ARGS="--models=... --input=..." as experiments/twitter_sentiment.py
 # make test         the test suite; make test-slow runs what takes longer
 # make lint         ruff
 #
@@ -7,7 +9,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart sentiment test test-slow lint clean
 
 quickstart: .venv/.runs
 	$(PY) data/python_docs/prepare.py
@@ -23,6 +25,10 @@ quickstart: .venv/.runs
 	@$(PY) evaluate.py --out_dir=out-quickstart-base --dataset=python_docs/topics
 	@$(PY) evaluate.py --out_dir=out-quickstart --dataset=python_docs/topics
 	@$(PY) evaluate.py --out_dir=out-quickstart-scratch --dataset=python_docs/topics
+
+sentiment: .venv/.runs
+	$(PY) -m pip install -q "scikit-learn>=1.5,<2"
+	$(PY) experiments/twitter_sentiment.py $(ARGS)
 
 test: .venv/.tests
 	$(PY) -m pytest -q

@@ -1,15 +1,27 @@
-"""The loss of a model on a dataset's split: the number that train.py logs, as a command.
+"""Measures a model: perplexity, prompted classification, LAMBADA.
 
     python evaluate.py --out_dir=out-shakespeare --dataset=shakespeare
-    python evaluate.py --init_from=gpt2 --dataset=shakespeare --split=train --eval_iters=200
-"""
-import math
-from dataclasses import dataclass
+    python evaluate.py --init_from=gpt2 --input=FILE.txt --stride=512
+    python evaluate.py --task=classify --out_dir=out-twitter-sentiment --dataset=twitter_sentiment
+    python evaluate.py --task=lambada --init_from=gpt2 --input=lambada_test.jsonl
 
+perplexity   of a dataset's split, or of a text file; the loss is the number that train.py logs
+classify     a dataset's test.jsonl: the label is generated, or with --method=likelihood chosen;
+             accuracy, macro F1, confusion matrix, and out_dir/predictions.jsonl
+lambada      the last word of each line {"text"}, with and without the stop-word filter
+"""
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model
+import tasks
+from checkpoint import load_model, write_atomic
 from configurator import configure
 from distributed import join, pick_dtype, read_world, run, sum_over_ranks
 from loader import IGNORED, TokenBin, dataset_folder, open_tokens
@@ -19,13 +31,19 @@ from tokenizer import check_same, of_dataset
 @dataclass
 class Config:
     # what
-    out_dir: str = "out"         # the run whose ckpt.pt is read
+    task: str = "perplexity"     # perplexity, classify, lambada
+    out_dir: str = "out"         # the run whose ckpt.pt is read; predictions.jsonl goes there
     init_from: str = "resume"    # resume: out_dir's; or a hub id, a Hugging Face folder, a run
     dataset: str = "openwebtext"  # a folder below data/, or a path
-    split: str = "val"           # train or val
+    split: str = "val"           # of perplexity: train or val
+    input: str | None = None     # a file in the dataset's place; for lambada lines {"text"}
     # how
-    eval_iters: int = 0          # batches, evenly spaced over the split; 0: the whole split
-    batch_size: int = 8
+    eval_iters: int = 0          # perplexity: batches, evenly spaced; 0: the whole split
+    stride: int | None = None    # perplexity: tokens between windows; None: block_size, no overlap
+    detokenize: bool = False     # perplexity: --input is WikiText, whose inserted spaces go first
+    method: str = "generate"     # classify: generate the label, or by likelihood
+    max_new_tokens: int | None = None  # classify: None: the longest label and end-of-text
+    batch_size: int | None = None  # None: 8 windows, or 32 prompts
     block_size: int | None = None  # None: the model's own
     device: str = "auto"         # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"          # auto, float32, bfloat16, float16
@@ -62,25 +80,163 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
     return loss / count
 
 
+def check_config(cfg, world):
+    """Raises ValueError for fields that do not go together."""
+    for name, allowed in (("task", list(RUN)), ("method", ["generate", "likelihood"])):
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(f"--{name}={getattr(cfg, name)}: use {', '.join(allowed)}")
+    for name, least in (("eval_iters", 0), ("batch_size", 1), ("stride", 1), ("max_new_tokens", 1)):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < least:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least {least}")
+    if cfg.input is not None and not Path(cfg.input).is_file():
+        raise ValueError(f"--input={cfg.input}: no such file")
+    if cfg.eval_iters and (cfg.input or cfg.stride):
+        raise ValueError("--eval_iters picks windows of a dataset's split: leave --input and "
+                         "--stride out, or --eval_iters")
+    if cfg.detokenize and cfg.input is None:
+        raise ValueError("--detokenize needs the text: give --input=FILE")
+    if cfg.task == "lambada" and cfg.input is None:
+        raise ValueError('--task=lambada needs --input=FILE of lines {"text": "..."}')
+    if cfg.task == "classify":
+        tasks.check_sklearn()
+    if cfg.task != "perplexity" and world.size > 1:
+        raise ValueError(f"--task={cfg.task} runs in one process: leave torchrun out")
+
+
+def read_input(cfg, tokenizer):
+    """(tokens, words) of the --input file; words are those between spaces in the file as it is."""
+    try:
+        text = Path(cfg.input).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{cfg.input} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
+    words = len(text.split())
+    tokens = np.array(tokenizer.encode(tasks.detokenize_wikitext(text) if cfg.detokenize else text))
+    if len(tokens) < 2:
+        raise ValueError(f"{cfg.input} has {len(tokens)} tokens; perplexity takes 2 or more")
+    return tokens, words
+
+
+def run_perplexity(cfg, model, tokenizer, source, world):
+    block_size, batch_size = model.config.block_size, cfg.batch_size or 8
+    stride = cfg.stride or block_size
+    if stride > block_size:
+        raise ValueError(f"--stride={stride} is more than the windows' {block_size} tokens: some "
+                         "would never be read")
+    if cfg.input is None:
+        name, words = f"{cfg.dataset} {cfg.split}", None
+        data = TokenBin(dataset_folder(cfg.dataset) / f"{cfg.split}.bin", block_size,
+                        model.config.vocab_size)
+        tokens, mask = data.tokens, data.mask
+    else:
+        name, mask, (tokens, words) = cfg.input, None, read_input(cfg, tokenizer)
+    if cfg.eval_iters:  # the windows that training looks at
+        windows = [(start, 0) for start in data.windows(cfg.eval_iters * batch_size)]
+    else:
+        windows = tasks.sliding_windows(len(tokens), block_size, stride)
+    sums = tasks.perplexity_sums(model, tokens, mask, windows, block_size, batch_size,
+                                 tokenizer.n_bytes, world, world.is_main)
+    r = tasks.perplexity_of_sums(sum_over_ranks(*sums, device=world.device))
+    if not world.is_main:
+        return
+    loss = r["loss"]
+    print(f"{source} on {name}: loss {loss:.4f} nats a token, perplexity {exp(loss):.2f}, "
+          f"windows of {block_size}" + (f" every {stride}" if stride < block_size else ""))
+    print(f"  standard error of the loss {r['standard_error']:.4f} over {r['windows']:,} windows; "
+          f"{r['bits_per_byte']:.4f} bits per byte; {r['tokens']:,} tokens counted")
+    if words:
+        print(f"  perplexity {exp(loss * r['tokens'] / words):.2f} a word, of {words:,} between "
+              "spaces in the file")
+
+
+def exp(x):
+    return math.exp(min(x, 700))
+
+
+def run_classify(cfg, model, tokenizer, source, world):
+    folder = dataset_folder(cfg.dataset)
+    path = folder / "test.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; prepare the dataset with --test_fraction=0.05")
+    prompts, truth, labels = tasks.read_prompts(path, tokenizer, model.config.block_size)
+    names, batch_size = list(labels), cfg.batch_size or 32
+    began = time.perf_counter()
+    if cfg.method == "likelihood":
+        scores = tasks.score_labels(model, prompts, list(labels.values()), tokenizer.eot,
+                                    batch_size, world.device, progress=True)
+        predicted = answers = [names[i] for i in scores.argmax(1).tolist()]
+    else:
+        # the last new token is not read: so many fit behind the longest prompt
+        room = model.config.block_size - max(map(len, prompts)) + 1
+        wanted = cfg.max_new_tokens or max(map(len, labels.values())) + 1
+        new = tasks.answer(model, prompts, min(wanted, room), tokenizer.eot, tokenizer.n_vocab,
+                           batch_size, world.device, progress=True)
+        answers = [tokenizer.decode(ids) for ids in new]
+        predicted = [tasks.parse_label(text, names) for text in answers]
+    seconds = time.perf_counter() - began
+    r = tasks.classification_scores(truth, predicted, names)
+    rows = [{"prompt": tokenizer.decode(ids), "label": label, "answer": text, "predicted": guess}
+            for ids, label, text, guess in zip(prompts, truth, answers, predicted)]
+    saved = Path(cfg.out_dir) / "predictions.jsonl"
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(saved, lambda f: f.write("".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")))
+    print(f"{source} on {cfg.dataset} test by {cfg.method}: accuracy {r['accuracy']:.2%}, "
+          f"macro F1 {r['macro_f1']:.2%}; {len(prompts):,} prompts, {r['no_label']:,} answers were "
+          f"no label; {seconds:.1f} s, {len(prompts) / seconds:.1f} prompts a second; {saved}")
+    print_confusion(names, r["confusion"])
+
+
+def print_confusion(names, confusion):
+    """The table: a row a true label, a column an answered one."""
+    columns = [*names, "no label"]
+    width = max(map(len, ["label", *columns])) + 2
+    print("label".ljust(width) + "answered".rjust(width))
+    print(" " * width + "".join(name.rjust(width) for name in columns))
+    for name, counts in zip(names, confusion):
+        print(name.ljust(width) + "".join(f"{n:,}".rjust(width) for n in counts))
+
+
+def run_lambada(cfg, model, tokenizer, source, world):
+    pairs = []
+    for number, fields in tasks.read_lines(Path(cfg.input), "text"):
+        pair = tasks.split_last_word(fields["text"], tokenizer)
+        if pair is None:
+            raise ValueError(f"{cfg.input}, line {number}: wants two words or more, the last to be "
+                             "told from those before")
+        length = len(pair[0]) + len(pair[1])
+        if length - 1 > model.config.block_size:  # the last token is told, not read
+            raise ValueError(f"{cfg.input}, line {number}: has {length} tokens, the model reads "
+                             f"{model.config.block_size}; shorten or drop it")
+        pairs.append(pair)
+    losses, hits, filtered = tasks.lambada(
+        model, pairs, tasks.stop_word_ids(tokenizer), cfg.batch_size or 32, world.device, True)
+    n, accuracy = len(pairs), float(hits.float().mean())
+    error = math.sqrt(accuracy * (1 - accuracy) / n)
+    print(f"{source} on {cfg.input}: accuracy {accuracy:.2%} (standard error {error:.2%}), with "
+          f"the stop-word filter {float(filtered.float().mean()):.2%}; perplexity "
+          f"{exp(float(losses.double().mean())):.2f} a last word; {n:,} texts")
+
+
+RUN = {"perplexity": run_perplexity, "classify": run_classify, "lambada": run_lambada}
+
+
 def main(argv):
     cfg = configure(Config, argv)
-    for name, least in (("eval_iters", 0), ("batch_size", 1)):
-        if getattr(cfg, name) < least:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least {least}")
     world = read_world(cfg.device)
+    check_config(cfg, world)
     dtype = pick_dtype(cfg.dtype, world.device)
-    folder = dataset_folder(cfg.dataset)
-    path = folder / f"{cfg.split}.bin"
-    open_tokens(path, 1)
+    if cfg.input is None:  # what is missing is said before the model is fetched
+        folder = dataset_folder(cfg.dataset)
+        if cfg.task == "perplexity":
+            open_tokens(folder / f"{cfg.split}.bin", 1)
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
     model, tokenizer = load_model(source, cfg.block_size, device=world.device)
-    check_same(tokenizer, of_dataset(folder), source, folder)
-    data = TokenBin(path, model.config.block_size, model.config.vocab_size)
+    of_data = tokenizer if cfg.input is not None else of_dataset(folder)
+    check_same(tokenizer, of_data, source, cfg.input or folder)
+    model.eval()
     join(world)
-    loss = evaluate_loss(model, data, cfg.eval_iters, cfg.batch_size, world, dtype, world.is_main)
-    if world.is_main:
-        print(f"{source} on {cfg.dataset} {cfg.split}: loss {loss:.4f} nats a token, "
-              f"perplexity {math.exp(min(loss, 700)):.2f}, windows of {model.config.block_size}")
+    with torch.no_grad(), torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+        RUN[cfg.task](cfg, model, tokenizer, source, world)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,12 @@ class TokenBin:
         starts = (self.position(n) + 1 for n in range(first, first + size))
         return sum(int(np.count_nonzero(self.mask[s:s + self.block_size])) for s in starts)
 
+    def count_long(self, eot):
+        """(how many examples have more than block_size tokens, how many there are); end-of-text
+        ends each."""
+        ends = np.flatnonzero(self.tokens == eot)
+        return int((np.diff(ends, prepend=-1) > self.block_size).sum()), len(ends)
+
     def windows(self, count=0):
         """Beginnings of `count` evenly spaced windows, the same at each call; with 0, or where
         that many would overlap, of those that cover the whole split end to end."""

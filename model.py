@@ -44,12 +44,15 @@ class GPTConfig:
     attn_scale: float | None = None   # None: 1 / sqrt(hs); GPT-Neo: 1
     qkv_bias: bool | None = None      # None: as bias; GPT-Neo: False
     local_window: int | None = None   # GPT-Neo: odd layers see the last so many tokens
+    doc_end: int | None = None        # tokens see their own document only, which this id ends
 
 
 class KVCache:
     """Keys and values of every layer for one batch, filled from position 0.
 
     `pos` is the number of tokens that stand in it. Reset it to start over without allocating.
+    `pad`, where it is set, (B,), is how many of a row's first tokens are filling, which nothing
+    looks at: so prompts of several lengths, flush right, go through as one batch.
     """
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         length = min(length or config.block_size, config.block_size)
@@ -57,7 +60,7 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_head, length, hs)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.pos = 0
+        self.pos, self.pad = 0, None
 
     def append(self, layer, k, v):
         """Writes (B, nh, T, hs) behind what is there; returns all, (B, nh, S, hs) each."""
@@ -67,14 +70,36 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def attention_mask(T, S, window, device):
-    """(T, S) bool, True where the last T of S tokens may look; None where causal alone will do."""
+def attention_mask(T, S, window, device, seen=None):
+    """(T, S) bool, True where the last T of S tokens may look; with `seen`, (B, 1, T, S) bool, only
+    where that is True too; None where causal alone will do."""
     if window is not None and window >= S:
         window = None
-    if window is None and T in (1, S):
+    if window is None and T in (1, S) and seen is None:
         return None
     mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    return mask if window is None else mask.triu(S - T - window + 1)
+    mask = mask if window is None else mask.triu(S - T - window + 1)
+    return mask if seen is None else mask & seen
+
+
+def beside_filling(pad, start, T):
+    """Rows with `pad` (B,) tokens of filling at their left, the last T of start + T tokens of each:
+    their positions, (B, T), and what they may look at, (B, 1, T, S) bool."""
+    column = torch.arange(start + T, device=pad.device)
+    seen = (column >= pad[:, None])[:, None, None]
+    # a filling token sees itself: a softmax over nothing would be NaN
+    seen = seen | (column[start:, None] == column)
+    return (column[start:] - pad[:, None]).clamp(min=0), seen
+
+
+def within_documents(idx, end):
+    """The same for packed rows, idx (B, T), whose tokens are to see their own document alone; the
+    token `end` is a document's last."""
+    ends = idx == end
+    document = ends.cumsum(1) - ends.long()
+    column = torch.arange(idx.size(1), device=idx.device)
+    begin = torch.where(F.pad(ends[:, :-1], (1, 0)), column, 0).cummax(1).values
+    return column - begin, (document[:, :, None] == document[:, None])[:, None]
 
 
 class CausalSelfAttention(nn.Module):
@@ -89,7 +114,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout, self.scale = config.dropout, config.attn_scale
         self.window = config.local_window if layer % 2 else None
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, seen=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
@@ -97,7 +122,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             q = q.to(k.dtype)
         # (B, nh, T, hs) x (B, nh, S, hs) -> (B, nh, T, hs)
-        mask = attention_mask(T, k.size(2), self.window, x.device)
+        mask = attention_mask(T, k.size(2), self.window, x.device, seen)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0)
@@ -127,8 +152,8 @@ class Block(nn.Module):
         self.ln_2 = norm()
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, seen=None):
+        x = x + self.attn(self.ln_1(x), cache, seen)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -208,22 +233,36 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) -> logits (B, T, V); with targets (B, T) the loss *summed* over those that
         are not -1; with a cache the logits of the last position, (B, V), and the cache filled."""
-        start = 0 if cache is None else cache.pos
-        pos = torch.arange(start, start + idx.size(1), device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x, cache)
+        x = self.hidden(idx, cache)
         if cache is not None:
-            cache.pos += idx.size(1)
-            return self.lm_head(self.transformer.ln_f(x[:, -1])).float()
-        x = self.transformer.ln_f(x)
+            return self.lm_head(x[:, -1]).float()
         if targets is None:
             return self.lm_head(x)
         return self.head_loss(x.flatten(0, 1), targets.flatten())
 
+    def hidden(self, idx, cache=None):
+        """idx (B, T) -> what the head reads, (B, T, C); the cache, if there is one, is filled."""
+        start, T = 0 if cache is None else cache.pos, idx.size(1)
+        pos, seen = torch.arange(start, start + T, device=idx.device), None
+        if cache is not None and cache.pad is not None:
+            pos, seen = beside_filling(cache.pad, start, T)
+        elif cache is None and self.config.doc_end is not None:
+            pos, seen = within_documents(idx, self.config.doc_end)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, cache, seen)
+        if cache is not None:
+            cache.pos += T
+        return self.transformer.ln_f(x)
+
     def head_loss(self, x, targets):
+        """x (N, C), targets (N,) -> the loss summed over the targets that are not -1."""
         device = x.device.type
+        # elsewhere the indexing is a sync point, and compiled graphs want fixed shapes
+        if device == "cpu" and not torch.compiler.is_compiling():
+            counts = targets != IGNORED  # of a prompt and its short answer, a tenth may count:
+            x, targets = x[counts], targets[counts]  # the head, most of a small GPT, skips the rest
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.lm_head.weight.dtype
         with torch.autocast(device, enabled=False):  # the dtype is said, chunk by chunk
@@ -305,12 +344,13 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
-           n_vocab=None, generator=None, use_cache=True):
+           n_vocab=None, generator=None, use_cache=True, pad=None):
     """Yields the next token of each row, (B,), up to max_new_tokens times.
 
     temperature 0 takes the likeliest token. top_k keeps that many, top_p the fewest that hold
     this much probability. A row that drew stop_token repeats it; when all have, the stream ends.
     n_vocab is the tokenizer's size: ids from there on, a padded vocabulary's, are never drawn.
+    pad (B,) says how many of a row's first ids are filling (see KVCache); it needs the cache.
 
     The context holds block_size tokens. When it is full, the window slides: the later half is
     read again from position 0, and generation goes on behind it. So the model always sees between
@@ -326,6 +366,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             begin = idx.size(1) - max(1, block_size // 2)
             if cache is not None:
                 cache.pos = 0
+        if pad is not None:
+            cache.pad = (pad - begin).clamp(min=0)
         if cache is not None:
             logits = model(idx[:, begin + cache.pos:], cache=cache)
         else:

@@ -5,6 +5,7 @@ Three classes with one small interface:
     eot           the end-of-text id, or None
     encode(text)  -> list of ids; <|endoftext|> in the text is that token
     decode(ids)   -> text
+    n_bytes(ids)  -> how many bytes of text (UTF-8) they spell; end-of-text spells none
     spec          plain data to keep in a checkpoint; from_spec() makes the tokenizer again
 Two tokenizers are the same if and only if their `identity` is.
 """
@@ -46,6 +47,9 @@ class GPT2Tokenizer:
     def decode(self, ids):
         return self.load().decode(list(ids))
 
+    def n_bytes(self, ids):
+        return len(self.load().decode_bytes([i for i in ids if i != self.eot]))
+
 
 class CharTokenizer:
     """A vocabulary of single characters, as nanoGPT's meta.pkl holds it."""
@@ -67,6 +71,9 @@ class CharTokenizer:
 
     def decode(self, ids):
         return "".join(self.itos[i] for i in ids)
+
+    def n_bytes(self, ids):
+        return len(self.decode(ids).encode())
 
 
 class JsonTokenizer:
@@ -90,6 +97,13 @@ class JsonTokenizer:
 
     def decode(self, ids):
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def n_bytes(self, ids):
+        ids = [i for i in ids if i != self.eot]
+        if "ByteLevel" in str(json.loads(self.spec["json"]).get("decoder")):
+            # its tokens are written with a character a byte, half a character's bytes too
+            return sum(len(self.tokenizer.id_to_token(i)) for i in ids)
+        return len(self.decode(ids).encode())
 
 
 def canonical(vocab):

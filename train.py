@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +69,7 @@ class Config:
     gradient_accumulation_steps: int = 5 * 8  # micro-steps a step, over all processes
     batch_size: int = 12         # samples a micro-step
     block_size: int | None = None  # None: the model's own, 1024 from scratch; less crops it
+    separate_documents: bool = False  # tokens see their own document only, up to its end-of-text
     # model (from scratch; a pretrained one brings its own, and takes the dropout)
     n_layer: int = 12
     n_head: int = 12
@@ -236,6 +237,11 @@ def set_up(cfg, argv):
     if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
         raise ValueError("--sample_start is empty; give it at least a character")
     model, saved, path = load_start(cfg, tokenizer, folder)
+    if cfg.separate_documents and tokenizer.eot is None:
+        raise ValueError("--separate_documents needs end-of-text between the documents, and "
+                         f"{folder}'s {tokenizer.name} has none; leave it out")
+    model.config = replace(
+        model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
     data = {split: TokenBin(folder / f"{split}.bin", model.config.block_size,
                             model.config.vocab_size, cfg.seed) for split in ("train", "val")}
 
@@ -513,6 +519,13 @@ def tell_plan(r):
             r.model.num_params(), tokens_per_iter, cfg.max_iters, len(r.data["train"]),
             len(r.data["val"]), r.world, r.dtype, r.compiled, cfg.out_dir, cfg.dataset):
         r.log.say(line)
+    data = r.data["train"]
+    if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
+        long, examples = data.count_long(r.tokenizer.eot)
+        if long:
+            r.log.warn(f"{long:,} of {examples:,} examples are longer than block_size="
+                       f"{data.block_size}: no window holds one whole, and the end of one is "
+                       "learnt without its beginning; raise --block_size or shorten them")
     if p.step:
         r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
     if p.step >= cfg.max_iters and p.evaluated == p.step:

@@ -2,12 +2,16 @@
 
 A dataset is a folder with train.bin and val.bin: token ids as little-endian uint16, one after the
 other, no header. Beside them lies what made the ids: meta.pkl (characters), tokenizer.json (the
-tokenizers library), or neither, which means GPT-2's byte pair encoding. What the user can mend is
-a ValueError, and `run` prints it as one line.
+tokenizers library), or neither, which means GPT-2's byte pair encoding. Where only some tokens are
+to be learnt, train.mask.bin and val.mask.bin hold a byte a token, 1 or 0. What the user can mend
+is a ValueError, and `run` prints it as one line.
 """
 import argparse
 import contextlib
+import csv
 import hashlib
+import io
+import json
 import os
 import pickle
 import random
@@ -28,8 +32,8 @@ DATA = Path(__file__).resolve().parent
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = "<|endoftext|>"
 MIN_TOKENS = 16                 # a split shorter than this is a mistake, not a dataset
-# what may lie beside the .bin files and speaks of their ids: none of it may outlive them
-COMPANIONS = ("meta.pkl", "tokenizer.json", "train.mask.bin", "val.mask.bin")
+# what may lie beside the .bin files and speaks of them: none of it may outlive them
+COMPANIONS = ("meta.pkl", "tokenizer.json", "train.mask.bin", "val.mask.bin", "test.jsonl")
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
@@ -326,6 +330,82 @@ def encode(encoder: Encoder, pieces: Pieces, name: str) -> Iterator[np.ndarray]:
             for ids, (_, ends) in zip(encoder.batch(texts), batch, strict=True):
                 yield np.array([*ids, *encoder.end] if ends else ids, dtype=TOKEN)
             bar.update(sum(map(len, texts)))
+
+
+# -----------------------------------------------------------------------------
+# examples: a prompt, and the completion to be learnt
+
+class Example(NamedTuple):
+    prompt: str         # "" where the example is a plain text
+    completion: str
+
+
+def read_rows(path: Path, content: str,
+              strict: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """('FILE, line N', the fields) of each row of a CSV; blank lines are passed over.
+
+    ValueError where quotes do not match, if `strict`; N is the line that the row ends on.
+    """
+    csv.field_size_limit(2**31 - 1)     # a field may be a whole document
+    rows = csv.reader(io.StringIO(content, newline=""), strict=strict)
+    try:
+        for row in rows:
+            if row:
+                yield f"{path}, line {rows.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: malformed CSV ({error}); a field with a "
+                         'comma, a quote or a line end stands in "quotes", a quote in it twice'
+                         ) from None
+
+
+def check_fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"--{name}={value}: must be at least 0 and below 1")
+
+
+def encode_examples(examples: Sequence[Example], encoder: Encoder,
+                    loss_on: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """(ids, mask, lengths): the examples end to end, end-of-text after each; a byte an id, 0 for
+    those of prompts with loss_on="completion"; how many ids each example has.
+
+    A prompt and its completion are encoded apart, as they will be when the prompt stands alone.
+    """
+    prompts = encoder.batch([example.prompt for example in examples])
+    completions = encoder.batch([example.completion for example in examples])
+    ids, mask, lengths = [], [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        learnt = [*completion, *encoder.end]
+        ids += [*prompt, *learnt]
+        mask += [int(loss_on == "all")] * len(prompt) + [1] * len(learnt)
+        lengths.append(len(prompt) + len(learnt))
+    return np.array(ids, dtype=TOKEN), np.array(mask, dtype=np.uint8), lengths
+
+
+def write_examples(out_dir: Path, splits: dict[str, list[Example]], encoder: Encoder,
+                   loss_on: str, block_size: int) -> None:
+    """Write train.bin and val.bin, their masks if only completions count, and test.jsonl.
+
+    Says how many examples are longer than `block_size` ids: they stay, but no window of that
+    length holds one of them whole.
+    """
+    files, lengths, tokens = dict(encoder.files), [], {}
+    for split in ("train", "val"):
+        tokens[split], mask, counts = encode_examples(splits[split], encoder, loss_on)
+        lengths += counts
+        if loss_on == "completion":
+            files[f"{split}.mask.bin"] = mask.tobytes()
+    if splits["test"]:
+        files["test.jsonl"] = "".join(json.dumps(example._asdict(), ensure_ascii=False) + "\n"
+                                      for example in splits["test"]).encode("utf-8")
+    write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
+    learnt = "completions" if loss_on == "completion" else "all tokens"
+    print("examples: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "val", "test"))
+          + f"; {np.mean(lengths):.1f} tokens each, {max(lengths)} at most; loss on {learnt}")
+    long = sum(length > block_size for length in lengths)
+    if long:
+        print(f"note: {long:,} of {len(lengths):,} examples are longer than "
+              f"--block_size={block_size}: they stay, but no window holds one whole, and the end "
+              "of one is learnt without its beginning; shorten them, or train with a longer one")
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Every command that the README shows runs, on a tiny scale, in the order in which it stands."""
 import importlib
+import json
 import os
 import re
 import runpy
@@ -21,10 +22,21 @@ TINY = {
                  "--gradient_accumulation_steps=2", "--block_size=16", "--n_layer=1", "--n_head=1",
                  "--n_embd=16", "--device=cpu", "--overwrite=True"],
     "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
-    "evaluate.py": ["--eval_iters=1", "--batch_size=1", "--device=cpu"],
+    "evaluate.py": ["--batch_size=16", "--device=cpu"],
     "data/shakespeare/prepare.py": ["--input=text.txt"],
     "data/text/prepare.py": [],
     "data/python_docs/prepare.py": [],
+    "data/jsonl/prepare.py": [],
+}
+FILES = {
+    "text.txt": TEXT * 3,
+    "my_texts/one.txt": TEXT * 3,
+    "wikitext-2.txt": " = A title = \n\n" + TEXT,
+    "examples.jsonl": "".join(
+        json.dumps({"prompt": f"Tweet: number {i}\nSentiment:", "completion": f" {label}"}) + "\n"
+        for i, label in enumerate(["positive", "negative"] * 30)),
+    "lambada_test.jsonl": "".join(
+        json.dumps({"text": f"{i} of them went to the river"}) + "\n" for i in range(3)),
 }
 
 
@@ -51,8 +63,8 @@ def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf):
     for script in REPO.glob("*.py"):
         shutil.copy(script, tmp_path)
     (tmp_path / "my_texts").mkdir()
-    for path in ("text.txt", "my_texts/one.txt"):
-        (tmp_path / path).write_text(TEXT * 3, encoding="utf-8")
+    for path, text in FILES.items():
+        (tmp_path / path).write_text(text, encoding="utf-8")
     model = hf_model(vocab_size=50257, n_embd=8, n_positions=64)
     for name in NAMES:
         write_hf(model, name=name)
@@ -98,9 +110,10 @@ def test_the_readmes_torchrun_command_runs(sandbox):
 
 
 def test_the_makefile_runs_what_the_readme_says():
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    rule = makefile.split("\nquickstart:")[1].split("\n\n")[0]
     made = [line.split("$(PY) ")[1].replace(" --overwrite=True", "")
-            for line in (REPO / "Makefile").read_text(encoding="utf-8").splitlines()
-            if "$(PY) " in line and ".py" in line]
+            for line in rule.splitlines() if "$(PY) " in line]
     typed = [line.removeprefix(".venv/bin/python ") for line in README.splitlines()
              if line.startswith(".venv/bin/python ") and ".py" in line]
     assert made == typed

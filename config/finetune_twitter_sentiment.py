@@ -1,0 +1,22 @@
+# GPT-2 learns to answer "Tweet: ...\nSentiment:" with " positive" or " negative"
+# data: python data/twitter_sentiment/prepare.py; all of it: make sentiment
+out_dir = "out-twitter-sentiment"
+eval_interval = 58  # half an epoch
+eval_iters = 7      # 14,336 tokens: the whole validation split, and as much of the other
+
+dataset = "twitter_sentiment"
+init_from = "gpt2"  # or EleutherAI/gpt-neo-125m
+always_save_checkpoint = False  # the best by validation loss; the test set takes no part
+
+# 8 samples x 256 tokens = 2,048 tokens a step, some 77 tweets of about 27 tokens
+# 237,757 tokens of 8,956 tweets: 1 epoch = 116 steps
+batch_size = 8
+gradient_accumulation_steps = 1
+block_size = 256
+max_iters = 348  # 3 epochs
+
+separate_documents = True  # a tweet has nothing to learn from the tweet before it
+
+learning_rate = 5e-5
+warmup_iters = 35
+dropout = 0.1

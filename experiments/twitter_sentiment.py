@@ -1,0 +1,162 @@
+"""Twitter sentiment as one experiment: GPT-2 and GPT-Neo on the same splits, and a floor.
+
+    python experiments/twitter_sentiment.py        (or: make sentiment)
+    python experiments/twitter_sentiment.py --models=FOLDER,gpt2 --input=tweets.csv
+    python experiments/twitter_sentiment.py --train="--batch_size=4 --gradient_accumulation_steps=2"
+
+For each split: data/twitter_sentiment/prepare.py with that seed; for each model train.py with
+config/finetune_twitter_sentiment.py and evaluate.py --task=classify; last a table of macro F1 with
+means and standard deviations over the splits. The floor is logistic regression on TF-IDF of words
+and pairs of words, trained on the same tweets. What is done is not done again: after a stop, the
+same command goes on where it was.
+"""
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from tasks import check_sklearn, classification_scores  # noqa: E402
+from tokenizer import GPT2Tokenizer  # noqa: E402
+
+FLOOR = "TF-IDF + logistic regression"
+
+
+def arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", default="gpt2,EleutherAI/gpt-neo-125m",
+                   help="what --init_from takes, with commas (default: gpt2 and gpt-neo-125m)")
+    p.add_argument("--splits", type=int, default=3, help="how many, seeds 0, 1, ... (default: 3)")
+    p.add_argument("--input", type=Path, help="Sentiment140's CSV (default: it is downloaded)")
+    p.add_argument("--samples", type=int, default=10000, help="tweets in all (default: 10000)")
+    p.add_argument("--out_dir", type=Path, default=Path("out-sentiment"),
+                   help="splits, runs and the table go there (default: out-sentiment)")
+    p.add_argument("--train", default="", metavar="ARGS", help="more arguments for train.py")
+    return p.parse_args(argv)
+
+
+def check_same_experiment(args):
+    """Raises ValueError where out_dir holds runs of other settings; the number of splits and the
+    models may grow."""
+    settings = {"samples": args.samples, "train": args.train,
+                "input": str(args.input.resolve()) if args.input else None}
+    path = args.out_dir / "settings.json"
+    if not path.is_file():
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    differ = [f"--{k} was {before.get(k)}" for k in settings if settings[k] != before.get(k)]
+    if differ:
+        raise ValueError(f"{args.out_dir} holds runs of other settings ({'; '.join(differ)}): give "
+                         "those, or another --out_dir")
+
+
+def command(script, *options):
+    """Runs a script of this repository from its root; its failure ends this one with its status."""
+    line = [sys.executable, str(ROOT / script), *map(str, options)]
+    print("$ " + shlex.join(["python", script, *line[2:]]), flush=True)
+    status = subprocess.run(line, cwd=ROOT).returncode
+    if status:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(status)
+
+
+def prepare(args, seed):
+    """The split's folder. test.jsonl is what prepare.py puts in place last."""
+    folder = args.out_dir.resolve() / f"split-{seed}"
+    if not (folder / "test.jsonl").is_file():
+        source = [f"--input={args.input.resolve()}"] if args.input else []
+        if not source and seed > 0:  # the first split's download serves all
+            first = args.out_dir.resolve() / "split-0"
+            source = [f"--input={download}" for download in first.glob("*.zip")]
+        command("data/twitter_sentiment/prepare.py", f"--seed={seed}", f"--out_dir={folder}",
+                f"--samples={args.samples}", *source)
+    return folder
+
+
+def short_name(model):
+    """gpt-neo-125m of EleutherAI/gpt-neo-125m, and the last folder of a path."""
+    return Path(model).resolve().name
+
+
+def train_and_evaluate(args, model, seed, folder):
+    """The test's macro F1 of a model on a split, of a run that was done before too."""
+    out_dir = args.out_dir.resolve() / f"{short_name(model)}-{seed}"
+    predictions = out_dir / "predictions.jsonl"
+    if not predictions.is_file():
+        begun = (out_dir / "state.pt").is_file()
+        source = str(Path(model).resolve()) if Path(model).is_dir() else model
+        command("train.py", "config/finetune_twitter_sentiment.py", f"--dataset={folder}",
+                f"--out_dir={out_dir}", f"--seed={1337 + seed}", *shlex.split(args.train),
+                f"--init_from={'resume' if begun else source}")
+        command("evaluate.py", "--task=classify", f"--dataset={folder}", f"--out_dir={out_dir}")
+    rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+    truth, predicted = [row["label"] for row in rows], [row["predicted"] for row in rows]
+    return classification_scores(truth, predicted, sorted(set(truth)))["macro_f1"]
+
+
+def floor(folder):
+    """Macro F1 of logistic regression on the split's training tweets, which train.bin holds."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    text = GPT2Tokenizer().decode(np.fromfile(folder / "train.bin", "<u2").tolist())
+    pairs = [example.rpartition(":") for example in text.split("<|endoftext|>") if example]
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+                          LogisticRegression(max_iter=1000))
+    model.fit([prompt for prompt, _, _ in pairs], [label.strip() for _, _, label in pairs])
+    with open(folder / "test.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    truth = [row["completion"].strip() for row in rows]
+    predicted = model.predict([row["prompt"].rpartition(":")[0] for row in rows]).tolist()
+    return classification_scores(truth, predicted, sorted(set(truth)))["macro_f1"]
+
+
+def table(results):
+    """A Markdown table of {model: [macro F1 of each split]}."""
+    splits = len(next(iter(results.values())))
+    lines = ["| macro F1, % | " + " | ".join(f"split {i}" for i in range(splits))
+             + " | mean | standard deviation |", "| --- |" + " --- |" * (splits + 2)]
+    for model, scores in results.items():
+        spread = f"{100 * statistics.stdev(scores):.1f}" if splits > 1 else "-"
+        lines.append(f"| {model} | " + " | ".join(f"{100 * score:.1f}" for score in scores)
+                     + f" | {100 * statistics.mean(scores):.1f} | {spread} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    args = arguments(argv)
+    models = [name for name in args.models.split(",") if name]
+    if args.splits < 1 or not models:
+        raise ValueError("--splits must be at least 1, and --models name one or more")
+    if len(set(map(short_name, models))) < len(models):
+        raise ValueError(f"--models={args.models}: two have the same name; rename a folder")
+    if args.input is not None and not args.input.is_file():
+        raise ValueError(f"--input={args.input}: no such file")
+    check_sklearn()
+    check_same_experiment(args)
+    folders = [prepare(args, seed) for seed in range(args.splits)]
+    results = {FLOOR: [floor(folder) for folder in folders]}
+    for model in models:
+        results[short_name(model)] = [
+            train_and_evaluate(args, model, seed, folder) for seed, folder in enumerate(folders)]
+    text = table(results)
+    (args.out_dir / "results.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,374 @@
+"""Prompts and completions: from a CSV or JSONL, through a mask, into the loss of train.py."""
+import importlib.util
+import itertools
+import json
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_gpt
+from tiny import losses, run_train
+from torch.nn import functional as F
+
+import checkpoint
+import train
+from loader import TokenBin
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "data"))
+import fetch  # noqa: E402
+
+
+def script(path):
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_")[:-3], REPO / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare(name, **fields):
+    script(f"data/{name}/prepare.py").main([f"--{k}={v}" for k, v in fields.items()])
+
+
+@pytest.fixture
+def gpt2(gpt2_vocabulary):
+    return fetch.gpt2()
+
+
+def tokens(folder, split="train"):
+    return np.fromfile(folder / f"{split}.bin", "<u2")
+
+
+def mask(folder, split="train"):
+    return np.fromfile(folder / f"{split}.mask.bin", "u1")
+
+
+def documents(folder, gpt2, split="train"):
+    return gpt2.decode(tokens(folder, split).tolist()).split("<|endoftext|>")[:-1]
+
+
+# -----------------------------------------------------------------------------
+# twitter_sentiment
+
+def tweets_csv(path, rows, encoding="utf-8"):
+    """Rows of (target, text) in Sentiment140's six columns."""
+    lines = [f'"{target}","{i}","Mon Apr 06 2009","NO_QUERY","user","{text}"\n'
+             for i, (target, text) in enumerate(rows)]
+    path.write_bytes("".join(lines).encode(encoding))
+    return path
+
+
+@pytest.fixture
+def tweets(tmp_path):
+    """200 sad and 180 glad tweets, sorted by label as Sentiment140 is, in latin-1."""
+    sad = [("0", f"sad caf\u00e9 {i} &amp; rain") for i in range(200)]
+    glad = [("4", f"glad {i} @user") for i in range(180)]
+    return tweets_csv(tmp_path / "tweets.csv", sad + glad, "latin-1")
+
+
+def test_tweets(gpt2, tweets, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare("twitter_sentiment", input=tweets, out_dir=out, samples=300, test_fraction=0.1)
+    test = [json.loads(line) for line in (out / "test.jsonl").open(encoding="utf-8")]
+    train, val = documents(out, gpt2), documents(out, gpt2, "val")
+    assert (len(train), len(val), len(test)) == (256, 14, 30)
+    assert "300 tweets taken, 150 of each label\n" in capsys.readouterr().out
+    texts = train + val + [row["prompt"] + row["completion"] for row in test]
+    assert len(set(texts)) == 300
+    for part in (train, val, texts[270:]):
+        assert sum(text.endswith("\nSentiment: negative") for text in part) == len(part) / 2
+    for text in texts:
+        sad = "Tweet: sad caf\u00e9" in text and "& rain\nSentiment: negative" in text
+        assert sad or ("Tweet: glad" in text and "@user\nSentiment: positive" in text)
+    assert {row["completion"] for row in test} == {" positive", " negative"}
+    # neighbours in the file are of both labels, or a window would hold one alone
+    labels = [text.endswith("positive") for text in train]
+    assert 90 < sum(a != b for a, b in itertools.pairwise(labels)) < 170
+
+
+def test_only_the_answers_count(gpt2, tweets, tmp_path):
+    prepare("twitter_sentiment", input=tweets, out_dir=tmp_path / "out")
+    for split in ("train", "val"):
+        ids, counts = tokens(tmp_path / "out", split), mask(tmp_path / "out", split)
+        answer = {gpt2.encode(" positive")[0], gpt2.encode(" negative")[0], 50256}
+        assert set(ids[counts == 1].tolist()) == answer
+        assert set(counts.tolist()) == {0, 1}
+        ends = np.flatnonzero(ids == 50256)
+        assert counts.sum() == 2 * len(ends) and counts[ends].all() and counts[ends - 1].all()
+    prepare("twitter_sentiment", input=tweets, out_dir=tmp_path / "out", loss_on="all")
+    assert not list((tmp_path / "out").glob("*.mask.bin"))  # the old ones are gone
+
+
+def test_a_seed_is_a_split(gpt2, tweets, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare("twitter_sentiment", input=tweets, out_dir=tmp_path / name, seed=seed)
+    for file in ("train.bin", "train.mask.bin", "val.bin", "test.jsonl"):
+        a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
+        assert a == b
+        assert a != c or "mask" in file
+
+
+def test_what_is_left_out_is_said(gpt2, tmp_path, capsys):
+    """Repeats, spaces aside, stand in no two splits; a neutral row and an empty one go."""
+    rows = [("0", f"sad {i % 40}  x") for i in range(60)] + [("4", f"glad {i}") for i in range(50)]
+    rows += [("0", "sad 3 x "), ("4", "sad 5 x"), ("2", "neutral"), ("", "no label"), ("4", " ")]
+    path = tweets_csv(tmp_path / "t.csv", rows)
+    prepare("twitter_sentiment", input=path, out_dir=tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "115 rows; left out: 3 without a label or text, 22 that repeat others" in out
+    assert ("80 tweets taken, 40 of each label, not the 10,000 asked for: only 40 distinct ones "
+            "are negative") in out
+    texts = documents(tmp_path / "out", gpt2) + documents(tmp_path / "out", gpt2, "val")
+    texts += [json.loads(line)["prompt"] for line in (tmp_path / "out/test.jsonl").open()]
+    assert len(texts) == 80 == len({text.partition("\n")[0] for text in texts})
+
+
+def test_the_zip(gpt2, tweets, tmp_path):
+    module = script("data/twitter_sentiment/prepare.py")
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.write(tweets, module.MEMBER)
+    assert module.read_tweets(tmp_path / "t.zip") == module.read_tweets(tweets)
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.write(tweets, "x.csv")
+    with pytest.raises(ValueError, match=r"other.zip holds no training.1600000"):
+        module.read_tweets(tmp_path / "other.zip")
+
+
+GOOD = '"0","1","date","q","user","sad"\n"4","2","date","q","user","glad"\n'
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", r"t.csv is empty"),
+    (GOOD + '"0","1","sad"\n', r"t.csv, line 3: 3 columns where Sentiment140 has 6"),
+    ("target,ids,date,flag,user,text\n" + GOOD, r"t.csv, line 1: the target, .* is 'target'"),
+    (GOOD + '"0","1","date","q","user","sad\n"4","2","date","q","user","glad"\n',
+     r"t.csv, line 4: "),
+    (GOOD.splitlines()[0], r"no tweet is positive: with a single label"),
+    (GOOD, r"1 tweets of a label make a split of none"),
+])
+def test_bad_csv(gpt2, content, message, tmp_path):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        prepare("twitter_sentiment", input=tmp_path / "t.csv", out_dir=tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_the_real_tweets(gpt2, shared, tmp_path, capsys):
+    path = shared("data/sentiment140/tweets.csv")
+    prepare("twitter_sentiment", input=path, out_dir=tmp_path)
+    assert "9,924 tweets taken, 4,962 of each label, not the 10,000" in capsys.readouterr().out
+    assert tokens(tmp_path).max() == 50256 and (mask(tmp_path).sum() == 2 * 8956)
+
+
+# -----------------------------------------------------------------------------
+# jsonl
+
+PAIRS = [{"prompt": f"Question {i}:", "completion": f" answer {i}"} for i in range(60)]
+
+
+def write_lines(path, lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
+                            for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("loss_on", ["all", "completion"])
+def test_pairs(gpt2, kind, loss_on, tmp_path, capsys):
+    path = tmp_path / f"f.{kind}"
+    if kind == "jsonl":
+        write_lines(path, [*PAIRS, "", PAIRS[3]])
+    else:
+        rows = [f'"{p["completion"]}",x,"{p["prompt"]}"' for p in [*PAIRS, PAIRS[3]]]
+        write_lines(path, ["Completion,other, prompt", *rows])
+    prepare("jsonl", input=path, out_dir=tmp_path / "out", loss_on=loss_on, test_fraction=0.1)
+    out = capsys.readouterr().out
+    assert "1 examples repeat others" in out and "48 train, 6 val, 6 test" in out
+    texts = documents(tmp_path / "out", gpt2) + documents(tmp_path / "out", gpt2, "val")
+    test = [json.loads(line) for line in (tmp_path / "out/test.jsonl").open()]
+    texts += [row["prompt"] + row["completion"] for row in test]
+    assert sorted(texts) == sorted(p["prompt"] + p["completion"] for p in PAIRS)
+    if loss_on == "all":
+        assert not (tmp_path / "out/train.mask.bin").exists()
+        return
+    learnt = tokens(tmp_path / "out")[mask(tmp_path / "out") == 1].tolist()
+    expected = [text.partition(":")[2] for text in documents(tmp_path / "out", gpt2)]
+    assert gpt2.decode(learnt).split("<|endoftext|>")[:-1] == expected
+
+
+def test_texts_and_a_single_column(gpt2, tmp_path, capsys):
+    write_lines(tmp_path / "t.jsonl", [{"text": f"Text {i}\nof two lines"} for i in range(40)])
+    prepare("jsonl", input=tmp_path / "t.jsonl", out_dir=tmp_path / "a")
+    write_lines(tmp_path / "t.csv", ["tweets", *(f'"Text {i}\nof two lines"' for i in range(40))])
+    prepare("jsonl", input=tmp_path / "t.csv", out_dir=tmp_path / "b")
+    assert "'tweets' in the first row is taken for the name" in capsys.readouterr().out
+    assert tokens(tmp_path / "a").tolist() == tokens(tmp_path / "b").tolist()
+    assert len(documents(tmp_path / "a", gpt2)) == 36
+    with pytest.raises(ValueError, match=r"texts without prompts.*--loss_on=all"):
+        prepare("jsonl", input=tmp_path / "t.jsonl", out_dir=tmp_path / "a", loss_on="completion")
+
+
+def test_texts_among_pairs_count_whole(gpt2, tmp_path):
+    write_lines(tmp_path / "f.jsonl", [{"text": f"Text {i}"} for i in range(30)] + PAIRS[:30])
+    prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, loss_on="completion")
+    learnt = gpt2.decode(tokens(tmp_path)[mask(tmp_path) == 1].tolist())
+    assert "Text" in learnt and "answer" in learnt and "Question" not in learnt
+
+
+def test_spaces_at_the_seam_are_told(gpt2, tmp_path, capsys):
+    pairs = [{"prompt": "Question: ", "completion": f"a{i}"} for i in range(40)]
+    write_lines(tmp_path / "f.jsonl", [*pairs, {"prompt": "Question:", "completion": "b"}])
+    prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path)
+    assert "40 prompts end in a space and 1 completions begin" in capsys.readouterr().out
+
+
+def test_long_examples_are_said_and_kept(gpt2, tmp_path, capsys):
+    long = [{"prompt": f"Q{i}:", "completion": " word" * 60} for i in range(3)]
+    write_lines(tmp_path / "f.jsonl", [*PAIRS, *long])
+    prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, loss_on="completion",
+            block_size=50)
+    out = capsys.readouterr().out
+    assert "3 of 63 examples are longer than --block_size=50: they stay" in out
+    texts = documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
+    assert sum(text.count(" word") == 60 for text in texts) == 3
+    # train.py counts those of its own block_size
+    data = TokenBin(tmp_path / "train.bin", 50, 50257)
+    longer = sum(len(gpt2.encode(text)) + 1 > 50 for text in documents(tmp_path, gpt2))
+    assert data.count_long(50256) == (longer, len(documents(tmp_path, gpt2)))
+
+
+def test_another_tokenizer(make_dataset, tmp_path):
+    folder, tokenizer = make_dataset("json")
+    write_lines(tmp_path / "f.jsonl", PAIRS)
+    prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path / "out", loss_on="completion",
+            tokenizer=folder / "tokenizer.json")
+    ids = tokens(tmp_path / "out").tolist()
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    assert tokenizer.decode(ids).count("<|endoftext|>") == 54
+    # the prompt alone is encoded as it is in the middle of the file
+    first = tokenizer.decode(ids[:ids.index(tokenizer.eot)])
+    prompt = first[:first.index(":") + 1]
+    assert ids[:len(tokenizer.encode(prompt))] == tokenizer.encode(prompt)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("f.jsonl", "", r"f.jsonl is empty; it should hold a line an example"),
+    ("f.jsonl", '{"text": "a"}\n{"text": "b"\n', r"f.jsonl, line 2: malformed JSON \(.*column 13"),
+    ("f.jsonl", '{"text": "a"}\n\n[1]\n', r"f.jsonl, line 3: wants .*not \[1\]"),
+    ("f.jsonl", '{"prompt": "a"}\n', r"f.jsonl, line 1: wants .*it has prompt"),
+    ("f.jsonl", '{"prompt": "a", "completion": 1}\n', r"line 1: wants .*all of them strings"),
+    ("f.jsonl", '{"prompt": "a", "completion": " "}\n', r"line 1: its completion is empty"),
+    ("f.jsonl", '{"text": "a"}\n', r"1 examples leave none to train on"),
+    ("f.csv", "", r"f.csv is empty"),
+    ("f.csv", "a,b\nx,y\n", r"f.csv, line 1: the first row must name .* not a, b"),
+    ("f.csv", "prompt,completion\nx,y\nz\n", r"f.csv, line 3: 1 fields where .* names 2"),
+    ("f.csv", 'text\nx\n"y\nz\n', r"f.csv, line 4: malformed CSV"),
+    ("f.csv", 'prompt,completion\nx,"y" z\n', r"f.csv, line 2: malformed CSV"),
+    ("gone.jsonl", None, r"gone.jsonl: no such file"),
+])
+def test_bad_examples(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        prepare("jsonl", input=tmp_path / name, out_dir=tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_bad_arguments(tmp_path):
+    for fields, message in (({}, "which examples"),
+                            ({"val_fraction": 1.5}, "--val_fraction=1.5: must be at least 0"),
+                            ({"tokenizer": "x.json"}, "--tokenizer=x.json: must be gpt2 or")):
+        with pytest.raises(ValueError, match=message):
+            prepare("jsonl", **({"input": "f.jsonl"} if fields else {}), **fields)
+
+
+# -----------------------------------------------------------------------------
+# the mask in the loss
+
+def test_the_loss_is_that_of_the_completions(tmp_path):
+    """Value and gradients of the model's own loss, against PyTorch's on the targets that count."""
+    rng = np.random.RandomState(0)
+    rng.randint(0, 61, 200).astype("<u2").tofile(tmp_path / "train.bin")
+    (rng.rand(200) < 0.2).astype("u1").tofile(tmp_path / "train.mask.bin")
+    data, model = TokenBin(tmp_path / "train.bin", 16, 61), tiny_gpt(61)
+    x, y = data.batch(0, 4)
+    assert 0 < (y >= 0).sum() == data.count_targets(0, 4) < 32
+    losses, grads = [], []
+    for loss in (model(x, y), F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum",
+                                              ignore_index=-1)):
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(grads[0], grads[1])
+    model.zero_grad()
+    nothing = model(x, torch.full_like(y, -1))  # no target at all: nothing to learn, no NaN
+    nothing.backward()
+    assert nothing.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_mask_of_another_length(tmp_path):
+    np.zeros(100, "<u2").tofile(tmp_path / "val.bin")
+    np.zeros(99, "u1").tofile(tmp_path / "val.mask.bin")
+    with pytest.raises(ValueError, match=r"val.mask.bin has 99 entries for the 100 tokens"):
+        TokenBin(tmp_path / "val.bin", 8, 61)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(attn_scale=1.0, qkv_bias=False, local_window=3)],
+                         ids=["gpt2", "neo"])
+@torch.no_grad()
+def test_separate_documents_are_each_alone(fields):
+    """Packed into rows, three documents get the logits that each gets by itself; without the
+    field they do not, and a cached prompt is left as it is."""
+    model = tiny_gpt(61, n_layer=3, **fields)
+    documents = [torch.tensor(ids) for ids in ([5, 6, 7, 8, 0], [9, 0], [1, 2, 3, 4, 9, 8, 7])]
+    packed = torch.stack([torch.cat(documents), torch.cat(documents[::-1])])
+    plain = model(packed)
+    model.config.doc_end = 0
+    for row, order in zip(model(packed), (documents, documents[::-1])):
+        order = [torch.cat(order[:2]), order[2]] if order[0][-1] != 0 else order
+        for logits, document in zip(row.split([len(d) for d in order]), order):
+            torch.testing.assert_close(logits, model(document[None])[0])
+    assert (model(packed)[0, :5] - plain[0, :5]).abs().max() < 1e-5  # the first has none before
+    assert (model(packed)[0, 5:] - plain[0, 5:]).abs().max() > 0.1
+    cached = model(packed, cache=model.new_cache(2))
+    torch.testing.assert_close(cached, plain[:, -1])
+
+
+def test_a_run_says_which_examples_are_too_long(make_dataset, tmp_path, capsys):
+    text = "".join(f"Line {i}: what's more{' it ends' * (i % 2 * 9)}<|endoftext|>"
+                   for i in range(99))
+    folder, _ = make_dataset("json", text=text)
+    size = len(np.fromfile(folder / "train.bin", "<u2"))
+    run_train(folder, tmp_path / "plain", max_iters=1)
+    assert "examples are longer" not in capsys.readouterr().out  # texts, which windows may cut
+    np.ones(size, "u1").tofile(folder / "train.mask.bin")
+    run_train(folder, tmp_path / "masked", max_iters=1)
+    found = re.search(r"warning: (\d+) of (\d+) examples are longer than block_size=16: no window",
+                      capsys.readouterr().out)
+    assert 40 < int(found[1]) < int(found[2]) == 89
+
+
+def test_separate_documents_in_a_run(make_dataset, tmp_path):
+    """The field changes the loss, is kept in the checkpoint, and wants an end-of-text."""
+    text = "".join(f"Line {i}: what's more<|endoftext|>" for i in range(100))
+    folder, tokenizer = make_dataset("json", text=text)
+    assert np.fromfile(folder / "train.bin", "<u2").tolist().count(tokenizer.eot) > 50
+    for name in ("True", "False"):
+        assert run_train(folder, tmp_path / name, max_iters=2, eval_interval=1,
+                         separate_documents=name) == 0
+    assert losses(tmp_path / "True") != losses(tmp_path / "False")
+    model, _ = checkpoint.load_model(str(tmp_path / "True"))
+    assert model.config.doc_end == tokenizer.eot
+    folder, _ = make_dataset("chars", name="chars")
+    with pytest.raises(ValueError, match="separate_documents needs end-of-text"):
+        train.main([f"--dataset={folder}", f"--out_dir={tmp_path / 'x'}", "--device=cpu",
+                    "--separate_documents=True", "--n_layer=1", "--n_head=1", "--n_embd=8",
+                    "--block_size=8"])

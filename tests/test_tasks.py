@@ -1,0 +1,396 @@
+"""Perplexity, classification and LAMBADA against transformers and plain arithmetic."""
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import hf_model, tiny_gpt
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import evaluate
+import tasks
+from distributed import World
+from model import GPT, stream
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5, n_layer=3)
+
+
+def make_jsonl(path, lines):
+    """Lines that are dicts, or strings as they stand."""
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def ids(n, seed=0, vocab=61):
+    return np.random.RandomState(seed).randint(1, vocab, n)
+
+
+def one_byte(ids):
+    return len(ids)
+
+
+def run(*argv):
+    evaluate.main([*map(str, argv), "--device=cpu", "--dtype=float32"])
+
+
+# -----------------------------------------------------------------------------
+# perplexity
+
+@given(st.integers(2, 200), st.integers(1, 40), st.data())
+def test_each_token_is_a_target_once(n, block_size, data):
+    stride = data.draw(st.integers(1, block_size))
+    windows = tasks.sliding_windows(n, block_size, stride)
+    x, y = tasks.read_windows(np.arange(n), None, windows, block_size)
+    rows, columns = (y >= 0).nonzero(as_tuple=True)
+    assert sorted(y[rows, columns].tolist()) == list(range(1, n))
+    assert torch.equal(x[rows, columns] + 1, y[rows, columns])
+    later = rows > 0  # but for the first window, this much stands before each target
+    assert not later.any() or int(columns[later].min()) >= block_size - stride
+
+
+@torch.no_grad()
+def strided_loop(theirs, tokens, block_size, stride):
+    """-log p of each token but the first, by transformers, a window at a time."""
+    losses, done = [], 0
+    for start in range(0, len(tokens) - 1, stride):
+        window = torch.from_numpy(tokens[start:start + block_size + 1])
+        logits = theirs(window[None, :-1]).logits[0].double()
+        fresh = F.cross_entropy(logits, window[1:], reduction="none")[done - start:]
+        losses += fresh.tolist()
+        done = start + len(window) - 1
+        if done == len(tokens) - 1:
+            return losses
+    raise AssertionError("the loop ends at the last token")
+
+
+@pytest.mark.parametrize("neo", [False, True])
+@pytest.mark.parametrize("stride", [24, 10, 1])
+def test_perplexity_is_that_of_transformers(neo, stride, write_hf):
+    theirs, tokens = hf_model(neo=neo), ids(170)
+    ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
+    expected = strided_loop(theirs, tokens, 24, stride)
+    windows = tasks.sliding_windows(len(tokens), 24, stride)
+    sums = tasks.perplexity_sums(ours, tokens, None, windows, 24, 3, one_byte, ALONE)
+    r = tasks.perplexity_of_sums(sums)
+    assert r["loss"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert r["tokens"] == 169 and r["windows"] == len(windows)
+    assert r["bits_per_byte"] == pytest.approx(np.mean(expected) / math.log(2), abs=1e-4)
+
+
+def test_ranks_share_the_windows():
+    model, tokens = tiny_gpt(61), ids(200)
+    windows = tasks.sliding_windows(200, 16, 7)
+    whole = tasks.perplexity_sums(model, tokens, None, windows, 16, 2, one_byte, ALONE)
+    shares = [tasks.perplexity_sums(model, tokens, None, windows, 16, 2, one_byte,
+                                    World(rank, 3, 0, ALONE.device)) for rank in range(3)]
+    np.testing.assert_allclose(np.sum(shares, 0), whole, rtol=1e-6)
+
+
+def test_standard_error_is_that_of_the_jackknife():
+    """Of windows that differ much: the ratio's error, and not that of independent tokens."""
+    rng = np.random.RandomState(0)
+    n = rng.randint(20, 30, 400)
+    loss = n * rng.normal(3, 0.5, 400)
+    sums = [400, n.sum(), loss.sum(), (loss**2).sum(), (loss * n).sum(), (n**2).sum(), 1]
+    left_out = (loss.sum() - loss) / (n.sum() - n)
+    jackknife = math.sqrt(399 * np.var(left_out))
+    assert tasks.perplexity_of_sums(sums)["standard_error"] == pytest.approx(jackknife, rel=0.02)
+    assert math.isnan(tasks.perplexity_of_sums([1, 5, 9, 81, 45, 25, 1])["standard_error"])
+
+
+def test_a_mask_leaves_targets_out():
+    tokens, mask = ids(60), np.zeros(60, dtype=np.uint8)
+    mask[[7, 20, 41]] = 1
+    _, y = tasks.read_windows(tokens, mask, tasks.sliding_windows(60, 16, 5), 16)
+    assert sorted(y[y >= 0].tolist()) == sorted(tokens[[7, 20, 41]].tolist())
+    with pytest.raises(ValueError, match="no target counts"):
+        tasks.perplexity_of_sums([0, 0, 0, 0, 0, 0, 0])
+
+
+def test_perplexity_of_a_file(make_dataset, make_run, tmp_path, capsys):
+    """The file's own loss and bytes; the dataset's loss is what training reports."""
+    _, tokenizer = make_dataset("chars")
+    out_dir, model = make_run(tokenizer)
+    text = "Line 3: what's more, it ends.\n"
+    (tmp_path / "f.txt").write_text(text)
+    run(f"--out_dir={out_dir}", f"--input={tmp_path / 'f.txt'}", "--stride=1")
+    out = capsys.readouterr().out
+    tokens = torch.tensor(tokenizer.encode(text))
+    nats = sum(F.cross_entropy(model(tokens[None, max(0, t - 16):t])[0, -1], tokens[t]).item()
+               for t in range(1, len(tokens)))
+    n = len(text) - 1
+    assert f"loss {nats / n:.4f} nats a token, perplexity {math.exp(nats / n):.2f}, " in out
+    assert f"{nats / n / math.log(2):.4f} bits per byte; {n} tokens counted" in out
+    a_word = float(re.search(r"perplexity ([\d.]+) a word, of 6 between", out)[1])
+    assert a_word == pytest.approx(math.exp(nats / 6), rel=1e-4)
+    assert "windows of 16 every 1" in out
+
+
+def test_bytes_of_tokens(make_dataset):
+    """Half a character's tokens too are counted by the bytes that they stand for."""
+    text = "na\u00efve \U0001f600 caf\u00e9"
+    _, chars = make_dataset("chars", text=text * 9)
+    _, json_tokenizer = make_dataset("json", name="json")
+    for tokenizer in (chars, json_tokenizer):
+        ids = tokenizer.encode(text)
+        assert tokenizer.n_bytes(ids) == len(text.encode())
+        assert sum(tokenizer.n_bytes([i]) for i in ids) == len(text.encode())
+    assert json_tokenizer.n_bytes([json_tokenizer.eot]) == 0
+
+
+def test_bytes_of_gpt2s_tokens(gpt2_vocabulary):
+    from tokenizer import GPT2Tokenizer
+    tokenizer, text = GPT2Tokenizer(), "na\u00efve \U0001f600"
+    ids = tokenizer.encode(text)
+    assert sum(tokenizer.n_bytes([i]) for i in [*ids, 50256]) == len(text.encode())
+
+
+# -----------------------------------------------------------------------------
+# batches of prompts
+
+@pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+def test_batched_answers_are_those_of_one_prompt(fields, batch_size):
+    model = tiny_gpt(61, block_size=24, **fields)
+    prompts = [ids(n, seed=n).tolist() for n in [3, 17, 9, 3, 1, 12, 8]]
+    alone = []
+    for prompt in prompts:
+        new = [int(t) for t in stream(model, torch.tensor([prompt]), 7, temperature=0,
+                                      use_cache=False)]
+        alone.append(new[:new.index(5)] if 5 in new else new)
+    assert tasks.answer(model, prompts, 7, 5, 61, batch_size, "cpu") == alone
+    assert len({tuple(a) for a in alone}) > 3  # they are not all the same
+
+
+@pytest.mark.parametrize("neo", [False, True])
+def test_answers_are_those_of_transformers(neo, write_hf):
+    theirs = hf_model(neo=neo)
+    ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
+    prompts = [ids(n, seed=n).tolist() for n in [3, 14, 9, 2]]
+    for prompt, new in zip(prompts, tasks.answer(ours, prompts, 8, None, 61, 4, "cpu")):
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False,
+                                   attention_mask=torch.ones(1, len(prompt)), eos_token_id=None,
+                                   pad_token_id=0)
+        assert prompt + new == expected[0].tolist()
+
+
+def test_the_window_slides_under_filling():
+    """A full context drops the filling with what it drops, and goes on."""
+    model = tiny_gpt(61, block_size=8)
+    x, pad = tasks.flush_right([ids(6).tolist(), ids(2, 1).tolist()], "cpu")
+    assert x[1].tolist()[:4] == [0] * 4 and pad.tolist() == [0, 4]
+    new = torch.stack(list(stream(model, x, 9, temperature=0, pad=pad)), 1)
+    alone = torch.stack(list(stream(model, x[:1], 9, temperature=0)), 1)
+    assert torch.equal(new[:1], alone) and new.max() < 61
+
+
+@pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
+@torch.no_grad()
+def test_label_scores(fields):
+    """Against a whole pass over prompt and label; the longer label begins as the other."""
+    model = tiny_gpt(61, block_size=24, **fields)
+    prompts = [ids(n, seed=n).tolist() for n in [3, 17, 9, 1]]
+
+    def plain(prompt, label):
+        logp = model(torch.tensor([prompt + label])).log_softmax(-1)[0]
+        return sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(label))
+
+    for labels, ends in (([[4], [7, 8, 9]], []), ([[4], [4, 9]], [5])):
+        scores = tasks.score_labels(model, prompts, labels, 5, 3, "cpu")
+        expected = [[plain(prompt, label + ends) for label in labels] for prompt in prompts]
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# classification
+
+def test_labels_are_parsed():
+    labels = ["negative", "very good"]
+    for text, label in ((" negative", "negative"), (" Very Good\nTweet: x", "very good"),
+                        ("", None), ("negatively", None), ("not negative", None)):
+        assert tasks.parse_label(text, labels) == label
+
+
+def test_scores_are_plain_arithmetic():
+    """Two classes, one answer that is no label: F1 by hand."""
+    pytest.importorskip("sklearn")
+    truth = ["a", "a", "a", "b", "b", "b"]
+    r = tasks.classification_scores(truth, ["a", "a", "b", "b", None, "a"], ["a", "b"])
+    assert r["confusion"] == [[2, 1, 0], [1, 1, 1]] and r["no_label"] == 1
+    assert r["accuracy"] == 0.5
+    f1_a, f1_b = 2 * 2 / (3 + 3), 2 * 1 / (2 + 3)
+    assert r["macro_f1"] == pytest.approx((f1_a + f1_b) / 2)
+
+
+@pytest.fixture
+def task(make_dataset, make_run):
+    """A dataset by characters with a test.jsonl of three labels, and a tiny run on it."""
+    folder, tokenizer = make_dataset("chars")
+    out_dir, model = make_run(tokenizer, block_size=20)
+    make_jsonl(folder / "test.jsonl", [
+        {"prompt": f"Line {i}: {'m' * (i % 7)}", "completion": (" end", " more", " it")[i % 3]}
+        for i in range(9)])
+    return folder, out_dir, model, tokenizer
+
+
+def test_classify(task, capsys):
+    pytest.importorskip("sklearn")
+    folder, out_dir, model, tokenizer = task
+    argv = [f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify"]
+    saved = {}
+    for method in ("generate", "likelihood"):
+        run(*argv, f"--method={method}", "--batch_size=4")
+        out = capsys.readouterr().out
+        rows = [json.loads(line) for line in (out_dir / "predictions.jsonl").open()]
+        right = np.mean([row["predicted"] == row["label"] for row in rows])
+        assert f"by {method}: accuracy {right:.2%}, macro F1" in out and "9 prompts" in out
+        assert [row["label"] for row in rows] == ["end", "more", "it"] * 3
+        assert len(re.findall(r"(?m)^(end|it|more) .*\d$", out)) == 3
+        saved[method] = rows
+    assert all(row["predicted"] in ("end", "more", "it") for row in saved["likelihood"])
+    prompt = torch.tensor([tokenizer.encode(saved["generate"][0]["prompt"])])
+    new = list(stream(model, prompt, 6, temperature=0))  # " more" and one to end it
+    assert saved["generate"][0]["answer"] == tokenizer.decode([int(t) for t in new])
+
+
+@pytest.mark.parametrize("lines, message", [
+    ([{"prompt": "Line", "completion": " it"}] * 2, r"test.jsonl: every completion is 'it'; .*two"),
+    (["{"], r"test.jsonl, line 1: malformed JSON \(.*column 2\)"),
+    (["", '{"prompt": 1, "completion": "x"}'], r"line 2: wants a JSON object with prompt and"),
+    (["[]"], r"line 1: wants a JSON object"),
+    ([], r"test.jsonl is empty"),
+    ([{"prompt": "L" * 19, "completion": " it"}, {"prompt": "L", "completion": " end"}],
+     r"test.jsonl, line 1: the prompt has 19 tokens; the model reads 1 to 16 beside the longest"),
+])
+def test_bad_test_files(lines, message, task):
+    pytest.importorskip("sklearn")
+    folder, out_dir, _, _ = task
+    make_jsonl(folder / "test.jsonl", lines)
+    with pytest.raises(ValueError, match=message):
+        run(f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify")
+    assert not (out_dir / "predictions.jsonl").exists()
+
+
+def test_no_test_file_and_another_tokenizer(task, make_dataset):
+    pytest.importorskip("sklearn")
+    folder, out_dir, _, _ = task
+    (folder / "test.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"test.jsonl does not exist; .*--test_fraction"):
+        run(f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify")
+    other, _ = make_dataset("json", name="other")
+    make_jsonl(other / "test.jsonl", [{"prompt": "a", "completion": c} for c in "bc"])
+    with pytest.raises(ValueError, match=r"was made with a tokenizer.json"):
+        run(f"--out_dir={out_dir}", f"--dataset={other}", "--task=classify")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--task=bleu"], "--task=bleu: use perplexity, classify, lambada"),
+    (["--task=classify", "--method=beam"], "--method=beam: use generate, likelihood"),
+    (["--task=lambada"], "--task=lambada needs --input=FILE"),
+    (["--detokenize=True"], "--detokenize needs the text"),
+    (["--input=gone.txt"], "--input=gone.txt: no such file"),
+    (["--stride=0"], "--stride=0 must be at least 1"),
+    (["--stride=21"], "--stride=21 is more than the windows' 20 tokens"),
+    (["--stride=2", "--eval_iters=1"], "leave --input and --stride out"),
+])
+def test_refused(argv, message, task):
+    folder, out_dir, _, _ = task
+    with pytest.raises(ValueError, match=message) as error:
+        run(f"--out_dir={out_dir}", f"--dataset={folder}", *argv)
+    assert "\n" not in str(error.value)
+
+
+def test_without_scikit_learn(task, monkeypatch):
+    folder, out_dir, _, _ = task
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.metrics", None)
+    with pytest.raises(ValueError, match="pip install scikit-learn"):
+        run(f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify")
+
+
+# -----------------------------------------------------------------------------
+# LAMBADA
+
+@torch.no_grad()
+def test_lambada():
+    """Against the words one at a time, whole logits and no batches."""
+    model = tiny_gpt(61, block_size=24)
+    rng = np.random.RandomState(3)
+    pairs = [(rng.randint(0, 61, n).tolist(), rng.randint(0, 61, m).tolist())
+             for n, m in [(5, 1), (9, 2), (20, 4), (1, 1)]]
+    best = [model(torch.tensor([context]))[0, -1].topk(2).indices.tolist() for context, _ in pairs]
+    stop = [best[0][0], best[1][0]]
+    # what it says itself, and what it says next to that
+    pairs += [(context, [token]) for (context, _), two in zip(pairs, best) for token in two]
+    losses, hits, filtered = tasks.lambada(model, pairs, stop, 3, "cpu")
+    for i, (context, word) in enumerate(pairs):
+        logits = model(torch.tensor([context + word]))[0, len(context) - 1:-1]
+        assert losses[i] == pytest.approx(F.cross_entropy(
+            logits, torch.tensor(word), reduction="sum").item(), abs=1e-4)
+        assert bool(hits[i]) == (logits.argmax(-1).tolist() == word)
+        logits[0, stop] = -math.inf
+        assert bool(filtered[i]) == (logits.argmax(-1).tolist() == word)
+    assert hits.any() and filtered.any() and not torch.equal(hits, filtered)
+
+
+def test_the_lambada_command(gpt2_vocabulary, shared, tmp_path, capsys):
+    """The stop words keep a whole word from being one; the counts are those of the lines."""
+    from tokenizer import GPT2Tokenizer
+    ids = tasks.stop_word_ids(GPT2Tokenizer())
+    assert GPT2Tokenizer().encode(" the")[0] in ids and GPT2Tokenizer().encode(" dog")[0] not in ids
+    assert tasks.split_last_word("She fed the dog\n", GPT2Tokenizer())[1] == [3290]
+    texts = ["He came up to the house and opened the door",
+             "It was the best of times , it was the worst of times"]
+    make_jsonl(tmp_path / "l.jsonl", [{"text": text} for text in texts])
+    model = shared("models/gutenberg-17m")
+    argv = ["--task=lambada", f"--init_from={model}", f"--input={tmp_path / 'l.jsonl'}"]
+    run(*argv)
+    assert re.search(r"accuracy \d+.00% .*filter \d+.00%; .* 2 texts", capsys.readouterr().out)
+    make_jsonl(tmp_path / "l.jsonl", [{"text": "One two"}, {"text": "word "}])
+    with pytest.raises(ValueError, match=r"l.jsonl, line 2: wants two words or more"):
+        run(*argv)
+    make_jsonl(tmp_path / "l.jsonl", [{"text": "word " * 600}])
+    with pytest.raises(ValueError, match=r"line 1: has 600 tokens, the model reads 512"):
+        run(*argv)
+
+
+# -----------------------------------------------------------------------------
+# WikiText
+
+@pytest.mark.parametrize("tokenised, plain", [
+    (" = = Early life = = ", "== Early life =="),
+    (" a well @-@ known 9 @,@ 500 km ( 4 @.@ 5 mi ) road ; it 's open .",
+     "a well-known 9,500 km (4.5 mi) road; it's open."),
+    (' role as " Craig " in " Teddy \'s Story " ,', 'role as "Craig" in "Teddy\'s Story",'),
+    (" the ships ' hulls did n't last 2006 \u2013 07 , $ 5 ?",
+     "the ships' hulls didn't last 2006\u201307, $5?"),
+    (" A <unk> / B \n \n C ", "A <unk> / B\n\nC"),
+])
+def test_detokenizer(tokenised, plain):
+    assert tasks.detokenize_wikitext(tokenised) == plain
+
+
+def test_detokenized_text_is_likelier(gpt2_vocabulary, shared, tmp_path, capsys):
+    """No word is lost, and a model of plain text finds each word of the file likelier."""
+    text = shared("data/wikitext-2/test.txt").read_text(encoding="utf-8")[:4000]
+    letters = re.sub(r"[\s@]", "", text)
+    assert re.sub(r"[\s@]", "", tasks.detokenize_wikitext(text)) == letters
+    (tmp_path / "w.txt").write_text(text, encoding="utf-8")
+    found = []
+    for detokenize in (False, True):
+        run(f"--init_from={shared('models/gutenberg-17m')}", f"--input={tmp_path / 'w.txt'}",
+            f"--detokenize={detokenize}")
+        found.append(float(re.search(r"perplexity ([\d.]+) a word", capsys.readouterr().out)[1]))
+    assert found[1] < found[0] / 2
+
+
+def test_a_file_that_is_not_utf8(task, tmp_path):
+    _, out_dir, _, _ = task
+    Path(tmp_path / "l.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(ValueError, match=r"l.txt is not UTF-8 \(byte 3\)"):
+        run(f"--out_dir={out_dir}", f"--input={tmp_path / 'l.txt'}")
