@@ -235,38 +235,49 @@ def optimizer_state(model, optimizer):
 
 def checked_optimizer_state(model, state, path):
     """A saved optimizer state, ours or nanoGPT's list, by the names of an unsharded model's
-    parameters. Raises ValueError where it is not of them; None where no step was taken yet."""
+    parameters; {} before the first step. Raises ValueError where it is not of them."""
     if {"state", "param_groups"} <= state.keys():
         state = by_name(model, state, path)
-    if not state:
-        return None
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if state.keys() != params.keys():
+    if state and state.keys() != params.keys():
         wrong = sorted(state.keys() ^ params.keys())
         raise ValueError(f"{path}: its optimizer state is of other parameters ({wrong[0]}, ...)")
-    for name, p in params.items():
-        for key, value in state[name].items():
-            if value.dim() and value.shape != p.shape:
-                raise ValueError(f"{path}: its optimizer state has another shape than the model "
-                                 f"({name}, {key})")
+    for name, held in state.items():
+        p = params[name]
+        if any(v.dim() and (v.shape[1:] != p.shape[1:] or len(v) < len(p)) for v in held.values()):
+            raise ValueError(f"{path}: its optimizer state does not fit {name}, {tuple(p.shape)}")
     return state
 
 
-def load_optimizer_state(model, optimizer, state):
-    """Gives a fresh optimizer of an unsharded model a state by name."""
-    names = {p: name for name, p in model.named_parameters()}
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    # the optimizer's own loader casts and moves what it takes
-    optimizer.load_state_dict({
-        "state": {i: state[names[p]] for i, p in enumerate(order)},
-        "param_groups": optimizer.state_dict()["param_groups"]})
+def load_optimizer_state(model, optimizer, state, path, world=None):
+    """Fills an optimizer that has not stepped with a saved state. On several ranks rank 0 gives
+    it, the others give {}, and each takes what its share of the model needs."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if world is None or world.is_main:
+        state = state if is_sharded(model) else checked_optimizer_state(model, state, path)
+        state = {name: cropped(held, params[name]) for name, held in state.items()}
+    names = {p: name for name, p in params.items()}
+    if world is not None and world.size > 1:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_optimizer_state_dict,
+        )
+        groups = [group | {"params": [names[p] for p in group["params"]]}
+                  for group in optimizer.param_groups]
+        whole = {"state": state, "param_groups": groups} if world.is_main else {}
+        set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True))
+    elif state:
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        # the optimizer's own loader casts and moves what it takes
+        optimizer.load_state_dict({
+            "state": {i: state[names[p]] for i, p in enumerate(order)},
+            "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def crop_optimizer_state(state, block_size):
-    """Cuts the moments of the position embeddings as crop_block_size cuts the embeddings."""
-    wpe = state["transformer.wpe.weight"]
-    state["transformer.wpe.weight"] = {key: value[:block_size] if value.dim() else value
-                                       for key, value in wpe.items()}
+def cropped(state, param):
+    """One parameter's state, its moments cut to as many rows as a cropped wpe has."""
+    return {key: value[:len(param)] if value.dim() else value for key, value in state.items()}
 
 
 def by_name(model, state, path):

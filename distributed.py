@@ -189,18 +189,6 @@ def total_norm(grads):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def fill_optimizer(model, optimizer, state, world):
-    """Gives an optimizer that has not stepped rank 0's `state`, {parameter name: {...}}, whole;
-    each rank takes its share. The other ranks give None."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    names = {p: name for name, p in model.named_parameters()}
-    groups = [group | {"params": [names[p] for p in group["params"]]}
-              for group in optimizer.param_groups]
-    set_optimizer_state_dict(
-        model, optimizer, {"state": state, "param_groups": groups} if world.is_main else {},
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-
-
 # -----------------------------------------------------------------------------
 # device and dtype
 

@@ -47,7 +47,8 @@ class Start:
     """What a run begins with. Rank 0 alone reads it from disk."""
     model: object                  # a GPT; its GPTConfig on the way to the other ranks
     progress: Progress = field(default_factory=new_progress)
-    optimizer: dict | None = None  # {parameter name: {"exp_avg": ..., ...}}; None: not stepped yet
+    stepped: bool = False          # whether there is an optimizer's state
+    optimizer: dict = field(default_factory=dict)  # {parameter name: {"exp_avg": ..., ...}}
     scaler: dict | None = None
     # of the state that it was read from
     path: Path | None = None
@@ -117,8 +118,8 @@ def read_start(path, dropout):
                          f"--init_from={path.parent} --out_dir=ANOTHER")
     try:
         model = checkpoint.model_from(saved, path, dropout)
-        return Start(model, progress_of(saved),
-                     checkpoint.checked_optimizer_state(model, saved["optimizer"], path),
+        optimizer = checkpoint.checked_optimizer_state(model, saved["optimizer"], path)
+        return Start(model, progress_of(saved), bool(optimizer), optimizer,
                      saved.get("scaler") or None, path, config_of(saved),
                      checkpoint.tokenizer_from(saved), "progress" in saved)
     except Exception as e:  # what a foreign file can raise has no end
@@ -151,20 +152,11 @@ def check_same_run(cfg, start):
                          "values, or --force_resume=True to go on with the new ones")
 
 
-def crop(start, block_size):
-    """Crops the model's context, and with it the moments of its position embeddings."""
-    if block_size is None:
-        return
-    start.model.crop_block_size(block_size)
-    if start.optimizer:
-        checkpoint.crop_optimizer_state(start.optimizer, block_size)
-
-
 def spread(start, world):
     """Rank 0's Start on all ranks: the facts, and a model yet to be filled (parallelize does that,
-    and fill_optimizer the rest). The other ranks give None."""
+    and checkpoint.load_optimizer_state). The other ranks give None."""
     facts = share(world, start and replace(
-        start, model=start.model.config, optimizer=start.optimizer is not None, tokenizer=None))
+        start, model=start.model.config, optimizer={}, tokenizer=None))
     return start or replace(facts, model=GPT.empty(facts.model))
 
 

@@ -154,7 +154,8 @@ def load_start(cfg, tokenizer, folder):
         start = states.load_start(cfg.out_dir, cfg.dropout, any_run=cfg.force_resume)
         states.check_same_run(cfg, start)
         tokenizers.check_same(start.tokenizer, tokenizer, cfg.out_dir, folder)
-        states.crop(start, cfg.block_size)
+        if cfg.block_size is not None:
+            start.model.crop_block_size(cfg.block_size)
         return start
     if cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)
@@ -204,8 +205,8 @@ def set_up(cfg, argv):
     optimizer = torch.optim.AdamW(
         model.param_groups(cfg.weight_decay), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
         fused=world.device.type in ("cpu", "cuda"))
-    if start.optimizer:
-        distributed.fill_optimizer(model, optimizer, start.optimizer, world)
+    if start.stepped:
+        checkpoint.load_optimizer_state(model, optimizer, start.optimizer, start.path, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if start.scaler:
         scaler.load_state_dict(start.scaler)
