@@ -113,8 +113,8 @@ def read_start(path, dropout):
     one that is not whole: each part is read here, so that an older state can serve instead."""
     saved = checkpoint.load(path)
     if "optimizer" not in saved:
-        raise ValueError(f"--init_from=resume: {path} is a model without an optimizer's state to "
-                         "go on from; begin a new run with its weights by "
+        raise ValueError(f"--init_from=resume: {path} holds a model, but no state.pt to go on from "
+                         "lies beside it; begin a new run with its weights by "
                          f"--init_from={path.parent} --out_dir=ANOTHER")
     try:
         model = checkpoint.model_from(saved, path, dropout)
@@ -164,10 +164,10 @@ def progress_of(saved):
     """The Progress of a saved state, nanoGPT's too."""
     if "progress" in saved:
         progress = Progress(**saved["progress"])
-        wrong = [f.name for f in fields(Progress)
-                 if not isinstance(getattr(progress, f.name), int if f.type is int else f.type)]
-        if wrong:
-            raise TypeError(f"progress: {wrong[0]}")
+        for f in fields(Progress):
+            kind = int | float if f.type is float else f.type
+            if not isinstance(getattr(progress, f.name), kind):
+                raise TypeError(f"progress: {f.name}")
         return progress
     step = int(saved["iter_num"])
     progress = new_progress()
