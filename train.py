@@ -390,7 +390,7 @@ class StopSignals:
         return self
 
     def handle(self, number, frame):
-        if self.received and "RANK" not in os.environ:
+        if self.received and number == signal.SIGINT and "RANK" not in os.environ:
             raise KeyboardInterrupt
         self.received = number
 
