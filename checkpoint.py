@@ -18,6 +18,7 @@ import torch
 
 import pretrained
 import tokenizer as tokenizers
+from distributed import is_sharded, out_of_memory
 from model import GPT, GPTConfig
 
 MODEL_FILE, STATE_FILE = "ckpt.pt", "state.pt"
@@ -26,10 +27,15 @@ MODEL_FILE, STATE_FILE = "ckpt.pt", "state.pt"
 # -----------------------------------------------------------------------------
 # files
 
-def write_atomic(path, write):
-    """Calls write(file) on a temporary file beside `path`, syncs it and renames it to `path`.
+class WriteError(ValueError):
+    """The disk did not take a file; what stood there before is untouched."""
 
-    Raises ValueError where the disk does not take it; what stood at `path` is then still there.
+
+def write_atomic(path, write, keep=1):
+    """Calls write(file) on a temporary file beside `path`, syncs it and renames it to `path`. With
+    `keep` above 1 what stood there becomes NAME.1.pt, and so on: that many stay in all.
+
+    Raises WriteError where the disk does not take it; what stood at `path` is then still there.
     """
     temporary = f"{path}.tmp"
     try:
@@ -38,14 +44,34 @@ def write_atomic(path, write):
                 write(f)
                 f.flush()
                 os.fsync(f.fileno())
+            make_older(Path(path), keep)
             os.replace(temporary, path)
             sync_folder(os.path.dirname(path) or ".")
         finally:  # a second Ctrl-C in the middle leaves no half file either
             Path(temporary).unlink(missing_ok=True)
     except (OSError, RuntimeError) as e:  # RuntimeError: torch's zip writer on a full disk
-        raise ValueError(f"cannot write {path} ({getattr(e, 'strerror', None) or first_line(e)}); "
+        raise WriteError(f"cannot write {path} ({getattr(e, 'strerror', None) or first_line(e)}); "
                          "what stood there before is untouched: free space or choose another "
                          "--out_dir") from e
+
+
+def make_older(path, keep):
+    """Shifts NAME.1.pt to NAME.2.pt and so on; a second name for `path` becomes NAME.1.pt, so that
+    there is no moment without a file at `path`."""
+    def aged(age):
+        return path.with_suffix(f".{age}{path.suffix}")
+
+    if not path.is_file():
+        return
+    for age in range(keep - 1, 1, -1):
+        if aged(age - 1).is_file():
+            os.replace(aged(age - 1), aged(age))
+    if keep > 1:
+        aged(1).unlink(missing_ok=True)
+        try:
+            os.link(path, aged(1))
+        except OSError:  # a file system without hard links: then there is such a moment
+            os.replace(path, aged(1))
 
 
 def first_line(error):
@@ -60,9 +86,9 @@ def sync_folder(folder):
         os.close(handle)
 
 
-def save(path, data):
-    """torch.save, atomically. Tensors go to disk one by one: none is copied as a whole."""
-    write_atomic(path, lambda f: torch.save(data, f))
+def save(path, data, keep=1):
+    """torch.save, atomically. Tensors go to disk one by one: the whole is never held twice."""
+    write_atomic(path, lambda f: torch.save(data, f), keep)
 
 
 def load(path):
@@ -80,6 +106,8 @@ def load(path):
         raise ValueError(f"{path} carries code or objects beside plain data; refused, none of it "
                          "was run") from None
     except Exception as e:  # a damaged archive or pickle can raise nearly anything
+        if out_of_memory(e):
+            raise
         raise ValueError(f"{path} is truncated, damaged or no checkpoint ({first_line(e)}); use "
                          "another copy of it") from None
     if damaged is not None:
@@ -169,38 +197,82 @@ def gpt2_by_size(vocab_size):
     return tokenizers.GPT2Tokenizer() if vocab_size in tokenizers.GPT2_SIZES else None
 
 
-def model_data(model, iter_num, best_val_loss, config, tokenizer, weights=None):
-    """What ckpt.pt holds; `weights` where the model's own state dict is not whole (sharded)."""
-    return {"model": weights or model.state_dict(), "model_args": asdict(model.config),
+def model_data(model, iter_num, best_val_loss, config, tokenizer, weights=None, run_id=None):
+    """What ckpt.pt holds; `weights` where the model's own are not whole (sharded)."""
+    return {"model": dict(weights or model.state_dict()), "model_args": asdict(model.config),
             "iter_num": iter_num, "best_val_loss": best_val_loss, "config": config,
-            "tokenizer": tokenizer.spec}
+            "tokenizer": tokenizer.spec, "run_id": run_id}
 
 
 # -----------------------------------------------------------------------------
-# optimizer state, by parameter name: the same file whatever wrote it
+# the same file whatever wrote it: whole tensors, optimizer state by parameter name
+
+def whole_weights(model):
+    """{name: tensor}: references to the model's own; of a sharded one, which all ranks must ask
+    together, a full copy in rank 0's CPU memory, and {} on the others."""
+    if not is_sharded(model):
+        return dict(model.state_dict())
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    weights = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if weights and model.config.tied_head:  # came twice: one tensor again, as unsharded
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return weights
+
 
 def optimizer_state(model, optimizer):
-    """{parameter name: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}; references, no copies."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {names[p]: dict(state) for p, state in optimizer.state.items()}
+    """{parameter name: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}; references or, of a
+    sharded model, copies as whole_weights makes them. {} before the first step."""
+    if not is_sharded(model):
+        names = {p: name for name, p in model.named_parameters()}
+        return {names[p]: dict(state) for p, state in optimizer.state.items()}
+    if not optimizer.state:  # asked now, the helper would take a step to make one
+        return {}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True)).get("state", {})
 
 
-def load_optimizer_state(model, optimizer, state, path):
-    """Fills a fresh optimizer with a saved state, by name (ours) or as nanoGPT's list."""
+def checked_optimizer_state(model, state, path):
+    """A saved optimizer state, ours or nanoGPT's list, by the names of an unsharded model's
+    parameters; {} before the first step. Raises ValueError where it is not of them."""
     if {"state", "param_groups"} <= state.keys():
         state = by_name(model, state, path)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not state:  # saved before the first step
-        return
-    if state.keys() != params.keys():
+    if state and state.keys() != params.keys():
         wrong = sorted(state.keys() ^ params.keys())
         raise ValueError(f"{path}: its optimizer state is of other parameters ({wrong[0]}, ...)")
-    order = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, held in state.items():
+        p = params[name]
+        if any(v.dim() and (v.shape[1:] != p.shape[1:] or len(v) < len(p)) for v in held.values()):
+            raise ValueError(f"{path}: its optimizer state does not fit {name}, {tuple(p.shape)}")
+    return state
+
+
+def load_optimizer_state(model, optimizer, state, path, world=None):
+    """Fills an optimizer that has not stepped with a saved state. On several ranks rank 0 gives
+    it, the others give {}, and each takes what its share of the model needs."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if world is None or world.is_main:
+        state = state if is_sharded(model) else checked_optimizer_state(model, state, path)
+        state = {name: cropped(held, params[name]) for name, held in state.items()}
     names = {p: name for name, p in params.items()}
-    # the optimizer's own loader casts and moves what it takes
-    optimizer.load_state_dict({
-        "state": {i: cropped(state[names[p]], p) for i, p in enumerate(order)},
-        "param_groups": optimizer.state_dict()["param_groups"]})
+    if world is not None and world.size > 1:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_optimizer_state_dict,
+        )
+        groups = [group | {"params": [names[p] for p in group["params"]]}
+                  for group in optimizer.param_groups]
+        whole = {"state": state, "param_groups": groups} if world.is_main else {}
+        set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True))
+    elif state:
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        # the optimizer's own loader casts and moves what it takes
+        optimizer.load_state_dict({
+            "state": {i: state[names[p]] for i, p in enumerate(order)},
+            "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def cropped(state, param):

@@ -1,19 +1,28 @@
-"""Where a run computes: torchrun's environment, device, dtype, and sums over the ranks.
+"""Where a run computes: torchrun's environment, device, dtype; DDP or FSDP2; sums over the ranks.
 
 One process and many run the same code: with one, the sums and waits below do nothing.
 """
 import datetime
+import errno
 import importlib.util
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# pairs that no test covers, and what to take instead; DESIGN.md, "What goes together"
+UNTESTED = {
+    ("parallel=fsdp", "dtype=float16"): "use --dtype=bfloat16, --dtype=float32 or --parallel=ddp",
+    ("device=mps", "processes=many"): "run one process, or --device=cpu",
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,20 @@ def under_torchrun():
     return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
 
 
-def join(world, backend="auto", timeout=1800):
-    """Joins the process group (a no-op for one process outside torchrun); timeout in seconds."""
+def check_pairs(world, **chosen):
+    """Raises ValueError where two of the chosen values were never tested together."""
+    if world.size == 1:  # nothing is shared: parallel means nothing
+        chosen.pop("parallel", None)
+    chosen |= {"device": world.device.type, "processes": "many" if world.size > 1 else "one"}
+    have = {f"{name}={str(value).removeprefix('torch.')}" for name, value in chosen.items()}
+    for (one, other), mend in UNTESTED.items():
+        if {one, other} <= have:
+            raise ValueError(f"{one} and {other} do not go together; {mend}")
+
+
+def join(world, backend="auto", timeout=600):
+    """Joins the process group (a no-op for one process outside torchrun); timeout in seconds: so
+    long a process waits for one that does not answer, here and in each later exchange."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if not under_torchrun():
@@ -62,13 +83,116 @@ def barrier():
         dist.barrier()
 
 
-def sum_over_ranks(*values, device):
+def share(world, value):
+    """Rank 0's value, plain data, on all ranks."""
+    held = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(held, device=world.device)
+    return held[0]
+
+
+def sum_over_ranks(*values, device="cpu"):
     """The sums over all ranks of a few numbers, as floats; note: this is a CPU-GPU sync point."""
     sums = torch.tensor([float(v) for v in values], dtype=torch.float64)
     if dist.is_initialized():
         sums = sums.to(device)  # nccl adds up on the GPU
         dist.all_reduce(sums)
     return sums.tolist()
+
+
+# -----------------------------------------------------------------------------
+# one model on many processes
+
+def parallelize(model, world, parallel, dtype, compile_choice, batch):
+    """(the model as its forward is called in training, whether it is compiled): on its device,
+    with rank 0's weights. DDP copies it to all ranks, FSDP2 leaves each a share. An optimizer is
+    made after this. The batch is what compilation is tried on."""
+    sharded = world.size > 1 and parallel == "fsdp"
+    if sharded:
+        shard(model, world, dtype)
+    else:
+        model.to(world.device)
+        model.tie_head()
+    compiled = (pick_compile(compile_choice, world.device, sharded)
+                and compile_or_fall_back(model, batch, world, dtype))
+    if sharded or world.size == 1:
+        return model, compiled
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return ddp, compiled
+
+
+def shard(model, world, dtype):
+    """FSDP2: each rank keeps its share of each parameter, and so of its gradient and moments: the
+    blocks one by one, then the root with the embeddings, ln_f and the head. Blocks compute in
+    `dtype` and are gathered in it; shares, root and the sums over ranks stay float32."""
+    # imported where needed: these take 2 seconds
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    whole = model.state_dict() if world.is_main else {}
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    for block in model.transformer.h:  # the whole goes to the device a block at a time
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    set_model_state_dict(model, whole, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
+
+
+def compile_or_fall_back(model, batch, world, dtype):
+    """Compiles the model in place and tries it; where that fails, on any rank, stays eager. A
+    sharded one cannot be relied on after a failure: there it is an error."""
+    model.compile()
+    x, y = (t.to(world.device) for t in batch)
+    try:
+        with autocast(world, dtype):
+            model(x, y).backward()
+        failed = None
+    except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
+        failed = e
+    model.zero_grad(set_to_none=True)
+    if sum_over_ranks(failed is not None, device=world.device)[0] == 0:
+        return True
+    reason = str(failed).strip().splitlines()[0][:200] if failed else "on another rank"
+    if is_sharded(model):
+        raise ValueError(f"torch.compile failed on the sharded model ({reason}); use "
+                         "--compile=False")
+    model._compiled_call_impl = None  # what model.compile() set
+    if world.is_main:
+        print(f"warning: torch.compile failed ({reason}); going on without, slower but the same; "
+              "--compile=False silences this", file=sys.stderr)
+    return False
+
+
+def is_sharded(model):
+    """Whether fully_shard was here; asked without importing it."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+@contextmanager
+def gradient_sync(model, last):
+    """Around a micro-step's forward and backward: ranks exchange gradients in the last one only."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def total_norm(grads):
+    """The norm of all gradients together, over all shares of them; a tensor, alike on all ranks."""
+    norm = torch.nn.utils.get_total_norm(grads)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+# -----------------------------------------------------------------------------
+# device and dtype
+
+def autocast(world, dtype):
+    return torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def pick_device(name="auto", local_rank=0):
@@ -113,22 +237,28 @@ def pick_dtype(name, device):
     return torch.float32
 
 
-def pick_compile(choice, device):
-    """'auto' compiles where that is known to work: CUDA of capability 7 and up, with Triton."""
+def pick_compile(choice, device, sharded=False):
+    """'auto' compiles where that is known to work: CUDA of capability 7 and up, with Triton, and
+    not sharded."""
     if choice != "auto":
         if not isinstance(choice, bool):
             raise ValueError(f"--compile={choice}: use auto, True or False")
         return choice
-    return (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 7
+    return (not sharded and device.type == "cuda"
+            and torch.cuda.get_device_capability(device)[0] >= 7
             and importlib.util.find_spec("triton") is not None)
 
+
+# -----------------------------------------------------------------------------
+# the last word
 
 def run(main):
     """Runs an entry script: what a user can mend ends as one line on stderr and status 1.
 
-    That is a ValueError or FloatingPointError raised in a file of this project; one from inside
-    a library is a bug and keeps its traceback. Under torchrun rank 0 speaks for all: the others
-    wait, and speak only if it had nothing to say and so did not end the job.
+    That is a ValueError or FloatingPointError raised in a file of this project (one from inside a
+    library is a bug and keeps its traceback), memory that ran out, and a process that is gone.
+    Under torchrun rank 0 speaks for all: the others wait, and speak only if it had nothing to say
+    and so did not end the job.
     """
     sys.stdout.reconfigure(errors="replace")  # a Windows console's code page lacks most characters
     try:
@@ -140,10 +270,48 @@ def run(main):
         if Path(last.tb_frame.f_code.co_filename).parent != Path(__file__).parent:
             raise
         if int(os.environ.get("RANK", 0)) != 0:
-            time.sleep(30)
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        os._exit(1) if dist.is_initialized() else sys.exit(1)  # no wait for ranks that are gone
+            time.sleep(5)
+        stop(e)
+    except (RuntimeError, MemoryError, OSError) as e:
+        said = out_of_memory(e) or lost_peer(e)
+        if said is None:
+            raise
+        stop(said)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         leave()
+
+
+def stop(message):
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1) if dist.is_initialized() else sys.exit(1)  # no wait for ranks that are gone
+
+
+def out_of_memory(e):
+    """What to say of an exception that is memory running out, on the device or the host; or None.
+    Host allocations fail as MemoryError (Python, numpy), RuntimeError (torch) or ENOMEM (mmap)."""
+    text = str(e)
+    device = isinstance(e, torch.OutOfMemoryError)
+    host = (isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM
+            or "allocate memory" in text or "bad_alloc" in text)
+    if not (device or host):
+        return None
+    where = "the device" if device else "this machine"
+    reason = f" ({' '.join(text.split())[:160]})" if text else ""
+    return (f"out of memory on {where}{reason}; lower --batch_size, and raise "
+            "--gradient_accumulation_steps by as much to train the same, or lower --block_size; or "
+            "take a smaller model, or --parallel=fsdp on more processes")
+
+
+def lost_peer(e):
+    """What to say of an exception that is another process gone or silent; or None."""
+    text = " ".join(str(e).split())
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
+             "Connection refused", "timed out", "Timed out", "No route to host", "store")
+    if not (isinstance(e, dist.DistError) or "gloo" in text) or not any(s in text for s in signs):
+        return None
+    rank, size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
+    return (f"process {rank} of {size}: another process is gone or did not answer in time "
+            f"({text[-160:]}); its own message, if it had any, is above or in its terminal. The "
+            "states on disk are good: start the job again with --auto_resume=True")

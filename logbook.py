@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import sys
-from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -16,15 +15,14 @@ class Logbook:
     """Writes nothing on ranks other than the first. `start` is the step that the run begins at:
     what metrics.jsonl holds from there on, left by a run that was cut off later, is dropped."""
     def __init__(self, out_dir, start, max_iters, is_main, wandb_run=None):
-        self.is_main, self.wandb_run = is_main, wandb_run
+        self.is_main, self.wandb_run, self.disk_failed = is_main, wandb_run, False
         self.metrics_path = os.path.join(out_dir, "metrics.jsonl")
         self.picture_path = os.path.join(out_dir, "loss.png")
         self.bar = tqdm(total=max_iters, initial=start, unit="it", leave=False, dynamic_ncols=True,
                         disable=not (is_main and sys.stderr.isatty()))
         if is_main:
             self.entries = kept_entries(self.metrics_path, start)
-            with open(self.metrics_path, "w", encoding="utf-8") as f:
-                f.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+            self.on_disk(rewrite, self.metrics_path, map(json.dumps, self.entries))
 
     def say(self, text):
         if self.is_main:
@@ -35,29 +33,29 @@ class Logbook:
     def warn(self, text):
         self.say(f"warning: {text}")
 
-    @contextmanager
-    def tolerate_full_disk(self):
-        """A log that cannot be written is no reason to lose a run."""
-        try:
-            yield
-        except OSError as e:
-            self.warn(f"cannot write to {os.path.dirname(self.metrics_path)} ({e.strerror})")
-
     def record(self, entry, step):
         if not self.is_main:
             return
         self.entries.append(entry)
-        with self.tolerate_full_disk(), open(self.metrics_path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(entry) + "\n")
+        self.on_disk(write_line, self.metrics_path, json.dumps(entry))
         if self.wandb_run is not None:
             self.wandb_run.log({k: v for k, v in entry.items() if v is not None}, step=step)
+
+    def on_disk(self, write, *args):
+        """Metrics and pictures are not worth a run: a disk that does not take them is told once."""
+        try:
+            write(*args)
+        except OSError as e:
+            if not self.disk_failed:
+                self.warn(f"cannot write to {os.path.dirname(self.metrics_path)} ({e.strerror}): "
+                          "metrics.jsonl and loss.png lack what follows")
+            self.disk_failed = True
 
     def evaluation(self, step, train_loss, val_loss):
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.record({"step": step, "train_loss": train_loss, "val_loss": val_loss}, step)
         if self.is_main:
-            with self.tolerate_full_disk():
-                draw(self.entries, self.picture_path)
+            self.on_disk(draw, self.entries, self.picture_path)
 
     def iteration(self, step, loss, lr, seconds, tokens, mfu=None, skipped=0):
         """One logged step; mfu is a fraction, or None where the device's peak is not known."""
@@ -72,6 +70,18 @@ class Logbook:
         self.bar.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=status)
+
+
+def write_line(path, line):
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(line + "\n")
+
+
+def rewrite(path, lines):
+    """A kill in the middle leaves the old file: what it held is not computed again."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.writelines(line + "\n" for line in lines)
+    os.replace(f"{path}.tmp", path)
 
 
 def kept_entries(path, start):

@@ -2,6 +2,7 @@
 import shutil
 import time
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -9,11 +10,9 @@ ADAMW_COPIES = 3  # a state file holds the weights and two moments of them
 
 
 def describe(n_params, tokens_per_iter, iters, train_tokens, val_tokens, world, dtype, compiled,
-             out_dir, dataset):
-    """The plan as lines of text. Sizes in bytes are those of a save at float32."""
+             dataset):
+    """The plan as lines of text."""
     epochs = iters * tokens_per_iter / train_tokens
-    model_bytes = 4 * n_params
-    state_bytes = ADAMW_COPIES * model_bytes
     ranks = f" x {world.size} processes" if world.size > 1 else ""
     precision = str(dtype).removeprefix("torch.") + (", compiled" if compiled else "")
     return [
@@ -21,9 +20,31 @@ def describe(n_params, tokens_per_iter, iters, train_tokens, val_tokens, world, 
         f"data: {dataset}, {train_tokens:,} training tokens, {val_tokens:,} for validation",
         f"tokens per iteration: {tokens_per_iter:,}; {iters} iterations make {epochs:.2f} epochs "
         f"(1 epoch = {train_tokens / tokens_per_iter:.1f} iterations)",
-        f"a save takes {spell_bytes(model_bytes)} (ckpt.pt) + {spell_bytes(state_bytes)} "
-        f"(state.pt) in {out_dir}, where {spell_bytes(shutil.disk_usage(out_dir).free)} are free",
     ]
+
+
+def describe_saves(n_params, out_dir, keep_states, shares):
+    """What saves take on disk and, where the model is in shares, in memory: lines of text, the
+    last of them a warning where the disk cannot hold it. Sizes are those of float32."""
+    model_bytes = 4 * n_params
+    state_bytes = ADAMW_COPIES * model_bytes
+    free = shutil.disk_usage(out_dir).free
+    # the newest is written whole before an old one goes
+    most = model_bytes + state_bytes * (keep_states + 1)
+    held = sum(path.stat().st_size for path in Path(out_dir).glob("*.pt"))
+    lines = [f"a save takes {spell_bytes(model_bytes)} (ckpt.pt) + {spell_bytes(state_bytes)} "
+             f"(state.pt); with keep_states={keep_states} {out_dir} needs up to "
+             f"{spell_bytes(most)}, of which it holds {spell_bytes(held)}; "
+             f"{spell_bytes(free)} are free"]
+    if shares > 1:
+        lines.append(f"fsdp: each process holds {spell_bytes(4 * model_bytes / shares)} of weights,"
+                     f" gradients and moments, 1/{shares} of the whole; at a save rank 0 gathers "
+                     f"{spell_bytes(state_bytes)} in its CPU memory")
+    if most - held > free:
+        lines.append(f"warning: the disk of {out_dir} cannot hold that: free "
+                     f"{spell_bytes(most - held - free)}, lower --keep_states, or choose another "
+                     "--out_dir")
+    return lines
 
 
 def spell_bytes(n):

@@ -4,6 +4,7 @@
     python train.py config/finetune_shakespeare.py --init_from=gpt2 --batch_size=4
     torchrun --standalone --nproc_per_node=4 train.py config/finetune_shakespeare.py
     python train.py config/finetune_shakespeare.py --init_from=resume
+    torchrun --standalone --nproc_per_node=4 --max-restarts=3 train.py ... --auto_resume=True
 
 A step takes gradient_accumulation_steps * batch_size samples, shared among the processes. What it
 computes depends on the seed and the step alone: so a stopped run resumes exactly.
@@ -15,30 +16,22 @@ import signal
 import sys
 import tempfile
 import time
-import uuid
-from contextlib import nullcontext
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import distributed
 import logbook
 import plan
+import states
 import tokenizer as tokenizers
 from configurator import configure
-from distributed import (
-    barrier,
-    join,
-    pick_compile,
-    pick_dtype,
-    read_world,
-    run,
-    sum_over_ranks,
-)
+from distributed import autocast, read_world, run, share, sum_over_ranks
 from evaluate import evaluate_loss
 from loader import TokenBin, dataset_folder, open_tokens
 from model import GPT, GPTConfig, stream
@@ -57,7 +50,10 @@ class Config:
     always_save_checkpoint: bool = True  # ckpt.pt at each evaluation; False: only the best so far
     init_from: str = "scratch"   # scratch, resume, gpt2*, a hub id, a Hugging Face folder, a run
     overwrite: bool = False      # begin a new run in an out_dir that holds one
+    auto_resume: bool = False    # resume where out_dir holds a state, else begin as init_from says
     force_resume: bool = False   # resume although seed, dataset, block_size or global batch differ
+    save_interval: int | None = None  # steps between saves of state.pt; None: at each evaluation
+    keep_states: int = 2         # states that stay on disk: a damaged one falls back to the last
     sample_interval: int = 0     # show a sample at every so many evaluations; 0: never
     sample_start: str = "\n"     # the sample's prompt
     # wandb
@@ -90,36 +86,26 @@ class Config:
     lr_decay_iters: int | None = None  # None: max_iters
     min_lr: float | None = None  # None: learning_rate / 10
     # system
+    parallel: str = "ddp"        # on several processes: ddp copies the model, fsdp shares it out
     backend: str = "auto"        # auto, nccl, gloo
+    timeout: int = 600           # seconds to wait for a process that does not answer
     device: str = "auto"         # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"          # auto, float32, bfloat16, float16 (with a GradScaler)
     compile: bool | str = "auto"  # auto: where torch.compile is known to work
     seed: int = 1337             # of weights, data order and dropout
 
 
-@dataclass
-class Progress:
-    """Where a run stands: what state.pt holds beside weights, optimizer and scaler."""
-    step: int = 0                # optimizer steps taken
-    evaluated: int = -1          # the step of the last evaluation
-    best_val_loss: float = math.inf
-    best_train_loss: float = math.inf  # of the same evaluation
-    best_step: int = 0
-    worse: int = 0               # evaluations since then
-    warned: bool = False         # of overfitting, since then
-    skipped: int = 0             # fp16 steps that the scaler skipped, in all
-    run_id: str = ""
-
-
 # -----------------------------------------------------------------------------
-# setup: everything that one process can check comes before the processes join
+# setup: what one process can check comes before the processes join; rank 0 alone reads and writes
+# out_dir and init_from, so that machines need no common disk
 
-def check_config(cfg, world):
+def check_config(cfg, world, dtype):
     """Raises ValueError for fields that do not go together."""
     accumulation = cfg.gradient_accumulation_steps
     for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval",
-                 "n_layer", "n_head", "n_embd"):
-        if getattr(cfg, name) < 1:
+                 "n_layer", "n_head", "n_embd", "block_size", "save_interval", "keep_states",
+                 "timeout"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 1")
     for name in ("eval_iters", "max_iters", "learning_rate", "weight_decay", "grad_clip",
                  "warmup_iters", "patience", "sample_interval"):
@@ -128,8 +114,6 @@ def check_config(cfg, world):
     for name in ("dropout", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < 1:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be in [0, 1)")
-    if cfg.block_size is not None and cfg.block_size < 1:
-        raise ValueError(f"--block_size={cfg.block_size} must be at least 1")
     if not 0 <= cfg.seed < 2**32:
         raise ValueError(f"--seed={cfg.seed} must be in [0, 2**32)")
     if accumulation % world.size:
@@ -137,6 +121,12 @@ def check_config(cfg, world):
         raise ValueError(
             f"--gradient_accumulation_steps={accumulation} does not divide among {world.size} "
             f"processes; use a multiple, such as {lower or world.size}")
+    if cfg.parallel not in ("ddp", "fsdp"):
+        raise ValueError(f"--parallel={cfg.parallel}: use ddp or fsdp")
+    if cfg.auto_resume and cfg.overwrite:
+        raise ValueError("--auto_resume=True goes on with what --overwrite=True would replace at "
+                         "each restart: give one of them")
+    distributed.check_pairs(world, parallel=cfg.parallel, dtype=dtype)
     if cfg.wandb_log:
         logbook.check_wandb()
 
@@ -144,8 +134,10 @@ def check_config(cfg, world):
 def check_out_dir(cfg):
     """Raises ValueError where out_dir cannot be written or holds a run that would be lost."""
     out_dir = Path(cfg.out_dir)
-    held = [f for f in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE) if (out_dir / f).exists()]
-    if held and cfg.init_from != "resume" and not cfg.overwrite:
+    held = [f.name for f in (out_dir / checkpoint.MODEL_FILE, *states.state_files(out_dir))
+            if f.exists()]
+    if held and not states.resumes(cfg) and not cfg.overwrite and not (
+            cfg.auto_resume and states.barely_begun(out_dir)):
         raise ValueError(f"{out_dir} holds a run already ({', '.join(held)}): go on with it by "
                          "--init_from=resume, replace it by --overwrite=True, or choose another "
                          "--out_dir")
@@ -158,146 +150,78 @@ def check_out_dir(cfg):
 
 
 def load_start(cfg, tokenizer, folder):
-    """(model, saved state or None, its path) that the run begins with, as init_from says."""
-    if cfg.init_from == "resume":
-        saved, path = load_state(cfg)
-        check_same_run(cfg, saved, path)
-        source, model = cfg.out_dir, checkpoint.model_from(saved, path, cfg.dropout)
-        held = checkpoint.tokenizer_from(saved)
+    """The states.Start that the run begins with, as init_from says."""
+    if states.resumes(cfg):
+        start = states.load_start(cfg.out_dir, cfg.dropout, any_run=cfg.force_resume)
+        states.check_same_run(cfg, start)
+        tokenizers.check_same(start.tokenizer, tokenizer, cfg.out_dir, folder)
         if cfg.block_size is not None:
-            model.crop_block_size(cfg.block_size)
-    elif cfg.init_from == "scratch":
+            start.model.crop_block_size(cfg.block_size)
+        return start
+    if cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)
         vocab_size = 50304 if tokenizer.n_vocab == 50257 else tokenizer.n_vocab
-        return GPT(GPTConfig(
+        return states.Start(GPT(GPTConfig(
             block_size=cfg.block_size or 1024, vocab_size=vocab_size, n_layer=cfg.n_layer,
-            n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias)), None, None
-    else:
-        source, saved, path = cfg.init_from, None, None
-        model, held = checkpoint.load_model(source, cfg.block_size, cfg.dropout)
-    tokenizers.check_same(held, tokenizer, source, folder)
-    return model, saved, path
+            n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias)))
+    model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout)
+    tokenizers.check_same(held, tokenizer, cfg.init_from, folder)
+    return states.Start(model)
 
 
-def load_state(cfg):
-    """(state, its path): ours, or a nanoGPT ckpt.pt, which holds its optimizer."""
-    path = Path(cfg.out_dir) / checkpoint.STATE_FILE
-    if path.is_file():
-        return checkpoint.load(path), path
-    path = Path(cfg.out_dir) / checkpoint.MODEL_FILE
-    if not path.is_file():
-        raise ValueError(f"--init_from=resume: {cfg.out_dir} holds no checkpoint; check --out_dir, "
-                         "or begin with another --init_from")
-    saved = checkpoint.load(path)
-    if "optimizer" not in saved:
-        raise ValueError(f"--init_from=resume: {cfg.out_dir} holds {checkpoint.MODEL_FILE}, but no "
-                         f"{checkpoint.STATE_FILE} to go on from; begin a new run with its weights "
-                         f"by --init_from={cfg.out_dir} --out_dir=ANOTHER")
-    return saved, path
-
-
-def check_same_run(cfg, saved, path):
-    """Raises ValueError where a resumed run would read other data than the one it continues."""
-    then = saved.get("config", {})
-    ours = asdict(cfg) | {"block_size": cfg.block_size or saved["model_args"].get("block_size"),
-                          "global batch": cfg.batch_size * cfg.gradient_accumulation_steps}
-    theirs = then | {"block_size": saved["model_args"].get("block_size")}
-    if "batch_size" in then:
-        theirs["global batch"] = then["batch_size"] * then.get("gradient_accumulation_steps", 1)
-    differ = [f"{key} was {theirs[key]}, now {ours[key]}"
-              for key in ("seed", "dataset", "block_size", "global batch")
-              if key in theirs and theirs[key] != ours[key]]
-    if differ and not cfg.force_resume:
-        raise ValueError(f"{path} is of another run: {'; '.join(differ)}; give the old values, or "
-                         "--force_resume=True to go on with the new ones")
-
-
-def progress_of(saved):
-    """The Progress of a saved state, nanoGPT's too; a fresh one where there is none."""
-    if saved is None:
-        return Progress(run_id=uuid.uuid4().hex[:8])
-    if "progress" in saved:
-        return Progress(**saved["progress"])
-    step = int(saved["iter_num"])
-    return Progress(step=step, best_step=step, best_val_loss=float(saved["best_val_loss"]),
-                    run_id=uuid.uuid4().hex[:8])
+def open_data(cfg, folder, model, world):
+    """{split: TokenBin}. Raises ValueError where this machine's files are not rank 0's."""
+    data = {split: TokenBin(folder / f"{split}.bin", model.config.block_size,
+                            model.config.vocab_size, cfg.seed) for split in ("train", "val")}
+    for split in data.values():
+        mine = len(split), zlib.crc32(split.tokens[:2**20])
+        if share(world, mine) != mine:
+            raise ValueError(f"{split.path.absolute()} of process {world.rank} differs from that "
+                             "of process 0: copy the folder to each machine")
+    return data
 
 
 def set_up(cfg, argv):
     """Everything that the loop works on, in one namespace."""
     world = read_world(cfg.device)
-    check_config(cfg, world)
-    dtype, compiled = pick_dtype(cfg.dtype, world.device), pick_compile(cfg.compile, world.device)
+    dtype = distributed.pick_dtype(cfg.dtype, world.device)
+    check_config(cfg, world, dtype)
     folder = dataset_folder(cfg.dataset)
     for split in ("train", "val"):
         open_tokens(folder / f"{split}.bin", cfg.block_size or 1)
-    if not cfg.eval_only:
+    if world.is_main and not cfg.eval_only:
         check_out_dir(cfg)
     tokenizer = tokenizers.of_dataset(folder)
     if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
         raise ValueError("--sample_start is empty; give it at least a character")
-    model, saved, path = load_start(cfg, tokenizer, folder)
     if cfg.separate_documents and tokenizer.eot is None:
         raise ValueError("--separate_documents needs end-of-text between the documents, and "
                          f"{folder}'s {tokenizer.name} has none; leave it out")
+    start = load_start(cfg, tokenizer, folder) if world.is_main else None
+
+    distributed.join(world, cfg.backend, cfg.timeout)
+    start = states.spread(start, world)
+    model, progress = start.model, start.progress
     model.config = replace(
         model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
-    data = {split: TokenBin(folder / f"{split}.bin", model.config.block_size,
-                            model.config.vocab_size, cfg.seed) for split in ("train", "val")}
-
-    model.to(world.device)
-    model.tie_head()
+    data = open_data(cfg, folder, model, world)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
+    forward, compiled = distributed.parallelize(
+        model, world, cfg.parallel, dtype, cfg.compile, data["train"].batch(0, cfg.batch_size))
     optimizer = torch.optim.AdamW(
         model.param_groups(cfg.weight_decay), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
         fused=world.device.type in ("cpu", "cuda"))
+    if start.stepped:
+        checkpoint.load_optimizer_state(model, optimizer, start.optimizer, start.path, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    if saved is not None:
-        checkpoint.load_optimizer_state(model, optimizer, saved["optimizer"], path)
-        if saved.get("scaler"):
-            scaler.load_state_dict(saved["scaler"])
-    progress = progress_of(saved)
-
-    join(world, cfg.backend)
-    if compiled:
-        compiled = compile_or_fall_back(model, data["train"], cfg, world, dtype)
-    ddp = wrap(model, world)
+    if start.scaler:
+        scaler.load_state_dict(start.scaler)
+    start.model = start.optimizer = None  # a sharded run holds its share alone from here on
     return SimpleNamespace(
-        cfg=cfg, argv=argv, world=world, dtype=dtype, compiled=compiled, model=model, ddp=ddp,
-        optimizer=optimizer, scaler=scaler, tokenizer=tokenizer, data=data, progress=progress)
-
-
-def wrap(model, world):
-    """The model as its forward is called in training: under DDP where there are several ranks."""
-    if world.size == 1:
-        return model
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-
-
-def compile_or_fall_back(model, data, cfg, world, dtype):
-    """Compiles the model in place and tries it; where that fails, on any rank, stays eager."""
-    model.compile()
-    x, y = (t.to(world.device) for t in data.batch(0, cfg.batch_size))
-    try:
-        with autocast(world, dtype):
-            model(x, y).backward()
-        failed = None
-    except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
-        failed = e
-    model.zero_grad(set_to_none=True)
-    if sum_over_ranks(failed is not None, device=world.device)[0] == 0:
-        return True
-    model._compiled_call_impl = None  # what model.compile() set
-    if world.is_main:
-        reason = str(failed).strip().splitlines()[0][:200] if failed else "on another rank"
-        print(f"warning: torch.compile failed ({reason}); going on without, slower but the same; "
-              "--compile=False silences this", file=sys.stderr)
-    return False
-
-
-def autocast(world, dtype):
-    return torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+        cfg=cfg, argv=argv, world=world, dtype=dtype, compiled=compiled, model=model,
+        forward=forward, optimizer=optimizer, scaler=scaler, tokenizer=tokenizer, data=data,
+        start=start, progress=progress, tried_step=progress.step if start.path else None,
+        not_saved={})
 
 
 # -----------------------------------------------------------------------------
@@ -337,30 +261,34 @@ def forward_backward(r, step):
         x, y = x.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)
         seed_draws(cfg.seed, step, 1 + micro)  # dropout: the same however ranks share the batch
         last = micro + world.size >= micro_steps
-        with r.ddp.no_sync() if world.size > 1 and not last else nullcontext():
+        with distributed.gradient_sync(r.forward, last):
             with autocast(world, r.dtype):
-                loss = r.ddp(x, y) / count
-            # DDP takes the mean over ranks, where the global batch wants the sum
+                loss = r.forward(x, y) / count
+            # DDP and FSDP take the mean over ranks, where the global batch wants the sum
             r.scaler.scale(loss * world.size).backward()
         total = total + loss.detach()
     return total
 
 
-def update(r, loss, step, skipped_in_a_row):
-    """Clips and steps; returns how many steps in a row the fp16 scaler has now skipped. Raises
-    FloatingPointError before the optimizer step where the loss or the gradient is not finite."""
+def gradient_norm(r):
+    """The norm of the whole gradient, a tensor, and as a float; note: this is a CPU-GPU sync."""
     r.scaler.unscale_(r.optimizer)
-    params = [p for p in r.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    norm_value = float(norm)  # note: a CPU-GPU sync point
-    finite = math.isfinite(norm_value)
+    norm = distributed.total_norm([p.grad for p in r.model.parameters() if p.grad is not None])
+    return norm, float(norm)
+
+
+def update(r, loss, norm, finite, step, skipped_in_a_row):
+    """Clips and steps; returns how many steps in a row the fp16 scaler has now skipped. Raises
+    FloatingPointError before the optimizer step where the loss or the gradient is not finite, on
+    whichever rank: `loss` and `finite` are alike on all."""
     if not math.isfinite(loss) or not (finite or r.scaler.is_enabled()):
-        what = f"gradient norm is {norm_value}" if math.isfinite(loss) else f"loss is {loss}"
+        what = "gradient norm is not finite" if math.isfinite(loss) else f"loss is {loss}"
         raise FloatingPointError(
             f"step {step}: the {what}; stopped before the step, so that the files in "
             f"{r.cfg.out_dir} are good; try a lower --learning_rate, a longer --warmup_iters, "
             "--grad_clip=1.0 or --dtype=float32, and look at the data")
     if r.cfg.grad_clip > 0 and finite:
+        params = [p for p in r.model.parameters() if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(params, r.cfg.grad_clip, norm)
     seed_draws(r.cfg.seed, step, 0)  # alike on all ranks
     r.scaler.step(r.optimizer)
@@ -380,14 +308,14 @@ def update(r, loss, step, skipped_in_a_row):
 # evaluation and saving
 
 def evaluate_and_save(r):
-    """Both splits' losses, a line, ckpt.pt where it is due, state.pt always."""
+    """Both splits' losses, a line, ckpt.pt where it is due, state.pt unless save_interval says."""
     cfg, p, log = r.cfg, r.progress, r.log
     train_loss, val_loss = evaluate_splits(r)
     if not math.isfinite(val_loss):
         raise FloatingPointError(
             f"step {p.step}: the validation loss is {val_loss}; stopped without saving, so that "
             f"the files in {cfg.out_dir} are good; try a lower --learning_rate or --dtype=float32")
-    improved = val_loss < p.best_val_loss
+    improved, before = val_loss < p.best_val_loss, replace(p)
     if improved:
         p.best_val_loss, p.best_train_loss, p.best_step = val_loss, train_loss, p.step
         p.worse, p.warned = 0, False
@@ -400,8 +328,12 @@ def evaluate_and_save(r):
     p.evaluated = p.step
     log.evaluation(p.step, train_loss, val_loss)
     if improved or cfg.always_save_checkpoint:
-        save_model(r)
-    save_state(r)
+        saved = save(r, checkpoint.MODEL_FILE)
+        if not (saved or cfg.always_save_checkpoint):  # the best on disk is still the one before
+            p.best_val_loss, p.best_train_loss = before.best_val_loss, before.best_train_loss
+            p.best_step = before.best_step
+    if cfg.save_interval is None:  # after the model: a kill in between repeats the evaluation
+        save(r, checkpoint.STATE_FILE)
     evaluations = p.step // cfg.eval_interval
     if cfg.sample_interval and evaluations % cfg.sample_interval == 0:
         show_sample(r)
@@ -412,19 +344,30 @@ def evaluate_splits(r):
                           r.dtype) for split in ("train", "val")]
 
 
-def save_model(r):
+def save(r, name):
+    """Writes ckpt.pt or state.pt; returns whether that went well, alike on all ranks. All come
+    here, since a sharded model is gathered; rank 0 writes. A disk that does not take it ends no
+    run: that is told, and what was there before stays."""
+    cfg, p, whole = r.cfg, r.progress, name == checkpoint.STATE_FILE
+    weights = checkpoint.whole_weights(r.model)
+    moments = checkpoint.optimizer_state(r.model, r.optimizer) if whole else None
+    error = None
     if r.world.is_main:
-        checkpoint.save(Path(r.cfg.out_dir) / checkpoint.MODEL_FILE, checkpoint.model_data(
-            r.model, r.progress.step, r.progress.best_val_loss, asdict(r.cfg), r.tokenizer))
-
-
-def save_state(r):
-    if r.world.is_main:
-        state = checkpoint.model_data(r.model, r.progress.step, r.progress.best_val_loss,
-                                      asdict(r.cfg), r.tokenizer)
-        state |= {"optimizer": checkpoint.optimizer_state(r.model, r.optimizer),
-                  "scaler": r.scaler.state_dict(), "progress": asdict(r.progress)}
-        checkpoint.save(Path(r.cfg.out_dir) / checkpoint.STATE_FILE, state)
+        data = checkpoint.model_data(r.model, p.step, p.best_val_loss, asdict(cfg), r.tokenizer,
+                                     weights, p.run_id)
+        if whole:
+            data |= {"optimizer": moments, "scaler": r.scaler.state_dict(), "progress": asdict(p)}
+        try:
+            checkpoint.save(Path(cfg.out_dir) / name, data, cfg.keep_states if whole else 1)
+        except checkpoint.WriteError as e:
+            error = str(e)
+            r.log.warn(f"step {p.step}: {error}. The run goes on, and tries again at the next save")
+    r.not_saved[name] = error = share(r.world, error)
+    if whole:
+        r.tried_step = p.step
+        if r.world.is_main and not error:
+            states.write_run_file(cfg.out_dir, p, "running", saved_step=p.step)
+    return not error
 
 
 @torch.no_grad()
@@ -453,7 +396,7 @@ class StopSignals:
         return self
 
     def handle(self, number, frame):
-        if self.received and "RANK" not in os.environ:
+        if self.received and number == signal.SIGINT and "RANK" not in os.environ:
             raise KeyboardInterrupt
         self.received = number
 
@@ -473,19 +416,23 @@ def train(r, signals):
         if (step % cfg.eval_interval == 0 or step == cfg.max_iters) and p.evaluated != step:
             evaluate_and_save(r)
             began, timed = time.perf_counter(), 0
-            if cfg.patience and p.worse >= cfg.patience:
-                log.say(f"no better validation loss in {p.worse} evaluations: stopped early")
-                break
+        if cfg.save_interval and step % cfg.save_interval == 0 and r.tried_step != step:
+            save(r, checkpoint.STATE_FILE)
+        if cfg.patience and p.worse >= cfg.patience:
+            log.say(f"no better validation loss in {p.worse} evaluations: stopped early")
+            return 0
         if step >= cfg.max_iters:
-            break
+            return 0
 
         lr = learning_rate_at(cfg, step)
         for group in r.optimizer.param_groups:
             group["lr"] = lr
         loss = forward_backward(r, step)
-        # note: a CPU-GPU sync point; all ranks learn of a NaN and of a signal together
-        loss, stop = sum_over_ranks(loss, signals.received, device=r.world.device)
-        skipped = update(r, loss, step, skipped)
+        norm, norm_value = gradient_norm(r)
+        # all ranks learn together of a signal and of a NaN, though it were one rank's alone
+        loss, stop, bad = sum_over_ranks(loss, signals.received, not math.isfinite(norm_value),
+                                         device=r.world.device)
+        skipped = update(r, loss, norm, not bad, step, skipped)
         p.step += 1
 
         timed += 1
@@ -497,11 +444,9 @@ def train(r, signals):
             log.iteration(step, loss, lr, seconds, tokens_per_iter, mfu, p.skipped)
             began, timed = time.perf_counter(), 0
         if stop:
-            save_state(r)
-            log.say(f"stopped by a signal after step {step}; the state is saved, go on with:\n"
+            log.say(f"stopped by a signal after step {step}; go on with:\n"
                     f"  {resume_command(r.argv)}")
             return 128 + int(signals.received or signal.SIGTERM)
-    return 0
 
 
 def resume_command(argv):
@@ -514,10 +459,18 @@ def resume_command(argv):
 def tell_plan(r):
     """The plan, and what in it looks like a mistake."""
     cfg, p = r.cfg, r.progress
+    if not r.world.is_main:
+        return
+    for line in r.start.warnings:
+        r.log.warn(line)
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * r.model.config.block_size
     for line in plan.describe(
             r.model.num_params(), tokens_per_iter, cfg.max_iters, len(r.data["train"]),
-            len(r.data["val"]), r.world, r.dtype, r.compiled, cfg.out_dir, cfg.dataset):
+            len(r.data["val"]), r.world, r.dtype, r.compiled, cfg.dataset):
+        r.log.say(line)
+    sharded = checkpoint.is_sharded(r.model)
+    for line in plan.describe_saves(r.model.num_params(), cfg.out_dir, cfg.keep_states,
+                                    r.world.size if sharded else 1):
         r.log.say(line)
     data = r.data["train"]
     if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
@@ -535,11 +488,6 @@ def tell_plan(r):
                    "the learning rate never reaches its height")
 
 
-def clear_old_run(cfg):
-    for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE, "metrics.jsonl", "loss.png"):
-        Path(cfg.out_dir, name).unlink(missing_ok=True)
-
-
 def tell_end(r):
     p, cfg = r.progress, r.cfg
     r.log.say(f"best validation loss {p.best_val_loss:.4f} at step {p.best_step}; "
@@ -551,31 +499,45 @@ def tell_end(r):
                    "or more data")
 
 
+def finish(r, status):
+    """The state of the last step, if it is not on disk yet. Raises ValueError where it, or the
+    model, could not be written."""
+    if r.tried_step != r.progress.step:
+        save(r, checkpoint.STATE_FILE)
+    for error in filter(None, r.not_saved.values()):
+        raise ValueError(error)
+    if status == 0:
+        tell_end(r)
+
+
 def main(argv):
     cfg = configure(Config, argv)
     r = set_up(cfg, argv)
+    main_rank, p = r.world.is_main, r.progress
     if cfg.eval_only:
         train_loss, val_loss = evaluate_splits(r)
-        if r.world.is_main:
-            print(f"step {r.progress.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        if main_rank:
+            print(f"step {p.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         return
-    if r.world.is_main and cfg.init_from != "resume":
-        clear_old_run(cfg)
+    if main_rank:
+        states.begin(cfg.out_dir, r.start)
     wandb_run = None
-    if cfg.wandb_log and r.world.is_main:
-        wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name, r.progress.run_id,
+    if cfg.wandb_log and main_rank:
+        wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name, p.run_id,
                                         asdict(cfg), cfg.out_dir)
-    r.log = logbook.Logbook(cfg.out_dir, r.progress.step, cfg.max_iters, r.world.is_main, wandb_run)
+    r.log = logbook.Logbook(cfg.out_dir, p.step, cfg.max_iters, main_rank, wandb_run)
     tell_plan(r)
-    status = 1
+    ended, status = "failed", 1
     try:
         with StopSignals() as signals:
             status = train(r, signals)
-        if status == 0:
-            tell_end(r)
+            finish(r, status)
+        ended = "stopped" if status else "done"
     finally:
         r.log.close(status)
-    barrier()
+        if main_rank:
+            states.write_run_file(cfg.out_dir, p, ended, r.tried_step)
+    distributed.barrier()
     sys.exit(status)
 
 

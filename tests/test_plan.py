@@ -1,8 +1,11 @@
 """What a run will take."""
+import collections
+
 import torch
 
+import plan
 from distributed import World
-from plan import describe, matmul_peak, spell_bytes
+from plan import describe, describe_saves, matmul_peak, spell_bytes
 
 
 def test_bytes_are_spelled():
@@ -14,7 +17,8 @@ def test_the_plan_of_finetuning_gpt2_xl(tmp_path):
     """nanoGPT's config/finetune_shakespeare.py says: 1 epoch is 9.2 iterations."""
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     text = "\n".join(describe(1_557_611_200, 32 * 1024, 20, 301_966, 36_059, world, torch.bfloat16,
-                              True, tmp_path, "shakespeare"))
+                              True, "shakespeare")
+                     + describe_saves(1_557_611_200, tmp_path, 2, 1))
     for part in ("1557.61M parameters, cpu, bfloat16, compiled", "301,966 training tokens",
                  "36,059 for validation", "tokens per iteration: 32,768",
                  "20 iterations make 2.17 epochs (1 epoch = 9.2 iterations)",
@@ -22,11 +26,29 @@ def test_the_plan_of_finetuning_gpt2_xl(tmp_path):
         assert part in text
 
 
-def test_the_plan_names_several_processes(tmp_path):
+def test_the_plan_names_several_processes():
     world = World(rank=0, size=4, local_rank=0, device=torch.device("cpu"))
-    text = "\n".join(describe(1000, 64, 0, 500, 100, world, torch.float32, False, tmp_path, "x"))
+    text = "\n".join(describe(1000, 64, 0, 500, 100, world, torch.float32, False, "x"))
     assert "cpu x 4 processes, float32\n" in text
     assert "0 iterations make 0.00 epochs" in text
+
+
+def test_a_disk_that_cannot_hold_the_saves_is_told(tmp_path, monkeypatch):
+    """While the newest state is written the kept ones stay: 6.23 + 3 * 18.69 GB."""
+    usage = collections.namedtuple("usage", "free")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(62_400_000_000))
+    assert not any("warning" in line for line in describe_saves(1_557_611_200, tmp_path, 2, 1))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(62_200_000_000))
+    *_, last = describe_saves(1_557_611_200, tmp_path, 2, 1)
+    assert last.startswith("warning: ") and "free 104 MB, lower --keep_states" in last
+    assert len(describe_saves(1_557_611_200, tmp_path, 1, 1)) == 1
+
+
+def test_the_plan_says_what_a_shared_model_takes(tmp_path):
+    """Weights, gradients and two moments in float32, on four processes."""
+    _, line = describe_saves(1_000_000, tmp_path, 2, 4)
+    assert "each process holds 4 MB of weights, gradients and moments, 1/4" in line
+    assert "rank 0 gathers 12 MB in its CPU memory" in line
 
 
 def test_the_peak_is_that_of_a_product():

@@ -1,0 +1,203 @@
+"""The same run on any split: DDP and FSDP2 against one process, resumed on more or fewer."""
+import math
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import arguments, losses, write_dataset
+
+import checkpoint
+import distributed
+import train
+
+FIELDS = dict(dropout=0.0, gradient_accumulation_steps=4, max_iters=6,
+              eval_iters=0, keep_states=1)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(scope="module")
+def make(dataset, tmp_path_factory):
+    """make(name, size, **fields) is the out_dir of a run on so many ranks, which ended well."""
+    def run(name, size, hook=None, **fields):
+        out = tmp_path_factory.getbasetemp() / "parallel" / name
+        argv = arguments(dataset, out, **FIELDS | fields)
+        statuses, said = run_ranks(size, argv, out.with_suffix(f".log{size}"), hook)
+        assert statuses == [0] * size, said
+        return out
+    return run
+
+
+@pytest.fixture(scope="module")
+def one(make):
+    """The run that all others must be: one process."""
+    return make("one", 1)
+
+
+def assert_same_curve(a, b, atol=1e-4):
+    """Each logged loss, and each evaluation's."""
+    ours, theirs = losses(a), losses(b)
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs):
+        assert one == pytest.approx(other, abs=atol)
+
+
+def assert_same_state(a, b, atol=0.0):
+    """The same keys, types, dtypes and shapes, the same numbers: one format whatever wrote it."""
+    a, b = (checkpoint.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
+    assert a.keys() == b.keys()
+    assert type(a["model"]) is type(b["model"])
+    assert list(a["model"]) == list(b["model"])
+    assert list(a["optimizer"]) == list(b["optimizer"])
+    tensors = [(a["model"][name], b["model"][name]) for name in a["model"]]
+    for name, moments in a["optimizer"].items():
+        assert moments.keys() == b["optimizer"][name].keys()
+        tensors += [(moments[key], b["optimizer"][name][key]) for key in moments]
+    for ours, theirs in tensors:
+        assert type(ours) is type(theirs) is torch.Tensor
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+    assert len({t.data_ptr() for t in a["model"].values()}) == len(a["model"]) - 1  # tied: once
+
+
+@pytest.mark.parametrize("size, parallel, batch_size, steps", [
+    (1, "ddp", 1, 8), (1, "ddp", 8, 1), (2, "ddp", 2, 4), (2, "fsdp", 1, 8), (4, "fsdp", 2, 4),
+    pytest.param(2, "fsdp", 2, 4, marks=pytest.mark.slow),
+    pytest.param(4, "ddp", 2, 4, marks=pytest.mark.slow),
+    pytest.param(4, "ddp", 1, 8, marks=pytest.mark.slow),
+    pytest.param(3, "fsdp", 1, 9, marks=pytest.mark.slow),
+])
+def test_any_split_is_the_same_run(make, one, size, parallel, batch_size, steps):
+    name = f"{parallel}-{size}-{batch_size}x{steps}"
+    out = make(name, size, parallel=parallel, batch_size=batch_size,
+               gradient_accumulation_steps=steps)
+    if batch_size * steps != 8:  # three processes do not divide eight samples
+        one = make("one-of-9", 1, batch_size=batch_size, gradient_accumulation_steps=steps)
+    assert_same_curve(out, one)
+    assert_same_state(out, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("first, then", [
+    ((2, "fsdp"), (1, "ddp")),
+    pytest.param((1, "ddp"), (2, "fsdp"), marks=pytest.mark.slow),
+    pytest.param((2, "ddp"), (4, "fsdp"), marks=pytest.mark.slow),
+    pytest.param((4, "fsdp"), (2, "ddp"), marks=pytest.mark.slow),
+])
+def test_a_run_goes_on_with_other_processes(make, one, first, then):
+    name = f"{first[1]}{first[0]}-then-{then[1]}{then[0]}"
+    make(name, first[0], parallel=first[1], max_iters=3, lr_decay_iters=6)
+    out = make(name, then[0], parallel=then[1], init_from="resume", lr_decay_iters=6)
+    assert_same_curve(out, one)
+    assert_same_state(out, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_two_ranks_resume_exactly(make, parallel):
+    """Bitwise, with dropout."""
+    fields = dict(parallel=parallel, dropout=0.1, lr_decay_iters=6)
+    whole = make(f"{parallel}-whole", 2, **fields)
+    make(f"{parallel}-parts", 2, **fields, max_iters=2)
+    parts = make(f"{parallel}-parts", 2, **fields, init_from="resume")
+    assert_same_state(whole, parts)
+
+
+@pytest.mark.slow
+def test_a_sharded_state_of_step_0_resumes_exactly(make):
+    """It has no moments yet; asking for them must not make any."""
+    fields = dict(parallel="fsdp", lr_decay_iters=6)
+    whole = make("fsdp-from-0", 2, **fields)
+    make("fsdp-at-0", 2, **fields, max_iters=0)
+    parts = make("fsdp-at-0", 2, **fields, init_from="resume")
+    assert_same_state(whole, parts)
+
+
+def say_bytes(rank):
+    """After the last step each rank says what it holds: weights, gradients, moments."""
+    def update(r, *args):
+        grads = [p.grad for p in r.model.parameters()]
+        skipped = original(r, *args)
+        held = [*r.model.parameters(), *grads,
+                *(t for state in r.optimizer.state.values() for t in state.values())]
+        local = [t.to_local() if hasattr(t, "to_local") else t for t in held]
+        print("held", sum(t.nbytes for t in local), "of", sum(t.nbytes for t in held), flush=True)
+        return skipped
+
+    original, train.update = train.update, update
+
+
+def test_fsdp_shares_the_state_out(make, tmp_path, dataset):
+    """Odd sizes do not halve evenly, and each moment has its step: hence a little off a half."""
+    argv = arguments(dataset, tmp_path / "out", **FIELDS | dict(
+        parallel="fsdp", max_iters=1, n_embd=32))
+    statuses, said = run_ranks(2, argv, tmp_path / "log", say_bytes)
+    assert statuses == [0, 0], said
+    held = [line.split() for line in said.splitlines() if line.startswith("held")]
+    assert len(held) == 2
+    for _, local, _, whole in held:
+        assert 0.45 < int(local) / int(whole) < 0.55
+
+
+@pytest.mark.slow
+def test_fsdp_in_bfloat16_follows_ddp(make):
+    """Blocks compute in bfloat16; weights and moments on disk stay float32."""
+    fields = dict(dtype="bfloat16", learning_rate=1e-3)
+    ddp, fsdp = (make(f"bf16-{p}", 2, parallel=p, **fields) for p in ("ddp", "fsdp"))
+    assert_same_curve(ddp, fsdp, atol=0.02)
+    state = checkpoint.load(fsdp / checkpoint.STATE_FILE)
+    assert {t.dtype for t in state["model"].values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_fsdp_samples_and_keeps_the_best(make):
+    out = make("fsdp-samples", 2, parallel="fsdp", sample_interval=1, always_save_checkpoint=False,
+               save_interval=2)
+    said = (out.with_suffix(".log2") / "rank0.log").read_text()
+    assert said.count("--- sample ---") == 3
+    best = checkpoint.load(out / checkpoint.MODEL_FILE)
+    assert math.isfinite(best["best_val_loss"])
+    model, _ = checkpoint.load_model(str(out))  # what sample.py and evaluate.py do
+    assert model.num_params() == sum(t.numel() for t in best["model"].values()) - (
+        best["model"]["lm_head.weight"].numel())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fsdp_compiles_to_tolerance(make):
+    fields = dict(parallel="fsdp", n_layer=1, max_iters=3)
+    assert_same_curve(make("fsdp-compiled", 2, **fields, compile=True),
+                      make("fsdp-eager", 2, **fields), atol=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# what does not go together
+
+def test_untested_pairs_are_refused():
+    def world(size):
+        return distributed.World(0, size, 0, torch.device("cpu"))
+
+    cfg = train.Config(parallel="fsdp", gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"parallel=fsdp and dtype=float16 .*--dtype=bfloat16"):
+        train.check_config(cfg, world(2), torch.float16)
+    train.check_config(cfg, world(1), torch.float16)  # one process shares nothing
+    train.check_config(cfg, world(2), torch.bfloat16)
+    mps = distributed.World(0, 2, 0, torch.device("mps"))
+    with pytest.raises(ValueError, match="device=mps and processes=many"):
+        train.check_config(cfg, mps, torch.float32)
+    with pytest.raises(ValueError, match="--parallel=zero3: use ddp or fsdp"):
+        train.check_config(train.Config(parallel="zero3"), world(1), torch.float32)
+
+
+def other_data(rank):
+    """Rank 1's machine has another version of the data."""
+    if rank == 1:
+        crc32 = train.zlib.crc32
+        train.zlib.crc32 = lambda data: crc32(data) + 1
+
+
+def test_machines_with_other_data_are_told(tmp_path, dataset):
+    argv = arguments(dataset, tmp_path / "out", **FIELDS)
+    statuses, said = run_ranks(2, argv, tmp_path / "log", other_data)
+    assert 0 not in statuses
+    assert "train.bin of process 1 differs from that of process 0: copy the folder" in said

@@ -1,0 +1,455 @@
+"""The states of a run on disk: which is taken, when one cannot be read or written, whose it is."""
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Job, run_ranks
+from tiny import arguments, run_script, run_train, write_dataset
+
+import checkpoint
+import logbook
+import states
+import train
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """Six steps without a disturbance, states of steps 3 and 6; read, never changed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert run_train(dataset, out) == 0
+    return out
+
+
+@pytest.fixture
+def out(whole, tmp_path):
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """loss.png takes a quarter of a second each time, and is tested elsewhere."""
+    monkeypatch.setattr(logbook, "draw", lambda *args: None)
+
+
+def resume(monkeypatch, capsys, dataset, out, **fields):
+    """(exit status, what it printed) of --init_from=resume."""
+    argv = arguments(dataset, out, **{"init_from": "resume"} | fields)
+    status, said, err = run_script(monkeypatch, capsys, train.main, argv)
+    assert err.count("\n") == (status == 1), err
+    return status, said + err
+
+
+def step_of(path):
+    return checkpoint.load(path)["iter_num"]
+
+
+def assert_same_weights(a, b):
+    a, b = (checkpoint.load(folder / "state.pt") for folder in (a, b))
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert all(torch.equal(a["optimizer"][name][key], b["optimizer"][name][key])
+               for name in a["optimizer"] for key in ("exp_avg", "exp_avg_sq"))
+
+
+def flip(path):
+    """Flips a bit in the first weights of a checkpoint: torch.load alone would not notice."""
+    data = bytearray(path.read_bytes())
+    weight = checkpoint.load(path)["model"]["transformer.wpe.weight"]
+    at = data.index(weight.numpy().tobytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+# -----------------------------------------------------------------------------
+# which state is taken
+
+def test_the_last_two_stay(whole):
+    assert (step_of(whole / "state.pt"), step_of(whole / "state.1.pt")) == (6, 3)
+    assert not (whole / "state.2.pt").exists()
+
+
+@pytest.mark.parametrize("keep, steps", [(1, [6]), (4, [6, 3, 0])])
+def test_as_many_stay_as_are_asked_for(dataset, tmp_path, keep, steps):
+    run_train(dataset, tmp_path / "out", keep_states=keep)
+    assert [step_of(path) for path in states.state_files(tmp_path / "out")] == steps
+
+
+def test_there_is_always_a_state_while_one_is_written(tmp_path, monkeypatch):
+    """At each rename state.pt is there and whole."""
+    path = tmp_path / "state.pt"
+    data = {"model": {}, "model_args": {}, "iter_num": 0}
+    checkpoint.save(path, data, keep=3)
+    real, seen = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *args: (
+        seen.append(checkpoint.load(path)["iter_num"]), real(*args)))
+    for step in (1, 2, 3):
+        checkpoint.save(path, data | {"iter_num": step}, keep=3)
+    assert seen == [0, 1, 1, 2, 2]
+    assert [step_of(p) for p in states.state_files(tmp_path)] == [3, 2, 1]
+
+
+def test_states_shift_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(*args):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    for step in range(3):
+        checkpoint.save(tmp_path / "state.pt", {"model": {}, "model_args": {}, "iter_num": step}, 2)
+    assert [step_of(p) for p in states.state_files(tmp_path)] == [2, 1]
+
+
+@pytest.mark.parametrize("spoil", [flip, cut, Path.unlink], ids=["flip", "cut", "unlink"])
+def test_a_damaged_state_falls_back(whole, dataset, out, monkeypatch, capsys, spoil):
+    spoil(out / "state.pt")
+    status, said = resume(monkeypatch, capsys, dataset, out)
+    assert status == 0
+    if spoil is not Path.unlink:
+        warnings = [line for line in said.splitlines() if line.startswith("warning")]
+        assert len(warnings) == 1
+        assert "the newest state (of step 6) cannot serve" in warnings[0]
+        assert f"going on from {out / 'state.1.pt'}, of step 3" in warnings[0]
+        assert (out / "state.refused").exists()
+    assert "resuming at step 3 of 6" in said
+    assert_same_weights(out, whole)
+    # the good one that it went on from was not pushed out by the damaged one
+    assert [step_of(path) for path in states.state_files(out)] == [6, 3]
+
+
+def test_evaluating_a_damaged_run_renames_nothing(dataset, out, monkeypatch, capsys):
+    flip(out / "state.pt")
+    before = sorted(os.listdir(out))
+    assert resume(monkeypatch, capsys, dataset, out, eval_only=True)[0] == 0
+    assert sorted(os.listdir(out)) == before
+
+
+def test_with_no_state_left_it_says_what_can_be_had(dataset, out, monkeypatch, capsys):
+    flip(out / "state.pt")
+    cut(out / "state.1.pt")
+    for fields in ({}, {"init_from": "scratch", "auto_resume": True}):
+        status, said = resume(monkeypatch, capsys, dataset, out, **fields)
+        assert status == 1
+        assert "state.pt is damaged" in said and "state.1.pt is truncated" in said
+        assert f"ckpt.pt is whole, with the weights of step 6: begin a new run with them by " \
+               f"--init_from={out} --out_dir=ANOTHER" in said
+    cut(out / "ckpt.pt")
+    status, said = resume(monkeypatch, capsys, dataset, out)
+    assert status == 1 and "begin anew with --overwrite=True" in said
+
+
+def test_memory_that_runs_out_is_no_damage(dataset, out, monkeypatch, capsys):
+    """A good state that cannot be read for want of memory is neither passed over nor renamed."""
+    def load(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    before = sorted(os.listdir(out))
+    monkeypatch.setattr(torch, "load", load)
+    status, said = resume(monkeypatch, capsys, dataset, out)
+    assert status == 1 and "out of memory on this machine" in said
+    assert sorted(os.listdir(out)) == before
+
+
+# -----------------------------------------------------------------------------
+# whose it is
+
+def test_states_of_two_runs_do_not_mix(whole, dataset, out, tmp_path, monkeypatch, capsys):
+    run_train(dataset, tmp_path / "other")
+    shutil.copy(tmp_path / "other/state.pt", out / "state.pt")
+    status, said = resume(monkeypatch, capsys, dataset, out)
+    assert status == 0
+    assert "state.pt is of run " in said and "state.1.pt, of step 3" in said
+    assert_same_weights(out, whole)
+
+
+def test_a_foreign_state_can_be_taken_by_force(dataset, out, tmp_path, monkeypatch, capsys):
+    run_train(dataset, tmp_path / "other", seed=7)
+    other = states.read_run_file(tmp_path / "other")["run_id"]
+    shutil.copy(tmp_path / "other/state.pt", out / "state.pt")
+    (out / "state.1.pt").unlink()
+    status, said = resume(monkeypatch, capsys, dataset, out)
+    assert status == 1 and "--force_resume=True" in said
+    assert resume(monkeypatch, capsys, dataset, out, force_resume=True, max_iters=8)[0] == 0
+    assert states.read_run_file(out)["run_id"] == other
+
+
+def test_a_state_alone_resumes_anywhere(whole, dataset, tmp_path, monkeypatch, capsys):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(whole / "state.1.pt", moved / "state.pt")
+    status, said = resume(monkeypatch, capsys, dataset, moved)
+    assert status == 0 and "ckpt.pt is missing: the next evaluation writes it" in said
+    assert_same_weights(moved, whole)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "of run", "damaged"])
+def test_a_model_that_is_not_the_best_so_far(dataset, out, tmp_path, monkeypatch, capsys, spoil):
+    """With always_save_checkpoint=False a worse one would never replace it: it does now."""
+    if spoil == "of run":
+        run_train(dataset, tmp_path / "other", max_iters=0)
+        shutil.copy(tmp_path / "other/ckpt.pt", out / "ckpt.pt")
+    elif spoil == "damaged":
+        cut(out / "ckpt.pt")
+    else:
+        (out / "ckpt.pt").unlink()
+    worse = iter([(9.0, 9.0)])
+    monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(worse)))
+    status, said = resume(monkeypatch, capsys, dataset, out, max_iters=8,
+                          always_save_checkpoint=False)
+    assert status == 0 and f"ckpt.pt {'is ' * (spoil != 'of run')}{spoil}" in said.replace(
+        "is of run", "of run")
+    assert step_of(out / "ckpt.pt") == 8
+
+
+# -----------------------------------------------------------------------------
+# --auto_resume
+
+def test_auto_resume_begins_and_goes_on(whole, dataset, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for max_iters, said in ((2, None), (4, "resuming at step 2"), (6, "resuming at step 4")):
+        status, text = resume(monkeypatch, capsys, dataset, out, init_from="scratch",
+                              auto_resume=True, max_iters=max_iters, lr_decay_iters=6)
+        assert status == 0
+        assert ("resuming" not in text) if said is None else (said in text)
+    assert_same_weights(out, whole)
+    before = (out / "state.pt").read_bytes()
+    status, text = resume(monkeypatch, capsys, dataset, out, init_from="scratch", auto_resume=True)
+    assert status == 0 and (out / "state.pt").read_bytes() == before
+
+
+def test_auto_resume_after_a_kill_before_the_first_state(whole, dataset, out, monkeypatch, capsys):
+    """The ckpt.pt of step 0 is no loss; one of a later step, without a state, may be."""
+    run_train(dataset, out, max_iters=0, overwrite=True)
+    (out / "state.pt").unlink()
+    assert resume(monkeypatch, capsys, dataset, out, init_from="scratch", auto_resume=True)[0] == 0
+    assert_same_weights(out, whole)
+    for path in states.state_files(out):
+        path.unlink()
+    status, said = resume(monkeypatch, capsys, dataset, out, init_from="scratch", auto_resume=True)
+    assert status == 1 and "holds a run already (ckpt.pt)" in said
+
+
+def test_auto_resume_does_not_train_past_an_early_stop(dataset, tmp_path, monkeypatch, capsys):
+    pairs = iter([(3.0, 3.0), (3.0, 3.1), (3.0, 3.2)])
+    monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
+    fields = dict(init_from="scratch", auto_resume=True, patience=2, max_iters=60)
+    for _ in range(2):
+        status, said = resume(monkeypatch, capsys, dataset, tmp_path / "out", **fields)
+        assert status == 0 and "stopped early" in said
+    assert step_of(tmp_path / "out/state.pt") == 6
+
+
+def test_auto_resume_and_overwrite_contradict(dataset, out, monkeypatch, capsys):
+    status, said = resume(monkeypatch, capsys, dataset, out, auto_resume=True, overwrite=True)
+    assert status == 1 and "--auto_resume=True goes on with what --overwrite=True would" in said
+
+
+# -----------------------------------------------------------------------------
+# when it is written
+
+def test_save_interval(whole, dataset, tmp_path, monkeypatch):
+    saved, real = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, data, keep: (
+        saved.append((path.stem, data["iter_num"])), real(path, data, keep)))
+    assert run_train(dataset, tmp_path / "out", save_interval=4) == 0
+    assert saved == [("ckpt", 0), ("state", 0), ("ckpt", 3), ("state", 4), ("ckpt", 6),
+                     ("state", 6)]
+    assert_same_weights(tmp_path / "out", whole)
+
+
+def failing_fsync(monkeypatch, name, steps, error):
+    """What is written to `name` at these saves, counted from 0, does not reach the disk."""
+    count, real = [-1], checkpoint.write_atomic
+
+    def write_atomic(path, write, keep=1):
+        def fail(f):
+            write(f)
+            raise error
+        count[0] += Path(path).name == name
+        return real(path, fail if Path(path).name == name and count[0] in steps else write, keep)
+
+    monkeypatch.setattr(checkpoint, "write_atomic", write_atomic)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "ckpt.pt"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   OSError(errno.EROFS, "Read-only file system"),
+                                   OSError(errno.EIO, "Input/output error")],
+                         ids=["full", "read-only", "io"])
+def test_a_disk_that_fails_once_ends_no_run(whole, dataset, tmp_path, monkeypatch, capsys, name,
+                                            error):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        failing_fsync(patch, name, [1], error)
+        status, said = resume(patch, capsys, dataset, out, init_from="scratch")
+    assert status == 0
+    assert said.count(f"warning: step 3: cannot write {out / name} ({error.strerror})") == 1
+    assert not list(out.glob("*.tmp"))
+    assert_same_weights(out, whole)
+    assert step_of(out / "state.1.pt") == (0 if name == "state.pt" else 3)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "ckpt.pt"])
+def test_a_disk_that_fails_to_the_end_is_an_error(dataset, tmp_path, monkeypatch, capsys, name):
+    out = tmp_path / "out"
+    failing_fsync(monkeypatch, name, [1, 2, 3], OSError(errno.ENOSPC, "No space left on device"))
+    status, said = resume(monkeypatch, capsys, dataset, out, init_from="scratch")
+    assert status == 1
+    assert said.splitlines()[-1].startswith(f"error: cannot write {out / name} (No space left")
+    assert step_of(out / name) == 0
+
+
+def test_a_best_model_that_was_not_written_is_not_the_best(dataset, tmp_path, monkeypatch):
+    """Evaluations 3.0, 2.0 (not written), 2.5: the last is the best that there is on disk."""
+    pairs = iter([(3.0, 3.0), (2.0, 2.0), (2.5, 2.5)])
+    monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
+    failing_fsync(monkeypatch, "ckpt.pt", [1], OSError(errno.ENOSPC, "No space left on device"))
+    assert run_train(dataset, tmp_path, always_save_checkpoint=False) == 0
+    assert checkpoint.load(tmp_path / "ckpt.pt")["best_val_loss"] == 2.5
+
+
+def no_file_above_60_kb(rank):
+    """state.pt takes 100 kB, ckpt.pt 40."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_real_limit_on_what_the_disk_takes(whole, dataset, out, tmp_path):
+    """It goes on to the last step, and what was there before can be resumed."""
+    argv = arguments(dataset, out, init_from="resume", max_iters=9)
+    (status,), said = run_ranks(1, argv, tmp_path / "log", no_file_above_60_kb)
+    assert status == 1
+    assert "error: cannot write" in said and "File too large" in said
+    assert [step_of(path) for path in states.state_files(out)] == [6, 3]
+    assert not list(out.glob("*.tmp"))
+    assert step_of(out / "ckpt.pt") == 9
+    assert run_train(dataset, out, init_from="resume", max_iters=9) == 0
+    assert step_of(out / "state.pt") == 9
+
+
+def test_a_folder_that_goes_away_ends_in_a_line(dataset, tmp_path, monkeypatch, capsys):
+    out, real = tmp_path / "out", train.update
+    monkeypatch.setattr(train, "update", lambda r, *args: (
+        shutil.rmtree(out, ignore_errors=True), real(r, *args))[1])
+    status, said = resume(monkeypatch, capsys, dataset, out, init_from="scratch")
+    assert status == 1 and f"error: cannot write {out}" in said
+    assert f"warning: cannot write to {out}" in said  # metrics.jsonl, told once
+
+
+def test_a_save_holds_nothing_twice(tmp_path):
+    """256 MB of tensors, and a peak of memory that is not 64 MB higher for their save."""
+    def peak():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1000
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("no /proc to measure memory with")
+    data = {"model": {str(i): torch.ones(2**23) for i in range(8)}, "model_args": {}}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    before = peak()
+    checkpoint.save(tmp_path / "state.pt", data, keep=2)
+    assert peak() - before < 64
+
+
+# -----------------------------------------------------------------------------
+# how the last run ended
+
+def wait_for(job, out, step):
+    """Until metrics.jsonl has that step."""
+    while job.alive() and states.reached_step(out) <= step:
+        pass
+    assert job.alive(), job.said()
+
+
+def test_a_run_that_ended_without_a_word(dataset, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    job = Job(1, arguments(dataset, out, max_iters=10**6, eval_interval=10**6), tmp_path / "log")
+    wait_for(job, out, 3)
+    job.kill()
+    assert job.wait() == [-signal.SIGKILL]
+    reached = states.reached_step(out)
+    status, said = resume(monkeypatch, capsys, dataset, out, max_iters=4, eval_interval=4)
+    assert status == 0
+    assert "ended without a word: killed from outside" in said
+    assert f"going on from step 0: steps 0 to {reached} are done again" in said
+    assert "without a word" not in resume(monkeypatch, capsys, dataset, out, max_iters=4)[1]
+
+
+def test_a_run_that_had_a_last_word(dataset, out, monkeypatch, capsys):
+    """An error, a signal, the end: run.json says which, and the next resume is silent."""
+    assert states.read_run_file(out)["status"] == "done"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "forward_backward", lambda r, step: float("nan"))
+        patch.setattr(train, "gradient_norm", lambda r: (torch.tensor(1.0), 1.0))
+        assert resume(patch, capsys, dataset, out, max_iters=9)[0] == 1
+    assert states.read_run_file(out)["status"] == "failed"
+    with monkeypatch.context() as patch:
+        real = train.update
+        patch.setattr(train, "update", lambda *args: (  # twice, as a scheduler may
+            signal.raise_signal(signal.SIGTERM), real(*args))[1])
+        status, said = resume(patch, capsys, dataset, out, max_iters=9)
+    assert status == 143 and "without a word" not in said
+    assert states.read_run_file(out) | {"pid": 0, "host": ""} == {
+        "run_id": states.read_run_file(out)["run_id"], "status": "stopped", "pid": 0, "host": "",
+        "saved_step": 8}
+    assert "without a word" not in resume(monkeypatch, capsys, dataset, out, max_iters=9)[1]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"status": "odd"})])
+def test_a_run_file_that_says_nothing(dataset, out, monkeypatch, capsys, content):
+    (out / "run.json").write_text(content)
+    assert resume(monkeypatch, capsys, dataset, out)[0] == 0
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+def little_memory(rank):
+    """300 MB more than the process has mapped."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 300_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def test_a_host_without_memory_is_one_line(dataset, tmp_path):
+    argv = arguments(dataset, tmp_path / "out", batch_size=4096, n_embd=64, n_layer=4)
+    (status,), said = run_ranks(1, argv, tmp_path / "log", little_memory)
+    assert status == 1
+    error = said[said.index("error: "):]
+    assert error.startswith("error: out of memory on this machine (")
+    assert "lower --batch_size, and raise --gradient_accumulation_steps" in error
+    assert error.count("\n") == 1
+    assert states.read_run_file(tmp_path / "out")["status"] == "failed"
+
+
+@pytest.mark.parametrize("error, where", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the device"),
+    (MemoryError(), "this machine"), (RuntimeError("std::bad_alloc"), "this machine"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "this machine")])
+def test_memory_that_runs_out_is_one_line(monkeypatch, capsys, error, where):
+    def main(argv):
+        raise error
+
+    status, _, err = run_script(monkeypatch, capsys, main, [])
+    assert status == 1 and err.count("\n") == 1
+    assert err.startswith(f"error: out of memory on {where}") and "--batch_size" in err
+
+
+def test_other_errors_keep_their_traceback(monkeypatch, capsys):
+    def main(argv):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_script(monkeypatch, capsys, main, [])
