@@ -20,7 +20,7 @@ from tokenizer import check_same, of_dataset
 class Config:
     # what
     out_dir: str = "out"         # the run whose ckpt.pt is read
-    init_from: str = "resume"    # resume: out_dir's; or a hub id, a Hugging Face folder, a run
+    init_from: str = "resume"    # resume: out_dir's; or a hub id, a folder, a run, an .onnx file
     dataset: str = "openwebtext"  # a folder below data/, or a path
     split: str = "val"           # train or val
     # how
@@ -73,7 +73,7 @@ def main(argv):
     path = folder / f"{cfg.split}.bin"
     open_tokens(path, 1)
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    model, tokenizer = load_model(source, cfg.block_size, device=world.device)
+    model, tokenizer = load_model(source, cfg.block_size, device=world.device, with_onnx=True)
     check_same(tokenizer, of_dataset(folder), source, folder)
     data = TokenBin(path, model.config.block_size, model.config.vocab_size)
     join(world)
