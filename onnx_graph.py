@@ -28,8 +28,10 @@ from onnx_model import ALL, METADATA
 
 OPSET, IR_VERSION = 23, 10  # the first opset with Attention; onnxruntime 1.23 reads both
 MICROSOFT = "com.microsoft"
-# bits of a weight, the most weights of a row that share a scale, bytes a parameter in all
-SCHEMES = {"none": (32, None, 4.0), "int8": (8, 128, 1.04), "int4": (4, 32, 0.63)}
+# bits of a weight and the most weights of a row that share a scale: in the layers, and in the
+# embedding with the head, which in 4 bits would cost as much perplexity as all layers together
+SCHEMES = {"none": None, "int8": ((8, 128), (8, 128)), "int4": ((4, 32), (8, 128))}
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 INLINE_LIMIT = 1.9e9        # bytes; protobuf takes 2 GB, weights of more go into a file beside
 
 
@@ -37,11 +39,11 @@ def write_onnx(model, path, quantize="none", tokenizer_spec=None):
     """Writes the GPT at `path`, and path.data beside it where it is over 2 GB. The file's metadata
     holds the config and the tokenizer's spec, so that it is complete by itself. Raises ValueError
     where the scheme does not take the model's sizes."""
-    bits, block, bytes_per_param = SCHEMES[quantize]
+    bytes_per_param = 4 if quantize == "none" else 1.04  # with the scales; int4 has less
     external = model.num_params() * bytes_per_param > INLINE_LIMIT
     with open(f"{path}.data", "wb") if external else nullcontext() as file:
         tensors = Tensors(file)
-        graph = Graph(model, tensors, bits, block)
+        graph = Graph(model, tensors, SCHEMES[quantize])
         graph.build()
         made = helper.make_model(
             helper.make_graph(graph.nodes, "gpt", graph.inputs, graph.outputs, tensors.protos),
@@ -75,8 +77,8 @@ class Tensors:
 
 class Graph:
     """Nodes, inputs and outputs of one GPT; names of values are those of the weights."""
-    def __init__(self, model, tensors, bits, block):
-        self.config, self.tensors, self.bits, self.block = model.config, tensors, bits, block
+    def __init__(self, model, tensors, scheme):
+        self.config, self.tensors, self.scheme = model.config, tensors, scheme
         self.weights = {name: p.detach().numpy() for name, p in model.state_dict().items()}
         self.nodes, self.inputs, self.outputs = [], [], []
 
@@ -160,50 +162,51 @@ class Graph:
 
     def linear(self, x, name):
         bias = [self.weight(f"{name}.bias")] if f"{name}.bias" in self.weights else []
-        if self.bits == 32:
-            weight = self.tensors.add(f"{name}.weight", self.weights[f"{name}.weight"].T)
-            x = self.op("MatMul", [x, weight])
-            return self.op("Add", [x, *bias]) if bias else x
-        self.quantized(f"{name}.weight")
-        return self.multiply(x, f"{name}.weight", ["", "", *bias] if bias else [])
+        name = f"{name}.weight"
+        if self.scheme:
+            self.quantized(name)
+            return self.multiply(x, name, ["", "", *bias] if bias else [])
+        x = self.op("MatMul", [x, self.tensors.add(name, self.weights[name].T)])
+        return self.op("Add", [x, *bias]) if bias else x
+
+    def coding(self, name):
+        """(bits, block size) of a weight."""
+        bits, most = self.scheme[name in (EMBEDDING, HEAD)]
+        return bits, block_of(self.weights[name].shape[1], most)
 
     def quantized(self, name):
-        """Adds a weight (N, K) as codes and scales; returns its block size."""
-        weight = self.weights[name]
-        block = block_of(weight.shape[1], self.block)
-        codes, scales = quantize_rows(weight, self.bits, block)
+        """Adds a weight (N, K) as codes and scales."""
+        codes, scales = quantize_rows(self.weights[name], *self.coding(name))
         self.tensors.add(f"{name}.codes", codes)
         self.tensors.add(f"{name}.scales", scales)
-        return block
 
     def multiply(self, x, name, more=(), outputs=1):
         rows, width = self.weights[name].shape
+        bits, block = self.coding(name)
         return self.op("MatMulNBits", [x, f"{name}.codes", f"{name}.scales", *more], outputs,
-                       N=rows, K=width, bits=self.bits, block_size=block_of(width, self.block),
+                       N=rows, K=width, bits=bits, block_size=block,
                        accuracy_level=4)  # 4: the input in int8 too
 
     def embedding(self):
         """input_ids (B, T) -> (B, T, C)."""
-        name = "transformer.wte.weight"
-        if self.bits == 32:
-            return self.op("Gather", [self.weight(name), "input_ids"])
-        block = self.quantized(name)
+        if not self.scheme:
+            return self.op("Gather", [self.weight(EMBEDDING), "input_ids"])
+        self.quantized(EMBEDDING)
+        bits, block = self.coding(EMBEDDING)
         # the codes as the head has them, blocks apart: so that the two share them
-        scales = self.op("Unsqueeze", [f"{name}.scales", self.ints("scales_axis", 2)])
-        x = self.op("GatherBlockQuantized", [f"{name}.codes", "input_ids", scales],
-                    bits=self.bits, block_size=block, gather_axis=0, quantize_axis=2)
+        scales = self.op("Unsqueeze", [f"{EMBEDDING}.scales", self.ints("scales_axis", 2)])
+        x = self.op("GatherBlockQuantized", [f"{EMBEDDING}.codes", "input_ids", scales],
+                    bits=bits, block_size=block, gather_axis=0, quantize_axis=2)
         return self.op("Reshape", [x, self.ints("joined", 0, 0, self.config.n_embd)])
 
     def head(self, x):
         """(B, T, C) -> logits (B, T, V)."""
-        name = "transformer.wte.weight" if self.config.tied_head else "lm_head.weight"
-        if self.bits != 32:
-            if not self.config.tied_head:
-                self.quantized(name)
+        name = EMBEDDING if self.config.tied_head else HEAD
+        if not self.config.tied_head:
+            self.quantized(name) if self.scheme else self.weight(name)
+        if self.scheme:
             self.multiply(x, name, outputs=["logits"])
             return
-        if not self.config.tied_head:
-            self.weight(name)
         # Gemm reads the embedding as it lies; a transposed one would be folded into a second copy
         shape = self.op("Concat", [self.op("Shape", [x], start=0, end=2), self.ints("minus_1", -1)],
                         axis=0)
