@@ -131,7 +131,7 @@ def training_lines(source, facts):
     if not facts:
         return [f"Exported by nanotune from `{Path(source).name}` as it was."]
     config = facts["config"] or {}
-    told = [f"- {name}: {config[name]}" for name in TOLD
+    told = [f"- {name}: {public_name(config[name])}" for name in TOLD
             if name in config and config[name] not in ("resume", None)]
     best = facts["best_val_loss"]
     lines = ["## Training", "", f"Trained by nanotune for {facts['iter_num']} iterations.", "",
@@ -143,6 +143,12 @@ def training_lines(source, facts):
         lines += [f"| {e['step']} | {e['train_loss']:.4f} | {e['val_loss']:.4f} |"
                   for e in evaluations]
     return lines
+
+
+def public_name(value):
+    """A value of the config as others may read it: of a path on this machine its last part."""
+    local = isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if local else value
 
 
 HF_USE = """```python
@@ -157,11 +163,30 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 
 
 ONNX_USE = """```
-python sample.py --init_from={name}/{file}
+python sample.py --init_from={name}/{file} --start="To be"
 ```
 
-{file} runs in onnxruntime without torch; its README shows how: inputs `input_ids` and
-`past_key_values.N.key` and `.value`, outputs `logits` and `present.N.key` and `.value`.
+Elsewhere, without torch or nanotune (`pip install onnxruntime tokenizers`):
+
+```python
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("{name}/tokenizer.json")
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3  # errors only
+session = onnxruntime.InferenceSession("{name}/{file}", options)
+inputs = session.get_inputs()  # input_ids, past_key_values.0.key, past_key_values.0.value, ...
+past = [np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in inputs[1:]]
+ids = new = tokenizer.encode("To be").ids
+for _ in range(20):
+    feeds = dict(zip([i.name for i in inputs], [np.array([new]), *past]))
+    logits, *past = session.run(None, feeds)
+    new = [int(logits[0, -1].argmax())]
+    ids = ids + new
+print(tokenizer.decode(ids))
+```
 """
 
 

@@ -130,7 +130,7 @@ def read_model(prefix, config):
                 raise ValueError(f"{prefix}: {theirs} is {tuple(tensor.shape)} where hparams.json "
                                  f"means {tuple(params[ours].shape)}")
             params[ours].copy_(tensor)
-    except (tf.errors.OpError, RuntimeError) as e:
+    except (tf.errors.OpError, RuntimeError, IndexError) as e:  # the reader's, for a torn file
         raise ValueError(f"{prefix} is damaged ({str(e).splitlines()[0][:200]}); copy it anew"
                          ) from None
     return model
