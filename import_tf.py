@@ -5,7 +5,7 @@
 
 tf_dir holds what those programs write: checkpoint, model-N.index, model-N.data-*, hparams.json;
 and encoder.json with vocab.bpe, from which the tokenizer's files are made. TensorFlow is wanted by
-this script alone: pip install tensorflow-cpu.
+this script alone: pip install -r requirements-tf.txt
 """
 import json
 import os
@@ -116,7 +116,7 @@ def read_model(prefix, config):
         import tensorflow as tf
     except ImportError:
         raise ValueError("reading a TensorFlow checkpoint needs TensorFlow: "
-                         "pip install tensorflow-cpu") from None
+                         "pip install -r requirements-tf.txt") from None
     names, model = tf_names(config), GPT.empty(config)
     params = dict(model.named_parameters())
     try:

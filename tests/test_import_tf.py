@@ -19,7 +19,7 @@ HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
 @pytest.fixture(scope="session")
 def tf():
     """TensorFlow, or a skip: it is large, and wanted for this file alone."""
-    return pytest.importorskip("tensorflow", reason="needs tensorflow-cpu (as CI has)")
+    return pytest.importorskip("tensorflow", reason="needs requirements-tf.txt")
 
 
 def variables(h, seed=0):
@@ -193,4 +193,4 @@ def test_without_tensorflow(refused, tmp_path, monkeypatch):
     for name in ("model-1.index", "model-1.data-00000-of-00001"):
         (folder / name).touch()
     (folder / "hparams.json").write_text(json.dumps(HPARAMS))
-    assert "pip install tensorflow-cpu" in refused(folder)
+    assert "pip install -r requirements-tf.txt" in refused(folder)
