@@ -47,7 +47,7 @@ def check_hf_takes(config):
     """Raises ValueError for a GPTConfig that neither GPT-2 nor GPT-Neo of transformers can be."""
     neo = config.local_window is not None
     hf = config_to_hf(config)
-    back = config_from_hf(hf, "the model") | {"n_inner": config.n_inner}
+    back = config_from_hf(hf, "the model")
     fixed = {"attn_scale"} | ({"qkv_bias"} if neo else set())
     wrong = [name for name in sorted(fixed) if getattr(config, name) != back.get(name)]
     if wrong:
@@ -62,22 +62,18 @@ def tensors_to_hf(model, dtype):
     neo = config.local_window is not None
     sizes = {"c_attn": 3 * config.n_embd, "c_fc": config.n_inner or 4 * config.n_embd}
     for name, tensor in model.named_parameters():  # a tied head comes once
-        key, tensor = name, tensor.detach().to(dtype)
-        module = name.removesuffix(".weight")
+        tensor = tensor.detach().to(dtype)
         if neo and ".c_attn." in name:
             for letter, part in zip("qkv", tensor.chunk(3)):
                 key = name.replace("attn.c_attn", f"attn.attention.{letter}_proj")
                 tensors[key] = part.contiguous()
             continue
-        if neo:
-            key = name.replace("attn.c_proj", "attn.attention.out_proj")
-        elif CONV1D.search(name):
-            tensor = tensor.t()
-        tensors[key] = tensor.contiguous()
-        with_bias = ".ln_" in name or (not neo and bool(CONV1D.search(name)))
-        if module != name and with_bias and f"{module}.bias" not in model.state_dict():
+        key = name.replace("attn.c_proj", "attn.attention.out_proj") if neo else name
+        tensors[key] = (tensor.t() if not neo and CONV1D.search(name) else tensor).contiguous()
+        module, _, part = key.rpartition(".")
+        if part == "weight" and module.rpartition(".")[2] not in ("wte", "wpe", "lm_head"):
             size = sizes.get(module.rpartition(".")[2], config.n_embd)
-            tensors[f"{module}.bias"] = torch.zeros(size, dtype=dtype)
+            tensors.setdefault(f"{module}.bias", torch.zeros(size, dtype=dtype))
     return tensors
 
 

@@ -39,8 +39,8 @@ def in_transformers(folder):
 
 @pytest.mark.parametrize("fields", [
     dict(), dict(bias=False), dict(tied_head=False, activation="gelu", n_inner=40),
-    dict(attn_scale=1.0, qkv_bias=False), NEO,
-], ids=["gpt2", "no biases", "own head", "unscaled", "neo"])
+    dict(attn_scale=1.0, qkv_bias=False), NEO, NEO | dict(bias=False),
+], ids=["gpt2", "no biases", "own head", "unscaled", "neo", "neo without biases"])
 @torch.no_grad()
 def test_transformers_computes_the_same(make_run, tmp_path, fields):
     out_dir, model = make_run(JSON, **fields)
