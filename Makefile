@@ -47,7 +47,7 @@ clean:
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/.tests: requirements.txt requirements-dev.txt
+.venv/.tests: requirements.txt requirements-export.txt requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@ .venv/.runs

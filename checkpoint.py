@@ -10,8 +10,10 @@ wrote as ckpt.pt samples, evaluates and resumes here.
 """
 import os
 import pickle
+import shutil
 import zipfile
 from dataclasses import asdict, fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ import pretrained
 import tokenizer as tokenizers
 from distributed import is_sharded, out_of_memory
 from model import GPT, GPTConfig
+from onnx_model import open_onnx
 
 MODEL_FILE, STATE_FILE = "ckpt.pt", "state.pt"
 
@@ -86,6 +89,54 @@ def sync_folder(folder):
         os.close(handle)
 
 
+def write_folder(path, write, replaceable, overwrite=False):
+    """Calls write(folder) on a temporary folder beside `path` and renames it to `path`: so that it
+    is there whole or not at all.
+
+    A folder that stands at `path` and is not empty is replaced only with `overwrite`, and only if
+    each file in it is named by one of the patterns of `replaceable`. Raises ValueError for one
+    that must stay, and where the disk does not take the new one: the old one is then untouched.
+    """
+    path = Path(path)
+    check_replaceable(path, replaceable, overwrite)
+    temporary = path.with_name(f"{path.name}.new-{os.getpid()}")
+    old = path.with_name(f"{path.name}.old-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise ValueError(f"cannot write {path} ({e.strerror or e}); nothing was left there or "
+                         "changed: free space or choose another folder") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(path, replaceable, overwrite):
+    """Raises ValueError where the folder at `path` holds what must not be replaced."""
+    if not path.exists():
+        return
+    held = sorted(p.name for p in path.iterdir()) if path.is_dir() else None
+    if held is None:
+        raise ValueError(f"{path} is a file; give a folder that does not exist yet")
+    foreign = [name for name in held if not any(fnmatch(name, p) for p in replaceable)]
+    if held and not overwrite:
+        raise ValueError(f"{path} is not empty ({held[0]}{', ...' if held[1:] else ''}); choose "
+                         "another folder, or replace it by --overwrite=True")
+    if foreign:
+        raise ValueError(f"{path} holds {foreign[0]}, which no export writes: it is not replaced, "
+                         "with --overwrite=True neither; choose another folder")
+
+
 def save(path, data, keep=1):
     """torch.save, atomically. Tensors go to disk one by one: the whole is never held twice."""
     write_atomic(path, lambda f: torch.save(data, f), keep)
@@ -121,13 +172,19 @@ def load(path):
 # -----------------------------------------------------------------------------
 # models
 
-def load_model(source, block_size=None, dropout=0.0, device="cpu"):
-    """(GPT, tokenizer or None) from a run's out_dir, a Hugging Face folder, or a hub id.
+def load_model(source, block_size=None, dropout=0.0, device="cpu", with_onnx=False):
+    """(GPT, tokenizer or None) from a run's out_dir, a Hugging Face folder, or a hub id; with
+    with_onnx, from an exported .onnx file too, which gives an OnnxGPT.
 
     The weights are float32. A smaller block_size crops the context. Raises ValueError that says
     what to do where the source is none of these.
     """
     folder = Path(source)
+    if folder.suffix == ".onnx":
+        if not with_onnx:
+            raise ValueError(f"{source} can be sampled from and evaluated, no more; give the run "
+                             "or the folder that it was exported from")
+        return open_onnx(source, block_size)
     if (folder / MODEL_FILE).is_file():
         data = load(folder / MODEL_FILE)
         model = model_from(data, folder / MODEL_FILE, dropout).to(device)
@@ -165,6 +222,16 @@ def model_from(data, path, dropout=0.0):
         param.requires_grad_(True)
     model.tie_head()
     return model
+
+
+def history_of(source):
+    """How a run got to the model in its out_dir, {"iter_num", "best_val_loss", "config"}, its
+    weights left on disk; {} where the source is no run."""
+    path = Path(source, MODEL_FILE)
+    if not path.is_file():
+        return {}
+    data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
 
 
 def plain_key(key):

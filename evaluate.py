@@ -33,7 +33,7 @@ class Config:
     # what
     task: str = "perplexity"     # perplexity, classify, lambada
     out_dir: str = "out"         # the run whose ckpt.pt is read; predictions.jsonl goes there
-    init_from: str = "resume"    # resume: out_dir's; or a hub id, a Hugging Face folder, a run
+    init_from: str = "resume"    # resume: out_dir's; or a hub id, a folder, a run, an .onnx file
     dataset: str = "openwebtext"  # a folder below data/, or a path
     split: str = "val"           # of perplexity: train or val
     input: str | None = None     # a file in the dataset's place; for lambada lines {"text"}
@@ -230,7 +230,7 @@ def main(argv):
         if cfg.task == "perplexity":
             open_tokens(folder / f"{cfg.split}.bin", 1)
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    model, tokenizer = load_model(source, cfg.block_size, device=world.device)
+    model, tokenizer = load_model(source, cfg.block_size, device=world.device, with_onnx=True)
     of_data = tokenizer if cfg.input is not None else of_dataset(folder)
     check_same(tokenizer, of_data, source, cfg.input or folder)
     model.eval()

@@ -21,7 +21,7 @@ from tokenizer import EOT
 class Config:
     # model
     out_dir: str = "out"         # the run whose ckpt.pt is read
-    init_from: str = "resume"    # resume: out_dir's; or a hub id, a Hugging Face folder, a run
+    init_from: str = "resume"    # resume: out_dir's; or a hub id, a folder, a run, an .onnx file
     # text
     start: str = "\n"            # the prompt, or FILE:path of a file that holds it
     num_samples: int = 10        # generated together
@@ -103,7 +103,7 @@ def main(argv):
     dtype = pick_dtype(cfg.dtype, device)
     prompt = read_prompt(cfg.start)
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    model, tokenizer = load_model(source, device=device)
+    model, tokenizer = load_model(source, device=device, with_onnx=True)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
     ids = encode_prompt(tokenizer, prompt, model.config.block_size)

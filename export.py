@@ -1,0 +1,221 @@
+"""A trained model as files that other programs run: a Hugging Face folder, ONNX, int8 ONNX.
+
+    python export.py --out_dir=out-shakespeare --format=hf --export_dir=shakespeare-hf
+    python export.py --init_from=gpt2 --format=onnx --quantize=int8 --export_dir=gpt2-int8
+
+The folder appears whole or not at all, and what was written is read back and compared first.
+"""
+import importlib.util
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from checkpoint import check_replaceable, history_of, load_model, write_folder
+from configurator import configure
+from distributed import DTYPES, run
+from hf_folder import write_hf, write_tokenizer
+from logbook import kept_entries
+from onnx_model import open_onnx
+from plan import spell_bytes
+
+# the names of what an export writes: a folder with any other file is never replaced
+WRITTEN = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+           "tokenizer_config.json", "README.md", "model*.onnx", "model*.onnx.data")
+
+
+@dataclass
+class Config:
+    # what
+    out_dir: str = "out"         # the run whose ckpt.pt is exported
+    init_from: str = "resume"    # resume: out_dir's; or a hub id, a Hugging Face folder, a run
+    # as what
+    format: str = "hf"           # hf: a Hugging Face folder; onnx: a graph for onnxruntime
+    export_dir: str = "export"   # the folder to write
+    overwrite: bool = False      # replace an earlier export there
+    dtype: str = "float32"       # of hf's weights: float32, float16, bfloat16
+    quantize: str = "none"       # onnx's weights, embedding included: none, int8, int4
+
+
+def check_config(cfg):
+    for name, allowed in (("format", ("hf", "onnx")), ("dtype", DTYPES),
+                          ("quantize", ("none", "int8", "int4"))):
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(f"--{name}={getattr(cfg, name)}: use {', '.join(allowed)}")
+    if cfg.format == "hf" and cfg.quantize != "none":
+        raise ValueError(f"--quantize={cfg.quantize} goes with --format=onnx; a Hugging Face "
+                         "folder is made smaller by --dtype=float16 or bfloat16")
+    if cfg.format == "onnx" and cfg.dtype != "float32":
+        raise ValueError(f"--dtype={cfg.dtype} goes with --format=hf; an ONNX file is made smaller "
+                         "by --quantize=int8 or int4")
+    if cfg.format == "onnx":
+        for package in ("onnx", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"--format=onnx needs the {package} package: "
+                                 "pip install -r requirements-export.txt")
+
+
+def drop_padding(model, n_vocab):
+    """Cuts the vocabulary to the tokenizer's: the ids of the padding behind are never drawn here,
+    and others' samplers do not know of them."""
+    if n_vocab >= model.config.vocab_size:
+        return
+    model.config = replace(model.config, vocab_size=n_vocab)
+    for module in (model.transformer.wte, model.lm_head):
+        module.weight = nn.Parameter(module.weight.detach()[:n_vocab].clone())
+    model.transformer.wte.num_embeddings = model.lm_head.out_features = n_vocab
+    model.tie_head()
+
+
+# -----------------------------------------------------------------------------
+# ONNX
+
+def onnx_name(quantize):
+    return "model.onnx" if quantize == "none" else f"model.{quantize}.onnx"
+
+
+def write_onnx_folder(folder, model, tokenizer, quantize):
+    """The graph, read back and run; and tokenizer.json, for a program without nanotune."""
+    from onnx_graph import write_onnx
+    path = folder / onnx_name(quantize)
+    write_onnx(model, str(path), quantize, tokenizer and tokenizer.spec)
+    if tokenizer is not None:
+        write_tokenizer(folder, tokenizer, model.config.block_size)
+    check_onnx(str(path), model, quantize)
+
+
+@torch.no_grad()
+def check_onnx(path, model, quantize):
+    """Raises ValueError unless onnxruntime's logits are PyTorch's, with and without a past; of a
+    quantized model, unless they are finite. Prints how far apart they are."""
+    read, _ = open_onnx(path)
+    length = min(32, model.config.block_size)
+    generator = torch.Generator().manual_seed(1337)
+    idx = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    wanted, cache = model(idx), read.new_cache(2)
+    apart = [(read(idx) - wanted).abs().max()]
+    for part in idx.split([length // 2, length - length // 2], dim=1):
+        if part.size(1):
+            last = read(part, cache=cache)
+    apart.append((last - wanted[:, -1]).abs().max())
+    apart, largest = float(torch.stack(apart).max()), float(wanted.abs().max())
+    print(f"logits differ from PyTorch's by at most {apart:.2g}, the largest is {largest:.1f}")
+    if not apart < (max(1e-3, 1e-5 * largest) if quantize == "none" else math.inf):
+        raise ValueError(f"{Path(path).name} does not compute what the model does: another "
+                         "onnxruntime (pip install -U onnxruntime) may")
+
+
+# -----------------------------------------------------------------------------
+# the model card
+
+TOLD = ("init_from", "dataset", "max_iters", "batch_size", "gradient_accumulation_steps",
+        "block_size", "learning_rate", "weight_decay", "dropout", "seed")
+
+
+def card(cfg, source, model, facts, use):
+    """README.md: what the model is, how it was trained, its losses, how to use the files."""
+    config = model.config
+    lines = ["---", *(["library_name: transformers"] if cfg.format == "hf" else []),
+             "pipeline_tag: text-generation", "---", "", f"# {Path(source).name}", "",
+             f"A {'GPT-Neo' if config.local_window else 'GPT-2'} model of "
+             f"{model.num_params() / 1e6:.2f}M parameters ({config.n_layer} layers, "
+             f"{config.n_head} heads, {config.n_embd} wide), a context of {config.block_size} "
+             f"tokens and a vocabulary of {config.vocab_size}.", ""]
+    return "\n".join(lines + training_lines(source, facts) + ["", "## Use", "", use])
+
+
+def training_lines(source, facts):
+    """The card's account of the run; of a pretrained model there is none but its name."""
+    if not facts:
+        return [f"Exported by nanotune from `{Path(source).name}` as it was."]
+    config = facts["config"] or {}
+    told = [f"- {name}: {public_name(config[name])}" for name in TOLD
+            if name in config and config[name] not in ("resume", None)]
+    best = facts["best_val_loss"]
+    lines = ["## Training", "", f"Trained by nanotune for {facts['iter_num']} iterations.", "",
+             *told, f"- best validation loss: {float(best):.4f} nats a token"]
+    evaluations = [e for e in kept_entries(Path(source, "metrics.jsonl"), facts["iter_num"])
+                   if "step" in e]
+    if evaluations:
+        lines += ["", "| step | train loss | validation loss |", "| --- | --- | --- |"]
+        lines += [f"| {e['step']} | {e['train_loss']:.4f} | {e['val_loss']:.4f} |"
+                  for e in evaluations]
+    return lines
+
+
+def public_name(value):
+    """A value of the config as others may read it: of a path on this machine its last part."""
+    local = isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if local else value
+
+
+HF_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+ids = tokenizer("To be", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+"""
+
+
+ONNX_USE = """```
+python sample.py --init_from={name}/{file} --start="To be"
+```
+
+Elsewhere, without torch or nanotune (`pip install onnxruntime tokenizers`):
+
+```python
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("{name}/tokenizer.json")
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3  # errors only
+session = onnxruntime.InferenceSession("{name}/{file}", options)
+inputs = session.get_inputs()  # input_ids, past_key_values.0.key, past_key_values.0.value, ...
+past = [np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in inputs[1:]]
+ids = new = tokenizer.encode("To be").ids
+for _ in range(20):
+    feeds = dict(zip([i.name for i in inputs], [np.array([new]), *past]))
+    logits, *past = session.run(None, feeds)
+    new = [int(logits[0, -1].argmax())]
+    ids = ids + new
+print(tokenizer.decode(ids))
+```
+"""
+
+
+def main(argv):
+    cfg = configure(Config, argv)
+    check_config(cfg)
+    check_replaceable(Path(cfg.export_dir), WRITTEN, cfg.overwrite)
+    source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+    model, tokenizer = load_model(source)
+    model.eval()
+    if tokenizer is not None:
+        drop_padding(model, tokenizer.n_vocab)
+
+    name = Path(cfg.export_dir).name
+
+    def write(folder):
+        if cfg.format == "hf":
+            write_hf(folder, model, tokenizer, DTYPES[cfg.dtype])
+            use = HF_USE.format(name=name)
+        else:
+            write_onnx_folder(folder, model, tokenizer, cfg.quantize)
+            use = ONNX_USE.format(name=name, file=onnx_name(cfg.quantize))
+        text = card(cfg, source, model, history_of(source), use)
+        Path(folder, "README.md").write_text(text, encoding="utf-8")
+
+    write_folder(cfg.export_dir, write, WRITTEN, cfg.overwrite)
+    size = sum(file.stat().st_size for file in Path(cfg.export_dir).glob("model*"))
+    print(f"wrote {cfg.export_dir} (weights {spell_bytes(size)})")
+
+
+if __name__ == "__main__":
+    run(main)

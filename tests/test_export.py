@@ -1,0 +1,250 @@
+"""export.py as a user runs it: what transformers makes of the folder, and what is refused."""
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TEXT, tiny_json
+from safetensors.torch import load_file
+from tiny import run_script, run_train, write_dataset
+
+import checkpoint
+import export
+import hf_folder
+import sample
+import tokenizer as tokenizers
+from checkpoint import load_model
+from model import stream
+from tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
+
+CHARS, JSON = CharTokenizer(sorted(set(TEXT))), JsonTokenizer(tiny_json())
+NEO = dict(local_window=5, attn_scale=1.0, qkv_bias=False, n_layer=3, block_size=24)
+
+
+def export_hf(out_dir, folder, **fields):
+    export.main([f"--out_dir={out_dir}", f"--export_dir={folder}",
+                 *(f"--{k}={v}" for k, v in fields.items())])
+    return folder
+
+
+def in_transformers(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+            AutoTokenizer.from_pretrained(folder))
+
+
+# -----------------------------------------------------------------------------
+# what transformers makes of it
+
+@pytest.mark.parametrize("fields", [
+    dict(), dict(bias=False), dict(tied_head=False, activation="gelu", n_inner=40),
+    dict(attn_scale=1.0, qkv_bias=False), NEO, NEO | dict(bias=False),
+], ids=["gpt2", "no biases", "own head", "unscaled", "neo", "neo without biases"])
+@torch.no_grad()
+def test_transformers_computes_the_same(make_run, tmp_path, fields):
+    out_dir, model = make_run(JSON, **fields)
+    theirs, their_tokenizer = in_transformers(export_hf(out_dir, tmp_path / "hf"))
+    idx = torch.randint(JSON.n_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-5, rtol=1e-5)
+    assert their_tokenizer(TEXT).input_ids == JSON.encode(TEXT)
+    assert their_tokenizer.eos_token_id == theirs.generation_config.eos_token_id == JSON.eot
+
+
+def test_greedy_text_is_that_of_sample(make_run, tmp_path, capsys):
+    out_dir, _ = make_run(CHARS, block_size=64)
+    theirs, their_tokenizer = in_transformers(export_hf(out_dir, tmp_path / "hf"))
+    ids = their_tokenizer("what's more", return_tensors="pt").input_ids
+    text = their_tokenizer.decode(theirs.generate(ids, max_new_tokens=30, do_sample=False)[0])
+    capsys.readouterr()
+    sample.main([f"--out_dir={out_dir}", "--start=what's more", "--max_new_tokens=30",
+                 "--num_samples=1", "--temperature=0"])
+    assert capsys.readouterr().out == text + "\n" + "-" * 15 + "\n"
+
+
+@pytest.mark.parametrize("tokenizer", [CHARS, JSON], ids=["characters", "tokenizer.json"])
+def test_it_comes_back_in(make_run, tmp_path, tokenizer):
+    out_dir, model = make_run(tokenizer)
+    back, back_tokenizer = load_model(str(export_hf(out_dir, tmp_path / "hf")))
+    assert back_tokenizer.identity == tokenizer.identity
+    for (name, ours), theirs in zip(model.named_parameters(), back.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    again = export_hf(out_dir, tmp_path / "again", init_from=tmp_path / "hf")
+    assert (again / "model.safetensors").read_bytes() == (
+        tmp_path / "hf" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_smaller_dtypes(make_run, tmp_path, dtype):
+    out_dir, model = make_run(CHARS)
+    folder = export_hf(out_dir, tmp_path / "hf", dtype=str(dtype).removeprefix("torch."))
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    assert torch.equal(tensors["transformer.wte.weight"], model.lm_head.weight.to(dtype))
+    assert {t.dtype for t in tensors.values()} == {dtype}
+    from transformers import AutoModelForCausalLM
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == dtype
+
+
+def test_padding_of_the_vocabulary_is_cut_off(make_run, tmp_path):
+    """Ids behind the tokenizer's are never drawn here; others' samplers would draw them."""
+    out_dir, model = make_run(CHARS, vocab_size=CHARS.n_vocab + 7)
+    back, _ = load_model(str(export_hf(out_dir, tmp_path / "hf")))
+    assert back.config.vocab_size == CHARS.n_vocab
+    idx = torch.tensor([CHARS.encode("Line 1")])
+    torch.testing.assert_close(back(idx), model(idx)[..., :CHARS.n_vocab])
+    ours, theirs = (list(stream(m, idx, 9, temperature=0, n_vocab=CHARS.n_vocab))
+                    for m in (model, back))
+    assert ours == theirs
+
+
+def test_gpt2s_vocabulary_out_of_tiktoken(gpt2_vocabulary, tmp_path):
+    """Vocabulary and merges: its own encoding and transformers' are alike on text that tries the
+    pre-tokenizer, bytes without a character, and the end-of-text token."""
+    ours = GPT2Tokenizer()
+    hf_folder.write_tokenizer(tmp_path, ours, 1024)
+    assert tokenizers.of_folder(tmp_path).identity == ours.identity
+    from transformers import AutoTokenizer
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = TEXT + " it's 123  \n\n\t x\u00e9\u65e5\u672c \U0001f600 !!?<|endoftext|> unseen \x00"
+    assert theirs(text).input_ids == ours.encode(text)
+    assert theirs.decode(ours.encode(text)) == text
+
+
+def test_the_card_tells_training_and_losses(tmp_path):
+    dataset = write_dataset(tmp_path / "chars")
+    assert run_train(dataset, tmp_path / "out") == 0
+    card = (export_hf(tmp_path / "out", tmp_path / "hf") / "README.md").read_text("utf-8")
+    best = checkpoint.load(tmp_path / "out" / "ckpt.pt")["best_val_loss"]
+    assert f"best validation loss: {best:.4f}" in card
+    assert "- learning_rate: 0.01\n" in card and "- dataset: chars\n" in card
+    assert card.count("\n| ") == 2 + 3  # a head and the evaluations at steps 0, 3 and 6
+    assert str(tmp_path) not in card
+
+
+# -----------------------------------------------------------------------------
+# ONNX: tests/test_onnx_model.py has what the graph computes
+
+def test_onnx_folder(make_run, tmp_path, capsys):
+    out_dir, _ = make_run(JSON, n_embd=32)
+    folder = export_hf(out_dir, tmp_path / "onnx", format="onnx")
+    out = capsys.readouterr().out
+    assert "logits differ from PyTorch's by at most" in out and "wrote" in out
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "model.onnx", "tokenizer.json", "tokenizer_config.json"]
+    small = export_hf(out_dir, tmp_path / "int8", format="onnx", quantize="int8")
+    assert (small / "model.int8.onnx").is_file()
+
+
+def test_the_cards_program_runs_without_torch(make_run, tmp_path):
+    out_dir, model = make_run(JSON, n_embd=32, block_size=64)
+    export_hf(out_dir, tmp_path / "onnx", format="onnx")
+    card = (tmp_path / "onnx" / "README.md").read_text(encoding="utf-8")
+    program = card.partition("```python\n")[2].partition("```")[0].replace("To be", "what's")
+    blocked = "import sys\nsys.modules['torch'] = None\n"
+    done = subprocess.run([sys.executable, "-c", blocked + program], cwd=tmp_path, check=True,
+                          capture_output=True, text=True)
+    idx = torch.tensor([JSON.encode("what's")])
+    wanted = model.generate(idx, 20, temperature=0)[0].tolist()
+    assert done.stdout == JSON.tokenizer.decode(wanted) + "\n"
+    assert not done.stderr
+
+
+# -----------------------------------------------------------------------------
+# what is refused, and what is left
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """refused(--key=value, ...) runs export.py; returns its one line of error."""
+    def run(*argv):
+        status, _, err = run_script(monkeypatch, capsys, export.main, argv)
+        assert status == 1 and err.count("\n") == 1
+        return err
+    return run
+
+
+def test_options_that_do_not_go_together(refused):
+    assert "hf, onnx" in refused("--format=tflite")
+    assert "--format=onnx" in refused("--quantize=int8")
+    assert "--format=hf" in refused("--format=onnx", "--dtype=float16")
+    assert "int8" in refused("--format=onnx", "--quantize=int2")
+    assert "float16" in refused("--dtype=float8")
+
+
+def test_no_checkpoint(refused, tmp_path):
+    assert "ckpt.pt" in refused(f"--out_dir={tmp_path}", f"--export_dir={tmp_path / 'hf'}")
+    assert "does not exist" in refused("--out_dir=out-nowhere", f"--export_dir={tmp_path / 'hf'}")
+    assert "sampled" in refused("--init_from=model.onnx", f"--export_dir={tmp_path / 'hf'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_is_not_empty(make_run, refused, tmp_path):
+    out_dir, _ = make_run(CHARS)
+    target = export_hf(out_dir, tmp_path / "hf")
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    argv = (f"--out_dir={out_dir}", f"--export_dir={target}")
+    assert "--overwrite=True" in refused(*argv)
+    assert before == {p.name: p.read_bytes() for p in target.iterdir()}
+    export_hf(out_dir, target, overwrite=True, dtype="float16")
+    assert (target / "model.safetensors").stat().st_size < len(before["model.safetensors"])
+    (target / "thesis.txt").write_text("the only copy")
+    assert "thesis.txt" in refused(*argv, "--overwrite=True")
+    assert (target / "thesis.txt").read_text() == "the only copy"
+    assert "is a file" in refused(argv[0], f"--export_dir={target / 'thesis.txt'}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out-tiny"]
+
+
+@pytest.mark.parametrize("form", ["hf", "onnx"])
+def test_a_disk_that_fills(make_run, refused, tmp_path, form):
+    """No half folder under the final name, no leftover beside it, an older one untouched."""
+    out_dir, _ = make_run(CHARS, n_embd=64)
+    argv = (f"--out_dir={out_dir}", f"--format={form}", f"--export_dir={tmp_path / 'new'}")
+    old = export_hf(out_dir, tmp_path / "old", format=form)
+    before = {p.name: p.read_bytes() for p in old.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert "cannot write" in refused(*argv)
+        assert "cannot write" in refused(*argv[:2], f"--export_dir={old}", "--overwrite=True")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "out-tiny"]
+    assert before == {p.name: p.read_bytes() for p in old.iterdir()}
+
+
+def test_weights_that_a_dtype_does_not_hold(make_run, refused, tmp_path):
+    out_dir, model = make_run(CHARS)
+    model.transformer.wpe.weight.data[3, 3] = 1e6
+    checkpoint.save(out_dir / "ckpt.pt", checkpoint.model_data(model, 0, 1.0, {}, CHARS))
+    argv = (f"--out_dir={out_dir}", f"--export_dir={tmp_path / 'hf'}")
+    assert "bfloat16" in refused(*argv, "--dtype=float16")
+    export.main([*argv, "--dtype=bfloat16"])
+
+
+def test_an_architecture_that_a_format_does_not_take(make_run, refused, tmp_path):
+    odd, _ = make_run(CHARS, attn_scale=0.5)
+    argv = (f"--out_dir={odd}", f"--export_dir={tmp_path / 'new'}")
+    assert "attn_scale=0.5" in refused(*argv)
+    export.main([*argv, "--format=onnx"])
+    narrow, _ = make_run(CHARS, name="narrow", n_embd=24)
+    argv = (f"--out_dir={narrow}", f"--export_dir={tmp_path / 'int8'}")
+    assert "multiple of 16" in refused(*argv, "--format=onnx", "--quantize=int8")
+    assert not (tmp_path / "int8").exists()
+
+
+def test_without_onnx(monkeypatch, refused, tmp_path):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert "requirements-export.txt" in refused("--format=onnx", f"--export_dir={tmp_path / 'x'}")
+
+
+def test_what_does_not_read_back_is_not_left(make_run, refused, tmp_path, monkeypatch):
+    out_dir, _ = make_run(CHARS)
+
+    def flawed(model, dtype, right=hf_folder.tensors_to_hf):
+        tensors = right(model, dtype)
+        return tensors | {"transformer.h.1.ln_2.bias": torch.ones(model.config.n_embd)}
+
+    monkeypatch.setattr(hf_folder, "tensors_to_hf", flawed)
+    argv = (f"--out_dir={out_dir}", f"--export_dir={tmp_path / 'hf'}")
+    assert "transformer.h.1.ln_2.bias does not read back" in refused(*argv)
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,196 @@
+"""import_tf.py on checkpoints that TensorFlow itself writes here, named as OpenAI's are."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_json
+from tiny import run_script
+
+import import_tf
+from checkpoint import load_model
+from tokenizer import JsonTokenizer
+
+HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
+
+
+@pytest.fixture(scope="session")
+def tf():
+    """TensorFlow, or a skip: it is large, and wanted for this file alone."""
+    return pytest.importorskip("tensorflow", reason="needs requirements-tf.txt")
+
+
+def variables(h, seed=0):
+    """{name: array} of a GPT-2 as OpenAI's model.py names and shapes its variables."""
+    rng, C = np.random.RandomState(seed), h["n_embd"]
+    shapes = {"wte": (h["n_vocab"], C), "wpe": (h["n_ctx"], C), "ln_f/g": (C,), "ln_f/b": (C,)}
+    for i in range(h["n_layer"]):
+        shapes |= {f"h{i}/{norm}/{part}": (C,) for norm in ("ln_1", "ln_2") for part in "gb"}
+        for module, n, m in (("attn/c_attn", C, 3 * C), ("attn/c_proj", C, C),
+                             ("mlp/c_fc", C, 4 * C), ("mlp/c_proj", 4 * C, C)):
+            shapes |= {f"h{i}/{module}/w": (1, n, m), f"h{i}/{module}/b": (m,)}
+    return {f"model/{name}": (rng.randn(*shape) * 0.3 + name.endswith("/g")).astype(np.float32)
+            for name, shape in shapes.items()}
+
+
+def forward(v, h, ids):
+    """The logits of those variables, (T, V), by numpy: GPT-2 written down once more."""
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+        return x * v[f"model/{name}/g"] + v[f"model/{name}/b"]
+
+    def conv(x, name):
+        return x @ v[f"model/{name}/w"][0] + v[f"model/{name}/b"]
+
+    T, hs = len(ids), h["n_embd"] // h["n_head"]
+    x = v["model/wte"][ids] + v["model/wpe"][:T]
+    for i in range(h["n_layer"]):
+        qkv = conv(norm(x, f"h{i}/ln_1"), f"h{i}/attn/c_attn")
+        q, k, w = (t.reshape(T, -1, hs).swapaxes(0, 1) for t in np.split(qkv, 3, -1))
+        scores = q @ k.swapaxes(1, 2) / np.sqrt(hs)
+        p = np.exp(scores) * np.tril(np.ones((T, T)))
+        mixed = (p / p.sum(-1, keepdims=True) @ w).swapaxes(0, 1).reshape(T, -1)
+        x = x + conv(mixed, f"h{i}/attn/c_proj")
+        m = conv(norm(x, f"h{i}/ln_2"), f"h{i}/mlp/c_fc")
+        m = 0.5 * m * (1 + np.tanh(np.sqrt(2 / np.pi) * (m + 0.044715 * m**3)))
+        x = x + conv(m, f"h{i}/mlp/c_proj")
+    return norm(x, "ln_f") @ v["model/wte"].T
+
+
+@pytest.fixture
+def write_tf(tf, tmp_path):
+    """write_tf(variables) saves them as gpt-2-simple does; returns the folder."""
+    def write(arrays, name="run1", hparams=HPARAMS):
+        folder = tmp_path / name
+        folder.mkdir()
+        v1 = tf.compat.v1
+        with tf.Graph().as_default(), v1.Session() as session:
+            held = [v1.get_variable(name, initializer=array) for name, array in arrays.items()]
+            session.run(v1.global_variables_initializer())
+            v1.train.Saver(held).save(session, str(folder / "model"), global_step=1000)
+        (folder / "hparams.json").write_text(json.dumps(hparams))
+        return folder
+    return write
+
+
+def write_vocabulary(folder):
+    """encoder.json and vocab.bpe, which the older programs have instead of a tokenizer.json."""
+    made = json.loads(tiny_json())
+    vocab, merges = made["model"]["vocab"], made["model"]["merges"]
+    (folder / "encoder.json").write_text(json.dumps(vocab))
+    (folder / "vocab.bpe").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]),
+                                      encoding="utf-8")
+    return JsonTokenizer(tiny_json())
+
+
+def run_import(folder, out_dir):
+    import_tf.main([f"--tf_dir={folder}", f"--out_dir={out_dir}"])
+    return load_model(str(out_dir))
+
+
+@torch.no_grad()
+def check_logits(model, arrays):
+    ids = np.random.RandomState(1).randint(HPARAMS["n_vocab"], size=16)
+    wanted = forward(arrays, HPARAMS, ids)
+    assert np.abs(wanted).max() > 1
+    got = model(torch.from_numpy(ids)[None])[0].numpy()
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_logits_and_tokenizer(write_tf, tmp_path):
+    arrays = variables(HPARAMS)
+    folder = write_tf(arrays)
+    tokenizer = write_vocabulary(folder)
+    model, found = run_import(folder, tmp_path / "hf")
+    check_logits(model.eval(), arrays)
+    assert found.identity == tokenizer.identity
+    text = "Line 7: what's more,\n\n it <|endoftext|> ends"
+    assert found.encode(text) == tokenizer.encode(text)
+
+
+def test_optimizer_slots_are_ignored(write_tf, tmp_path, capsys):
+    arrays = variables(HPARAMS)
+    slots = {f"{name}/{slot}": np.zeros_like(a) for name, a in arrays.items()
+             for slot in ("Adam", "Adam_1")}
+    counters = {"beta1_power": np.float32(0.9), "beta2_power": np.float32(1),
+                "global_step": np.int64(1000)}
+    folder = write_tf(arrays | slots | counters)
+    model, _ = run_import(folder, tmp_path / "hf")
+    check_logits(model.eval(), arrays)
+    assert "no tokenizer files" in capsys.readouterr().out
+
+
+def test_a_folder_that_has_moved(write_tf, tmp_path):
+    """The file `checkpoint` may name a path of the machine that trained, or be missing."""
+    folder = write_tf(variables(HPARAMS))
+    for i, path in enumerate(("/content/checkpoint/run1/model-1000", r"C:\run1\model-1000")):
+        (folder / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
+        run_import(folder, tmp_path / f"hf{i}")
+    (folder / "checkpoint").unlink()
+    run_import(folder, tmp_path / "hf2")
+
+
+# -----------------------------------------------------------------------------
+# what is refused
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """refused(folder) imports it; returns the one line of error."""
+    def run(folder):
+        argv = [f"--tf_dir={folder}", f"--out_dir={tmp_path / 'refused'}"]
+        status, _, err = run_script(monkeypatch, capsys, import_tf.main, argv)
+        assert status == 1 and err.count("error: ") == 1
+        assert not (tmp_path / "refused").exists()
+        return err
+    return run
+
+
+def test_files_that_are_missing(refused, tmp_path):
+    """Found before TensorFlow is loaded."""
+    assert "is no folder" in refused(tmp_path / "nowhere")
+    folder = tmp_path / "run1"
+    folder.mkdir()
+    assert "0 .index files" in refused(folder)
+    (folder / "model-9.index").touch()
+    assert "lacks model-9.data-00000-of-00001" in refused(folder)
+    (folder / "model-9.data-00001-of-00003").touch()
+    assert "lacks model-9.data-00000-of-00003, model-9.data-00002-of-00003" in refused(folder)
+    for i in (0, 2):
+        (folder / f"model-9.data-0000{i}-of-00003").touch()
+    assert "hparams.json does not exist" in refused(folder)
+    (folder / "hparams.json").write_text('{"n_vocab": 300}')
+    assert "n_ctx" in refused(folder)
+    (folder / "model-10.index").touch()
+    assert "2 .index files" in refused(folder)
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model-8"\n')
+    assert "lacks model-8.index" in refused(folder)
+
+
+def test_variables_that_are_foreign_or_missing(write_tf, refused):
+    arrays = variables(HPARAMS)
+    assert "discriminator/w" in refused(write_tf(
+        arrays | {"discriminator/w": np.zeros(3, np.float32)}, "foreign"))
+    del arrays["model/h1/mlp/c_fc/b"]
+    assert "lacks model/h1/mlp/c_fc/b" in refused(write_tf(arrays, "fewer"))
+    wide = HPARAMS | {"n_ctx": 32}
+    assert "model/wpe is (16, 8)" in refused(write_tf(variables(HPARAMS), "other", wide))
+
+
+def test_a_damaged_shard(write_tf, refused):
+    folder = write_tf(variables(HPARAMS))
+    shard = next(Path(folder).glob("*.data-*"))
+    shard.write_bytes(shard.read_bytes()[:500])
+    assert "damaged" in refused(folder)
+
+
+def test_without_tensorflow(refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    folder = tmp_path / "run1"
+    folder.mkdir()
+    for name in ("model-1.index", "model-1.data-00000-of-00001"):
+        (folder / name).touch()
+    (folder / "hparams.json").write_text(json.dumps(HPARAMS))
+    assert "pip install -r requirements-tf.txt" in refused(folder)

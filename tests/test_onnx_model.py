@@ -1,0 +1,260 @@
+"""What an exported ONNX file computes, next to the GPT that it came from; and as sample.py and
+evaluate.py use it."""
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, tiny_gpt, tiny_json
+from tiny import run_script
+
+import evaluate
+import export
+import onnx_graph
+import sample
+import tasks
+from checkpoint import load_model
+from loader import IGNORED
+from model import stream
+from tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
+
+onnx = pytest.importorskip("onnx", reason="needs requirements-export.txt")
+pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
+
+from onnx_model import open_onnx  # noqa: E402 (after what it may need)
+
+CHARS = CharTokenizer(sorted(set(TEXT)))
+NEO = dict(local_window=5, attn_scale=1.0, qkv_bias=False, n_layer=3)
+SIZES = dict(block_size=24, n_embd=32, vocab_size=61)
+
+
+@pytest.fixture
+def make_onnx(tmp_path):
+    """make_onnx(quantize, **fields) writes a tiny GPT; returns (GPT, OnnxGPT, the file)."""
+    def make(quantize="none", **fields):
+        model, path = tiny_gpt(**SIZES | fields), str(tmp_path / "model.onnx")
+        onnx_graph.write_onnx(model, path, quantize)
+        return model, open_onnx(path)[0], path
+    return make
+
+
+def random_ids(B, T, vocab_size=61):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(T))
+
+
+# -----------------------------------------------------------------------------
+# what the graph computes
+
+@pytest.mark.parametrize("fields", [
+    dict(), dict(bias=False), dict(tied_head=False, activation="gelu", n_inner=40),
+    dict(n_head=8, attn_scale=1.0), NEO,
+], ids=["gpt2", "no biases", "own head", "small heads", "neo"])
+@torch.no_grad()
+def test_logits_with_and_without_past(make_onnx, fields):
+    """The prompt whole; and in pieces of 1 and more behind what came before, for three rows."""
+    model, onnx_model, _ = make_onnx(**fields)
+    idx = random_ids(3, 24)
+    wanted = model(idx)
+    assert wanted.abs().max() > 1
+    torch.testing.assert_close(onnx_model(idx), wanted, atol=1e-4, rtol=0)
+    cache, pos = onnx_model.new_cache(3), 0
+    for piece in idx.split([7, 1, 1, 12, 3], dim=1):
+        logits, pos = onnx_model(piece, cache=cache), pos + piece.size(1)
+        assert cache.pos == pos
+        torch.testing.assert_close(logits, wanted[:, pos - 1], atol=1e-4, rtol=0)
+    cache.pos = 0
+    torch.testing.assert_close(onnx_model(idx[:, :5], cache=cache), wanted[:, 4], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_tasks_take_it_as_they_take_a_gpt(make_onnx):
+    """Labels of several tokens set the cache back; prompts of several lengths are refused."""
+    model, onnx_model, _ = make_onnx()
+    prompts, labels = random_ids(3, 9).tolist(), [[1, 2, 3], [4, 5], [6]]
+    ours, theirs = (tasks.score_labels(m, prompts, labels, None, 2, "cpu")
+                    for m in (model, onnx_model))
+    torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=0)
+    torch.testing.assert_close(onnx_model.lm_head(onnx_model.hidden(random_ids(2, 8))),
+                               model.lm_head(model.hidden(random_ids(2, 8))), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="--batch_size=1"):
+        tasks.score_labels(onnx_model, [prompts[0], prompts[1][:4]], labels, None, 2, "cpu")
+
+
+@torch.no_grad()
+def test_loss_is_the_sum_over_targets_that_count(make_onnx):
+    model, onnx_model, _ = make_onnx()
+    idx, targets = random_ids(3, 20), random_ids(3, 21)[:, 1:].clone()
+    targets[1, :13] = IGNORED
+    targets[2] = IGNORED
+    torch.testing.assert_close(onnx_model(idx, targets), model(idx, targets))
+
+
+@pytest.mark.parametrize("options", [
+    dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.95),
+    dict(temperature=0, n_vocab=9)])
+def test_generation_is_that_of_the_gpt(make_onnx, options):
+    """Longer than the context: the window slides, and the cache starts over."""
+    model, onnx_model, _ = make_onnx()
+    ours, theirs = (m.generate(random_ids(2, 5), 60, generator=torch.Generator().manual_seed(1),
+                               **options) for m in (model, onnx_model))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_stop_token_ends_the_stream(make_onnx):
+    model, onnx_model, _ = make_onnx()
+    stop = int(model.generate(random_ids(1, 5), 4, temperature=0)[0, -1])
+    ours, theirs = (list(stream(m, random_ids(1, 5), 20, temperature=0, stop_token=stop))
+                    for m in (model, onnx_model))
+    assert ours == theirs and len(ours) <= 4
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_embedding_and_head_are_one_tensor(make_onnx, quantize):
+    _, _, path = make_onnx(quantize, vocab_size=4099)
+    large = [t.name for t in onnx.load(path).graph.initializer if 4099 in t.dims and t.dims[1:]]
+    assert [name for name in large if not name.endswith(".scales")] == [
+        "transformer.wte.weight" + ("" if quantize == "none" else ".codes")]
+
+
+def test_weights_beside_the_graph(make_onnx, monkeypatch, tmp_path):
+    """As over 2 GB, which protobuf does not take."""
+    monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 0)
+    model, onnx_model, path = make_onnx()
+    assert (tmp_path / "model.onnx").stat().st_size < 4 * model.num_params() / 2
+    assert (tmp_path / "model.onnx.data").stat().st_size > 4 * model.num_params() * 0.9
+    torch.testing.assert_close(onnx_model(random_ids(2, 9)), model(random_ids(2, 9)),
+                               atol=1e-4, rtol=0)
+    (tmp_path / "model.onnx.data").unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        open_onnx(path)
+
+
+# -----------------------------------------------------------------------------
+# quantized
+
+@pytest.mark.parametrize(("bits", "block"), [(8, 128), (8, 16), (4, 32), (4, 16)])
+def test_quantized_weights_are_near(bits, block):
+    weight = np.random.RandomState(0).randn(5, 256).astype(np.float32)
+    weight[2] = 0
+    codes, scales = onnx_graph.quantize_rows(weight, bits, block)
+    assert codes.shape == (5, 256 // block, block * bits // 8) and scales.shape == (5, 256 // block)
+    back = dequantized(weight, bits, block)
+    largest = np.abs(weight.reshape(5, -1, block)).max(-1).repeat(block, -1)
+    steps = 127 if bits == 8 else 8
+    # half a step; a whole one where 4 bits have -8 but not 8
+    assert (np.abs(back - weight) <= largest / steps * (0.51 if bits == 8 else 1.01)).all()
+    assert (back[2] == 0).all()
+    assert np.abs(back - weight).mean() < largest.mean() / steps * 0.3
+
+
+def dequantized(weight, bits, block):
+    """What the format says that codes and scales mean, written the other way round."""
+    codes, scales = onnx_graph.quantize_rows(weight, bits, block)
+    if bits == 4:
+        codes = np.stack([codes % 16, codes // 16], -1)
+    codes = codes.reshape(len(weight), -1, block).astype(np.float32) - 2 ** (bits - 1)
+    return (codes * scales[..., None]).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(tied_head=False, bias=False), NEO],
+                         ids=["gpt2", "own head", "neo"])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@torch.no_grad()
+def test_a_quantized_graph_computes_with_the_quantized_weights(make_onnx, quantize, fields):
+    """It is the GPT of the dequantized weights, but for its inputs in int8 (some percent)."""
+    model, onnx_model, _ = make_onnx(quantize, **fields)
+    for name, param in model.named_parameters():
+        if param.dim() == 2 and "wpe" not in name:
+            bits, most = onnx_graph.SCHEMES[quantize]["wte" in name or "lm_head" in name]
+            block = onnx_graph.block_of(param.size(1), most)
+            param.copy_(torch.from_numpy(dequantized(param.numpy().copy(), bits, block)))
+    idx = random_ids(2, 24)
+    wanted = model(idx)
+    apart = onnx_model(idx) - wanted
+    assert 0 < apart.std() < 0.06 * wanted.std()
+
+
+@torch.no_grad()
+def test_perplexity_of_a_real_model(shared, gpt2_vocabulary, tmp_path):
+    """On Shakespeare: int8 within 0.5 %, int4 within 4 %."""
+    model, _ = load_model(str(shared("models/gutenberg-17m")))
+    model.eval()
+    text = shared("data/tinyshakespeare/input.txt").read_text(encoding="utf-8")
+    ids = torch.tensor(GPT2Tokenizer().encode(text[-9000:])[:2049]).long()
+    x, y = ids[:-1].view(8, 256), ids[1:].view(8, 256)
+    loss = float(model(x, y)) / y.numel()
+    for quantize, most, size in (("int8", 0.005, 0.27), ("int4", 0.04, 0.25)):
+        path = tmp_path / f"{quantize}.onnx"
+        onnx_graph.write_onnx(model, str(path), quantize)
+        rise = math.exp(float(open_onnx(str(path))[0](x, y)) / y.numel() - loss) - 1
+        assert rise < most, quantize
+        assert path.stat().st_size < size * 4 * model.num_params()
+
+
+# -----------------------------------------------------------------------------
+# as the scripts use it
+
+def test_sample_and_evaluate(make_dataset, make_run, tmp_path, capsys):
+    """The same text, drawn from the same seed, and the same loss, but for the name."""
+    folder, tokenizer = make_dataset("chars")
+    out_dir, _ = make_run(tokenizer, block_size=32)
+    export.main([f"--out_dir={out_dir}", "--format=onnx", f"--export_dir={tmp_path / 'onnx'}"])
+    outputs = []
+    for source in (out_dir, tmp_path / "onnx" / "model.onnx"):
+        capsys.readouterr()
+        sample.main([f"--init_from={source}", "--start=what's", "--num_samples=3", "--top_k=9",
+                     "--max_new_tokens=50", "--stop=x", "--device=cpu", "--dtype=float32"])
+        evaluate.main([f"--init_from={source}", f"--dataset={folder}", "--batch_size=3",
+                       "--block_size=16", "--device=cpu", "--dtype=float32"])
+        outputs.append(capsys.readouterr().out.replace(str(source), ""))
+    assert outputs[0] == outputs[1] and "loss" in outputs[0]
+
+
+def test_it_knows_its_tokenizer(make_run, tmp_path):
+    tokenizer = JsonTokenizer(tiny_json())
+    out_dir, _ = make_run(tokenizer, n_embd=32)
+    export.main([f"--out_dir={out_dir}", "--format=onnx", "--quantize=int4",
+                 f"--export_dir={tmp_path / 'onnx'}"])
+    moved = (tmp_path / "onnx" / "model.int4.onnx").rename(tmp_path / "alone.onnx")
+    model, found = load_model(str(moved), block_size=12, with_onnx=True)
+    assert found.identity == tokenizer.identity and model.config.block_size == 12
+    with pytest.raises(ValueError, match="block_size=99"):
+        load_model(str(moved), block_size=99, with_onnx=True)
+
+
+# -----------------------------------------------------------------------------
+# what is refused
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """refused(file) samples from it; returns the one line of error."""
+    def run(file):
+        status, _, err = run_script(monkeypatch, capsys, sample.main, [f"--init_from={file}"])
+        assert status == 1 and err.count("\n") == 1
+        return err
+    return run
+
+
+def test_files_that_are_not_ours(refused, make_onnx, tmp_path):
+    _, _, path = make_onnx()
+    foreign = onnx.load(path)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    assert "not written by export.py" in refused(tmp_path / "foreign.onnx")
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:3000])
+    assert "damaged" in refused(tmp_path / "cut.onnx")
+    (tmp_path / "text.onnx").write_text("not a graph")
+    assert "damaged" in refused(tmp_path / "text.onnx")
+    assert "does not exist" in refused(tmp_path / "nowhere.onnx")
+    assert "no tokenizer" in refused(path)
+
+
+def test_without_onnxruntime(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install -r requirements-export.txt" in refused("model.onnx")
+
+
+def test_it_is_not_trained(tmp_path):
+    with pytest.raises(ValueError, match="sampled from and evaluated"):
+        load_model("model.int8.onnx")
