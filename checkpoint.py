@@ -11,7 +11,9 @@ wrote as ckpt.pt samples, evaluates and resumes here.
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -151,8 +153,9 @@ def load(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged is None:
-            data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of odd pickles, which are refused
+            if damaged is None:
+                data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} carries code or objects beside plain data; refused, none of it "
                          "was run") from None
@@ -167,6 +170,19 @@ def load(path):
         raise ValueError(f"{path} is no checkpoint of nanotune or nanoGPT: it lacks 'model' or "
                          "'model_args'")
     return data
+
+
+@contextmanager
+def made_by_nobody(path):
+    """Around the reading of a file's content, which may be whole and yet nobody's checkpoint: what
+    that raises has no end, and becomes a ValueError."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, ValueError) or out_of_memory(e):
+            raise
+        raise ValueError(f"{path} is no checkpoint of nanotune or nanoGPT ({type(e).__name__}: "
+                         f"{first_line(e)}); use another copy of it") from None
 
 
 # -----------------------------------------------------------------------------
@@ -187,11 +203,14 @@ def load_model(source, block_size=None, dropout=0.0, device="cpu", with_onnx=Fal
         return open_onnx(source, block_size)
     if (folder / MODEL_FILE).is_file():
         data = load(folder / MODEL_FILE)
-        model = model_from(data, folder / MODEL_FILE, dropout).to(device)
+        with made_by_nobody(folder / MODEL_FILE):
+            model = model_from(data, folder / MODEL_FILE, dropout)
+            tokenizer = tokenizer_from(data)
+        model.to(device)
         model.tie_head()
         if block_size is not None:
             model.crop_block_size(block_size)
-        return model, tokenizer_from(data)
+        return model, tokenizer
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{source} holds neither {MODEL_FILE} (a run's out_dir) nor config.json "
                          "(a Hugging Face folder)")

@@ -8,6 +8,8 @@ import importlib.util
 import os
 import sys
 import time
+import traceback
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +72,32 @@ def join(world, backend="auto", timeout=600):
     # a config that names nccl, as nanoGPT's default did, still runs on CPU
     if backend == "auto" or (backend == "nccl" and world.device.type != "cuda"):
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    timeout = datetime.timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = fresh_part(store, rank, size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def fresh_part(store, rank, size, timeout):
+    """A part of torchrun's store that no earlier attempt wrote to. torchrun keeps its store over
+    restarts, where a process could find the address of one that is gone (pytorch issue 135712),
+    and its restart count differs among machines. So each rank says hello under a name drawn at
+    random, and rank 0 welcomes whoever said hello last until all are in its part."""
+    name = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"hello/{rank}", name)
+        part = dist.PrefixStore(store.get(f"welcome/{name}").decode(), store)
+        part.set(f"here/{rank}", "")
+        return part
+    part, end = dist.PrefixStore(name, store), time.monotonic() + timeout.total_seconds()
+    while size > 1 and not part.check([f"here/{other}" for other in range(1, size)]):
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"timed out: not all of {size} processes came")
+        for other in range(1, size):
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", name)
+        time.sleep(0.02)
+    return part
 
 
 def leave():
@@ -261,31 +288,50 @@ def run(main):
     and so did not end the job.
     """
     sys.stdout.reconfigure(errors="replace")  # a Windows console's code page lacks most characters
+    status = 0
     try:
         main(sys.argv[1:])
-    except (ValueError, FloatingPointError) as e:
-        last = e.__traceback__
-        while last.tb_next:
-            last = last.tb_next
-        if Path(last.tb_frame.f_code.co_filename).parent != Path(__file__).parent:
-            raise
-        if int(os.environ.get("RANK", 0)) != 0:
-            time.sleep(5)
-        stop(e)
-    except (RuntimeError, MemoryError, OSError) as e:
-        said = out_of_memory(e) or lost_peer(e)
-        if said is None:
-            raise
-        stop(said)
+    except SystemExit as end:
+        status = end.code or 0
     except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
+        status = 130
+    except Exception as e:
+        status, said = 1, last_word(e)
+        if said is None and not dist.is_initialized():
+            raise
+        if said is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {said}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        end_now(status)
+    if status:
+        sys.exit(status)
+
+
+def end_now(status):
+    """Ends a process of a group without a destructor being run: DDP's, in torch 2.13 with gloo,
+    now and then waits for a thread that waits for Python's lock, and the job would never end. After
+    an error it does not wait for ranks that are gone either."""
+    if status == 0:
         leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
-def stop(message):
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1) if dist.is_initialized() else sys.exit(1)  # no wait for ranks that are gone
+def last_word(e):
+    """The line to end with, or None for an exception that is a bug; waits where rank 0 speaks."""
+    if not isinstance(e, ValueError | FloatingPointError):
+        return out_of_memory(e) or lost_peer(e)
+    last = e.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    if Path(last.tb_frame.f_code.co_filename).parent != Path(__file__).parent:
+        return None
+    if int(os.environ.get("RANK", 0)) != 0:
+        time.sleep(5)
+    return e
 
 
 def out_of_memory(e):
@@ -312,6 +358,7 @@ def lost_peer(e):
     if not (isinstance(e, dist.DistError) or "gloo" in text) or not any(s in text for s in signs):
         return None
     rank, size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
+    sign = next(sign for sign in signs if sign in text)
     return (f"process {rank} of {size}: another process is gone or did not answer in time "
-            f"({text[-160:]}); its own message, if it had any, is above or in its terminal. The "
-            "states on disk are good: start the job again with --auto_resume=True")
+            f"({text[text.index(sign):][:80]}); its own message, if it had any, is above or in its "
+            "terminal. The states on disk are good: start the job again with --auto_resume=True")

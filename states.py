@@ -18,7 +18,7 @@ import torch
 
 import checkpoint
 from checkpoint import MODEL_FILE, STATE_FILE
-from distributed import out_of_memory, share
+from distributed import share
 from model import GPT
 
 RUN_FILE = "run.json"
@@ -116,17 +116,12 @@ def read_start(path, dropout):
         raise ValueError(f"--init_from=resume: {path} holds a model, but no state.pt to go on from "
                          "lies beside it; begin a new run with its weights by "
                          f"--init_from={path.parent} --out_dir=ANOTHER")
-    try:
+    with checkpoint.made_by_nobody(path):
         model = checkpoint.model_from(saved, path, dropout)
         optimizer = checkpoint.checked_optimizer_state(model, saved["optimizer"], path)
         return Start(model, progress_of(saved), bool(optimizer), optimizer,
                      saved.get("scaler") or None, path, config_of(saved),
                      checkpoint.tokenizer_from(saved), "progress" in saved)
-    except Exception as e:  # what a foreign file can raise has no end
-        if out_of_memory(e) or isinstance(e, ValueError):
-            raise
-        raise ValueError(f"{path} is no state of a run ({type(e).__name__}: "
-                         f"{checkpoint.first_line(e)}); use another copy of it") from None
 
 
 def config_of(saved):

@@ -1,0 +1,301 @@
+"""A campaign against a run's files: processes killed at random moments, checkpoints spoiled.
+
+    make chaos                       # 50 kills on ddp, 50 on fsdp, 200 files
+    PYTHONPATH=. python tests/chaos.py --kills=5 --altered=0 --parallel=fsdp --seed=1
+
+A tiny run is killed by SIGKILL (one rank, or all: then the machine went down) while it starts,
+steps and saves, and started again each time with --auto_resume=True; every tenth time its newest
+state is spoiled on top. In the end its weights, moments and losses must be, bit by bit, those of
+the run that nobody disturbed. Then altered checkpoints are offered to --init_from=resume and to
+load_model: none may be loaded wrong, run code, or end in a traceback.
+"""
+import contextlib
+import io
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from ranks import Job, run_ranks
+from tiny import arguments, losses, write_dataset
+
+import checkpoint
+import states
+import train
+from configurator import configure
+from distributed import run
+
+RANKS = 2
+
+
+@dataclass
+class Config:
+    kills: int = 50              # for each way of running in parallel
+    altered: int = 200           # checkpoints that are spoiled
+    parallel: str = "ddp,fsdp"
+    seed: int = 0
+
+
+# -----------------------------------------------------------------------------
+# kills
+
+def same(a, b):
+    """Whether two runs ended alike to the last bit: weights, moments, progress, losses."""
+    one, other = (checkpoint.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
+    progress = [state["progress"] | {"run_id": ""} for state in (one, other)]
+    return (progress[0] == progress[1] and losses(a) == losses(b)
+            and one["model"].keys() == other["model"].keys()
+            and all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+            and all(torch.equal(state[key], other["optimizer"][name][key])
+                    for name, state in one["optimizer"].items() for key in state))
+
+
+def wait_for(moment, job, out, step, rng):
+    """Returns at a moment of the kind; False where the run ended before."""
+    if moment == "start":
+        time.sleep(rng.uniform(0, 1.5))
+        return job.alive()
+    while job.alive():
+        if states.reached_step(out) > step and (moment == "step" or list(out.glob("*.pt.tmp"))):
+            if moment == "step":
+                time.sleep(rng.uniform(0, 0.02))
+            return True
+    return False
+
+
+def spoil_newest(out, rng):
+    """As a bad sector would."""
+    path = states.state_files(out)[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3:len(data) // 3 + 4096] = rng.randbytes(4096)
+    path.write_bytes(data)
+
+
+def campaign(parallel, kills, folder, dataset, rng):
+    """Kills a run that often, lets it end, compares; returns the counts."""
+    fields = dict(parallel=parallel, max_iters=4 * kills + 20, eval_interval=20, save_interval=2,
+                  n_embd=32, timeout=60, lr_decay_iters=4 * kills + 20)
+    whole, out = folder / f"{parallel}-whole", folder / f"{parallel}-killed"
+    statuses, said = run_ranks(RANKS, arguments(dataset, whole, **fields), folder / "log",
+                               seconds=600)
+    assert statuses == [0] * RANKS, said
+    count, argv = Counter(), arguments(dataset, out, **fields, auto_resume=True)
+    while True:
+        job = Job(RANKS, argv, folder / "log")
+        if count["kills"] == kills:
+            assert job.wait(600) == [0] * RANKS, job.said()
+            read_log(job.said(0), count)
+            return count, same(whole, out)
+        moment = rng.choices(("step", "save", "start"), (4, 4, 2))[0]
+        if not wait_for(moment, job, out, states.reached_step(out) + rng.randint(0, 2), rng):
+            raise AssertionError(f"ended before its kill:\n{job.said()}")
+        victims = rng.choice(((0,), tuple(range(RANKS))) if moment == "save" else
+                             (*((rank,) for rank in range(RANKS)), tuple(range(RANKS))))
+        job.kill(*victims)
+        statuses = job.wait(120)
+        assert all(statuses[rank] == -signal.SIGKILL for rank in victims), job.said()
+        count["kills"] += 1
+        count["during a save"] += any(out.glob("*.pt.tmp"))
+        count["before the first step"] += "iter " not in job.said(0)
+        count["of all ranks"] += len(victims) == RANKS
+        read_log(job.said(0), count)
+        count["reached"] = states.reached_step(out)
+        if count["kills"] % 10 == 5 and len(states.state_files(out)) == 2:
+            spoil_newest(out, rng)
+            count["states spoiled"] += 1
+
+
+def read_log(said, count):
+    """Counts what a start said of how it went on."""
+    count["fallbacks"] += "cannot serve" in said
+    if "resuming at step " in said:
+        step = int(said.partition("resuming at step ")[2].split()[0])
+        count["resumes"] += 1
+        count["lost steps"] += max(0, count["reached"] - step)
+
+
+# -----------------------------------------------------------------------------
+# altered checkpoints
+
+class Trap:
+    """Leaves a file behind when a pickle of it is loaded."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def foreign(rng, data, trap):
+    """What somebody else may have put there: bytes that were never a state of ours."""
+    def torch_zip(content, **options):
+        f = io.BytesIO()
+        torch.save(content, f, **options)
+        return f.getvalue()
+
+    def bare_zip(content):
+        f = io.BytesIO()
+        with zipfile.ZipFile(f, "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", "3")
+        return f.getvalue()
+
+    saved = torch.load(io.BytesIO(data), weights_only=True)
+    name, moments = rng.choice(list(saved["model"])), saved.get("optimizer", {})
+    wrong = rng.choice([{"model": 3}, {"model_args": []}, {"model_args": {"n_head": 0}},
+                        {"optimizer": []}, {"optimizer": {name: {}}}, {"progress": {"step": "x"}},
+                        {"progress": {"shoe_size": 44}}, {"config": 7}, {"tokenizer": {"kind": 1}},
+                        {"scaler": "x"}, {"config": {"batch_size": "many"}},
+                        {"optimizer": moments | {name: {"exp_avg": torch.ones(3, 3)}}},
+                        {"model": saved["model"] | {name: torch.ones(2, 2)}}])
+    return rng.choice([
+        lambda: pickle.dumps(Trap(trap)),
+        lambda: bare_zip(pickle.dumps(Trap(trap))),
+        lambda: torch_zip({"model": Trap(trap), "model_args": {}}),
+        lambda: torch_zip(saved | {"progress": Trap(trap)}),
+        lambda: torch_zip(saved | {"x": Trap(trap)}, _use_new_zipfile_serialization=False),
+        lambda: b"", lambda: b"PK\x05\x06" + bytes(18), lambda: b"version https://git-lfs\n",
+        lambda: rng.randbytes(5000), lambda: bare_zip(rng.randbytes(500)),
+        lambda: torch_zip([1, 2]), lambda: torch_zip({"weights": torch.ones(3)}),
+        *[lambda: torch_zip(saved | wrong)] * 8])()
+
+
+def altered(rng, data, others, trap):
+    """(kind, the bytes of a checkpoint after an accident or a prank)."""
+    kind = rng.choices(("cut", "bit", "bits", "block", "tail", "swapped", "foreign"),
+                       (4, 6, 2, 2, 1, 2, 5))[0]
+    if kind == "swapped":
+        return kind, rng.choice(others)
+    if kind == "foreign":
+        return kind, foreign(rng, data, trap)
+    if kind == "cut":
+        return kind, data[:rng.randrange(len(data))]
+    if kind == "tail":
+        return kind, data + rng.randbytes(rng.randint(1, 5000))
+    spoiled = bytearray(data)
+    if kind == "block":
+        at, size = rng.randrange(len(data)), rng.choice((16, 512, 4096))
+        spoiled[at:at + size] = bytes(len(spoiled[at:at + size]))
+    else:
+        for _ in range(1 if kind == "bit" else rng.randint(2, 64)):
+            spoiled[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return kind, bytes(spoiled)
+
+
+def resumed(argv):
+    """(exit status, stderr, the namespace that would train or None) of train.py --eval_only."""
+    found, err = [], io.StringIO()
+    with (mock.patch.object(train, "evaluate_splits", lambda r: found.append(r) or [1.0, 1.0]),
+          mock.patch.object(sys, "argv", ["train.py", *argv]),
+          contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO())):
+        try:
+            run(train.main)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+    return status, err.getvalue(), found[0] if found else None
+
+
+def loads_right(r, references):
+    """Whether weights, moments and progress are those of the run's own state of that step."""
+    reference = references.get(r.progress.step)
+    if reference is None or r.progress.run_id != reference["progress"]["run_id"]:
+        return False
+    moments = checkpoint.optimizer_state(r.model, r.optimizer)
+    return (all(torch.equal(tensor, reference["model"][name])
+                for name, tensor in r.model.state_dict().items())
+            and all(torch.equal(value, moments[name][key])
+                    for name, state in reference["optimizer"].items()
+                    for key, value in state.items()))
+
+
+def alterations(times, folder, dataset, rng):
+    """Alters state.pt, or both states, or ckpt.pt; returns how that ended, counted."""
+    out, trap = folder / "good", folder / "ran"
+    runs = [(out, {}), (folder / "twin", {}), (folder / "cousin", dict(n_embd=32))]
+    for path, fields in runs:
+        statuses, said = run_ranks(1, arguments(dataset, path, **fields), folder / "log")
+        assert statuses == [0], said
+    names = ("state.pt", "state.1.pt", "ckpt.pt")
+    good = {name: (out / name).read_bytes() for name in names}
+    others = [(path / name).read_bytes() for path, _ in runs[1:] for name in names[:2]]
+    references = {s["iter_num"]: s for s in (checkpoint.load(out / name) for name in names[:2])}
+    argv = arguments(dataset, out, init_from="resume", eval_only=True)
+    count = Counter()
+    for _ in range(times):
+        targets = rng.choice((("state.pt",), ("state.pt", "state.1.pt"), ("ckpt.pt",)))
+        for name in names:
+            (out / name).write_bytes(good[name])
+        for name in targets:
+            kind, data = altered(rng, good[name], others, trap)
+            (out / name).write_bytes(data)
+        count[kind] += 1
+        if targets == ("ckpt.pt",):
+            outcome = load_shipped(out, references, others=kind in ("swapped", "foreign"))
+        else:
+            status, err, r = resumed(argv)
+            if r is None:
+                fine = status == 1 and err.startswith("error: ") and err.count("\n") == 1
+                outcome = "refused" if fine else f"WRONG MESSAGE: {err}"
+            elif loads_right(r, references):
+                outcome = "harmless" if r.progress.step == 6 else "fell back"
+            else:
+                outcome = f"LOADED WRONG: {kind}"
+        if trap.exists():
+            outcome = f"RAN CODE: {kind}"
+        count[outcome] += 1
+    shutil.rmtree(out)
+    return count
+
+
+def load_shipped(out, references, others):
+    """load_model on an altered ckpt.pt: its weights must be the run's. A sound ckpt.pt of somebody
+    else is as good as any (`others`): there is nothing to tell it by."""
+    try:
+        model, _ = checkpoint.load_model(str(out))
+    except ValueError:
+        return "refused"
+    right = all(torch.equal(tensor, references[6]["model"].get(name))
+                for name, tensor in model.state_dict().items()
+                if tensor.shape == references[6]["model"][name].shape)
+    return "harmless" if right or others else "LOADED WRONG: ckpt.pt"
+
+
+# -----------------------------------------------------------------------------
+
+def main(argv):
+    cfg = configure(Config, argv)
+    began, failed = time.monotonic(), False
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        dataset = write_dataset(folder / "words")
+        for parallel in cfg.parallel.split(",") if cfg.kills else ():
+            rng = random.Random(f"{cfg.seed} {parallel}")
+            count, equal = campaign(parallel, cfg.kills, folder, dataset, rng)
+            del count["reached"]
+            print(f"{parallel} on {RANKS} processes: "
+                  + ", ".join(f"{n} {what}" for what, n in count.items())
+                  + f"; bitwise the undisturbed run: {'yes' if equal else 'NO'}", flush=True)
+            failed |= not equal
+        if cfg.altered:
+            count = alterations(cfg.altered, folder, dataset, random.Random(cfg.seed))
+            print(f"{cfg.altered} altered checkpoints: "
+                  + ", ".join(f"{n} {what}" for what, n in sorted(count.items())))
+            failed |= any(what.isupper() or what.split(":")[0].isupper() for what in count)
+    print(f"{'FAILED' if failed else 'passed'} in {time.monotonic() - began:.0f} s")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    run(main)
