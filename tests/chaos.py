@@ -102,7 +102,7 @@ def campaign(parallel, kills, folder, dataset, rng):
         victims = rng.choice(((0,), tuple(range(RANKS))) if moment == "save" else
                              (*((rank,) for rank in range(RANKS)), tuple(range(RANKS))))
         job.kill(*victims)
-        statuses = job.wait(120)
+        statuses = job.end(seconds=5)
         assert all(statuses[rank] == -signal.SIGKILL for rank in victims), job.said()
         count["kills"] += 1
         count["during a save"] += any(out.glob("*.pt.tmp"))

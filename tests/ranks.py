@@ -63,6 +63,13 @@ class Job:
         assert not late, f"still running after {seconds} s:\n{self.said()}"
         return [process.exitcode for process in self.ranks]
 
+    def end(self, seconds):
+        """The exit statuses; what is left after so long is killed, as torchrun does."""
+        for process in self.ranks:
+            process.join(seconds)
+            process.kill()
+        return self.wait()
+
     def said(self, rank=None):
         logs = self.logs if rank is None else [self.logs[rank]]
         return "".join(log.read_text() for log in logs if log.exists())
