@@ -91,6 +91,7 @@ class JsonTokenizer:
         self.eot = vocab.get(EOT)
         self.spec = {"kind": "json", "json": text}
         self.identity = digest(canonical(vocab))
+        self.is_byte_level = "ByteLevel" in str(json.loads(text).get("decoder"))
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -100,8 +101,7 @@ class JsonTokenizer:
 
     def n_bytes(self, ids):
         ids = [i for i in ids if i != self.eot]
-        if "ByteLevel" in str(json.loads(self.spec["json"]).get("decoder")):
-            # its tokens are written with a character a byte, half a character's bytes too
+        if self.is_byte_level:  # its tokens are written with a character a byte
             return sum(len(self.tokenizer.id_to_token(i)) for i in ids)
         return len(self.decode(ids).encode())
 
