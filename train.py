@@ -27,6 +27,8 @@ import torch
 import checkpoint
 import distributed
 import logbook
+import lora
+import optimizer as optimizers
 import plan
 import states
 import tokenizer as tokenizers
@@ -47,6 +49,7 @@ class Config:
     log_interval: int = 1
     eval_iters: int = 200        # batches of batch_size windows an evaluation; 0: the whole split
     eval_only: bool = False      # evaluate once and stop; writes nothing
+    dry_run: bool = False        # print the plan, memory included, and stop; loads no weights
     always_save_checkpoint: bool = True  # ckpt.pt at each evaluation; False: only the best so far
     init_from: str = "scratch"   # scratch, resume, gpt2*, a hub id, a Hugging Face folder, a run
     overwrite: bool = False      # begin a new run in an out_dir that holds one
@@ -80,6 +83,11 @@ class Config:
     beta2: float = 0.95
     grad_clip: float = 1.0       # largest norm of the gradient; 0: no clipping
     patience: int = 0            # stop after so many evaluations without a better one; 0: never
+    # memory
+    weights: str = "float32"     # bfloat16: half of it for weights and gradients
+    optimizer: str = "adamw"     # adamw8bit: moments in 2 bytes a weight, not 8 (needs torchao)
+    recompute: bool = False      # work activations out again in the backward pass: 4/3 of the time
+    lora_rank: int = 0           # train adapters of this rank beside frozen weights; 0: all weights
     # learning rate
     decay_lr: bool = True        # cosine decay after warmup; False: constant
     warmup_iters: int = 2000
@@ -108,7 +116,7 @@ def check_config(cfg, world, dtype):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 1")
     for name in ("eval_iters", "max_iters", "learning_rate", "weight_decay", "grad_clip",
-                 "warmup_iters", "patience", "sample_interval"):
+                 "warmup_iters", "patience", "sample_interval", "lora_rank"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 0")
     for name in ("dropout", "beta1", "beta2"):
@@ -126,7 +134,20 @@ def check_config(cfg, world, dtype):
     if cfg.auto_resume and cfg.overwrite:
         raise ValueError("--auto_resume=True goes on with what --overwrite=True would replace at "
                          "each restart: give one of them")
-    distributed.check_pairs(world, parallel=cfg.parallel, dtype=dtype)
+    for name, known in (("weights", ("float32", "bfloat16")), ("optimizer", optimizers.NAMES)):
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"--{name}={getattr(cfg, name)}: use {' or '.join(known)}")
+    if cfg.lora_rank and cfg.init_from == "scratch":
+        raise ValueError("--lora_rank leaves the weights as they are, and --init_from=scratch "
+                         "draws them at random: give a pretrained --init_from, or --lora_rank=0")
+    if cfg.lora_rank and cfg.init_from != "resume" and (
+            Path(cfg.init_from).resolve() == Path(cfg.out_dir).resolve()):
+        raise ValueError(f"--out_dir={cfg.out_dir} is the base of this LoRA run too, which its "
+                         "adapters would replace; choose another --out_dir")
+    distributed.check_pairs(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
+                            optimizer=cfg.optimizer, lora="yes" if cfg.lora_rank else "no")
+    if cfg.optimizer == "adamw8bit" and not cfg.dry_run:
+        optimizers.check_8bit(world.device)
     if cfg.wandb_log:
         logbook.check_wandb()
 
@@ -151,8 +172,9 @@ def check_out_dir(cfg):
 
 def load_start(cfg, tokenizer, folder):
     """The states.Start that the run begins with, as init_from says."""
+    weights = distributed.DTYPES[cfg.weights]
     if states.resumes(cfg):
-        start = states.load_start(cfg.out_dir, cfg.dropout, any_run=cfg.force_resume)
+        start = states.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
         states.check_same_run(cfg, start)
         tokenizers.check_same(start.tokenizer, tokenizer, cfg.out_dir, folder)
         if cfg.block_size is not None:
@@ -161,12 +183,19 @@ def load_start(cfg, tokenizer, folder):
     if cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)
         vocab_size = 50304 if tokenizer.n_vocab == 50257 else tokenizer.n_vocab
-        return states.Start(GPT(GPTConfig(
+        model = GPT(GPTConfig(
             block_size=cfg.block_size or 1024, vocab_size=vocab_size, n_layer=cfg.n_layer,
-            n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias)))
-    model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout)
+            n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias))
+        model.set_dtype(weights)
+        return states.Start(model)
+    model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout, dtype=weights)
     tokenizers.check_same(held, tokenizer, cfg.init_from, folder)
-    return states.Start(model)
+    if not cfg.lora_rank:
+        return states.Start(model)
+    lora.add_lora(model, cfg.lora_rank, cfg.seed)
+    return states.Start(model, lora=dict(
+        rank=cfg.lora_rank, base=cfg.init_from, hash=checkpoint.hash_of(cfg.init_from),
+        weights=cfg.weights))
 
 
 def open_data(cfg, folder, model, world):
@@ -200,17 +229,18 @@ def set_up(cfg, argv):
     start = load_start(cfg, tokenizer, folder) if world.is_main else None
 
     distributed.join(world, cfg.backend, cfg.timeout)
-    start = states.spread(start, world)
+    start = states.spread(start, world, distributed.DTYPES[cfg.weights])
     model, progress = start.model, start.progress
     model.config = replace(
         model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
     data = open_data(cfg, folder, model, world)
+    model.recompute = cfg.recompute
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
     forward, compiled = distributed.parallelize(
         model, world, cfg.parallel, dtype, cfg.compile, data["train"].batch(0, cfg.batch_size))
-    optimizer = torch.optim.AdamW(
-        model.param_groups(cfg.weight_decay), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-        fused=world.device.type in ("cpu", "cuda"))
+    optimizer = optimizers.make_optimizer(
+        cfg.optimizer, model.param_groups(cfg.weight_decay), cfg.learning_rate,
+        (cfg.beta1, cfg.beta2), world.device)
     if start.stepped:
         checkpoint.load_optimizer_state(model, optimizer, start.optimizer, start.path, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -354,7 +384,7 @@ def save(r, name):
     error = None
     if r.world.is_main:
         data = checkpoint.model_data(r.model, p.step, p.best_val_loss, asdict(cfg), r.tokenizer,
-                                     weights, p.run_id)
+                                     weights, p.run_id, r.start.lora)
         if whole:
             data |= {"optimizer": moments, "scaler": r.scaler.state_dict(), "progress": asdict(p)}
         try:
@@ -425,8 +455,7 @@ def train(r, signals):
             return 0
 
         lr = learning_rate_at(cfg, step)
-        for group in r.optimizer.param_groups:
-            group["lr"] = lr
+        optimizers.set_rate(r.optimizer, lr)
         loss = forward_backward(r, step)
         norm, norm_value = gradient_norm(r)
         # all ranks learn together of a signal and of a NaN, though it were one rank's alone
