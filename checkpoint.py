@@ -245,6 +245,18 @@ def history_of(source):
     return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
 
 
+def model_config(source):
+    """The GPTConfig that load_model's model would have, without its weights."""
+    for path in (Path(source) / name for name in (MODEL_FILE, STATE_FILE)):
+        if path.is_file():
+            try:
+                data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception:  # torch.load raises many kinds, load one that says what to do
+                data = load(path)
+            return GPTConfig(**{"activation": "gelu"} | data["model_args"])
+    return GPTConfig(**pretrained.config_from_hf(pretrained.find_config(source), source))
+
+
 def adapted_from(data, path, dropout, dtype):
     """The base that a LoRA checkpoint names, with its adapters. Raises ValueError where the base
     cannot be had or is no longer the one they were trained beside."""

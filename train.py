@@ -182,10 +182,7 @@ def load_start(cfg, tokenizer, folder):
         return start
     if cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)
-        vocab_size = 50304 if tokenizer.n_vocab == 50257 else tokenizer.n_vocab
-        model = GPT(GPTConfig(
-            block_size=cfg.block_size or 1024, vocab_size=vocab_size, n_layer=cfg.n_layer,
-            n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias))
+        model = GPT(scratch_config(cfg, tokenizer))
         model.set_dtype(weights)
         return states.Start(model)
     model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout, dtype=weights)
@@ -196,6 +193,14 @@ def load_start(cfg, tokenizer, folder):
     return states.Start(model, lora=dict(
         rank=cfg.lora_rank, base=cfg.init_from, hash=checkpoint.hash_of(cfg.init_from),
         weights=cfg.weights))
+
+
+def scratch_config(cfg, tokenizer):
+    return GPTConfig(
+        block_size=cfg.block_size or 1024,
+        vocab_size=50304 if tokenizer.n_vocab == 50257 else tokenizer.n_vocab,
+        n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout,
+        bias=cfg.bias)
 
 
 def open_data(cfg, folder, model, world):
@@ -485,6 +490,41 @@ def resume_command(argv):
     return f"{launcher} train.py {shlex.join([*argv, '--init_from=resume'])}"
 
 
+def plan_lines(cfg, config, world, dtype, compiled, train_tokens, val_tokens):
+    """(What the run will take, as lines of text; whether it fits into memory)."""
+    model = plan.meta_model(config, cfg)
+    lines = plan.describe(
+        model.num_params(), cfg.gradient_accumulation_steps * cfg.batch_size * config.block_size,
+        cfg.max_iters, train_tokens, val_tokens, world, dtype, compiled, cfg.dataset)
+    if cfg.lora_rank:
+        trained = sum(p.numel() for p in lora.adapters(model).values())
+        lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M of them are trained")
+    sharded = world.size > 1 and cfg.parallel == "fsdp"
+    lines += plan.describe_saves(model.num_params(), cfg.out_dir, cfg.keep_states,
+                                 world.size if sharded else 1, plan.save_bytes(model, cfg))
+    told, fits = plan.describe_memory(config, cfg, world.device, dtype, world.size)
+    return lines + told, fits
+
+
+def dry_run(cfg):
+    """Prints the plan of a run; reads its data's size and its model's, and no weights."""
+    world = read_world(cfg.device)
+    dtype = distributed.pick_dtype(cfg.dtype, world.device)
+    check_config(cfg, world, dtype)
+    folder = dataset_folder(cfg.dataset)
+    if cfg.init_from == "scratch":
+        config = scratch_config(cfg, tokenizers.of_dataset(folder))
+    else:
+        config = checkpoint.model_config(cfg.out_dir if states.resumes(cfg) else cfg.init_from)
+        config = replace(config, block_size=cfg.block_size or config.block_size)
+    tokens = [len(open_tokens(folder / f"{split}.bin", config.block_size))
+              for split in ("train", "val")]
+    compiled = distributed.pick_compile(cfg.compile, world.device)
+    lines, _ = plan_lines(cfg, config, world, dtype, compiled, *tokens)
+    if world.is_main:
+        print("\n".join(lines))
+
+
 def tell_plan(r):
     """The plan, and what in it looks like a mistake."""
     cfg, p = r.cfg, r.progress
@@ -492,15 +532,12 @@ def tell_plan(r):
         return
     for line in r.start.warnings:
         r.log.warn(line)
-    tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * r.model.config.block_size
-    for line in plan.describe(
-            r.model.num_params(), tokens_per_iter, cfg.max_iters, len(r.data["train"]),
-            len(r.data["val"]), r.world, r.dtype, r.compiled, cfg.dataset):
+    lines, fits = plan_lines(cfg, r.model.config, r.world, r.dtype, r.compiled,
+                             *(len(r.data[split]) for split in ("train", "val")))
+    for line in lines:
         r.log.say(line)
-    sharded = checkpoint.is_sharded(r.model)
-    for line in plan.describe_saves(r.model.num_params(), cfg.out_dir, cfg.keep_states,
-                                    r.world.size if sharded else 1):
-        r.log.say(line)
+    if not fits:
+        r.log.warn("the memory may not suffice, see above; should the run be killed, that is why")
     data = r.data["train"]
     if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
         long, examples = data.count_long(r.tokenizer.eot)
@@ -541,6 +578,8 @@ def finish(r, status):
 
 def main(argv):
     cfg = configure(Config, argv)
+    if cfg.dry_run:
+        return dry_run(cfg)
     r = set_up(cfg, argv)
     main_rank, p = r.world.is_main, r.progress
     if cfg.eval_only:
