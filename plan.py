@@ -2,7 +2,7 @@
 import os
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from distributed import DTYPES
 from lora import adapters, add_lora
-from model import GPT, HEAD_ROWS
+from model import GPT, HEAD_ROWS, GPTConfig
 from optimizer import block_size
 
 ADAMW_COPIES = 3  # a state file holds the weights and two moments of them
@@ -76,9 +76,9 @@ def spell_bytes(n):
 
 USABLE = 0.95     # of a device's memory: the rest is the driver's, the system's, fragments
 # measured on Linux with torch 2.13, and what makes an estimate for CPU differ from one for a GPU
-PROCESS = 0.31e9  # a process with torch and the tokenizer
-COMPILER = 0.2e9  # torchao and Inductor in it
-HEAP_SLACK = 0.7  # of activations: holes in the heap, beside them
+PROCESS = 0.31e9   # a process with torch and the tokenizer
+COMPILER = 0.1e9   # torchao and Inductor in it
+HEAP_SLACK = 0.85  # of the activations, as holes between them in glibc's heap
 
 
 def memory(config, cfg, device_type, dtype, ranks=1):
@@ -112,9 +112,14 @@ def memory(config, cfg, device_type, dtype, ranks=1):
 
 def meta_model(config, cfg):
     """The model of a run with all its shapes and dtypes, and no memory."""
-    model = GPT.empty(config, "meta", DTYPES[cfg.weights])
-    if cfg.lora_rank:
-        add_lora(model, cfg.lora_rank)
+    return make_meta_model(astuple(config), cfg.weights, cfg.lora_rank)
+
+
+@lru_cache(maxsize=8)  # a third of a second for gpt2-xl, and advice asks often
+def make_meta_model(config, weights, lora_rank):
+    model = GPT.empty(GPTConfig(*config), "meta", DTYPES[weights])
+    if lora_rank:
+        add_lora(model, lora_rank)
     return model
 
 

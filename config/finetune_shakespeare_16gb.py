@@ -1,4 +1,4 @@
-# gpt2-xl (1558M), all of its weights, on a GPU with 16 GB: python train.py config/finetune_shakespeare_16gb.py
+# gpt2-xl (1558M), all of its weights, on a GPU with 16 GB
 # Needs torchao (pip install torchao). The plan, without a download: --dry_run=True
 #
 # bytes a weight, as a rule:  weights 4, gradients 4, AdamW's moments 8: 25 GB for gpt2-xl

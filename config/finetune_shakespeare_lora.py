@@ -1,4 +1,4 @@
-# gpt2-xl (1558M) by LoRA on a GPU with 6 GB: python train.py config/finetune_shakespeare_lora.py
+# gpt2-xl (1558M) by LoRA, on a GPU with 6 GB
 # The plan, without a download: --dry_run=True
 #
 # The weights stay as they are, in 2 bytes each (3.1 GB). What is trained are 20M numbers beside
