@@ -4,10 +4,12 @@
                        config (nanoGPT's keys) and the tokenizer
     out_dir/state.pt   the latest step, whole: what --init_from=resume goes on from
 
+A LoRA run's files hold the adapters alone, with the name and the hash of the base they belong to.
 Both are written to a temporary file, synced and renamed, so that a crash leaves the old one; both
 are checked bit by bit before use, and read as plain data: no code in them is run. What nanoGPT
 wrote as ckpt.pt samples, evaluates and resumes here.
 """
+import hashlib
 import os
 import pickle
 import shutil
@@ -20,9 +22,11 @@ from pathlib import Path
 
 import torch
 
+import lora
+import optimizer as optimizers
 import pretrained
 import tokenizer as tokenizers
-from distributed import is_sharded, out_of_memory
+from distributed import DTYPES, is_sharded, out_of_memory, share
 from model import GPT, GPTConfig
 from onnx_model import open_onnx
 
@@ -188,12 +192,14 @@ def made_by_nobody(path):
 # -----------------------------------------------------------------------------
 # models
 
-def load_model(source, block_size=None, dropout=0.0, device="cpu", with_onnx=False):
+def load_model(source, block_size=None, dropout=0.0, device="cpu", with_onnx=False,
+               dtype=torch.float32):
     """(GPT, tokenizer or None) from a run's out_dir, a Hugging Face folder, or a hub id; with
     with_onnx, from an exported .onnx file too, which gives an OnnxGPT.
 
-    The weights are float32. A smaller block_size crops the context. Raises ValueError that says
-    what to do where the source is none of these.
+    The matrices are in `dtype`, the vectors in float32. A LoRA run's model comes merged. A smaller
+    block_size crops the context. Raises ValueError that says what to do where the source is none
+    of these.
     """
     folder = Path(source)
     if folder.suffix == ".onnx":
@@ -204,9 +210,10 @@ def load_model(source, block_size=None, dropout=0.0, device="cpu", with_onnx=Fal
     if (folder / MODEL_FILE).is_file():
         data = load(folder / MODEL_FILE)
         with made_by_nobody(folder / MODEL_FILE):
-            model = model_from(data, folder / MODEL_FILE, dropout)
+            model = model_from(data, folder / MODEL_FILE, dropout, dtype)
             tokenizer = tokenizer_from(data)
         model.to(device)
+        lora.merge_lora(model)
         model.tie_head()
         if block_size is not None:
             model.crop_block_size(block_size)
@@ -217,18 +224,22 @@ def load_model(source, block_size=None, dropout=0.0, device="cpu", with_onnx=Fal
     if not folder.exists() and (source.count("/") > 1 or source.startswith((".", "/", "out"))):
         raise ValueError(f"{source} does not exist; give a run's out_dir, a Hugging Face folder, "
                          "or a hub id such as gpt2")
-    model = GPT.from_pretrained(source, block_size, dropout, device)
+    model = GPT.from_pretrained(source, block_size, dropout, device, dtype)
     return model, tokenizer_of_pretrained(source, model.config.vocab_size)
 
 
-def model_from(data, path, dropout=0.0):
-    """The GPT of a loaded checkpoint, ours or nanoGPT's; takes the tensors over without a copy."""
+def model_from(data, path, dropout=0.0, dtype=torch.float32):
+    """The GPT of a loaded checkpoint, ours or nanoGPT's; takes the tensors over without a copy
+    where they are of that dtype. A LoRA run's has its adapters beside its matrices."""
+    if data.get("lora"):
+        return adapted_from(data, path, dropout, dtype)
     args = dict(data["model_args"])
     args.setdefault("activation", "gelu")  # nanoGPT's; its checkpoints do not say
     unknown = args.keys() - {f.name for f in fields(GPTConfig)}
     if unknown:
         raise ValueError(f"{path}: model_args has unknown fields: {', '.join(sorted(unknown))}")
-    weights = {plain_key(key): tensor.float() for key, tensor in data["model"].items()
+    weights = {plain_key(key): tensor.to(dtype if tensor.dim() >= 2 else torch.float32)
+               for key, tensor in data["model"].items()
                if not pretrained.BUFFERS.search(key) or tensor.dim() == 1}
     with torch.device("meta"):
         model = GPT(GPTConfig(**args | {"dropout": dropout}))
@@ -251,6 +262,55 @@ def history_of(source):
         return {}
     data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
+
+
+def model_config(source):
+    """The GPTConfig that load_model's model would have, without its weights."""
+    for path in (Path(source) / name for name in (MODEL_FILE, STATE_FILE)):
+        if path.is_file():
+            try:
+                data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception:  # torch.load raises many kinds, load one that says what to do
+                data = load(path)
+            return GPTConfig(**{"activation": "gelu"} | data["model_args"])
+    return GPTConfig(**pretrained.config_from_hf(pretrained.find_config(source), source))
+
+
+def adapted_from(data, path, dropout, dtype):
+    """The base that a LoRA checkpoint names, with its adapters. Raises ValueError where the base
+    cannot be had or is no longer the one they were trained beside."""
+    spec = data["lora"]
+    try:
+        changed = hash_of(spec["base"]) != spec["hash"]
+    except ValueError as e:
+        raise ValueError(f"{path} holds LoRA adapters of {spec['base']}, which cannot be had: "
+                         f"{e}") from None
+    if changed:
+        raise ValueError(f"{path} holds LoRA adapters of {spec['base']}, but what is there now is "
+                         "not what they were trained beside (its hash differs): put the old one "
+                         "back")
+    # as it was in training, rounding included
+    model, _ = load_model(spec["base"], data["model_args"]["block_size"], dropout,
+                          dtype=DTYPES[spec["weights"]])
+    model.set_dtype(dtype)
+    lora.add_lora(model, spec["rank"])
+    params, saved = lora.adapters(model), data["model"]
+    if {name: p.shape for name, p in params.items()} != {n: t.shape for n, t in saved.items()}:
+        raise ValueError(f"{path}: its adapters do not fit {spec['base']}")
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(saved[name])
+    return model
+
+
+def hash_of(source):
+    """SHA-256 of the weight files of a run's out_dir, a Hugging Face folder or a hub id."""
+    path = Path(source) / MODEL_FILE
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else pretrained.find_pretrained(source)[1]:
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
 
 
 def plain_key(key):
@@ -283,21 +343,26 @@ def gpt2_by_size(vocab_size):
     return tokenizers.GPT2Tokenizer() if vocab_size in tokenizers.GPT2_SIZES else None
 
 
-def model_data(model, iter_num, best_val_loss, config, tokenizer, weights=None, run_id=None):
-    """What ckpt.pt holds; `weights` where the model's own are not whole (sharded)."""
-    return {"model": dict(weights or model.state_dict()), "model_args": asdict(model.config),
+def model_data(model, iter_num, best_val_loss, config, tokenizer, weights=None, run_id=None,
+               lora_spec=None):
+    """What ckpt.pt holds; `weights` where the model's own are not whole (sharded). lora_spec of a
+    LoRA run: its rank, the base's name and hash, and the dtype that its weights were kept in."""
+    data = {"model": dict(weights or whole_weights(model)), "model_args": asdict(model.config),
             "iter_num": iter_num, "best_val_loss": best_val_loss, "config": config,
             "tokenizer": tokenizer.spec, "run_id": run_id}
+    return data | {"lora": lora_spec} if lora_spec else data
 
 
 # -----------------------------------------------------------------------------
 # the same file whatever wrote it: whole tensors, optimizer state by parameter name
 
 def whole_weights(model):
-    """{name: tensor}: references to the model's own; of a sharded one, which all ranks must ask
-    together, a full copy in rank 0's CPU memory, and {} on the others."""
+    """{name: tensor}: references to the model's own, of a LoRA run's the adapters alone; of a
+    sharded one, which all ranks must ask together, a full copy in rank 0's CPU memory, and {} on
+    the others."""
     if not is_sharded(model):
-        return dict(model.state_dict())
+        return ({name: param.detach() for name, param in lora.adapters(model).items()}
+                or dict(model.state_dict()))
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     weights = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -311,7 +376,7 @@ def optimizer_state(model, optimizer):
     sharded model, copies as whole_weights makes them. {} before the first step."""
     if not is_sharded(model):
         names = {p: name for name, p in model.named_parameters()}
-        return {names[p]: dict(state) for p, state in optimizer.state.items()}
+        return {names[p]: optimizers.plain_state(state) for p, state in optimizer.state.items()}
     if not optimizer.state:  # asked now, the helper would take a step to make one
         return {}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -330,6 +395,7 @@ def checked_optimizer_state(model, state, path):
         raise ValueError(f"{path}: its optimizer state is of other parameters ({wrong[0]}, ...)")
     for name, held in state.items():
         p = params[name]
+        held = {key: v for key, v in held.items() if not key.endswith(".scale")}
         if any(v.dim() and (v.shape[1:] != p.shape[1:] or len(v) < len(p)) for v in held.values()):
             raise ValueError(f"{path}: its optimizer state does not fit {name}, {tuple(p.shape)}")
     return state
@@ -342,6 +408,8 @@ def load_optimizer_state(model, optimizer, state, path, world=None):
     if world is None or world.is_main:
         state = state if is_sharded(model) else checked_optimizer_state(model, state, path)
         state = {name: cropped(held, params[name]) for name, held in state.items()}
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return fill_optimizer(params, optimizer, state, path, world)
     names = {p: name for name, p in params.items()}
     if world is not None and world.size > 1:
         from torch.distributed.checkpoint.state_dict import (
@@ -363,7 +431,21 @@ def load_optimizer_state(model, optimizer, state, path, world=None):
 
 def cropped(state, param):
     """One parameter's state, its moments cut to as many rows as a cropped wpe has."""
-    return {key: value[:len(param)] if value.dim() else value for key, value in state.items()}
+    return {key: value[:len(param)] if value.dim() and not key.endswith(".scale") else value
+            for key, value in state.items()}
+
+
+def fill_optimizer(params, optimizer, state, path, world):
+    """load_optimizer_state for the optimizers of optimizer.py: a parameter at a time, so that no
+    rank holds the whole twice."""
+    for name, param in params.items():
+        held = state.get(name)
+        if world is not None:
+            held = share(world, held)
+        try:
+            optimizers.fill_state(optimizer, param, held)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
 
 
 def by_name(model, state, path):

@@ -23,6 +23,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # pairs that no test covers, and what to take instead; DESIGN.md, "What goes together"
 UNTESTED = {
     ("parallel=fsdp", "dtype=float16"): "use --dtype=bfloat16, --dtype=float32 or --parallel=ddp",
+    ("parallel=fsdp", "weights=bfloat16"): "use --parallel=ddp, or --weights=float32: fsdp shares "
+                                           "the memory out already",
+    ("parallel=fsdp", "optimizer=adamw8bit"): "use --parallel=ddp or --optimizer=adamw",
+    ("parallel=fsdp", "lora=yes"): "use --parallel=ddp or --lora_rank=0",
+    ("optimizer=adamw8bit", "lora=yes"): "use --optimizer=adamw: adapters take little anyway",
+    ("optimizer=adamw8bit", "device=mps"): "use --optimizer=adamw",
     ("device=mps", "processes=many"): "run one process, or --device=cpu",
 }
 

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import pretrained
 
@@ -102,14 +103,23 @@ def within_documents(idx, end):
     return column - begin, (document[:, :, None] == document[:, None])[:, None]
 
 
+class Linear(nn.Linear):
+    """Computes in the dtype of x, or in autocast's, whichever dtype its weights are kept in."""
+    def forward(self, x):
+        if self.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=qkv_bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=qkv_bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.layer, self.n_head = layer, config.n_head
         self.dropout, self.scale = config.dropout, config.attn_scale
         self.window = config.local_window if layer % 2 else None
@@ -134,8 +144,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, n_inner, bias=config.bias)
-        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, n_inner, bias=config.bias)
+        self.c_proj = Linear(n_inner, config.n_embd, bias=config.bias)
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x):
@@ -169,7 +179,8 @@ class HeadLoss(torch.autograd.Function):
         w, n_rows = weight.to(dtype), HEAD_ROWS.get(x.device.type, HEAD_ROWS["cuda"])
         loss = torch.zeros((), device=x.device)
         dx = torch.empty_like(x) if with_grad else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        dw = (torch.zeros_like(weight, dtype=torch.float32)
+              if with_grad and ctx.needs_input_grad[1] else None)  # none where it is frozen
         for begin in range(0, len(x), n_rows):
             rows = slice(begin, begin + n_rows)
             xc, target = x[rows].to(dtype), targets[rows, None].clamp(min=0)
@@ -183,6 +194,8 @@ class HeadLoss(torch.autograd.Function):
                 p.mul_(counts / total).scatter_add_(-1, target, -counts)
                 p = p.to(dtype)
                 dx[rows] = p @ w
+                if dw is None:
+                    continue
                 if dtype == dw.dtype:
                     dw.addmm_(p.t(), xc)
                 else:
@@ -192,7 +205,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.dx.mul_(grad), ctx.dw.mul_(grad)
+        dx, dw = ctx.dx.mul_(grad), None if ctx.dw is None else ctx.dw.mul_(grad)
         ctx.dx = ctx.dw = None  # scaled in place, for want of memory: good for one backward
         return dx, dw, None, None, None
 
@@ -210,7 +223,8 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.recompute = False  # in the backward pass, a block at a time, instead of keeping all
         self.tie_head()
         if not self.lm_head.weight.is_meta:  # else the weights come from a file
             self.apply(self.init_weights)
@@ -248,10 +262,14 @@ class GPT(nn.Module):
             pos, seen = beside_filling(cache.pad, start, T)
         elif cache is None and self.config.doc_end is not None:
             pos, seen = within_documents(idx, self.config.doc_end)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        x = self.transformer.drop(x)
+        x = self.transformer.wte(idx).to(self.stream_dtype) + self.transformer.wpe(pos)
+        x = self.transformer.drop(x)  # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, cache, seen)
+            if self.recompute and torch.is_grad_enabled():
+                # draws the same dropout again
+                x = checkpoint(block, x, cache, seen, use_reentrant=False)
+            else:
+                x = block(x, cache, seen)
         if cache is not None:
             cache.pos += T
         return self.transformer.ln_f(x)
@@ -264,7 +282,7 @@ class GPT(nn.Module):
             counts = targets != IGNORED  # of a prompt and its short answer, a tenth may count:
             x, targets = x[counts], targets[counts]  # the head, most of a small GPT, skips the rest
         autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.lm_head.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         with torch.autocast(device, enabled=False):  # the dtype is said, chunk by chunk
             return HeadLoss.apply(x, self.lm_head.weight, targets, dtype, torch.is_grad_enabled())
 
@@ -296,34 +314,48 @@ class GPT(nn.Module):
                              "positions that the model was trained with; lower --block_size")
         self.config = replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
+        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone(),
+                                  requires_grad=wpe.weight.requires_grad)
         wpe.num_embeddings = block_size
 
     def new_cache(self, batch_size, length=None):
-        weight = self.lm_head.weight
-        device = weight.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-        return KVCache(self.config, batch_size, length, weight.device, dtype)
+        device = self.lm_head.weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.stream_dtype
+        return KVCache(self.config, batch_size, length, device, dtype)
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) and what follows it, (B, T + new); options as for stream()."""
         new = list(stream(self, idx, max_new_tokens, **options))
         return torch.cat([idx] + [token[:, None] for token in new], dim=1)
 
+    @property
+    def stream_dtype(self):
+        """The residual stream's: that of the vectors, which set_dtype leaves in float32."""
+        return self.transformer.ln_f.weight.dtype
+
+    def set_dtype(self, dtype):
+        """Keeps the matrices and embeddings in `dtype`. The vectors, a thousandth of the whole,
+        stay in float32, since a norm's gain, near 1, would lose most of an update of 1e-5."""
+        for param in self.parameters():
+            if param.dim() >= 2:
+                param.data = param.data.to(dtype)
+
     @classmethod
     def empty(cls, config, device="cpu", dtype=torch.float32):
         """A GPT whose weights are allocated, not initialised: for what fills each of them."""
         with torch.device("meta"):
             model = cls(config)
-        model.to_empty(device=device).to(dtype)
+        model.set_dtype(dtype)
+        model.to_empty(device=device)
         model.tie_head()
         return model
 
     @classmethod
-    def from_pretrained(cls, name, block_size=None, dropout=0.0, device="cpu"):
+    def from_pretrained(cls, name, block_size=None, dropout=0.0, device="cpu",
+                        dtype=torch.float32):
         """A GPT with the weights of a hub id ('gpt2', 'EleutherAI/gpt-neo-125m', ...) or of a
-        local Hugging Face folder, stored in any dtype, in float32 and in training mode.
+        local Hugging Face folder, stored in any dtype, in training mode, its matrices in `dtype`.
 
         A smaller block_size crops the position embeddings. Raises ValueError where the files
         cannot be had, hold another architecture, or do not fit it tensor for tensor.
@@ -332,7 +364,7 @@ class GPT(nn.Module):
         fields = pretrained.config_from_hf(pretrained.read_json(config_file), name)
         fields["tied_head"] = pretrained.head_is_tied(weight_files, fields["tied_head"])
         config = GPTConfig(**fields, dropout=dropout)
-        model = cls.empty(config, device)
+        model = cls.empty(config, device, dtype)
         pretrained.fill_from_hf(model, weight_files)
         if block_size is not None:
             model.crop_block_size(block_size)

@@ -1,10 +1,17 @@
-"""What a run will take, told before it begins: tokens, epochs, parameters, disk."""
+"""What a run will take, told before it begins: tokens, epochs, parameters, disk, memory."""
+import os
 import shutil
 import time
+from dataclasses import astuple, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from distributed import DTYPES
+from lora import adapters, add_lora
+from model import GPT, HEAD_ROWS, GPTConfig
+from optimizer import block_size
 
 ADAMW_COPIES = 3  # a state file holds the weights and two moments of them
 
@@ -23,12 +30,14 @@ def describe(n_params, tokens_per_iter, iters, train_tokens, val_tokens, world, 
     ]
 
 
-def describe_saves(n_params, out_dir, keep_states, shares):
+def describe_saves(n_params, out_dir, keep_states, shares, sizes=None):
     """What saves take on disk and, where the model is in shares, in memory: lines of text, the
-    last of them a warning where the disk cannot hold it. Sizes are those of float32."""
-    model_bytes = 4 * n_params
-    state_bytes = ADAMW_COPIES * model_bytes
-    free = shutil.disk_usage(out_dir).free
+    last of them a warning where the disk cannot hold it. `sizes` are those of ckpt.pt and of
+    state.pt in bytes, where they are not those of float32."""
+    model_bytes, state_bytes = sizes or (4 * n_params, 4 * n_params * ADAMW_COPIES)
+    there = next(path for path in (Path(out_dir), *Path(out_dir).absolute().parents)
+                 if path.is_dir())
+    free = shutil.disk_usage(there).free
     # the newest is written whole before an old one goes
     most = model_bytes + state_bytes * (keep_states + 1)
     held = sum(path.stat().st_size for path in Path(out_dir).glob("*.pt"))
@@ -47,6 +56,13 @@ def describe_saves(n_params, out_dir, keep_states, shares):
     return lines
 
 
+def save_bytes(model, cfg):
+    """(bytes of ckpt.pt, of state.pt): of a LoRA run its adapters', with their moments."""
+    saved = adapters(model).values() or list(model.parameters())
+    model_bytes = sum(p.numel() * p.element_size() for p in saved)
+    return model_bytes, model_bytes + sum(moment_bytes(p.numel(), cfg.optimizer) for p in saved)
+
+
 def spell_bytes(n):
     for unit in ("bytes", "kB", "MB"):
         if n < 1000:
@@ -54,6 +70,176 @@ def spell_bytes(n):
         n /= 1000
     return f"{n:.2f} GB"
 
+
+# -----------------------------------------------------------------------------
+# memory
+
+USABLE = 0.95     # of a device's memory: the rest is the driver's, the system's, fragments
+# measured on Linux with torch 2.13, and what makes an estimate for CPU differ from one for a GPU
+PROCESS = 0.31e9   # a process with torch and the tokenizer
+COMPILER = 0.1e9   # torchao and Inductor in it
+HEAP_SLACK = 0.85  # of the activations, as holes between them in glibc's heap
+
+
+def memory(config, cfg, device_type, dtype, ranks=1):
+    """{part: bytes} at the highest moment of a training step: of what is allocated on a GPU, of the
+    resident process on CPU. config is a GPTConfig, cfg a train.Config, dtype that of autocast.
+
+    A step of one micro-batch has its gradients only when most activations are gone; one of several
+    has those of the first while it computes the next. What is counted is said in the helpers.
+    """
+    model = meta_model(config, cfg)
+    params = list(model.parameters())
+    trained = [p for p in params if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    kept, block = activations(model, cfg, device_type, dtype)
+    during, after = head(model, cfg, device_type, dtype)
+    whole = cfg.gradient_accumulation_steps // ranks > 1 or ranks > 1  # DDP has buckets for all
+    shares = ranks if cfg.parallel == "fsdp" else 1
+    parts = {
+        "weights": sum(p.numel() * p.element_size() for p in params) / shares,
+        "optimizer": sum(moment_bytes(p.numel(), cfg.optimizer) for p in trained) / shares,
+        "process": 0.0,
+    }
+    gradients /= shares
+    if device_type == "cpu":
+        parts["process"] = PROCESS + COMPILER * (cfg.optimizer == "adamw8bit")
+        kept *= 1 + HEAP_SLACK * (not cfg.recompute)
+    moments = [{"gradients": gradients * whole, "activations": kept + block, "logits": during},
+               {"gradients": gradients, "activations": block, "logits": after}]
+    return parts | max(moments, key=lambda moment: sum(moment.values()))
+
+
+def meta_model(config, cfg):
+    """The model of a run with all its shapes and dtypes, and no memory."""
+    return make_meta_model(astuple(config), cfg.weights, cfg.lora_rank)
+
+
+@lru_cache(maxsize=8)  # a third of a second for gpt2-xl, and advice asks often
+def make_meta_model(config, weights, lora_rank):
+    model = GPT.empty(GPTConfig(*config), "meta", DTYPES[weights])
+    if lora_rank:
+        add_lora(model, lora_rank)
+    return model
+
+
+def moment_bytes(numel, optimizer):
+    """Bytes of a tensor's two moments."""
+    block = block_size(numel) if optimizer == "adamw8bit" else None
+    return 8 * numel if block is None else 2 * numel + 8 * numel // block
+
+
+def activations(model, cfg, device_type, dtype):
+    """(bytes that the forward pass keeps for the backward, bytes that it works in besides).
+
+    A token's, in a block, of width C and inner width I, with e bytes a number: the inputs of two
+    norms in float32; their outputs, q, k, v, attention's output, e each; the MLP's inner layer
+    before and after the activation. Then dropout's masks, and matrices cast to the dtype they are
+    multiplied in. With recompute only a block's input is kept, and one block at a time whole.
+    """
+    c, e = model.config, dtype.itemsize
+    inner, tokens = c.n_inner or 4 * c.n_embd, cfg.batch_size * c.block_size
+    token = 2 * 4 * c.n_embd + 6 * e * c.n_embd + 2 * e * inner
+    if cfg.dropout and device_type == "cpu":  # attention then writes out all pairs, thrice
+        token += 4 * e * c.n_embd + 12 * c.n_head * c.block_size
+    elif cfg.dropout:
+        token += 2 * c.n_embd
+    cast = sum(p.numel() * e for p in model.transformer.h[0].parameters()
+               if p.dim() >= 2 and p.dtype != dtype)
+    backward = tokens * (2 * e * inner + 2 * 4 * c.n_embd)  # gradients on their way through a block
+    if cfg.recompute:
+        return c.n_layer * 4 * c.n_embd * tokens, token * tokens + cast + backward
+    return c.n_layer * (token * tokens + cast), backward
+
+
+def head(model, cfg, device_type, dtype):
+    """(bytes while the loss is worked out, bytes at the end of the backward pass) for the head: a
+    few rows of logits, the head in the dtype of the product, its gradient in float32; at the end
+    its gradient and that of the embedding, before they are one."""
+    c, e, weight = model.config, dtype.itemsize, model.lm_head.weight
+    rows = min(HEAD_ROWS.get(device_type, HEAD_ROWS["cuda"]), cfg.batch_size * c.block_size)
+    during = rows * c.vocab_size * (4 + e * (e < 4))
+    during += weight.numel() * e * (weight.dtype != dtype)
+    if not weight.requires_grad:
+        return during, 0
+    during += weight.numel() * (4 + e * (e < 4))
+    return during, 2 * weight.numel() * weight.element_size()
+
+
+def device_memory(device):
+    """Bytes of memory that the device has: of a GPU what it has in all, of a CPU what the machine
+    has, or the container it runs in; None where that cannot be learnt."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    if not hasattr(os, "sysconf"):  # Windows
+        return None
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [Path("/sys/fs/cgroup/memory.max"),
+              Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    held = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([whole, *(int(text) for text in held if text.isdigit())])
+
+
+def describe_memory(config, cfg, device, dtype, ranks=1):
+    """Lines that tell the predicted peak by part against the device's memory and, where that is
+    too little, which fields to change and what each saves; and whether it fits."""
+    parts = memory(config, cfg, device.type, dtype, ranks)
+    peak, whole = sum(parts.values()), device_memory(device)
+    where = "the process" if device.type == "cpu" else "allocated"
+    said = ", ".join(f"{name} {spell_bytes(n)}" for name, n in parts.items() if n)
+    line = f"memory, {where} at its peak: {spell_bytes(peak)} ({said})"
+    if whole is None:
+        return [line], True
+    on = device if ranks == 1 else f"{device} for each of {ranks} processes"
+    share = whole / ranks if device.type == "cpu" else whole
+    lines = [f"{line}; {on} has {spell_bytes(share)}"]
+    if peak <= share * USABLE:
+        return lines, True
+    return lines + advise(config, cfg, device.type, dtype, ranks, share * USABLE, peak), False
+
+
+def advise(config, cfg, device_type, dtype, ranks, usable, peak):
+    """Which fields to change, one after the other until the run fits, and what each saves."""
+    lines = [f"that does not fit: {spell_bytes(peak)} of {spell_bytes(usable)} that can be used"]
+    for change in changes(config, cfg, ranks):
+        tried = replace(cfg, **change)
+        with_config = replace(config, block_size=tried.block_size or config.block_size)
+        left = sum(memory(with_config, tried, device_type, dtype, ranks).values())
+        if left >= peak * 0.99:
+            continue
+        fields = " ".join(f"--{name}={value}" for name, value in change.items())
+        saved, peak = peak - left, left
+        fits = peak <= usable
+        lines.append(f"  {fields} saves {spell_bytes(saved)}: {spell_bytes(peak)}"
+                     + (", which fits" if fits else ""))
+        cfg, config = tried, with_config
+        if fits:
+            return lines
+    return lines + ["  then a smaller model (--init_from), or a larger device"]
+
+
+def changes(config, cfg, ranks):
+    """What lowers memory, first what changes the result least."""
+    if cfg.batch_size > 1:
+        yield {"batch_size": 1, "gradient_accumulation_steps":
+               cfg.gradient_accumulation_steps * cfg.batch_size}
+    if not cfg.recompute:
+        yield {"recompute": True}
+    if cfg.parallel == "ddp" or ranks == 1:
+        if cfg.optimizer == "adamw" and not cfg.lora_rank:
+            yield {"optimizer": "adamw8bit"}
+        if cfg.weights == "float32":
+            yield {"weights": "bfloat16"}
+        if not cfg.lora_rank and cfg.init_from != "scratch":
+            yield {"optimizer": "adamw", "lora_rank": 16}
+    if config.block_size > 256:
+        yield {"block_size": config.block_size // 2}
+
+
+# -----------------------------------------------------------------------------
+# speed
 
 @lru_cache(maxsize=1)
 def matmul_peak(device, dtype):

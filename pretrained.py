@@ -89,6 +89,24 @@ def config_to_hf(config):
                  "attention_types": pattern, "window_size": config.local_window}
 
 
+# layers, heads, width of OpenAI's own, so that a run can be planned before they are downloaded
+GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+              "gpt2-xl": (48, 25, 1600)}
+
+
+def find_config(name):
+    """The config.json, as a dict, of a local folder or a hub id; without a download for GPT-2's."""
+    if name in GPT2_SIZES:
+        n_layer, n_head, n_embd = GPT2_SIZES[name]
+        return dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_layer=n_layer,
+                    n_head=n_head, n_embd=n_embd)
+    file = (local_file(Path(name), "config.json") if Path(name).is_dir()
+            else hub_file(name, "config.json"))
+    if file is None:
+        raise ValueError(f"{name} has no config.json: no Hugging Face model")
+    return read_json(file)
+
+
 def find_pretrained(name):
     """(config.json, [weight files]) of a local folder, or of a hub id: from the hub's cache on
     this machine, downloaded where it is not there. Raises ValueError that says what is missing."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import lora
 from checkpoint import MODEL_FILE, STATE_FILE
 from distributed import share
 from model import GPT
@@ -54,6 +55,7 @@ class Start:
     path: Path | None = None
     config: dict = field(default_factory=dict)  # the run's, as it was then
     tokenizer: object = None
+    lora: dict | None = None       # the rank, the base and its hash, of a LoRA run
     ours: bool = True              # False: nanoGPT's, which has no run id
     passed_over: tuple = ()        # newer states that could not serve
     warnings: tuple = ()
@@ -82,7 +84,7 @@ def barely_begun(out_dir):
         return False
 
 
-def load_start(out_dir, dropout, any_run=False):
+def load_start(out_dir, dropout, dtype, any_run=False):
     """The Start that the newest sound state of the folder's own run makes; `any_run` takes that of
     another too. Raises ValueError where there is none, which says what can still be had."""
     paths = state_files(out_dir) or [Path(out_dir) / MODEL_FILE]
@@ -93,7 +95,7 @@ def load_start(out_dir, dropout, any_run=False):
     reasons = []
     for path in paths:
         try:
-            start = read_start(path, dropout)
+            start = read_start(path, dropout, dtype)
             if not any_run:
                 check_run_id(start, last)
             break
@@ -108,7 +110,7 @@ def load_start(out_dir, dropout, any_run=False):
     return start
 
 
-def read_start(path, dropout):
+def read_start(path, dropout, dtype=torch.float32):
     """A state file, or a nanoGPT ckpt.pt, which holds its optimizer, as a Start. ValueError for
     one that is not whole: each part is read here, so that an older state can serve instead."""
     saved = checkpoint.load(path)
@@ -117,11 +119,11 @@ def read_start(path, dropout):
                          "lies beside it; begin a new run with its weights by "
                          f"--init_from={path.parent} --out_dir=ANOTHER")
     with checkpoint.made_by_nobody(path):
-        model = checkpoint.model_from(saved, path, dropout)
+        model = checkpoint.model_from(saved, path, dropout, dtype)
         optimizer = checkpoint.checked_optimizer_state(model, saved["optimizer"], path)
         return Start(model, progress_of(saved), bool(optimizer), optimizer,
                      saved.get("scaler") or None, path, config_of(saved),
-                     checkpoint.tokenizer_from(saved), "progress" in saved)
+                     checkpoint.tokenizer_from(saved), saved.get("lora"), "progress" in saved)
 
 
 def config_of(saved):
@@ -136,7 +138,12 @@ def config_of(saved):
 
 def check_same_run(cfg, start):
     """Raises ValueError where a resumed run would read other data than the one it continues."""
-    then = start.config
+    then = {"optimizer": "adamw", "lora_rank": 0} | start.config
+    for key in ("optimizer", "lora_rank"):
+        if getattr(cfg, key) != then[key]:
+            raise ValueError(f"{start.path} is of a run with {key}={then[key]}: give "
+                             f"--{key}={then[key]}, or begin a new run with its model by "
+                             f"--init_from={start.path.parent} --out_dir=ANOTHER")
     now = asdict(cfg) | {"block_size": cfg.block_size or then["block_size"],
                          "global batch": cfg.batch_size * cfg.gradient_accumulation_steps}
     differ = [f"{key} was {then[key]}, now {now[key]}"
@@ -147,12 +154,16 @@ def check_same_run(cfg, start):
                          "values, or --force_resume=True to go on with the new ones")
 
 
-def spread(start, world):
+def spread(start, world, dtype=torch.float32):
     """Rank 0's Start on all ranks: the facts, and a model yet to be filled (parallelize does that,
     and checkpoint.load_optimizer_state). The other ranks give None."""
     facts = share(world, start and replace(
         start, model=start.model.config, optimizer={}, tokenizer=None))
-    return start or replace(facts, model=GPT.empty(facts.model))
+    if start is None:
+        start = replace(facts, model=GPT.empty(facts.model, dtype=dtype))
+        if facts.lora:
+            lora.add_lora(start.model, facts.lora["rank"])
+    return start
 
 
 def progress_of(saved):

@@ -27,6 +27,8 @@ import torch
 import checkpoint
 import distributed
 import logbook
+import lora
+import optimizer as optimizers
 import plan
 import states
 import tokenizer as tokenizers
@@ -47,6 +49,7 @@ class Config:
     log_interval: int = 1
     eval_iters: int = 200        # batches of batch_size windows an evaluation; 0: the whole split
     eval_only: bool = False      # evaluate once and stop; writes nothing
+    dry_run: bool = False        # print the plan, memory included, and stop; loads no weights
     always_save_checkpoint: bool = True  # ckpt.pt at each evaluation; False: only the best so far
     init_from: str = "scratch"   # scratch, resume, gpt2*, a hub id, a Hugging Face folder, a run
     overwrite: bool = False      # begin a new run in an out_dir that holds one
@@ -80,6 +83,11 @@ class Config:
     beta2: float = 0.95
     grad_clip: float = 1.0       # largest norm of the gradient; 0: no clipping
     patience: int = 0            # stop after so many evaluations without a better one; 0: never
+    # memory
+    weights: str = "float32"     # bfloat16: half of it for weights and gradients
+    optimizer: str = "adamw"     # adamw8bit: moments in 2 bytes a weight, not 8 (needs torchao)
+    recompute: bool = False      # work activations out again in the backward pass: 4/3 of the time
+    lora_rank: int = 0           # train adapters of this rank beside frozen weights; 0: all weights
     # learning rate
     decay_lr: bool = True        # cosine decay after warmup; False: constant
     warmup_iters: int = 2000
@@ -108,7 +116,7 @@ def check_config(cfg, world, dtype):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 1")
     for name in ("eval_iters", "max_iters", "learning_rate", "weight_decay", "grad_clip",
-                 "warmup_iters", "patience", "sample_interval"):
+                 "warmup_iters", "patience", "sample_interval", "lora_rank"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 0")
     for name in ("dropout", "beta1", "beta2"):
@@ -126,7 +134,20 @@ def check_config(cfg, world, dtype):
     if cfg.auto_resume and cfg.overwrite:
         raise ValueError("--auto_resume=True goes on with what --overwrite=True would replace at "
                          "each restart: give one of them")
-    distributed.check_pairs(world, parallel=cfg.parallel, dtype=dtype)
+    for name, known in (("weights", ("float32", "bfloat16")), ("optimizer", optimizers.NAMES)):
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"--{name}={getattr(cfg, name)}: use {' or '.join(known)}")
+    if cfg.lora_rank and cfg.init_from == "scratch":
+        raise ValueError("--lora_rank leaves the weights as they are, and --init_from=scratch "
+                         "draws them at random: give a pretrained --init_from, or --lora_rank=0")
+    if cfg.lora_rank and cfg.init_from != "resume" and (
+            Path(cfg.init_from).resolve() == Path(cfg.out_dir).resolve()):
+        raise ValueError(f"--out_dir={cfg.out_dir} is the base of this LoRA run too, which its "
+                         "adapters would replace; choose another --out_dir")
+    distributed.check_pairs(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
+                            optimizer=cfg.optimizer, lora="yes" if cfg.lora_rank else "no")
+    if cfg.optimizer == "adamw8bit" and not cfg.dry_run:
+        optimizers.check_8bit(world.device)
     if cfg.wandb_log:
         logbook.check_wandb()
 
@@ -151,8 +172,9 @@ def check_out_dir(cfg):
 
 def load_start(cfg, tokenizer, folder):
     """The states.Start that the run begins with, as init_from says."""
+    weights = distributed.DTYPES[cfg.weights]
     if states.resumes(cfg):
-        start = states.load_start(cfg.out_dir, cfg.dropout, any_run=cfg.force_resume)
+        start = states.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
         states.check_same_run(cfg, start)
         tokenizers.check_same(start.tokenizer, tokenizer, cfg.out_dir, folder)
         if cfg.block_size is not None:
@@ -160,13 +182,25 @@ def load_start(cfg, tokenizer, folder):
         return start
     if cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)
-        vocab_size = 50304 if tokenizer.n_vocab == 50257 else tokenizer.n_vocab
-        return states.Start(GPT(GPTConfig(
-            block_size=cfg.block_size or 1024, vocab_size=vocab_size, n_layer=cfg.n_layer,
-            n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout, bias=cfg.bias)))
-    model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout)
+        model = GPT(scratch_config(cfg, tokenizer))
+        model.set_dtype(weights)
+        return states.Start(model)
+    model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout, dtype=weights)
     tokenizers.check_same(held, tokenizer, cfg.init_from, folder)
-    return states.Start(model)
+    if not cfg.lora_rank:
+        return states.Start(model)
+    lora.add_lora(model, cfg.lora_rank, cfg.seed)
+    return states.Start(model, lora=dict(
+        rank=cfg.lora_rank, base=cfg.init_from, hash=checkpoint.hash_of(cfg.init_from),
+        weights=cfg.weights))
+
+
+def scratch_config(cfg, tokenizer):
+    return GPTConfig(
+        block_size=cfg.block_size or 1024,
+        vocab_size=50304 if tokenizer.n_vocab == 50257 else tokenizer.n_vocab,
+        n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout,
+        bias=cfg.bias)
 
 
 def open_data(cfg, folder, model, world):
@@ -200,17 +234,18 @@ def set_up(cfg, argv):
     start = load_start(cfg, tokenizer, folder) if world.is_main else None
 
     distributed.join(world, cfg.backend, cfg.timeout)
-    start = states.spread(start, world)
+    start = states.spread(start, world, distributed.DTYPES[cfg.weights])
     model, progress = start.model, start.progress
     model.config = replace(
         model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
     data = open_data(cfg, folder, model, world)
+    model.recompute = cfg.recompute
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
     forward, compiled = distributed.parallelize(
         model, world, cfg.parallel, dtype, cfg.compile, data["train"].batch(0, cfg.batch_size))
-    optimizer = torch.optim.AdamW(
-        model.param_groups(cfg.weight_decay), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-        fused=world.device.type in ("cpu", "cuda"))
+    optimizer = optimizers.make_optimizer(
+        cfg.optimizer, model.param_groups(cfg.weight_decay), cfg.learning_rate,
+        (cfg.beta1, cfg.beta2), world.device)
     if start.stepped:
         checkpoint.load_optimizer_state(model, optimizer, start.optimizer, start.path, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -354,7 +389,7 @@ def save(r, name):
     error = None
     if r.world.is_main:
         data = checkpoint.model_data(r.model, p.step, p.best_val_loss, asdict(cfg), r.tokenizer,
-                                     weights, p.run_id)
+                                     weights, p.run_id, r.start.lora)
         if whole:
             data |= {"optimizer": moments, "scaler": r.scaler.state_dict(), "progress": asdict(p)}
         try:
@@ -425,8 +460,7 @@ def train(r, signals):
             return 0
 
         lr = learning_rate_at(cfg, step)
-        for group in r.optimizer.param_groups:
-            group["lr"] = lr
+        optimizers.set_rate(r.optimizer, lr)
         loss = forward_backward(r, step)
         norm, norm_value = gradient_norm(r)
         # all ranks learn together of a signal and of a NaN, though it were one rank's alone
@@ -456,6 +490,41 @@ def resume_command(argv):
     return f"{launcher} train.py {shlex.join([*argv, '--init_from=resume'])}"
 
 
+def plan_lines(cfg, config, world, dtype, compiled, train_tokens, val_tokens):
+    """(What the run will take, as lines of text; whether it fits into memory)."""
+    model = plan.meta_model(config, cfg)
+    lines = plan.describe(
+        model.num_params(), cfg.gradient_accumulation_steps * cfg.batch_size * config.block_size,
+        cfg.max_iters, train_tokens, val_tokens, world, dtype, compiled, cfg.dataset)
+    if cfg.lora_rank:
+        trained = sum(p.numel() for p in lora.adapters(model).values())
+        lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M of them are trained")
+    sharded = world.size > 1 and cfg.parallel == "fsdp"
+    lines += plan.describe_saves(model.num_params(), cfg.out_dir, cfg.keep_states,
+                                 world.size if sharded else 1, plan.save_bytes(model, cfg))
+    told, fits = plan.describe_memory(config, cfg, world.device, dtype, world.size)
+    return lines + told, fits
+
+
+def dry_run(cfg):
+    """Prints the plan of a run; reads its data's size and its model's, and no weights."""
+    world = read_world(cfg.device)
+    dtype = distributed.pick_dtype(cfg.dtype, world.device)
+    check_config(cfg, world, dtype)
+    folder = dataset_folder(cfg.dataset)
+    if cfg.init_from == "scratch":
+        config = scratch_config(cfg, tokenizers.of_dataset(folder))
+    else:
+        config = checkpoint.model_config(cfg.out_dir if states.resumes(cfg) else cfg.init_from)
+        config = replace(config, block_size=cfg.block_size or config.block_size)
+    tokens = [len(open_tokens(folder / f"{split}.bin", config.block_size))
+              for split in ("train", "val")]
+    compiled = distributed.pick_compile(cfg.compile, world.device)
+    lines, _ = plan_lines(cfg, config, world, dtype, compiled, *tokens)
+    if world.is_main:
+        print("\n".join(lines))
+
+
 def tell_plan(r):
     """The plan, and what in it looks like a mistake."""
     cfg, p = r.cfg, r.progress
@@ -463,15 +532,12 @@ def tell_plan(r):
         return
     for line in r.start.warnings:
         r.log.warn(line)
-    tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * r.model.config.block_size
-    for line in plan.describe(
-            r.model.num_params(), tokens_per_iter, cfg.max_iters, len(r.data["train"]),
-            len(r.data["val"]), r.world, r.dtype, r.compiled, cfg.dataset):
+    lines, fits = plan_lines(cfg, r.model.config, r.world, r.dtype, r.compiled,
+                             *(len(r.data[split]) for split in ("train", "val")))
+    for line in lines:
         r.log.say(line)
-    sharded = checkpoint.is_sharded(r.model)
-    for line in plan.describe_saves(r.model.num_params(), cfg.out_dir, cfg.keep_states,
-                                    r.world.size if sharded else 1):
-        r.log.say(line)
+    if not fits:
+        r.log.warn("the memory may not suffice, see above; should the run be killed, that is why")
     data = r.data["train"]
     if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
         long, examples = data.count_long(r.tokenizer.eot)
@@ -512,6 +578,8 @@ def finish(r, status):
 
 def main(argv):
     cfg = configure(Config, argv)
+    if cfg.dry_run:
+        return dry_run(cfg)
     r = set_up(cfg, argv)
     main_rank, p = r.world.is_main, r.progress
     if cfg.eval_only:

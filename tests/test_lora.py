@@ -1,0 +1,241 @@
+"""LoRA: from outside, small, exact, and merged wherever a model is loaded."""
+import pytest
+import torch
+from conftest import tiny_gpt
+from ranks import run_ranks
+from test_resume import FIELDS, assert_same_run
+from tiny import arguments, losses, run_script, run_train, write_dataset
+
+import checkpoint
+import evaluate
+import sample
+import train
+from distributed import read_world
+from evaluate import evaluate_loss
+from loader import TokenBin
+from lora import LAYERS, SCALE, LoRALinear, adapters, add_lora, merge_lora
+
+NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=4)
+
+
+def shake(model, seed=1):
+    """Adapters that matter: fresh ones add nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in adapters(model).values():
+            param.normal_(0, 0.3, generator=generator)
+    return model
+
+
+@pytest.fixture
+def idx():
+    return torch.arange(24).view(2, 12) % 7
+
+
+# -----------------------------------------------------------------------------
+# the layers
+
+@pytest.mark.parametrize("fields", [{}, NEO, dict(bias=False)])
+def test_a_model_begins_as_it_was_and_merges_into_what_it_became(idx, fields):
+    model = tiny_gpt(7, **fields)
+    names, before = list(model.state_dict()), model(idx)
+    add_lora(model, rank=3)
+    assert torch.equal(model(idx), before)
+    after = shake(model)(idx)
+    assert (after - before).abs().max() > 0.1
+    merge_lora(model)
+    assert list(model.state_dict()) == names
+    assert all(param.requires_grad for param in model.parameters())
+    torch.testing.assert_close(model(idx), after, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_adds_scale_b_a():
+    layer = LoRALinear(torch.nn.Linear(5, 4), 2)
+    torch.nn.init.normal_(layer.lora_a)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 5)
+    expected = layer.base(x) + SCALE * x @ (layer.lora_b @ layer.lora_a).t()
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_each_matrix_of_a_block_has_one_and_nothing_else_has():
+    model = tiny_gpt(7)
+    matrices = {name for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    add_lora(model, rank=2)
+    found = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    assert {f"{name}.weight" for name in found} == matrices
+    assert {name.rpartition(".")[2] for name in found} == set(LAYERS)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(adapters(model)) and len(trained) == 2 * len(found)
+
+
+def test_adapters_are_drawn_from_the_seed_alone():
+    torch.manual_seed(5)
+    one = adapters(_with_lora(seed=1))
+    torch.manual_seed(6)
+    same, other = adapters(_with_lora(seed=1)), adapters(_with_lora(seed=2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def _with_lora(seed):
+    model = tiny_gpt(7)
+    add_lora(model, rank=2, seed=seed)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_merged_matrices(idx, dtype):
+    """dL/dB = SCALE dL/dW A^T, over frozen weights of either dtype."""
+    model = tiny_gpt(7)
+    model.set_dtype(dtype)
+    add_lora(model, rank=2)
+    shake(model)
+    model(idx, idx).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    held = adapters(model)
+    name = "transformer.h.1.mlp.c_fc"
+    grad_b, a = held[f"{name}.lora_b"].grad, held[f"{name}.lora_a"].detach()
+    model.set_dtype(torch.float32)
+    merge_lora(model)
+    model(idx, idx).backward()
+    expected = SCALE * model.transformer.h[1].mlp.c_fc.weight.grad @ a.t()
+    torch.testing.assert_close(grad_b, expected, atol=1e-3, rtol=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(dataset, out_dir of a finished run on it, out_dir of six LoRA steps on that)."""
+    folder = tmp_path_factory.mktemp("lora")
+    dataset = write_dataset(folder / "chars")
+    assert run_train(dataset, folder / "base", max_iters=3) == 0
+    assert run_train(dataset, folder / "adapted", **lora_fields(folder / "base")) == 0
+    return dataset, folder / "base", folder / "adapted"
+
+
+def lora_fields(base, **fields):
+    return FIELDS | dict(init_from=base, lora_rank=2) | fields
+
+
+def test_a_run_learns_and_saves_adapters_alone(base):
+    _, model_dir, out = base
+    evaluations = [entry["val_loss"] for entry in losses(out) if "val_loss" in entry]
+    assert evaluations[-1] < evaluations[0]
+    data, state = checkpoint.load(out / "ckpt.pt"), checkpoint.load(out / "state.pt")
+    names = set(data["model"])
+    assert names == set(state["model"]) == set(state["optimizer"])
+    assert all(name.endswith(("lora_a", "lora_b")) for name in names)
+    assert data["lora"] == dict(rank=2, base=str(model_dir), weights="float32",
+                                hash=checkpoint.hash_of(model_dir))
+
+
+def test_the_logged_loss_is_that_of_the_model_which_loads(base):
+    dataset, _, out = base
+    model, tokenizer = checkpoint.load_model(out)
+    assert not adapters(model)
+    data = TokenBin(dataset / "val.bin", model.config.block_size, tokenizer.n_vocab)
+    loss = evaluate_loss(model, data, 2, 2, read_world("cpu"), torch.float32)
+    assert loss == pytest.approx(losses(out)[-1]["val_loss"], abs=1e-5)
+
+
+def test_sample_and_evaluate_take_it(base, monkeypatch, capsys):
+    dataset, _, out = base
+    status, said, _ = run_script(monkeypatch, capsys, sample.main, [
+        f"--out_dir={out}", "--device=cpu", "--num_samples=1", "--max_new_tokens=5"])
+    assert status == 0 and "-----" in said
+    status, said, _ = run_script(monkeypatch, capsys, evaluate.main, [
+        f"--out_dir={out}", f"--dataset={dataset}", "--device=cpu"])
+    assert status == 0 and "perplexity" in said
+
+
+@pytest.mark.parametrize("fields", [{}, dict(weights="bfloat16", recompute=True)])
+def test_three_steps_and_three_are_six(base, tmp_path, fields):
+    dataset, model_dir, whole = base
+    fields = lora_fields(model_dir, **fields)
+    if "weights" in fields:
+        whole = tmp_path / "whole"
+        assert run_train(dataset, whole, **fields) == 0
+    assert run_train(dataset, tmp_path / "out", **fields | dict(max_iters=3)) == 0
+    assert run_train(dataset, tmp_path / "out", **fields | dict(init_from="resume")) == 0
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_ranks_train_and_resume_alike(base, tmp_path):
+    """Two ranks, of which one alone reads the base, in one go and in two."""
+    dataset, model_dir, _ = base
+    fields = lora_fields(model_dir, weights="bfloat16", dropout=0.0)
+    for out, changes in (("a", {}), ("b", dict(max_iters=3)), ("b", dict(init_from="resume"))):
+        statuses, said = run_ranks(2, arguments(dataset, tmp_path / out, **fields | changes),
+                                   tmp_path / "logs")
+        assert statuses == [0, 0], said
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_lora_run_can_be_a_base(base, tmp_path):
+    dataset, _, out = base
+    assert run_train(dataset, tmp_path / "next", **lora_fields(out, max_iters=1)) == 0
+    model, _ = checkpoint.load_model(tmp_path / "next")
+    assert len(model.state_dict()) == len(checkpoint.load_model(out)[0].state_dict())
+
+
+def test_a_base_that_changed_is_refused(tmp_path, monkeypatch, capsys):
+    dataset = write_dataset(tmp_path / "chars")
+    assert run_train(dataset, tmp_path / "base", max_iters=1) == 0
+    assert run_train(dataset, tmp_path / "out", **lora_fields(tmp_path / "base", max_iters=1)) == 0
+    assert run_train(dataset, tmp_path / "base", max_iters=2, init_from="resume") == 0
+    with pytest.raises(ValueError, match="hash differs"):
+        checkpoint.load_model(tmp_path / "out")
+    status, _, said = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, tmp_path / "out", **lora_fields("resume")))
+    assert status == 1 and "hash differs" in said
+    (tmp_path / "base" / "ckpt.pt").unlink()
+    with pytest.raises(ValueError, match="which cannot be had"):
+        checkpoint.load_model(tmp_path / "out")
+
+
+def test_the_hash_is_of_the_weights_wherever_they_lie(tmp_path):
+    hashes = []
+    for name, weights in (("one", b"weights"), ("copy", b"weights"), ("other", b"weightz")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(f'{{"name": "{name}"}}')
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        hashes.append(checkpoint.hash_of(str(tmp_path / name)))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("fields, said", [
+    (dict(init_from="scratch"), "--lora_rank leaves the weights as they are"),
+    (dict(lora_rank=-1), "must be at least 0"),
+    (dict(out_dir="BASE", overwrite=True), "is the base of this LoRA run too"),
+    (dict(optimizer="adamw8bit"), "optimizer=adamw8bit and lora=yes do not go together"),
+])
+def test_what_lora_does_not_go_with(base, tmp_path, monkeypatch, capsys, fields, said):
+    dataset, model_dir, _ = base
+    if "out_dir" in fields:
+        fields = fields | dict(out_dir=model_dir)
+    before = (model_dir / "ckpt.pt").read_bytes()
+    status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, tmp_path / "out", **lora_fields(model_dir, **fields)))
+    assert status == 1 and error.startswith("error: ") and said in error
+    assert error.count("\n") == 1
+    assert (model_dir / "ckpt.pt").read_bytes() == before
+
+
+def test_a_resume_keeps_the_rank(base, monkeypatch, capsys):
+    dataset, _, out = base
+    status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, out, **lora_fields("resume", lora_rank=4)))
+    assert status == 1 and "is of a run with lora_rank=2" in error
+
+
+def test_adapters_that_do_not_fit_the_base(base, tmp_path):
+    _, _, out = base
+    data = checkpoint.load(out / "ckpt.pt")
+    data["model"].popitem()
+    (tmp_path / "cut").mkdir()
+    checkpoint.save(tmp_path / "cut" / "ckpt.pt", data)
+    with pytest.raises(ValueError, match="its adapters do not fit"):
+        checkpoint.load_model(tmp_path / "cut")

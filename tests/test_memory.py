@@ -1,0 +1,316 @@
+"""Lean runs: the same training in fewer bytes, and a plan that knows how many."""
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_gpt
+from ranks import run_ranks
+from test_resume import FIELDS, assert_same_run
+from tiny import arguments, losses, run_script, run_train, write_dataset
+
+import checkpoint
+import optimizer as optimizers
+import plan
+import train
+from model import GPT, GPTConfig
+from train import Config
+
+LEAN = dict(weights="bfloat16", optimizer="adamw8bit", recompute=True)
+XL = GPTConfig(block_size=1024, vocab_size=50257, n_layer=48, n_head=25, n_embd=1600)
+GPT2 = replace(XL, n_layer=12, n_head=12, n_embd=768)
+ONE = Config(init_from="gpt2", batch_size=1, gradient_accumulation_steps=32)
+GB = 1e9
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("memory") / "chars")
+
+
+def uncompiled(rank=None):
+    """torchao's update as it is written: compiling it takes minutes."""
+    torch.compile = lambda function, **_: function
+
+
+@pytest.fixture
+def torchao(monkeypatch):
+    pytest.importorskip("torchao.optim")
+    monkeypatch.setattr(torch, "compile", torch.compile)  # put back at the end
+    uncompiled()
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+def test_the_matrices_change_dtype_and_the_vectors_do_not():
+    model = tiny_gpt(7)
+    model.set_dtype(torch.bfloat16)
+    for param in model.parameters():
+        assert param.dtype == (torch.bfloat16 if param.dim() >= 2 else torch.float32)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    empty = GPT.empty(model.config, dtype=torch.bfloat16)
+    assert [p.dtype for p in empty.parameters()] == [p.dtype for p in model.parameters()]
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_bfloat16_weights_compute_what_their_values_say(autocast):
+    """Kept in bfloat16 or the same values in float32: one loss, and one gradient but for its own
+    rounding, 2^-9 of it."""
+    idx = torch.arange(24).view(2, 12) % 7
+    lean, full = tiny_gpt(7), tiny_gpt(7)
+    lean.set_dtype(torch.bfloat16)
+    full.load_state_dict({name: p.float() for name, p in lean.state_dict().items()})
+    found = []
+    for model in (lean, full):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = model(idx, idx)
+        loss.backward()
+        found.append(loss.item())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    for (name, p), q in zip(lean.named_parameters(), full.parameters()):
+        assert p.grad.dtype == p.dtype
+        torch.testing.assert_close(p.grad.float(), q.grad, atol=2e-2, rtol=2**-6, msg=name)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_recompute_is_bitwise_the_same_dropout_too(compute):
+    idx = torch.arange(24).view(2, 12) % 7
+    found = []
+    for recompute in (False, True):
+        model = tiny_gpt(7, dropout=0.3).train()
+        model.recompute = recompute
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
+            loss = model(idx, idx)
+        loss.backward()
+        found.append([loss.detach(), torch.rand(1), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_generation_with_bfloat16_weights():
+    model = tiny_gpt(7)
+    model.set_dtype(torch.bfloat16)
+    idx = torch.tensor([[1, 2, 3]])
+    cached = model.generate(idx, 10, temperature=0)
+    assert torch.equal(cached, model.generate(idx, 10, temperature=0, use_cache=False))
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+def test_a_lean_run_keeps_and_saves_its_dtypes(dataset, tmp_path, torchao):
+    """n_embd 64: the matrices are large enough for 8-bit moments."""
+    full, out = tmp_path / "full", tmp_path / "lean"
+    assert run_train(dataset, full, **FIELDS, n_embd=64) == 0
+    assert run_train(dataset, out, **FIELDS, n_embd=64, **LEAN) == 0
+    state = checkpoint.load(out / "state.pt")
+    for name, p in state["model"].items():
+        assert p.dtype == (torch.bfloat16 if p.dim() >= 2 else torch.float32)
+        if name in state["optimizer"]:
+            quantised = "exp_avg.codes" in state["optimizer"][name]
+            assert quantised == (p.numel() >= optimizers.LEAST_8BIT)
+    model, _ = checkpoint.load_model(out)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    lean, _ = checkpoint.load_model(out, dtype=torch.bfloat16)
+    assert torch.equal(lean.lm_head.weight.float(), model.lm_head.weight)
+    for ours, theirs in zip(losses(out), losses(full)):
+        if "val_loss" in ours:
+            assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(weights="bfloat16", dtype="bfloat16"), dict(weights="bfloat16", dtype="float16"),
+    dict(n_embd=64, **LEAN)])
+def test_three_steps_and_three_are_six(dataset, tmp_path, torchao, fields):
+    for out, changes in (("whole", {}), ("parts", dict(max_iters=3)),
+                         ("parts", dict(init_from="resume"))):
+        assert run_train(dataset, tmp_path / out, **FIELDS | fields | changes) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_ranks_resume_alike(dataset, tmp_path):
+    """Two ranks in one go and in two: rank 0 alone reads the 8-bit moments."""
+    pytest.importorskip("torchao.optim")
+    fields = FIELDS | LEAN | dict(n_embd=64)
+    for out, changes in (("a", {}), ("b", dict(max_iters=3)), ("b", dict(init_from="resume"))):
+        statuses, said = run_ranks(2, arguments(dataset, tmp_path / out, **fields | changes),
+                                   tmp_path / "logs", uncompiled)
+        assert statuses == [0, 0], said
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_rounding_is_drawn_from_seed_and_step(dataset, tmp_path):
+    fields = FIELDS | dict(weights="bfloat16", max_iters=2, dropout=0.0)
+    for out in ("a", "b"):
+        torch.manual_seed(len(out) + ord(out))
+        assert run_train(dataset, tmp_path / out, **fields) == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_resume_may_change_the_weights_dtype_but_not_the_optimizer(dataset, tmp_path, torchao,
+                                                                     monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert run_train(dataset, out, **FIELDS | dict(max_iters=2, n_embd=64)) == 0
+    assert run_train(dataset, out, **FIELDS | dict(
+        max_iters=3, n_embd=64, weights="bfloat16", init_from="resume")) == 0
+    status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, out, **FIELDS | dict(n_embd=64, init_from="resume", optimizer="adamw8bit")))
+    assert status == 1 and "is of a run with optimizer=adamw: give --optimizer=adamw" in error
+
+
+@pytest.mark.parametrize("fields, said", [
+    (dict(weights="float16"), "--weights=float16: use float32 or bfloat16"),
+    (dict(optimizer="sgd"), "--optimizer=sgd: use adamw or adamw8bit"),
+])
+def test_values_that_are_none(dataset, tmp_path, monkeypatch, capsys, fields, said):
+    status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, tmp_path / "out", **fields))
+    assert status == 1 and said in error
+
+
+@pytest.mark.parametrize("fields", [
+    dict(weights="bfloat16"), dict(optimizer="adamw8bit"), dict(lora_rank=2, init_from="gpt2")])
+def test_lean_fields_do_not_go_with_fsdp(dataset, tmp_path, monkeypatch, capsys, fields):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, tmp_path / "out", parallel="fsdp", **fields))
+    assert status == 1 and "do not go together" in error and error.count("\n") == 1
+
+
+# -----------------------------------------------------------------------------
+# the plan
+
+def kept_by_autograd(model, idx, autocast):
+    """Bytes that a forward pass keeps for the backward, the parameters themselves aside."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+          torch.autocast("cpu", autocast, enabled=autocast != torch.float32)):
+        loss = model(idx, idx)
+    del loss
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("fields, compute", [
+    ({}, torch.float32), ({}, torch.bfloat16), (dict(weights="bfloat16"), torch.bfloat16),
+    (dict(weights="bfloat16"), torch.float32), (dict(recompute=True), torch.float32)])
+def test_activations_are_those_that_autograd_keeps(fields, compute, dropout):
+    """A block more keeps so many bytes more, within 4 %; with dropout, whose attention depends on
+    the kernel, within 8."""
+    cfg = replace(Config(batch_size=2, dropout=dropout), **fields)
+    real, told = [], []
+    for n_layer in (2, 3):
+        config = GPTConfig(block_size=64, vocab_size=11, n_layer=n_layer, n_head=4, n_embd=64,
+                           dropout=dropout)
+        model = GPT(config).train()
+        model.set_dtype(getattr(torch, cfg.weights))
+        model.recompute = cfg.recompute
+        real.append(kept_by_autograd(model, torch.zeros(2, 64, dtype=torch.long), compute))
+        told.append(plan.activations(model, cfg, "cpu", compute)[0])
+    assert told[1] - told[0] == pytest.approx(real[1] - real[0],
+                                               rel=0.08 if dropout else 0.04)
+
+
+def test_moments_are_those_that_the_optimizer_keeps(torchao):
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 100), (64, 64), (64,))]
+    for name in optimizers.NAMES:
+        optimizer = optimizers.make_optimizer(name, [{"params": params}], 1e-3, (0.9, 0.95),
+                                              torch.device("cpu"))
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for p in params:
+            held = optimizers.plain_state(optimizer.state[p])
+            real = sum(t.numel() * t.element_size() for key, t in held.items() if key != "step")
+            assert plan.moment_bytes(p.numel(), name) == real
+
+
+def total(config, cfg, device="cuda", dtype=torch.bfloat16, ranks=1):
+    return sum(plan.memory(config, cfg, device, dtype, ranks).values())
+
+
+def test_what_the_configs_promise():
+    """gpt2-xl's 1,557,611,200 weights: all of them within 11 GB on a GPU, LoRA within 4.5."""
+    lean = replace(ONE, **LEAN)
+    parts = plan.memory(XL, lean, "cuda", torch.bfloat16)
+    assert parts["weights"] == pytest.approx(2 * 1_557_611_200, rel=0.001)
+    assert parts["gradients"] == parts["weights"]
+    assert parts["optimizer"] == pytest.approx(2.035 * 1_557_611_200, rel=0.005)
+    assert sum(parts.values()) < 11 * GB
+    assert total(XL, replace(lean, optimizer="adamw", lora_rank=16)) < 4.5 * GB
+    assert total(XL, ONE, "cpu", torch.float32) > 25 * GB
+
+
+def test_one_micro_batch_has_its_gradients_when_the_activations_are_gone():
+    one, many = replace(ONE, gradient_accumulation_steps=1), ONE
+    gradients = plan.memory(GPT2, many, "cuda", torch.float32)["gradients"]
+    assert gradients == 4 * sum(p.numel() for p in plan.meta_model(GPT2, many).parameters())
+    assert total(GPT2, one, dtype=torch.float32) < total(GPT2, many, dtype=torch.float32)
+    ranks = replace(ONE, gradient_accumulation_steps=2)
+    assert total(GPT2, ranks, ranks=2) == total(GPT2, ranks)  # DDP's buckets hold them all along
+
+
+def test_each_field_saves_what_the_advice_says(monkeypatch):
+    """Told one after the other, until it fits: 20 GB, then 11."""
+    for usable, last in ((20, "which fits"), (11, "which fits"), (3, "a larger device")):
+        monkeypatch.setattr(plan, "device_memory", lambda device, n=usable: n * GB / plan.USABLE)
+        lines, fits = plan.describe_memory(XL, ONE, torch.device("cuda"), torch.bfloat16)
+        assert not fits and last in lines[-1]
+        cfg, before = ONE, total(XL, ONE)
+        for line in lines[2:]:
+            if not line.startswith("  --") or "block_size" in line:
+                continue
+            fields = dict(word.strip("-").split("=") for word in line.split() if "--" in word)
+            cfg = replace(cfg, **{k: type(getattr(cfg, k))(v) for k, v in fields.items()})
+            assert f"saves {plan.spell_bytes(before - total(XL, cfg))}: " in line
+            before = total(XL, cfg)
+    monkeypatch.setattr(plan, "device_memory", lambda device: 80 * GB)
+    lines, fits = plan.describe_memory(XL, ONE, torch.device("cuda"), torch.bfloat16)
+    assert fits and len(lines) == 1 and "cuda has 80.00 GB" in lines[0]
+    for part in ("weights 6.23 GB", "gradients 6.23 GB", "optimizer 12.46 GB", "activations",
+                 "logits"):
+        assert part in lines[0]
+
+
+def test_advice_gives_no_pair_that_is_refused():
+    fsdp = replace(ONE, parallel="fsdp")
+    assert not any("weights" in change or "lora_rank" in change
+                   for change in plan.changes(XL, fsdp, ranks=4))
+    scratch = replace(ONE, init_from="scratch")
+    assert not any("lora_rank" in change for change in plan.changes(XL, scratch, ranks=1))
+    assert total(XL, fsdp, ranks=4) < total(XL, ONE, ranks=4) / 2
+
+
+def test_a_dry_run_of_each_lean_config_prints_and_touches_nothing(tmp_path, capsys):
+    dataset = write_dataset(tmp_path / "chars", n_val=1200)
+    for name, part in (("16gb", "optimizer 3.17 GB"), ("lora", "19.66M of them are trained")):
+        train.main([f"config/finetune_shakespeare_{name}.py", f"--dataset={dataset}",
+                    f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--dry_run=True"])
+        said = capsys.readouterr().out
+        for each in (part, "tokens per iteration: 32,768", "a save takes", "epochs", "at its peak",
+                     "weights 3.1" if name == "16gb" else "weights 3.2"):
+            assert each in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_reads_what_a_run_left(dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_train(dataset, out, max_iters=1) == 0
+    for init_from in ("resume", str(out), "scratch"):
+        train.main(arguments(dataset, out, dry_run=True, init_from=init_from))
+        assert "model: 0.01M parameters, cpu, float32" in capsys.readouterr().out
+
+
+def test_a_run_that_may_not_fit_is_warned(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "device_memory", lambda device: 1e8)
+    assert run_train(dataset, tmp_path / "out", max_iters=1) == 0
+    said = capsys.readouterr().out
+    assert "warning: the memory may not suffice" in said and "that does not fit" in said

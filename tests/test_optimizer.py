@@ -1,0 +1,219 @@
+"""Updates that survive 8 significant bits, and moments that fit into 8."""
+import sys
+
+import pytest
+import torch
+
+import optimizer as optimizers
+from optimizer import (
+    RoundedAdamW,
+    block_size,
+    check_8bit,
+    fill_state,
+    make_optimizer,
+    plain_state,
+    round_stochastically,
+    set_rate,
+)
+
+CPU = torch.device("cpu")
+RATE, BETAS = 1e-2, (0.9, 0.95)
+
+
+@pytest.fixture
+def torchao(monkeypatch):
+    """torchao where it is installed, its update run as written: compiling takes minutes."""
+    module = pytest.importorskip("torchao.optim")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return module
+
+
+def params_of(dtype, *shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+            for shape in shapes]
+
+
+def give_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def groups_of(params):
+    return [{"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+
+
+# -----------------------------------------------------------------------------
+# stochastic rounding
+
+@pytest.mark.parametrize("value", [1.001, -1.001, 3e-5, -0.7071, 255.9])
+def test_rounding_goes_to_a_neighbour_and_is_right_on_average(value):
+    torch.manual_seed(0)
+    rounded = round_stochastically(torch.full((100_000,), value)).float()
+    ulp = abs(value) * 2**-7
+    assert len(rounded.unique()) == 2
+    assert (rounded - value).abs().max() < ulp
+    # the mean of n draws lies within 5 of its standard errors, ulp / 2 / sqrt(n) at most
+    assert rounded.mean().item() == pytest.approx(value, abs=5 * ulp / 2 / 100_000**0.5)
+
+
+def test_what_bfloat16_can_hold_is_left_alone():
+    exact = torch.tensor([0.0, 1.0, -2.5, 2.0**-126, 3.3895313892515355e38])
+    assert torch.equal(round_stochastically(exact.clone()).float(), exact)
+
+
+def test_rounding_repeats_with_the_seed():
+    x = torch.randn(1000)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(round_stochastically(x.clone()))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+# -----------------------------------------------------------------------------
+# RoundedAdamW
+
+@pytest.mark.parametrize("chunk", [7, 2**22])
+def test_of_float32_it_is_torchs_adamw(monkeypatch, chunk):
+    monkeypatch.setattr(optimizers, "CHUNK", chunk)
+    ours, theirs = (params_of(torch.float32, (5, 6), (6,)) for _ in range(2))
+    one = RoundedAdamW(groups_of(ours), RATE, BETAS)
+    other = torch.optim.AdamW(groups_of(theirs), lr=RATE, betas=BETAS)
+    for step in range(5):
+        for params, optimizer in ((ours, one), (theirs, other)):
+            give_gradients(params, step)
+            optimizer.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+        for key, value in other.state[q].items():
+            torch.testing.assert_close(one.state[p][key], value, atol=1e-6, rtol=1e-6)
+
+
+def test_updates_far_below_a_unit_in_the_last_place_are_kept():
+    """bfloat16 steps by 2^-7 from 1 up and 2^-8 down: to the nearest, 1e-4 would change nothing."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = RoundedAdamW([{"params": [p]}], 1e-4, BETAS)
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert p.dtype == torch.bfloat16
+    assert p.float().mean().item() == pytest.approx(1 - 100 * 1e-4, abs=5e-4)
+
+
+def test_bfloat16_weights_follow_float32_ones():
+    ours, theirs = params_of(torch.bfloat16, (50, 60)), params_of(torch.bfloat16, (50, 60))
+    theirs = [torch.nn.Parameter(p.detach().float()) for p in theirs]
+    one = make_optimizer("adamw", groups_of(ours), RATE, BETAS, CPU)
+    other = make_optimizer("adamw", groups_of(theirs), RATE, BETAS, CPU)
+    assert isinstance(one, RoundedAdamW) and isinstance(other, torch.optim.AdamW)
+    for step in range(10):
+        give_gradients(ours, step)
+        for p, q in zip(ours, theirs):
+            q.grad = p.grad.float()
+        one.step()
+        other.step()
+    drift = (ours[0].float() - theirs[0]).detach()
+    assert drift.abs().mean() < 0.01 and abs(drift.mean().item()) < 1e-3  # of 0.1 travelled
+    state = one.state[ours[0]]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+    torch.testing.assert_close(state["exp_avg_sq"], other.state[theirs[0]]["exp_avg_sq"])
+
+
+# -----------------------------------------------------------------------------
+# 8 bits
+
+def test_every_large_tensor_of_every_gpt2_is_quantised():
+    """torchao alone leaves gpt2-xl's embedding, 50257 x 1600, and its biases of 4800 as they are:
+    256 does not divide them."""
+    assert 50257 * 1600 % 256 and 4800 % 256
+    for width in (768, 1024, 1280, 1600):
+        for numel in (50257 * width, 50304 * width, 1024 * width, 3 * width * width,
+                      width * width, 4 * width * width):
+            assert block_size(numel) in (64, 128, 256)
+    assert block_size(50257 * 1600) == 64 and block_size(50257 * 768) == 256
+    assert block_size(4800) == 64
+    assert block_size(1600) is None and block_size(64 * 64 + 1) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8bit_moments_follow_float32_ones(torchao, dtype):
+    shapes = (33, 1600), (64, 64), (1600,)  # 33 x 1600 is no multiple of 128
+    ours, theirs = params_of(dtype, *shapes), params_of(dtype, *shapes)
+    theirs = [torch.nn.Parameter(p.detach().float()) for p in theirs]
+    one = make_optimizer("adamw8bit", groups_of(ours), RATE, BETAS, CPU)
+    other = torch.optim.AdamW(groups_of(theirs), lr=RATE, betas=BETAS)
+    for step in range(10):
+        give_gradients(ours, step)
+        for p, q in zip(ours, theirs):
+            q.grad = p.grad.float()
+        one.step()
+        other.step()
+    for p, q in zip(ours, theirs):
+        assert (p.float() - q).abs().mean() < 0.01  # ten steps of 0.01 were taken
+    blocks = [getattr(one.state[p]["exp_avg_sq"], "block_size", None) for p in ours]
+    assert blocks == [64, 256, None]
+    assert one.state[ours[2]]["exp_avg_sq"].dtype == torch.float32
+
+
+def test_state_comes_back_from_plain_tensors(torchao):
+    shapes = (33, 1600), (1600,)
+    params = params_of(torch.bfloat16, *shapes)
+    one, other = (make_optimizer("adamw8bit", groups_of(params), RATE, BETAS, CPU)
+                  for _ in range(2))
+    give_gradients(params, 0)
+    one.step()
+    for p in params:
+        plain = plain_state(one.state[p])
+        assert all(type(value) is torch.Tensor for value in plain.values())
+        fill_state(other, p, plain)
+        again = plain_state(other.state[p])
+        assert again.keys() == plain.keys()
+        assert all(torch.equal(again[key], plain[key]) for key in plain)
+        assert not any(again[key].data_ptr() == plain[key].data_ptr() for key in plain)
+
+
+def test_state_of_another_optimizer_is_refused(torchao):
+    params = params_of(torch.bfloat16, (64, 64))
+    eight, full = (make_optimizer(name, groups_of(params), RATE, BETAS, CPU)
+                   for name in ("adamw8bit", "adamw"))
+    give_gradients(params, 0)
+    eight.step()
+    full.step()
+    with pytest.raises(ValueError, match="is of --optimizer=adamw8bit"):
+        fill_state(full, params[0], plain_state(eight.state[params[0]]))
+    with pytest.raises(ValueError, match="is of --optimizer=adamw:"):
+        fill_state(eight, params[0], plain_state(full.state[params[0]]))
+    with pytest.raises(ValueError, match="momentum"):
+        fill_state(full, params[0], {"momentum": torch.zeros(64, 64)})
+
+
+def test_the_rate_reaches_either_kind(torchao):
+    params = params_of(torch.float32, (64, 64), (64,))
+    for name in optimizers.NAMES:
+        optimizer = make_optimizer(name, groups_of(params), RATE, BETAS, CPU)
+        set_rate(optimizer, 0.25)
+        assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_without_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ValueError, match=r"needs torchao .*pip install torchao"):
+        check_8bit(CPU)
+
+
+def test_without_a_compiler(monkeypatch):
+    pytest.importorskip("torchao.optim")
+
+    def compile(function, **_):
+        def run(*_):
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(ValueError, match=r"No working C.. compiler found.*apt install g..") as e:
+        check_8bit(CPU)
+    assert "\n" not in str(e.value)
