@@ -3,6 +3,7 @@
 #                   stopped; ARGS="--models=... --input=..." as experiments/twitter_sentiment.py
 # make test         the test suite; make test-slow runs what takes longer
 # make chaos        kills a tiny run 50 times at random, alters 200 checkpoints: minutes
+# make bench        speed and memory of GPT-2 124M beside transformers'; ARGS as bench.py's
 # make lint         ruff
 #
 # Each target first makes .venv and installs what it needs. Another Python: make PYTHON=python3.12 ...
@@ -10,7 +11,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: quickstart sentiment test test-slow chaos lint clean
+.PHONY: quickstart sentiment test test-slow chaos bench lint clean
 
 quickstart: .venv/.runs
 	$(PY) data/python_docs/prepare.py
@@ -39,6 +40,11 @@ test-slow: .venv/.tests
 
 chaos: .venv/.tests
 	PYTHONPATH=. $(PY) tests/chaos.py
+
+bench: .venv/.tests
+	$(PY) bench.py train --repeats=1 --compile_rival=False $(ARGS)
+	$(PY) bench.py sample --repeats=1 $(ARGS)
+	$(PY) bench.py load --repeats=1 $(ARGS)
 
 lint: .venv/.tests
 	$(PY) -m ruff check .

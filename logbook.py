@@ -1,7 +1,8 @@
 """What one sees of a run: lines, a bar on a terminal, metrics.jsonl, loss.png, wandb.
 
 metrics.jsonl has a line an evaluation, {"step", "train_loss", "val_loss"}, and a line a logged
-iteration, {"iter", "loss", "lr", "ms", "tok_s", "mfu"}; losses in nats a token.
+iteration, {"iter", "loss", "lr", "ms", "tok_s", "mfu", "memory"}; losses in nats a token, memory
+the most bytes so far.
 """
 import importlib.util
 import json
@@ -57,14 +58,15 @@ class Logbook:
         if self.is_main:
             self.on_disk(draw, self.entries, self.picture_path)
 
-    def iteration(self, step, loss, lr, seconds, tokens, mfu=None, skipped=0):
+    def iteration(self, step, loss, lr, seconds, tokens, mfu=None, skipped=0, memory=None):
         """One logged step; mfu is a fraction, or None where the device's peak is not known."""
         tok_s = tokens / seconds
         line = f"iter {step}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, tok/s {tok_s:,.0f}"
         line += "" if mfu is None else f", mfu {mfu:.2%}"
         self.say(line + (f", {skipped} steps skipped by the scaler" if skipped else ""))
         self.record({"iter": step, "loss": loss, "lr": lr, "ms": round(seconds * 1e3, 3),
-                     "tok_s": round(tok_s, 1), "mfu": mfu and round(mfu, 4)}, step)
+                     "tok_s": round(tok_s, 1), "mfu": mfu and round(mfu, 4), "memory": memory},
+                    step)
 
     def close(self, status=0):
         self.bar.close()

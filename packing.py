@@ -33,12 +33,11 @@ def can_pack(device, dtype):
 
 @torch.no_grad()
 def pack(model, device, dtype):
-    """Replaces the matrices of a GPT that computes in float32 on an x86 CPU by packed ones, a few
+    """Replaces the matrices of a GPT that computes in float32 on an x86 CPU by packed ones, one
     at a time, so that memory does not double; leaves any other as it is. A tied head is there
     twice then: the embedding looks its rows up in the plain one."""
     if not (isinstance(model, nn.Module) and can_pack(device, dtype)):
         return
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, Linear):
-                setattr(parent, name, PackedLinear(layer))
+    for parent in [module for module in model.modules() if not isinstance(module, Linear)]:
+        for name in [name for name, layer in parent.named_children() if isinstance(layer, Linear)]:
+            setattr(parent, name, PackedLinear(getattr(parent, name)))

@@ -1,6 +1,8 @@
 """What a run will take, told before it begins: tokens, epochs, parameters, disk, memory."""
+import importlib.util
 import os
 import shutil
+import sys
 import time
 from dataclasses import astuple, replace
 from functools import lru_cache
@@ -180,6 +182,18 @@ def device_memory(device):
               Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
     held = [path.read_text().strip() for path in limits if path.is_file()]
     return min([whole, *(int(text) for text in held if text.isdigit())])
+
+
+def peak_memory(device):
+    """The most bytes so far: allocated by torch on a GPU, resident in the process on a CPU; None
+    where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or importlib.util.find_spec("resource") is None:  # Windows
+        return None
+    import resource
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def describe_memory(config, cfg, device, dtype, ranks=1):

@@ -5,6 +5,7 @@
     python sample.py --out_dir=out-mine --start=FILE:prompt.txt --stop=$'\\n\\n' --temperature=0
 """
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def main(argv):
     shown_ids = ids if prompt else []  # an empty prompt's end-of-text is not shown
     writers = [Writer(tokenizer, shown_ids, cfg.stop) for _ in range(cfg.num_samples)]
     live = cfg.num_samples == 1 and sys.stdout.isatty()
-    shown = 0
+    shown, new, began = 0, 0, time.perf_counter()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         tokens = stream(
             model, torch.tensor([ids] * cfg.num_samples, device=device), cfg.max_new_tokens,
@@ -127,6 +128,7 @@ def main(argv):
         for token in tokens:
             for writer, id in zip(writers, token.tolist()):
                 writer.add(id)
+            new += len(token)
             if live:
                 shown = show_new(writers[0], shown, len(cfg.stop))
             if all(writer.done for writer in writers):
@@ -137,6 +139,8 @@ def main(argv):
         for writer in writers:
             print(writer.text())
             print("-" * 15)
+    seconds = time.perf_counter() - began
+    print(f"{new:,} tokens in {seconds:.2f} s, {new / seconds:,.1f} a second", file=sys.stderr)
 
 
 def show_new(writer, shown, held_back):

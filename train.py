@@ -475,7 +475,8 @@ def train(r, signals):
             seconds = (time.perf_counter() - began) / timed
             flops = tokens_per_iter * r.model.flops_per_token() / seconds
             mfu = flops / (peak * r.world.size) if peak else None
-            log.iteration(step, loss, lr, seconds, tokens_per_iter, mfu, p.skipped)
+            log.iteration(step, loss, lr, seconds, tokens_per_iter, mfu, p.skipped,
+                          plan.peak_memory(r.world.device))
             began, timed = time.perf_counter(), 0
         if stop:
             log.say(f"stopped by a signal after step {step}; go on with:\n"

@@ -1,0 +1,558 @@
+"""Speed and memory, side by side with what one would use instead.
+
+    python bench.py train                        # against transformers' GPT-2 in a plain loop
+    python bench.py train --against=../nanoGPT   # against a checkout of nanoGPT
+    python bench.py sample --num_samples=10
+    python bench.py sample --exported=True       # PyTorch beside ONNX, int8 and int4
+    python bench.py load --model=gpt2-xl         # a Hugging Face folder into a model
+    python bench.py memory --model=gpt2-large    # peaks beside what --dry_run=True predicts
+
+Ours is train.py and sample.py themselves; every case is a process of its own, warmed up, and the
+cases take turns, so that a machine whose speed drifts favours none. Weights are random, of the real
+shapes: nothing is downloaded. Prints a table of medians, and the lot into bench.json.
+
+tok/s     tokens a second: of training steps, of new tokens
+memory    peak: resident in the process on a CPU, allocated by torch on a GPU
+MFU       (6 N + 12 L C T) * tok/s / peak, the peak a matrix product's, measured on the spot
+"""
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from configurator import configure
+
+ROOT = Path(__file__).resolve().parent
+WARM_UP = 2  # steps that are not counted
+# layers, heads, width; the last is for tests
+SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+          "gpt2-xl": (48, 25, 1600), "tiny": (2, 2, 16)}
+
+
+@dataclass
+class Config:
+    model: str = "gpt2"          # gpt2, gpt2-medium, gpt2-large, gpt2-xl: the shape
+    against: str = "transformers"  # or the path of a nanoGPT checkout; none: ours alone
+    repeats: int = 3             # processes a case
+    steps: int = 4               # train: timed steps of a process, after 2 to warm up
+    batch_size: int = 1          # train
+    block_size: int = 1024       # train, memory
+    num_samples: int = 1         # sample: generated together
+    max_new_tokens: int = 300    # sample
+    init_from: str | None = None  # sample: a model to export and measure, not random weights
+    dataset: str | None = None   # sample --exported: what its perplexity is measured on
+    exported: bool = False       # sample: PyTorch in two dtypes and the ONNX forms, side by side
+    device: str = "auto"         # auto, cpu, cuda
+    dtype: str = "auto"          # ours: auto, float32, bfloat16; rivals run in all that serve
+    compile_rival: bool = True   # also measure the rival compiled: a minute more for each
+    out: str = "bench.json"
+
+
+# -----------------------------------------------------------------------------
+# processes
+
+def run_process(argv, until=None):
+    """Runs a command; returns (what it printed, seconds, most resident bytes). `until()` true ends
+    it from outside. Raises ValueError with its last line where it fails."""
+    with tempfile.TemporaryFile("w+") as out:
+        began = time.perf_counter()
+        child = subprocess.Popen(list(map(str, argv)), stdout=out, stderr=subprocess.STDOUT,
+                                 cwd=ROOT)
+        ended = False
+        while True:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                break
+            if until is not None and not ended and until():
+                child.kill()
+                ended = True
+            time.sleep(0.02)
+        child.returncode = status
+        seconds = time.perf_counter() - began
+        out.seek(0)
+        text = out.read()
+    if status and not ended:
+        lines = [line for line in text.splitlines() if line.strip()]
+        raise ValueError(f"{Path(argv[1]).name} failed: {lines[-1] if lines else status}")
+    rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return text, seconds, rss
+
+
+def worker(task, **options):
+    """The command that runs one of WORKERS in a process of its own."""
+    return [sys.executable, ROOT / "bench.py", "worker", json.dumps({"task": task} | options)]
+
+
+def last_json(text):
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def script(name, **fields):
+    return [sys.executable, ROOT / name, *(f"--{k}={v}" for k, v in fields.items())]
+
+
+# -----------------------------------------------------------------------------
+# what is measured: each case returns {column: number} of one process
+
+def train_ours(cfg, folder, **fields):
+    """train.py until enough steps stand in metrics.jsonl; then it is killed: no last save."""
+    out = folder / "out"
+    fields = dict(
+        init_from=folder / "hf", dataset=folder / "data", out_dir=out, overwrite=True,
+        batch_size=cfg.batch_size, gradient_accumulation_steps=1, block_size=cfg.block_size,
+        max_iters=10**6, eval_interval=10**6, eval_iters=1, warmup_iters=0, learning_rate=1e-5,
+        decay_lr=False, device=cfg.device, dtype=cfg.dtype) | fields
+    metrics = out / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+
+    def entries():
+        lines = metrics.read_text().splitlines() if metrics.is_file() else []
+        return [json.loads(line) for line in lines if line.startswith('{"iter"')]
+
+    run_process(script("train.py", **fields),
+                until=lambda: len(entries()) >= WARM_UP + cfg.steps)
+    timed = entries()[WARM_UP:WARM_UP + cfg.steps]
+    return {"tok/s": statistics.median(e["tok_s"] for e in timed), "memory": timed[-1]["memory"]}
+
+
+def train_nanogpt(cfg, folder, compiled):
+    """nanoGPT's own train.py, which prints its milliseconds, as shipped but for the sizes."""
+    n_layer, n_head, n_embd = SHAPES[cfg.model]
+    fields = dict(dataset=folder / "data", out_dir=folder / "nanogpt", device=cfg.device,
+                  n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=True, eval_iters=1,
+                  eval_interval=10**6, log_interval=1, batch_size=cfg.batch_size, compile=compiled,
+                  block_size=cfg.block_size, gradient_accumulation_steps=1,
+                  max_iters=WARM_UP + cfg.steps)
+    argv = [sys.executable, Path(cfg.against, "train.py").resolve(),
+            *(f"--{k}={v}" for k, v in fields.items())]
+    text, _, rss = run_process(["env", "-C", cfg.against, *argv])
+    ms = [float(m) for m in re.findall(r"time ([\d.]+)ms", text)][WARM_UP:]
+    return {"tok/s": cfg.batch_size * cfg.block_size / statistics.median(ms) * 1e3,
+            "memory": None if on_gpu(cfg) else rss}
+
+
+def sample_ours(cfg, folder, source=None, dtype=None):
+    text, _, rss = run_process(script(
+        "sample.py", init_from=source or folder / "hf", start=cfg_start(cfg), stop="",
+        num_samples=cfg.num_samples, max_new_tokens=cfg.max_new_tokens, device=cfg.device,
+        dtype=dtype or cfg.dtype))
+    tokens, seconds = re.search(r"([\d,]+) tokens in ([\d.]+) s", text).groups()
+    return {"tok/s": int(tokens.replace(",", "")) / float(seconds),
+            "memory": None if on_gpu(cfg) else rss}
+
+
+def first_token(cfg, folder):
+    """Seconds of a whole sample.py with one token: import of torch, weights, prompt."""
+    _, seconds, _ = run_process(script(
+        "sample.py", init_from=folder / "hf", start=cfg_start(cfg), num_samples=1,
+        max_new_tokens=1, device=cfg.device, dtype=cfg.dtype))
+    return {"seconds": seconds}
+
+
+def run_worker(cfg, task, **options):
+    """A case of WORKERS; on a CPU its memory is the process's."""
+    text, _, rss = run_process(worker(task, **options))
+    found = last_json(text)
+    return {"memory": None if on_gpu(cfg) else rss} | found
+
+
+def cfg_start(cfg):
+    return "w1" if cfg.init_from is None else "The"
+
+
+def on_gpu(cfg):
+    return cfg.device == "cuda"
+
+
+# -----------------------------------------------------------------------------
+# workers: they run in processes of their own, and print their figures as a line of JSON
+
+def make_folders(folder, model, block_size, dtype, tokens=200_000):
+    """folder/hf, a Hugging Face model of random weights, and folder/data, random tokens, both with
+    a tokenizer.json of words w0, w1, ... in the place of GPT-2's, which would be a download."""
+    import numpy as np
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from distributed import DTYPES
+    from hf_folder import write_model
+    from model import GPT, GPTConfig
+    n_layer, n_head, n_embd = SHAPES[model]
+    n_vocab = 257 if model == "tiny" else 50257
+    words = {f"w{i}": i for i in range(n_vocab - 1)} | {"<|endoftext|>": n_vocab - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for part in ("hf", "data"):
+        Path(folder, part).mkdir()
+        tokenizer.save(str(Path(folder, part, "tokenizer.json")))
+    drawn = np.random.RandomState(0).randint(0, n_vocab - 1, tokens).astype("<u2")
+    drawn.tofile(Path(folder, "data", "train.bin"))
+    drawn[:4 * block_size + 1].tofile(Path(folder, "data", "val.bin"))
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    write_model(Path(folder, "hf"), GPT(config), DTYPES[dtype], n_vocab - 1)
+    return {}
+
+
+def train_transformers(folder, batch_size, block_size, steps, device, dtype, compiled):
+    """transformers' GPT2LMHeadModel in the loop that its users write: sdpa, fused AdamW."""
+    import numpy as np
+    import torch
+    from transformers import GPT2LMHeadModel
+    model = GPT2LMHeadModel.from_pretrained(
+        Path(folder, "hf"), dtype=torch.float32, attn_implementation="sdpa").to(device).train()
+    if compiled:
+        model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    tokens = np.fromfile(Path(folder, "data", "train.bin"), "<u2").astype(np.int64)
+    rng, times = np.random.RandomState(1), []
+    for _ in range(WARM_UP + steps):
+        began = time.perf_counter()
+        starts = rng.randint(0, len(tokens) - block_size, batch_size)
+        x = torch.from_numpy(np.stack([tokens[s:s + block_size] for s in starts])).to(device)
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            loss = model(x, labels=x).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()  # waits for the GPU
+        times.append(time.perf_counter() - began)
+    seconds = statistics.median(times[WARM_UP:])
+    return {"tok/s": batch_size * block_size / seconds} | gpu_memory(device)
+
+
+def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, compiled):
+    """transformers' generate() with its cache, or its static one, which it compiles itself."""
+    import torch
+    from transformers import GPT2LMHeadModel
+    model = GPT2LMHeadModel.from_pretrained(
+        Path(folder, "hf"), dtype=getattr(torch, dtype)).to(device).eval()
+    idx = torch.ones(num_samples, 1, dtype=torch.long, device=device)
+    options = dict(attention_mask=torch.ones_like(idx), do_sample=True, temperature=0.8, top_k=200,
+                   pad_token_id=model.config.vocab_size - 1)
+    if compiled:
+        options["cache_implementation"] = "static"
+    timed = []
+    for n in (8, 8, max_new_tokens):
+        began = time.perf_counter()
+        new = model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)
+        int(new[0, -1])  # waits for the GPU
+        timed.append(time.perf_counter() - began)
+    return {"tok/s": num_samples * max_new_tokens / timed[-1]} | gpu_memory(device)
+
+
+def sample_nanogpt(path, model, num_samples, max_new_tokens, device):
+    """nanoGPT's model.generate(): its sample.py prints no times."""
+    sys.path.insert(0, path)
+    import torch
+
+    from model import GPT, GPTConfig
+    n_layer, n_head, n_embd = SHAPES[model]
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device).eval()
+    idx = torch.ones(num_samples, 1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        gpt.generate(idx, 4, temperature=0.8, top_k=200)
+        began = time.perf_counter()
+        int(gpt.generate(idx, max_new_tokens, temperature=0.8, top_k=200)[0, -1])
+    return {"tok/s": num_samples * max_new_tokens / (time.perf_counter() - began)}
+
+
+def load_ours(folder):
+    from checkpoint import load_model
+    return timed_load(lambda: load_model(str(Path(folder, "hf"))))
+
+
+def load_by_copy(folder):
+    """nanoGPT's way: transformers' model, and its tensors copied into one's own."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from model import GPT, GPTConfig
+    from pretrained import CONV1D
+
+    @torch.no_grad()
+    def load():
+        theirs = GPT2LMHeadModel.from_pretrained(Path(folder, "hf"))
+        c = theirs.config
+        ours = GPT(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer,
+                             n_head=c.n_head, n_embd=c.n_embd))
+        weights = theirs.state_dict()
+        for name, param in ours.named_parameters():
+            param.copy_(weights[name].t() if CONV1D.search(name) else weights[name])
+        return ours
+    return timed_load(load)
+
+
+def timed_load(load):
+    import torch
+
+    from plan import peak_memory
+    cpu = torch.device("cpu")
+    before = peak_memory(cpu)
+    began = time.perf_counter()
+    model = load()
+    seconds = time.perf_counter() - began
+    model = model[0] if isinstance(model, tuple) else model
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"seconds": seconds, "memory/weights": (peak_memory(cpu) - before) / weights}
+
+
+def gpu_memory(device):
+    import torch
+    return {"memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
+
+
+def machine(device, dtype):
+    """Where things run: device, its name, the dtypes that are native, what a product reaches."""
+    import platform
+
+    import torch
+
+    import distributed
+    import plan
+    device = distributed.pick_device(device)
+    ours = distributed.pick_dtype(dtype, device)
+    native = {torch.float32, distributed.pick_dtype("auto", device)} - {torch.float16}
+    name = (torch.cuda.get_device_name() if device.type == "cuda" else
+            f"{torch.get_num_threads()} threads of {processor() or platform.processor()}")
+    return {"device": device.type, "name": name, "torch": torch.__version__,
+            "dtype": str(ours).removeprefix("torch."),
+            "dtypes": sorted(str(d).removeprefix("torch.") for d in native),
+            "peak": plan.matmul_peak(device, ours)}
+
+
+def processor():
+    """The CPU's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
+    return names[0] if names else None
+
+
+WORKERS = {f.__name__: f for f in (make_folders, train_transformers, sample_transformers,
+                                   sample_nanogpt, load_ours, load_by_copy, machine)}
+
+
+# -----------------------------------------------------------------------------
+# the cases of each mode: {name: a function that measures one process}
+
+def train_cases(cfg, found, folder):
+    cases = {f"nanotune {found['dtype']}": lambda: train_ours(cfg, folder)}
+    for compiled in (False, True)[:1 + cfg.compile_rival]:
+        told = ", compiled" * compiled
+        if cfg.against == "transformers":
+            for dtype in found["dtypes"]:
+                cases[f"transformers {dtype}{told}"] = partial(
+                    run_worker, cfg, "train_transformers", folder=str(folder), steps=cfg.steps,
+                    batch_size=cfg.batch_size, block_size=cfg.block_size, device=cfg.device,
+                    dtype=dtype, compiled=compiled)
+        elif cfg.against != "none":
+            cases["nanoGPT" + told] = partial(train_nanogpt, cfg, folder, compiled)
+    return cases
+
+
+def sample_cases(cfg, found, folder):
+    if cfg.exported:
+        return exported_cases(cfg, found, folder)
+    cases = {f"nanotune {found['dtype']}": lambda: sample_ours(cfg, folder),
+             "nanotune, one token": lambda: first_token(cfg, folder)}
+    sizes = dict(num_samples=cfg.num_samples, max_new_tokens=cfg.max_new_tokens, device=cfg.device)
+    if cfg.against == "transformers":
+        for dtype in found["dtypes"]:
+            for compiled in (False, True)[:1 + on_gpu(cfg)]:
+                cases[f"transformers {dtype}" + ", static cache" * compiled] = partial(
+                    run_worker, cfg, "sample_transformers", folder=str(folder), dtype=dtype,
+                    compiled=compiled, **sizes)
+    elif cfg.against != "none":
+        cases["nanoGPT"] = partial(run_worker, cfg, "sample_nanogpt", path=cfg.against,
+                                   model=cfg.model, **sizes)
+    return cases
+
+
+FORMS = {"ONNX float32": "none", "ONNX int8": "int8", "ONNX int4": "int4"}
+
+
+def exported_cases(cfg, found, folder):
+    """PyTorch beside what export.py makes of the same model: size, speed, perplexity."""
+    source = cfg.init_from or folder / "hf"
+    cases = {f"PyTorch {dtype}": partial(sample_form, cfg, folder, source, dtype)
+             for dtype in ("float32", "bfloat16") if dtype in found["dtypes"]}
+    for name, quantize in FORMS.items():
+        target = folder / quantize
+        run_process(script("export.py", init_from=source, format="onnx", quantize=quantize,
+                           export_dir=target))
+        file = next(target.glob("model*.onnx"))
+        cases[name] = partial(sample_form, cfg, folder, file, "float32")
+    return cases
+
+
+def sample_form(cfg, folder, source, dtype):
+    found = sample_ours(cfg, folder, source, dtype)
+    if cfg.dataset:
+        text, _, _ = run_process(script("evaluate.py", init_from=source, dataset=cfg.dataset,
+                                        dtype=dtype, device=cfg.device))
+        found["perplexity"] = float(re.search(r"perplexity ([\d.]+)", text)[1])
+    return {"size": weights_size(Path(source), dtype)} | found
+
+
+def weights_size(source, dtype):
+    """Bytes of the weights as this form keeps them."""
+    if source.is_file():
+        return sum(f.stat().st_size for f in source.parent.glob(f"{source.name}*"))
+    files = [f for f in source.iterdir() if f.name in ("ckpt.pt", "model.safetensors")]
+    return sum(f.stat().st_size for f in files) // (2 if dtype == "bfloat16" else 1)
+
+
+def load_cases(cfg, found, folder):
+    return {"nanotune load_model": partial(run_worker, cfg, "load_ours", folder=str(folder)),
+            "transformers, and a copy": partial(run_worker, cfg, "load_by_copy",
+                                                folder=str(folder))}
+
+
+LEAN = dict(weights="bfloat16", optimizer="adamw8bit", recompute=True)
+SETTINGS = {
+    "float32 AdamW": {},
+    "recompute": dict(recompute=True),
+    "bfloat16, 8-bit AdamW, recompute": LEAN,
+    "LoRA 16, bfloat16, recompute": dict(lora_rank=16, weights="bfloat16", recompute=True),
+}
+
+
+def memory_cases(cfg, found, folder):
+    def measure(fields):
+        fields = fields | dict(gradient_accumulation_steps=2)
+        text, _, _ = run_process(script(
+            "train.py", dry_run=True, init_from=folder / "hf", dataset=folder / "data",
+            out_dir=folder / "out", batch_size=cfg.batch_size, block_size=cfg.block_size,
+            device=cfg.device, dtype=cfg.dtype, **fields))
+        number, unit = re.search(r"at its peak: ([\d.]+) (\w+)", text).groups()
+        predicted = float(number) * {"GB": 1e9, "MB": 1e6}[unit]
+        if "does not fit" in text:
+            return {"predicted": predicted}
+        found = train_ours(cfg, folder, **fields)
+        return found | {"predicted": predicted, "predicted/memory": predicted / found["memory"]}
+
+    return {name: partial(measure, fields) for name, fields in SETTINGS.items()
+            if fields.get("optimizer") != "adamw8bit" or importlib.util.find_spec("torchao")}
+
+
+CASES = {"train": train_cases, "sample": sample_cases, "load": load_cases, "memory": memory_cases}
+
+
+# -----------------------------------------------------------------------------
+# the table
+
+def measure(cases, repeats):
+    """{case: {column: [numbers]}}: the cases in turn, as often as asked. One that fails is told,
+    and left out."""
+    results = {}
+    with tqdm(total=repeats * len(cases), leave=False, disable=None) as bar:
+        for _ in range(repeats):
+            for name, case in cases.items():
+                bar.set_description(name)
+                try:
+                    for column, value in case().items():
+                        results.setdefault(name, {}).setdefault(column, []).append(value)
+                except ValueError as e:
+                    tqdm.write(f"{name}: {e}")
+                bar.update()
+    return results
+
+
+def spell(column, values):
+    """The median of a column's numbers, and their range where it is not one number."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    scale, unit, digits = {"memory": (1e9, " GB", 2), "predicted": (1e9, " GB", 2),
+                           "size": (1e6, " MB", 0), "tok/s": (1, "", 1)}.get(column, (1, "", 2))
+    low, middle, high = (f"{f(values) / scale:,.{digits}f}" for f in (min, statistics.median, max))
+    return middle + unit + ("" if low == high else f" ({low} to {high})")
+
+
+def ratio(results, name, column):
+    """How many times as good the first case, ours, is in a column: of medians."""
+    ours, theirs = (statistics.median(results[n][column]) for n in (next(iter(results)), name))
+    return ours / theirs if column == "tok/s" else theirs / ours
+
+
+def table(results, peak_flops=None):
+    """The results as a markdown table; the last column compares the first case with each."""
+    columns = list(dict.fromkeys(c for found in results.values() for c in found))
+    first = results[next(iter(results))]
+    judged = next((c for c in ("tok/s", "seconds") if c in first), None)
+    head = ["", *columns, *(["MFU"] if peak_flops else []), *(["ours is"] if judged else [])]
+    rows = [head, ["---"] * len(head)]
+    for name, found in results.items():
+        row = [name, *(spell(c, found.get(c, [])) for c in columns)]
+        if peak_flops:
+            row.append(f"{statistics.median(found['tok/s']) / peak_flops:.0%}")
+        if judged:
+            row.append(f"{ratio(results, name, judged):.2f}x" if judged in found else "")
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
+                     for row in rows)
+
+
+def flops_per_token(cfg):
+    """6 N + 12 L C T, as GPT.flops_per_token()."""
+    n_layer, _, C = SHAPES[cfg.model]
+    n = n_layer * (12 * C * C + 13 * C) + 2 * C + 50257 * C
+    return 6 * n + 12 * n_layer * C * cfg.block_size
+
+
+def check_config(mode, cfg):
+    if mode not in CASES:
+        raise ValueError(f"bench.py {mode}: what to measure is one of {', '.join(CASES)}")
+    if cfg.model not in SHAPES:
+        raise ValueError(f"--model={cfg.model}: use {', '.join(SHAPES)}")
+    if cfg.against not in ("transformers", "none") and not Path(cfg.against, "train.py").is_file():
+        raise ValueError(f"--against={cfg.against}: use transformers, none, or the path of a "
+                         "nanoGPT checkout")
+    if (cfg.against == "transformers" or mode == "load") and mode != "memory" and (
+            importlib.util.find_spec("transformers") is None):
+        raise ValueError("bench.py compares with transformers: pip install -r "
+                         "requirements-dev.txt, or leave it out by --against=none")
+    if cfg.exported and importlib.util.find_spec("onnxruntime") is None:
+        raise ValueError("--exported=True needs onnxruntime: pip install -r "
+                         "requirements-export.txt")
+
+
+def main(argv):
+    if argv[:1] == ["worker"]:
+        options = json.loads(argv[1])
+        print(json.dumps(WORKERS[options.pop("task")](**options)))
+        return
+    mode = argv[0] if argv and not argv[0].startswith("-") else "train"
+    cfg = configure(Config, argv[argv[:1] == [mode]:])
+    check_config(mode, cfg)
+    found = last_json(run_process(worker("machine", device=cfg.device, dtype=cfg.dtype))[0])
+    cfg.device = found["device"]
+    print(f"{mode}: {cfg.model}, on {found['name']}, torch {found['torch']}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        run_process(worker("make_folders", folder=str(folder), model=cfg.model,
+                           block_size=cfg.block_size,
+                           dtype="bfloat16" if mode == "memory" else "float32"))
+        results = measure(CASES[mode](cfg, found, folder), cfg.repeats)
+    peak = found["peak"] / flops_per_token(cfg) if mode == "train" else None
+    print(table(results, peak))
+    Path(cfg.out).write_text(json.dumps({
+        "mode": mode, "config": asdict(cfg), "machine": found, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    from distributed import run
+    run(main)

@@ -1,0 +1,108 @@
+"""bench.py: its cases run, and measure what they say; the figures are nobody's promise."""
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import run_script
+
+import bench
+from checkpoint import load_model
+from model import GPT, GPTConfig
+
+TINY = bench.Config(model="tiny", against="none", repeats=1, steps=1, block_size=32, device="cpu",
+                    max_new_tokens=5)
+FOUND = {"dtype": "float32", "dtypes": ["float32"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench")
+    bench.make_folders(str(path), "tiny", 32, "float32", tokens=2000)
+    return path
+
+
+def test_flops_are_the_models(monkeypatch):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=50257, n_layer=24, n_head=16, n_embd=1024))
+    assert bench.flops_per_token(replace(TINY, model="gpt2-medium", block_size=1024)) == (
+        model.flops_per_token())
+
+
+def test_both_ways_of_loading_give_one_model(folder, monkeypatch):
+    pytest.importorskip("transformers")
+    made = []
+    monkeypatch.setattr(bench, "timed_load", lambda load: made.append(load()))
+    bench.load_ours(str(folder))
+    bench.load_by_copy(str(folder))
+    ours, copied = made[0][0].state_dict(), made[1].state_dict()
+    assert all(torch.equal(tensor, copied[name]) for name, tensor in ours.items())
+
+
+def test_the_rivals_train_and_sample(folder):
+    pytest.importorskip("transformers")
+    found = bench.train_transformers(str(folder), 2, 16, 1, "cpu", "float32", compiled=False)
+    assert found["tok/s"] > 0
+    found = bench.sample_transformers(str(folder), 2, 4, "cpu", "float32", compiled=False)
+    assert found["tok/s"] > 0
+
+
+def test_a_loads_figures(folder):
+    found = bench.timed_load(lambda: load_model(str(folder / "hf")))
+    assert found["seconds"] > 0 and found["memory/weights"] >= 0
+
+
+def test_our_training_is_train_pys(folder):
+    found = bench.train_ours(TINY, folder)
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    first = [json.loads(line) for line in lines if '"iter"' in line][bench.WARM_UP]
+    assert found == {"tok/s": first["tok_s"], "memory": first["memory"]}
+    assert first["memory"] > 1e8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "sample", "sample --exported=True", "load", "memory"])
+def test_a_whole_mode(mode, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    fields = ["--model=tiny", "--repeats=2", "--steps=1", "--block_size=32", "--max_new_tokens=5",
+              "--compile_rival=False", f"--out={tmp_path / 'bench.json'}"]
+    status, out, err = run_script(monkeypatch, capsys, bench.main, [*mode.split(), *fields])
+    assert status == 0, err
+    assert re.search(r"^\| (nanotune|PyTorch|float32)", out, re.MULTILINE)
+    results = json.loads((tmp_path / "bench.json").read_text())["results"]
+    for found in results.values():
+        assert all(len(values) == 2 for values in found.values())
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["nonsense"], "train, sample, load, memory"), (["train", "--model=gpt3"], "--model=gpt3"),
+    (["sample", "--against=nowhere"], "--against=nowhere")])
+def test_bad_input_is_one_line(argv, said, monkeypatch, capsys):
+    status, _, err = run_script(monkeypatch, capsys, bench.main, argv)
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_a_case_that_fails_is_told_and_left_out(capsys):
+    def broken():
+        raise ValueError("no such thing")
+    cases = {"ours": lambda: {"tok/s": 3.0}, "theirs": broken}
+    assert bench.measure(cases, 2) == {"ours": {"tok/s": [3.0, 3.0]}}
+    assert "theirs: no such thing" in capsys.readouterr().out
+
+
+def test_the_table():
+    results = {"ours": {"tok/s": [90.0, 110.0, 100.0], "memory": [2e9]},
+               "theirs": {"tok/s": [50.0, 50.0], "memory": [None]}}
+    told = bench.table(results, peak_flops=200.0)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines()]
+    assert rows[0] == ["", "tok/s", "memory", "MFU", "ours is"]
+    assert rows[2] == ["ours", "100.0 (90.0 to 110.0)", "2.00 GB", "50%", "1.00x"]
+    assert rows[3] == ["theirs", "50.0", "-", "25%", "2.00x"]
+
+
+def test_a_process_that_fails_says_its_last_line(tmp_path):
+    (tmp_path / "bad.py").write_text("print('first')\nraise SystemExit('the reason')\n")
+    with pytest.raises(ValueError, match=r"bad\.py failed: the reason"):
+        bench.run_process([bench.sys.executable, tmp_path / "bad.py"])
