@@ -93,7 +93,9 @@ class RoundedAdamW(torch.optim.Optimizer):
 
 def check_8bit(device):
     """Raises ValueError where torchao is missing, or what compiles its update to machine code."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # GPU kernels that a CPU cannot load
+    # GPU kernels that a CPU cannot load; what torchao still does in torch's old way
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import torchao.optim  # noqa: F401
     except ImportError as e:

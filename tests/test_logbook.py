@@ -24,11 +24,11 @@ def lines(folder):
 
 
 def test_an_iteration_is_nanogpts_line(tmp_path, log, capsys):
-    log.iteration(5, 2.34567, 3e-5, 0.1234, 4096, 0.4321)
+    log.iteration(5, 2.34567, 3e-5, 0.1234, 4096, 0.4321, memory=2**20)
     assert capsys.readouterr().out == (
         "iter 5: loss 2.3457, time 123.40ms, tok/s 33,193, mfu 43.21%\n")
     assert lines(tmp_path) == [{"iter": 5, "loss": 2.34567, "lr": 3e-5, "ms": 123.4,
-                                "tok_s": 33192.9, "mfu": 0.4321}]
+                                "tok_s": 33192.9, "mfu": 0.4321, "memory": 2**20}]
 
 
 def test_mfu_is_left_out_where_the_peak_is_not_known(tmp_path, log, capsys):

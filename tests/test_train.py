@@ -517,8 +517,8 @@ def test_the_files_and_lines_of_a_run(dataset, out, capsys):
     entries = read_metrics(out)
     assert [entry.get("step", entry.get("iter")) for entry in entries] == [0, 0, 1, 2, 3, 3, 4]
     assert entries[0].keys() == {"step", "train_loss", "val_loss"}
-    assert entries[1].keys() == {"iter", "loss", "lr", "ms", "tok_s", "mfu"}
-    assert entries[1]["lr"] == pytest.approx(1e-2)
+    assert entries[1].keys() == {"iter", "loss", "lr", "ms", "tok_s", "mfu", "memory"}
+    assert entries[1]["lr"] == pytest.approx(1e-2) and entries[1]["memory"] > 1e8
     assert all(entry["ms"] > 0 and entry["tok_s"] > 0 and 0 <= entry["mfu"] < 1
                for entry in entries if "iter" in entry)
     first = entries[0]

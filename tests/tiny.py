@@ -70,7 +70,7 @@ def read_metrics(out_dir):
 
 def losses(out_dir):
     """What a run computed and a resumed one must compute again, times left out."""
-    return [{k: v for k, v in entry.items() if k not in ("ms", "tok_s", "mfu")}
+    return [{k: v for k, v in entry.items() if k not in ("ms", "tok_s", "mfu", "memory")}
             for entry in read_metrics(out_dir)]
 
 
