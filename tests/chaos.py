@@ -197,7 +197,8 @@ def resumed(argv):
     found, err = [], io.StringIO()
     with (mock.patch.object(train, "evaluate_splits", lambda r: found.append(r) or [1.0, 1.0]),
           mock.patch.object(sys, "argv", ["train.py", *argv]),
-          contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO())):
+          contextlib.redirect_stderr(err),
+          contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO()))):
         try:
             run(train.main)
             status = 0
