@@ -6,6 +6,7 @@
 A state that is damaged, or of another run, is passed over for the one before. A run.json that
 still says "running" when a run is resumed was left by one that had no time for a last word.
 """
+import contextlib
 import json
 import math
 import os
@@ -253,15 +254,17 @@ def read_run_file(out_dir):
 
 
 def write_run_file(out_dir, progress, status, saved_step=None):
-    """status: running, done, stopped (by a signal), failed (with a message). A full disk loses no
-    more than the hints that this file gives."""
+    """status: running, done, stopped (by a signal), failed (with a message). On a full disk it is
+    written over the old one, whose room it has: at worst the hints that it gives are lost."""
     data = {"run_id": progress.run_id, "status": status, "pid": os.getpid(),
             "host": socket.gethostname(), "saved_step": saved_step}
+    path, content = Path(out_dir) / RUN_FILE, json.dumps(data).encode()
     try:
-        checkpoint.write_atomic(Path(out_dir) / RUN_FILE,
-                                lambda f: f.write(json.dumps(data).encode()))
-    except ValueError:
-        return
+        checkpoint.write_atomic(path, lambda f: f.write(content))
+    except checkpoint.WriteError:
+        with contextlib.suppress(OSError), open(path, "r+b") as f:
+            f.write(content)
+            f.truncate()
 
 
 def begin(out_dir, start):
