@@ -229,7 +229,8 @@ def tell_losses(start, reasons, last, reached):
         again = f": steps {step} to {reached} are done again" if reached > step else ""
         yield (f"the last run (process {last.get('pid')} on {last.get('host')}) ended without a "
                "word: killed from outside, as the system does when memory runs out (try a lower "
-               f"--batch_size), or the machine went down; going on from step {step}{again}")
+               "--batch_size), or the machine went down, or the disk took nothing more; going on "
+               f"from step {step}{again}")
 
 
 def reached_step(out_dir):
