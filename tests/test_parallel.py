@@ -138,7 +138,7 @@ def test_fsdp_shares_the_state_out(tmp_path, dataset, fields):
     """Odd sizes do not halve evenly, and each moment has its step: hence a little off a half."""
     argv = arguments(dataset, tmp_path / "out", **FIELDS | dict(
         parallel="fsdp", max_iters=1) | fields)
-    statuses, said = run_ranks(2, argv, tmp_path / "log", say_bytes)
+    statuses, said = run_ranks(2, argv, tmp_path / "log", say_bytes, seconds=250)
     assert statuses == [0, 0], said
     lines = [line for line in said.splitlines() if line.startswith(("fsdp:", "held"))]
     print("", *lines, sep="\n")
