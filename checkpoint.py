@@ -58,8 +58,9 @@ def write_atomic(path, write, keep=1):
             sync_folder(os.path.dirname(path) or ".")
         finally:  # a second Ctrl-C in the middle leaves no half file either
             Path(temporary).unlink(missing_ok=True)
-    except (OSError, RuntimeError) as e:  # RuntimeError: torch's zip writer on a full disk
-        raise WriteError(f"cannot write {path} ({getattr(e, 'strerror', None) or first_line(e)}); "
+    except (OSError, RuntimeError) as e:  # RuntimeError: torch's zip writer, over an OSError
+        reasons = [getattr(error, "strerror", None) for error in (e, e.__context__)]
+        raise WriteError(f"cannot write {path} ({next(filter(None, reasons), first_line(e))}); "
                          "what stood there before is untouched: free space or choose another "
                          "--out_dir") from e
 

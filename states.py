@@ -6,6 +6,7 @@
 A state that is damaged, or of another run, is passed over for the one before. A run.json that
 still says "running" when a run is resumed was left by one that had no time for a last word.
 """
+import contextlib
 import json
 import math
 import os
@@ -228,7 +229,8 @@ def tell_losses(start, reasons, last, reached):
         again = f": steps {step} to {reached} are done again" if reached > step else ""
         yield (f"the last run (process {last.get('pid')} on {last.get('host')}) ended without a "
                "word: killed from outside, as the system does when memory runs out (try a lower "
-               f"--batch_size), or the machine went down; going on from step {step}{again}")
+               "--batch_size), or the machine went down, or the disk took nothing more; going on "
+               f"from step {step}{again}")
 
 
 def reached_step(out_dir):
@@ -253,15 +255,17 @@ def read_run_file(out_dir):
 
 
 def write_run_file(out_dir, progress, status, saved_step=None):
-    """status: running, done, stopped (by a signal), failed (with a message). A full disk loses no
-    more than the hints that this file gives."""
+    """status: running, done, stopped (by a signal), failed (with a message). On a full disk it is
+    written over the old one, whose room it has: at worst the hints that it gives are lost."""
     data = {"run_id": progress.run_id, "status": status, "pid": os.getpid(),
             "host": socket.gethostname(), "saved_step": saved_step}
+    path, content = Path(out_dir) / RUN_FILE, json.dumps(data).encode()
     try:
-        checkpoint.write_atomic(Path(out_dir) / RUN_FILE,
-                                lambda f: f.write(json.dumps(data).encode()))
-    except ValueError:
-        return
+        checkpoint.write_atomic(path, lambda f: f.write(content))
+    except checkpoint.WriteError:
+        with contextlib.suppress(OSError), open(path, "r+b") as f:
+            f.write(content)
+            f.truncate()
 
 
 def begin(out_dir, start):

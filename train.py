@@ -605,7 +605,8 @@ def main(argv):
     finally:
         r.log.close(status)
         if main_rank:
-            states.write_run_file(cfg.out_dir, p, ended, r.tried_step)
+            states.write_run_file(cfg.out_dir, p, ended, (
+                None if r.not_saved.get(checkpoint.STATE_FILE) else r.tried_step))
     distributed.barrier()
     sys.exit(status)
 

@@ -60,6 +60,15 @@ def same(a, b):
                     for name, state in one["optimizer"].items() for key in state))
 
 
+def unhurried(rank):
+    """Each step takes 10 ms more: or a run gets to its end before it was killed that often."""
+    def forward_backward(r, step):
+        time.sleep(0.01)
+        return real(r, step)
+
+    real, train.forward_backward = train.forward_backward, forward_backward
+
+
 def wait_for(moment, job, out, step, rng):
     """Returns at a moment of the kind; False where the run ended before."""
     if moment == "start":
@@ -83,15 +92,15 @@ def spoil_newest(out, rng):
 
 def campaign(parallel, kills, folder, dataset, rng):
     """Kills a run that often, lets it end, compares; returns the counts."""
-    fields = dict(parallel=parallel, max_iters=4 * kills + 20, eval_interval=20, save_interval=2,
-                  n_embd=32, timeout=60, lr_decay_iters=4 * kills + 20)
+    fields = dict(parallel=parallel, max_iters=6 * kills + 20, eval_interval=20, save_interval=2,
+                  n_embd=32, timeout=60, lr_decay_iters=6 * kills + 20)
     whole, out = folder / f"{parallel}-whole", folder / f"{parallel}-killed"
     statuses, said = run_ranks(RANKS, arguments(dataset, whole, **fields), folder / "log",
                                seconds=600)
     assert statuses == [0] * RANKS, said
     count, argv = Counter(), arguments(dataset, out, **fields, auto_resume=True)
     while True:
-        job = Job(RANKS, argv, folder / "log")
+        job = Job(RANKS, argv, folder / "log", unhurried)
         if count["kills"] == kills:
             assert job.wait(600) == [0] * RANKS, job.said()
             read_log(job.said(0), count)
@@ -197,7 +206,8 @@ def resumed(argv):
     found, err = [], io.StringIO()
     with (mock.patch.object(train, "evaluate_splits", lambda r: found.append(r) or [1.0, 1.0]),
           mock.patch.object(sys, "argv", ["train.py", *argv]),
-          contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO())):
+          contextlib.redirect_stderr(err),
+          contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO()))):
         try:
             run(train.main)
             status = 0

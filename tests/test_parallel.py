@@ -22,10 +22,10 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(dataset, tmp_path_factory):
     """make(name, size, **fields) is the out_dir of a run on so many ranks, which ended well."""
-    def run(name, size, hook=None, **fields):
+    def run(name, size, seconds=120, **fields):
         out = tmp_path_factory.getbasetemp() / "parallel" / name
         argv = arguments(dataset, out, **FIELDS | fields)
-        statuses, said = run_ranks(size, argv, out.with_suffix(f".log{size}"), hook)
+        statuses, said = run_ranks(size, argv, out.with_suffix(f".log{size}"), seconds=seconds)
         assert statuses == [0] * size, said
         return out
     return run
@@ -93,13 +93,18 @@ def test_a_run_goes_on_with_other_processes(make, one, first, then):
     assert_same_state(out, one, atol=1e-4)
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_two_ranks_resume_exactly(make, parallel):
-    """Bitwise, with dropout."""
-    fields = dict(parallel=parallel, dropout=0.1, lr_decay_iters=6)
-    whole = make(f"{parallel}-whole", 2, **fields)
-    make(f"{parallel}-parts", 2, **fields, max_iters=2)
-    parts = make(f"{parallel}-parts", 2, **fields, init_from="resume")
+@pytest.mark.parametrize("size, parallel, dtype", [
+    (2, "fsdp", "float32"),
+    *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (
+        (2, "ddp", "float32"), (1, "ddp", "bfloat16"), (2, "ddp", "bfloat16"),
+        (2, "fsdp", "bfloat16"), (1, "ddp", "float16"), (2, "ddp", "float16")))])
+def test_it_resumes_exactly(make, size, parallel, dtype):
+    """Bitwise, with dropout, whatever it computes in."""
+    fields = dict(parallel=parallel, dtype=dtype, dropout=0.1, lr_decay_iters=6)
+    name = f"{parallel}-{size}-{dtype}"
+    whole = make(f"{name}-whole", size, **fields)
+    make(f"{name}-parts", size, **fields, max_iters=2)
+    parts = make(f"{name}-parts", size, **fields, init_from="resume")
     assert_same_state(whole, parts)
 
 
@@ -127,13 +132,17 @@ def say_bytes(rank):
     original, train.update = train.update, update
 
 
-def test_fsdp_shares_the_state_out(make, tmp_path, dataset):
+@pytest.mark.parametrize("fields", [
+    dict(n_embd=32), pytest.param(dict(n_layer=12, n_head=12, n_embd=768), marks=pytest.mark.slow)])
+def test_fsdp_shares_the_state_out(tmp_path, dataset, fields):
     """Odd sizes do not halve evenly, and each moment has its step: hence a little off a half."""
     argv = arguments(dataset, tmp_path / "out", **FIELDS | dict(
-        parallel="fsdp", max_iters=1, n_embd=32))
-    statuses, said = run_ranks(2, argv, tmp_path / "log", say_bytes)
+        parallel="fsdp", max_iters=1) | fields)
+    statuses, said = run_ranks(2, argv, tmp_path / "log", say_bytes, seconds=250)
     assert statuses == [0, 0], said
-    held = [line.split() for line in said.splitlines() if line.startswith("held")]
+    lines = [line for line in said.splitlines() if line.startswith(("fsdp:", "held"))]
+    print("", *lines, sep="\n")
+    held = [line.split() for line in lines if line.startswith("held")]
     assert len(held) == 2
     for _, local, _, whole in held:
         assert 0.45 < int(local) / int(whole) < 0.55
@@ -163,11 +172,25 @@ def test_fsdp_samples_and_keeps_the_best(make):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_fsdp_compiles_to_tolerance(make):
-    fields = dict(parallel="fsdp", n_layer=1, max_iters=3)
-    assert_same_curve(make("fsdp-compiled", 2, **fields, compile=True),
-                      make("fsdp-eager", 2, **fields), atol=1e-3)
+@pytest.mark.timeout(900)  # compiling on a CPU takes a minute or two
+@pytest.mark.parametrize("size, fields, plain, atol", [
+    (2, dict(parallel="fsdp", recompute=True), dict(parallel="fsdp"), 0),
+    (2, dict(recompute=True), {}, 0),
+    (2, dict(dtype="float16"), {}, 1e-2),
+    (1, dict(compile=True), {}, 1e-3),
+    (2, dict(compile=True), {}, 1e-3),
+    (2, dict(parallel="fsdp", compile=True), dict(parallel="fsdp"), 1e-3),
+    (1, dict(compile=True, recompute=True), {}, 1e-3),
+    (1, dict(compile=True, dtype="bfloat16", weights="bfloat16"),
+     dict(dtype="bfloat16", weights="bfloat16"), 0.02)])
+def test_fields_that_go_together(make, size, fields, plain, atol):
+    """The cells of DESIGN.md's table that no other test covers, against the run without."""
+    few = dict(n_layer=1, max_iters=3)
+    name = "-".join([str(size), *(f"{name}={value}" for name, value in fields.items())])
+    out = make(name, size, seconds=600, **few, **fields)
+    said = out.with_suffix(f".log{size}").joinpath("rank0.log").read_text()
+    assert ("compiled" in said) == ("compile" in fields)
+    assert_same_curve(out, make(f"{name}-plain", size, **few, **plain), atol=atol)
 
 
 # -----------------------------------------------------------------------------

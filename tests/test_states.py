@@ -312,6 +312,37 @@ def test_a_disk_that_fails_to_the_end_is_an_error(dataset, tmp_path, monkeypatch
     assert step_of(out / name) == 0
 
 
+def test_how_a_run_ended_is_told_on_a_full_disk_too(dataset, tmp_path, monkeypatch, capsys):
+    """run.json is written over where a new file has no room."""
+    out, full = tmp_path / "out", OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        failing_fsync(patch, "run.json", range(1, 99), full)
+        assert resume(patch, capsys, dataset, out, init_from="scratch")[0] == 0
+    last = states.read_run_file(out)
+    assert (last["status"], last["saved_step"]) == ("done", 6)
+    with monkeypatch.context() as patch:
+        for name in ("run.json", "state.pt"):
+            failing_fsync(patch, name, range(1 if name == "run.json" else 0, 99), full)
+        assert resume(patch, capsys, dataset, out, max_iters=9)[0] == 1
+    last = states.read_run_file(out)
+    assert (last["status"], last["saved_step"]) == ("failed", None)
+    assert "without a word" not in resume(monkeypatch, capsys, dataset, out, max_iters=9)[1]
+
+
+def test_a_full_disk_is_told_in_the_systems_words(tmp_path):
+    """torch's zip writer raises a RuntimeError of its own over what the file raised."""
+    class Full:
+        def __init__(self, f):
+            self.f = f
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(checkpoint.WriteError, match=r"state\.pt \(No space left on device\)"):
+        checkpoint.write_atomic(tmp_path / "state.pt", lambda f: torch.save(
+            {"a": torch.ones(9)}, Full(f)))
+
+
 def test_a_best_model_that_was_not_written_is_not_the_best(dataset, tmp_path, monkeypatch):
     """Evaluations 3.0, 2.0 (not written), 2.5: the last is the best that there is on disk."""
     pairs = iter([(3.0, 3.0), (2.0, 2.0), (2.5, 2.5)])
