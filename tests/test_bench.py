@@ -1,6 +1,8 @@
 """bench.py: its cases run, and measure what they say; the figures are nobody's promise."""
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -105,4 +107,14 @@ def test_the_table():
 def test_a_process_that_fails_says_its_last_line(tmp_path):
     (tmp_path / "bad.py").write_text("print('first')\nraise SystemExit('the reason')\n")
     with pytest.raises(ValueError, match=r"bad\.py failed: the reason"):
-        bench.run_process([bench.sys.executable, tmp_path / "bad.py"])
+        bench.run_process([sys.executable, tmp_path / "bad.py"])
+
+
+def test_nothing_heavier_than_torch_is_imported_before_it_is_used():
+    heavy = {"transformers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tiktoken", "tokenizers",
+             "torchao", "tensorflow", "wandb", "pandas", "safetensors", "huggingface_hub"}
+    code = ("import sys, train, sample, evaluate, export, import_tf, bench\n"
+            "print(*{name.partition('.')[0] for name in sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=bench.ROOT, capture_output=True,
+                          text=True, check=True)
+    assert not heavy & set(done.stdout.split())
