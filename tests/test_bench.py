@@ -111,8 +111,8 @@ def test_a_process_that_fails_says_its_last_line(tmp_path):
 
 
 def test_nothing_heavier_than_torch_is_imported_before_it_is_used():
-    heavy = {"transformers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tiktoken", "tokenizers",
-             "torchao", "tensorflow", "wandb", "pandas", "safetensors", "huggingface_hub"}
+    heavy = {"transformers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tiktoken", "wandb",
+             "tokenizers", "torchao", "tensorflow", "pandas", "safetensors", "huggingface_hub"}
     code = ("import sys, train, sample, evaluate, export, import_tf, bench\n"
             "print(*{name.partition('.')[0] for name in sys.modules})")
     done = subprocess.run([sys.executable, "-c", code], cwd=bench.ROOT, capture_output=True,
