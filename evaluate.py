@@ -25,6 +25,7 @@ from checkpoint import load_model, write_atomic
 from configurator import configure
 from distributed import join, pick_dtype, read_world, run, sum_over_ranks
 from loader import IGNORED, TokenBin, dataset_folder, open_tokens
+from packing import pack
 from tokenizer import check_same, of_dataset
 
 
@@ -234,6 +235,7 @@ def main(argv):
     of_data = tokenizer if cfg.input is not None else of_dataset(folder)
     check_same(tokenizer, of_data, source, cfg.input or folder)
     model.eval()
+    pack(model, world.device, dtype)
     join(world)
     with torch.no_grad(), torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
         RUN[cfg.task](cfg, model, tokenizer, source, world)

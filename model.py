@@ -326,7 +326,7 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     def new_cache(self, batch_size, length=None):
-        device = self.lm_head.weight.device
+        device = self.transformer.ln_f.weight.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.stream_dtype
         return KVCache(self.config, batch_size, length, device, dtype)
@@ -422,16 +422,22 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """logits (B, V) -> ids (B,), drawn from what temperature, top_k and top_p leave."""
+    """logits (B, V) -> ids (B,), drawn from what temperature, top_k and top_p leave. A row takes
+    one uniform number, which its cumulated probabilities turn into an id."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    ids = None
     if top_k is not None and top_k < logits.size(-1):
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        logits, ids = logits.topk(top_k)
+    elif top_p is not None and top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    p = (logits / temperature).softmax(-1, dtype=torch.float32)
+    upto = p.cumsum(-1)
     if top_p is not None and top_p < 1:
-        values, order = logits.sort(descending=True)
-        p = values.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # what stands before it holds enough already
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+        p = p.masked_fill(upto - p >= top_p, 0.0)  # what stands before it holds enough already
+        upto = p.cumsum(-1)
+    draw = torch.rand(len(p), 1, device=p.device, generator=generator)
+    # the first whose cumulated probability is above the draw, which rounds to below the whole:
+    draw = draw * (upto[:, -1:] * (1 - 2**-23))  # never one of probability 0
+    column = torch.searchsorted(upto, draw, right=True)
+    return (column if ids is None else ids.gather(-1, column)).squeeze(-1)

@@ -14,6 +14,7 @@ from checkpoint import load_model
 from configurator import configure
 from distributed import pick_compile, pick_device, pick_dtype, run
 from model import stream
+from packing import pack
 from tokenizer import EOT
 
 
@@ -110,6 +111,8 @@ def main(argv):
     model.eval()
     if pick_compile(cfg.compile, device):
         model.compile()
+    else:
+        pack(model, device, dtype)
 
     shown_ids = ids if prompt else []  # an empty prompt's end-of-text is not shown
     writers = [Writer(tokenizer, shown_ids, cfg.stop) for _ in range(cfg.num_samples)]

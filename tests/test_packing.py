@@ -1,0 +1,39 @@
+"""Packed matrices compute what the plain ones do, and where they do not serve nothing changes."""
+import pytest
+import torch
+from conftest import tiny_gpt
+
+import packing
+from model import KVCache, Linear
+
+CPU = torch.device("cpu")
+NEO = dict(local_window=4, attn_scale=1.0, qkv_bias=False)
+
+
+@pytest.mark.skipif(not packing.can_pack(CPU, torch.float32), reason="no oneDNN for this CPU")
+@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
+def test_packed_is_plain(fields):
+    model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
+    with torch.no_grad():
+        whole = model(idx)
+        new = model.generate(idx[:, :5], 30, temperature=0)
+        packing.pack(model, CPU, torch.float32)
+        assert not any(isinstance(module, Linear) for module in model.modules())
+        torch.testing.assert_close(model(idx), whole, atol=1e-4, rtol=1e-4)
+        cache = model.new_cache(2)
+        for part in idx.split([7, 1, 1, 3], dim=1):
+            logits = model(part, cache=cache)
+        torch.testing.assert_close(logits, whole[:, -1], atol=1e-4, rtol=1e-4)
+        assert isinstance(cache, KVCache)
+        assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
+
+
+@pytest.mark.parametrize("why", ["dtype", "device", "processor"])
+def test_where_it_does_not_serve_the_model_stays_as_it_is(why, monkeypatch):
+    if why == "processor":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    model = tiny_gpt(61)
+    before = [type(module) for module in model.modules()]
+    packing.pack(model, torch.device("meta") if why == "device" else CPU,
+                 torch.bfloat16 if why == "dtype" else torch.float32)
+    assert [type(module) for module in model.modules()] == before
