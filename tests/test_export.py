@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TEXT, tiny_json
 from safetensors.torch import load_file
-from tiny import run_script, run_train, write_dataset
+from tiny import REPO, run_script, run_train, write_dataset
 
 import checkpoint
 import export
@@ -164,6 +164,12 @@ def test_the_cards_program_runs_without_torch(make_run, tmp_path):
     wanted = model.generate(idx, 20, temperature=0)[0].tolist()
     assert done.stdout == JSON.tokenizer.decode(wanted) + "\n"
     assert not done.stderr
+
+
+def test_the_readme_shows_the_cards_program():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    card = export.ONNX_USE.format(name="mine-int8", file="model.int8.onnx")
+    assert card.partition("```python\n")[2] in readme
 
 
 # -----------------------------------------------------------------------------
