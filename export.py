@@ -131,7 +131,8 @@ def training_lines(source, facts):
     if not facts:
         return [f"Exported by nanotune from `{Path(source).name}` as it was."]
     config = facts["config"] or {}
-    told = [f"- {name}: {public_name(config[name])}" for name in TOLD
+    adapted = ["lora_rank"] if config.get("lora_rank") else []
+    told = [f"- {name}: {public_name(config[name])}" for name in [*TOLD, *adapted]
             if name in config and config[name] not in ("resume", None)]
     best = facts["best_val_loss"]
     lines = ["## Training", "", f"Trained by nanotune for {facts['iter_num']} iterations.", "",

@@ -286,6 +286,13 @@ class GPT(nn.Module):
         with torch.autocast(device, enabled=False):  # the dtype is said, chunk by chunk
             return HeadLoss.apply(x, self.lm_head.weight, targets, dtype, torch.is_grad_enabled())
 
+    def logits_at(self, idx, where):
+        """idx, where (B, T) -> logits of the positions where it is True, in order, (n, V) float32:
+        yielded some rows at a time, since B x T x V of them would be the largest tensor by far."""
+        x = self.hidden(idx)[where]
+        for rows in x.split(HEAD_ROWS.get(x.device.type, HEAD_ROWS["cuda"])):
+            yield self.lm_head(rows).float()
+
     def num_params(self):
         """The number of parameters, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())

@@ -24,9 +24,10 @@ ALL = 2**31            # logits_to_keep: more than any context
 
 class OnnxCache:
     """What each layer has seen, as onnxruntime's own tensors: they go from a call to the next
-    without a copy. Set pos back to drop what stands behind it."""
+    without a copy. Set pos back to drop what stands behind it. `pad` is as in KVCache; where it is
+    not 0, each row has a cache of its own, in `rows`."""
     def __init__(self):
-        self.pos, self.past, self.pad = 0, None, None
+        self.pos, self.past, self.pad, self.rows = 0, None, None, None
 
     def up_to_pos(self):
         """The past, shorter where pos was set back."""
@@ -62,24 +63,36 @@ class OnnxGPT:
 
     def __call__(self, idx, targets=None, cache=None):
         if cache is not None:
-            if cache.pad is not None and bool(cache.pad.any()):
-                raise ValueError("an .onnx file takes prompts of one length at a time: use "
-                                 "--batch_size=1")
-            logits, cache.past = self.run(idx, cache.up_to_pos(), 1)
-            cache.pos += idx.size(1)
-            return logits[:, -1]
+            return self.last_logits(idx, cache)
         if targets is None:
             return self.run(idx, None, ALL)[0]
-        return sum(F.cross_entropy(self.run(row[None], None, ALL)[0][0], wanted,  # a row's logits
-                                   ignore_index=IGNORED, reduction="sum")         # at a time
-                   for row, wanted in zip(idx, targets))
+        where = targets != IGNORED
+        wanted = [row[marked] for row, marked in zip(targets, where) if marked.any()]
+        return sum(F.cross_entropy(logits, row, reduction="sum")
+                   for logits, row in zip(self.logits_at(idx, where), wanted))
 
-    def hidden(self, idx):
-        """idx (B, T) -> (B, T, V): the graph holds the head, so that lm_head passes these on."""
-        return self.run(idx, None, ALL)[0]
+    def last_logits(self, idx, cache):
+        """(B, V) of idx (B, T) behind what the cache holds, which it is added to."""
+        if cache.pad is not None and bool(cache.pad.any()):  # the graph has no mask for filling:
+            cache.rows = cache.rows or [OnnxCache() for _ in idx]  # each row alone, without it
+            logits = []
+            for row, own, pad in zip(idx, cache.rows, cache.pad.tolist()):
+                own.pos = max(0, cache.pos - pad)
+                logits.append(self.last_logits(row[None, max(0, pad - cache.pos):], own))
+            logits = torch.cat(logits)
+        else:
+            logits, cache.past = self.run(idx, cache.up_to_pos(), 1)
+            logits = logits[:, -1]
+        cache.pos += idx.size(1)
+        return logits
 
-    def lm_head(self, x):
-        return x
+    def logits_at(self, idx, where):
+        """As GPT.logits_at, a row at a time, read to its last such position."""
+        for row, marked in zip(idx, where):
+            at = marked.nonzero()[:, 0].tolist()
+            if at:
+                logits, _ = self.run(row[None, :at[-1] + 1], None, at[-1] + 1 - at[0])
+                yield logits[0, marked[at[0]:at[-1] + 1]]
 
     def new_cache(self, batch_size, length=None):
         return OnnxCache()

@@ -6,8 +6,8 @@
     lambada(model, texts, ...)           the last word of each text
     detokenize_wikitext(text)            WikiText as it was before it was cut into words
 
-Teacher-forced numbers come from the hidden states of the positions that count alone: the logits
-of a whole batch, B x T x V, never exist.
+Teacher-forced numbers come from model.logits_at(), the logits of the positions that count alone:
+a GPT and an exported .onnx file both have it.
 """
 import itertools
 import json
@@ -19,8 +19,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import IGNORED, stream
-
-HEAD_ROWS = 512  # rows of logits held at a time: 512 * V * 4 bytes = 103 MB for GPT-2
 
 # Words that rarely end a sentence: articles, pronouns, prepositions, conjunctions, auxiliaries.
 # Radford et al. 2019, section 3.3, filter such words and do not print their list; this is ours.
@@ -69,11 +67,14 @@ def read_windows(tokens, mask, windows, block_size):
 
 
 @torch.no_grad()
-def target_losses(model, x, targets):
-    """x (N, C) as model.hidden() gives it, targets (N,) -> -log p of each, (N,) float32."""
-    losses = [F.cross_entropy(model.lm_head(x[i:i + HEAD_ROWS]).float(), targets[i:i + HEAD_ROWS],
-                              reduction="none") for i in range(0, len(x), HEAD_ROWS)]
-    return torch.cat(losses) if losses else x.new_zeros(0)
+def target_losses(model, x, y):
+    """x, y (B, T) on the model's device -> -log p of each target that counts, in order, (n,)."""
+    counts = y != IGNORED
+    losses, targets = [y.new_zeros(0, dtype=torch.float32)], y[counts]
+    for logits in model.logits_at(x, counts):
+        losses.append(F.cross_entropy(logits, targets[:len(logits)], reduction="none"))
+        targets = targets[len(logits):]
+    return torch.cat(losses)
 
 
 @torch.no_grad()
@@ -86,8 +87,7 @@ def perplexity_sums(model, tokens, mask, windows, block_size, batch_size, n_byte
     for batch in tqdm(batches[world.rank::world.size], leave=False, disable=not progress):
         x, y = read_windows(tokens, mask, batch, block_size)
         counts = y != IGNORED
-        hidden = model.hidden(x.to(world.device))[counts.to(world.device)]
-        losses = target_losses(model, hidden, y[counts].to(world.device)).double().cpu()
+        losses = target_losses(model, x.to(world.device), y.to(world.device)).double().cpu()
         n = counts.sum(1).double()
         loss = torch.zeros(len(batch), dtype=torch.float64)
         loss.index_add_(0, counts.nonzero()[:, 0], losses)
@@ -281,7 +281,7 @@ def lambada(model, pairs, stop_ids, batch_size, device, progress=False):
             y[row, len(context) - 1:len(rows[i]) - 1] = torch.tensor(word)
         counts = y != IGNORED
         row, targets = counts.nonzero()[:, 0], y[counts]
-        logits = model.lm_head(model.hidden(x.to(device))[counts.to(device)]).float()
+        logits = torch.cat(list(model.logits_at(x.to(device), counts.to(device))))
         batch = torch.tensor(batch)
         loss = F.cross_entropy(logits, targets.to(device), reduction="none").cpu()
         losses[batch] = torch.zeros(len(batch)).index_add_(0, row, loss)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TEXT, tiny_json
 from safetensors.torch import load_file
-from tiny import run_script, run_train, write_dataset
+from tiny import REPO, run_script, run_train, write_dataset
 
 import checkpoint
 import export
@@ -122,6 +122,22 @@ def test_the_card_tells_training_and_losses(tmp_path):
     assert str(tmp_path) not in card
 
 
+@pytest.mark.parametrize("form", ["hf", "onnx"])
+def test_a_lora_run_is_exported_merged(tmp_path, form):
+    dataset = write_dataset(tmp_path / "chars")
+    assert run_train(dataset, tmp_path / "base", max_iters=3) == 0
+    assert run_train(dataset, tmp_path / "out", init_from=tmp_path / "base", lora_rank=2) == 0
+    folder = export_hf(tmp_path / "out", tmp_path / "new", format=form)
+    assert "- lora_rank: 2\n" in (folder / "README.md").read_text(encoding="utf-8")
+    source = folder if form == "hf" else folder / "model.onnx"
+    (base, _), (merged, _), (back, _) = (
+        load_model(str(path), with_onnx=True) for path in (tmp_path / "base", tmp_path / "out",
+                                                           source))
+    idx = torch.arange(12)[None]
+    assert (merged.eval()(idx) - base.eval()(idx)).abs().max() > 0.01
+    torch.testing.assert_close(back.eval()(idx), merged(idx), atol=1e-5, rtol=1e-5)
+
+
 # -----------------------------------------------------------------------------
 # ONNX: tests/test_onnx_model.py has what the graph computes
 
@@ -148,6 +164,12 @@ def test_the_cards_program_runs_without_torch(make_run, tmp_path):
     wanted = model.generate(idx, 20, temperature=0)[0].tolist()
     assert done.stdout == JSON.tokenizer.decode(wanted) + "\n"
     assert not done.stderr
+
+
+def test_the_readme_shows_the_cards_program():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    card = export.ONNX_USE.format(name="mine-int8", file="model.int8.onnx")
+    assert card.partition("```python\n")[2] in readme
 
 
 # -----------------------------------------------------------------------------

@@ -67,18 +67,23 @@ def test_logits_with_and_without_past(make_onnx, fields):
     torch.testing.assert_close(onnx_model(idx[:, :5], cache=cache), wanted[:, 4], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 1)])
 @torch.no_grad()
-def test_tasks_take_it_as_they_take_a_gpt(make_onnx):
-    """Labels of several tokens set the cache back; prompts of several lengths are refused."""
+def test_tasks_take_it_as_they_take_a_gpt(make_onnx, lengths):
+    """Labels of several tokens set the cache back; prompts of several lengths stand flush right;
+    answers outgrow the context."""
     model, onnx_model, _ = make_onnx()
-    prompts, labels = random_ids(3, 9).tolist(), [[1, 2, 3], [4, 5], [6]]
-    ours, theirs = (tasks.score_labels(m, prompts, labels, None, 2, "cpu")
+    prompts = [row[:n] for row, n in zip(random_ids(3, 9).tolist(), lengths)]
+    labels = [[1, 2, 3], [4, 5], [6]]
+    ours, theirs = (tasks.score_labels(m, prompts, labels, None, 3, "cpu")
                     for m in (model, onnx_model))
     torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=0)
-    torch.testing.assert_close(onnx_model.lm_head(onnx_model.hidden(random_ids(2, 8))),
-                               model.lm_head(model.hidden(random_ids(2, 8))), atol=1e-3, rtol=0)
-    with pytest.raises(ValueError, match="--batch_size=1"):
-        tasks.score_labels(onnx_model, [prompts[0], prompts[1][:4]], labels, None, 2, "cpu")
+    ours, theirs = (tasks.answer(m, prompts, 40, None, 61, 3, "cpu") for m in (model, onnx_model))
+    assert ours == theirs
+    pairs = [(prompt, label) for prompt, label in zip(prompts, labels)]
+    for ours, theirs in zip(*(tasks.lambada(m, pairs, [7, 8], 2, "cpu")
+                              for m in (model, onnx_model))):
+        torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=0)
 
 
 @torch.no_grad()

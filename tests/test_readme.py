@@ -23,6 +23,7 @@ TINY = {
                  "--n_embd=16", "--device=cpu", "--overwrite=True"],
     "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
     "evaluate.py": ["--batch_size=16", "--device=cpu"],
+    "export.py": [],
     "data/shakespeare/prepare.py": ["--input=text.txt"],
     "data/text/prepare.py": [],
     "data/python_docs/prepare.py": [],
