@@ -66,7 +66,8 @@ def command(script, *options):
     print("$ " + shlex.join(["python", script, *line[2:]]), flush=True)
     status = subprocess.run(line, cwd=ROOT).returncode
     if status:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped: this experiment, started again with the same arguments, goes on from here",
+              file=sys.stderr)
         sys.exit(status)
 
 
