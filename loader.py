@@ -132,8 +132,9 @@ def open_mask(path, length):
         return None
     size = mask_path.stat().st_size
     if size != length:
-        raise ValueError(f"{mask_path} has {size} entries for the {length} tokens of {path}; "
-                         + how_to_prepare(path))
+        raise ValueError(f"{mask_path} has {size} entries for the {length} tokens of {path}: they "
+                         "are not of one run of prepare.py; run it again, or delete the mask to "
+                         "learn every token")
     return np.memmap(mask_path, dtype=np.uint8, mode="r")
 
 

@@ -36,6 +36,11 @@ yours yourself
 """.split())  # noqa: SIM905
 
 
+def bar(batches, shown):
+    """A progress bar, where it is to be shown and a terminal shows it."""
+    return tqdm(batches, leave=False, disable=None if shown else True)
+
+
 # -----------------------------------------------------------------------------
 # perplexity
 
@@ -84,7 +89,7 @@ def perplexity_sums(model, tokens, mask, windows, block_size, batch_size, n_byte
     l * n, n * n, bytes of the targets. Each sum can be added up over ranks."""
     sums = torch.zeros(7, dtype=torch.float64)
     batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
-    for batch in tqdm(batches[world.rank::world.size], leave=False, disable=not progress):
+    for batch in bar(batches[world.rank::world.size], progress):
         x, y = read_windows(tokens, mask, batch, block_size)
         counts = y != IGNORED
         losses = target_losses(model, x.to(world.device), y.to(world.device)).double().cpu()
@@ -182,7 +187,7 @@ def answer(model, prompts, max_new_tokens, eot, n_vocab, batch_size, device, pro
     """The greedy continuation of each prompt, a list of ids each, without the end-of-text that
     ended it. Batched, and yet what each prompt would get alone, rounding aside."""
     answers = [None] * len(prompts)
-    for batch in tqdm(batches_by_length(prompts, batch_size), leave=False, disable=not progress):
+    for batch in bar(batches_by_length(prompts, batch_size), progress):
         x, pad = flush_right([prompts[i] for i in batch], device)
         new = stream(model, x, max_new_tokens, temperature=0, stop_token=eot, n_vocab=n_vocab,
                      pad=pad)
@@ -203,7 +208,7 @@ def score_labels(model, prompts, labels, eot, batch_size, device, progress=False
         labels = [[*label, eot] for label in labels]
     scores = torch.zeros(len(prompts), len(labels))
     longest = max(map(len, labels))
-    for batch in tqdm(batches_by_length(prompts, batch_size), leave=False, disable=not progress):
+    for batch in bar(batches_by_length(prompts, batch_size), progress):
         x, pad = flush_right([prompts[i] for i in batch], device)
         cache = model.new_cache(len(batch), x.size(1) + longest - 1)
         cache.pad = pad
@@ -272,7 +277,7 @@ def lambada(model, pairs, stop_ids, batch_size, device, progress=False):
     losses = torch.zeros(len(pairs))
     hits, filtered = torch.zeros(len(pairs), dtype=torch.bool), torch.zeros(len(pairs)).bool()
     rows = [context + word for context, word in pairs]
-    for batch in tqdm(batches_by_length(rows, batch_size), leave=False, disable=not progress):
+    for batch in bar(batches_by_length(rows, batch_size), progress):
         x = torch.zeros(len(batch), len(rows[batch[0]]) - 1, dtype=torch.int64)
         y = torch.full_like(x, IGNORED)
         for row, i in enumerate(batch):  # filled at the right, where nothing looks

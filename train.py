@@ -230,7 +230,7 @@ def set_up(cfg, argv):
         raise ValueError("--sample_start is empty; give it at least a character")
     if cfg.separate_documents and tokenizer.eot is None:
         raise ValueError("--separate_documents needs end-of-text between the documents, and "
-                         f"{folder}'s {tokenizer.name} has none; leave it out")
+                         f"{folder} with {tokenizer.name} has none; leave it out")
     start = load_start(cfg, tokenizer, folder) if world.is_main else None
 
     distributed.join(world, cfg.backend, cfg.timeout)

@@ -22,6 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from pretrained import find_pretrained  # noqa: E402
 from tasks import check_sklearn, classification_scores  # noqa: E402
 from tokenizer import GPT2Tokenizer  # noqa: E402
 
@@ -65,7 +66,8 @@ def command(script, *options):
     print("$ " + shlex.join(["python", script, *line[2:]]), flush=True)
     status = subprocess.run(line, cwd=ROOT).returncode
     if status:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped: this experiment, started again with the same arguments, goes on from here",
+              file=sys.stderr)
         sys.exit(status)
 
 
@@ -142,6 +144,9 @@ def main(argv=None):
     if args.input is not None and not args.input.is_file():
         raise ValueError(f"--input={args.input}: no such file")
     check_sklearn()
+    for model in models:  # the last is trained hours after the first
+        if not Path(model).is_dir():
+            find_pretrained(model)
     check_same_experiment(args)
     folders = [prepare(args, seed) for seed in range(args.splits)]
     results = {FLOOR: [floor(folder) for folder in folders]}

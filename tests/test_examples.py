@@ -158,6 +158,11 @@ def test_bad_csv(gpt2, content, message, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_too_few_samples(tmp_path):
+    with pytest.raises(ValueError, match=r"--samples=-5: must be at least 6, one of each label"):
+        prepare("twitter_sentiment", input=tmp_path / "t.csv", out_dir=tmp_path, samples=-5)
+
+
 def test_the_real_tweets(gpt2, shared, tmp_path, capsys):
     path = shared("data/sentiment140/tweets.csv")
     prepare("twitter_sentiment", input=path, out_dir=tmp_path)

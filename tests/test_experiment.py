@@ -79,6 +79,9 @@ def test_it_goes_on_where_it_stopped(experiment, arguments, tmp_path, monkeypatc
         module.main([*arguments, "--samples=50"])
     with pytest.raises(ValueError, match=r"--input=gone.csv: no such file"):
         module.main([*arguments, "--input=gone.csv"])
+    with pytest.raises(ValueError, match=r"cannot be reached for gone/model"):
+        module.main([*arguments, "--models=gone/model"])  # before anything is trained
+    assert commands == []
 
 
 def test_the_table():

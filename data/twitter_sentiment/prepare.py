@@ -113,6 +113,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--block_size", type=int, default=1024,
                    help="longer examples are counted (default: 1024, GPT-2's context)")
     args = p.parse_args(argv)
+    if args.samples < 6:
+        raise ValueError(f"--samples={args.samples}: must be at least 6, one of each label in each "
+                         "split")
     for name in ("test_fraction", "val_fraction"):
         fetch.check_fraction(name, getattr(args, name))
     return args
