@@ -567,9 +567,11 @@ def tell_end(r):
 
 
 def finish(r, status):
-    """The state of the last step, if it is not on disk yet. Raises ValueError where it, or the
-    model, could not be written."""
+    """The state of the last step, and where ckpt.pt is the latest that too, if they are not on
+    disk yet. Raises ValueError where one could not be written."""
     if r.tried_step != r.progress.step:
+        if r.cfg.always_save_checkpoint and r.progress.evaluated != r.progress.step:
+            save(r, checkpoint.MODEL_FILE)
         save(r, checkpoint.STATE_FILE)
     for error in filter(None, r.not_saved.values()):
         raise ValueError(error)

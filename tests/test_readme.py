@@ -66,7 +66,7 @@ def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf):
     (tmp_path / "my_texts").mkdir()
     for path, text in FILES.items():
         (tmp_path / path).write_text(text, encoding="utf-8")
-    model = hf_model(vocab_size=50257, n_embd=8, n_positions=64)
+    model = hf_model(vocab_size=50257, n_embd=16, n_positions=64)  # 16: what int8 takes
     for name in NAMES:
         write_hf(model, name=name)
     monkeypatch.chdir(tmp_path)
