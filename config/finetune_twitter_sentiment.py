@@ -8,11 +8,11 @@ dataset = "twitter_sentiment"
 init_from = "gpt2"  # or EleutherAI/gpt-neo-125m
 always_save_checkpoint = False  # the best by validation loss; the test set takes no part
 
-# 8 samples x 256 tokens = 2,048 tokens a step, some 77 tweets of about 27 tokens
+# 4 samples x 512 tokens = 2,048 tokens a step, some 77 tweets of about 27 tokens
 # 237,757 tokens of 8,956 tweets: 1 epoch = 116 steps
-batch_size = 8
+batch_size = 4
 gradient_accumulation_steps = 1
-block_size = 256
+block_size = 512  # a window's edge cuts 1 tweet of 20 here, of 10 at 256
 max_iters = 348  # 3 epochs
 
 separate_documents = True  # a tweet has nothing to learn from the tweet before it
@@ -20,3 +20,5 @@ separate_documents = True  # a tweet has nothing to learn from the tweet before 
 learning_rate = 5e-5
 warmup_iters = 35
 dropout = 0.1
+beta2 = 0.999     # two answer tokens in 27 make a noisy gradient: average over more steps
+weight_decay = 0.01

@@ -99,7 +99,8 @@ def test_any_step_will_do(whole, out, monkeypatch, first):
     with monkeypatch.context() as patch:
         at_step(patch, first - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run_train(dataset, out, **FIELDS) == 143
-    assert checkpoint.load(out / "state.pt")["iter_num"] == first
+    for name in ("state.pt", "ckpt.pt"):
+        assert checkpoint.load(out / name)["iter_num"] == first
     assert run_train(dataset, out, init_from="resume", **FIELDS) == 0
     assert_same_run(out, expected)
 
