@@ -39,7 +39,7 @@ test-slow: .venv/.tests
 	$(PY) -m pytest -q -m slow
 
 chaos: .venv/.tests
-	PYTHONPATH=. $(PY) tests/chaos.py
+	PYTHONPATH=. PYTHONWARNINGS=ignore::UserWarning:multiprocessing.resource_tracker $(PY) tests/chaos.py
 
 bench: .venv/.tests
 	$(PY) bench.py train --repeats=1 --compile_rival=False $(ARGS)
