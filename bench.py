@@ -61,13 +61,13 @@ class Config:
 # -----------------------------------------------------------------------------
 # processes
 
-def run_process(argv, until=None):
+def run_process(argv, until=None, cwd=ROOT):
     """Runs a command; returns (what it printed, seconds, most resident bytes). `until()` true ends
     it from outside. Raises ValueError with its last line where it fails."""
     with tempfile.TemporaryFile("w+") as out:
         began = time.perf_counter()
         child = subprocess.Popen(list(map(str, argv)), stdout=out, stderr=subprocess.STDOUT,
-                                 cwd=ROOT)
+                                 cwd=cwd)
         ended = False
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
@@ -133,9 +133,8 @@ def train_nanogpt(cfg, folder, compiled):
                   eval_interval=10**6, log_interval=1, batch_size=cfg.batch_size, compile=compiled,
                   block_size=cfg.block_size, gradient_accumulation_steps=1,
                   max_iters=WARM_UP + cfg.steps)
-    argv = [sys.executable, Path(cfg.against, "train.py").resolve(),
-            *(f"--{k}={v}" for k, v in fields.items())]
-    text, _, rss = run_process(["env", "-C", cfg.against, *argv])
+    path = Path(cfg.against, "train.py").resolve()
+    text, _, rss = run_process(script(path, **fields), cwd=path.parent)
     ms = [float(m) for m in re.findall(r"time ([\d.]+)ms", text)][WARM_UP:]
     return {"tok/s": cfg.batch_size * cfg.block_size / statistics.median(ms) * 1e3,
             "memory": None if on_gpu(cfg) else rss}

@@ -15,7 +15,6 @@ from model import GPT, GPTConfig
 
 TINY = bench.Config(model="tiny", against="none", repeats=1, steps=1, block_size=32, device="cpu",
                     max_new_tokens=5)
-FOUND = {"dtype": "float32", "dtypes": ["float32"]}
 
 
 @pytest.fixture(scope="module")
