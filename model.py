@@ -55,6 +55,8 @@ class KVCache:
     `pad`, where it is set, (B,), is how many of a row's first tokens are filling, which nothing
     looks at: so prompts of several lengths, flush right, go through as one batch.
     """
+    to_the_end = True  # what append() returns ends with the tokens that it was given
+
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         length = min(length or config.block_size, config.block_size)
         hs = config.n_embd // config.n_head
@@ -62,6 +64,13 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.pos, self.pad = 0, None
+
+    def columns(self, T):
+        """The columns that the next T tokens go to, (T,), and how many are looked at then, S."""
+        return torch.arange(self.pos, self.pos + T, device=self.k.device), self.pos + T
+
+    def advance(self, T):
+        self.pos += T
 
     def append(self, layer, k, v):
         """Writes (B, nh, T, hs) behind what is there; returns all, (B, nh, S, hs) each."""
@@ -71,26 +80,29 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def attention_mask(T, S, window, device, seen=None):
-    """(T, S) bool, True where the last T of S tokens may look; with `seen`, (B, 1, T, S) bool, only
-    where that is True too; None where causal alone will do."""
+def attention_mask(row, S, seen=None, to_the_end=True, window=None):
+    """(T, S) bool, True where the tokens that stand in the columns `row` (T,) of S may look; with
+    `seen`, (B, 1, T, S) bool, only where that is True too; None where causal alone will do.
+    to_the_end says that they are the last T of S."""
+    T = len(row)
     if window is not None and window >= S:
         window = None
-    if window is None and T in (1, S) and seen is None:
-        return None
-    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    mask = mask if window is None else mask.triu(S - T - window + 1)
+    if to_the_end and window is None and (T == 1 or (T == S and seen is None)):
+        return seen
+    column = torch.arange(S, device=row.device)
+    mask = column <= row[:, None]
+    mask = mask if window is None else mask & (column > row[:, None] - window)
     return mask if seen is None else mask & seen
 
 
-def beside_filling(pad, start, T):
-    """Rows with `pad` (B,) tokens of filling at their left, the last T of start + T tokens of each:
-    their positions, (B, T), and what they may look at, (B, 1, T, S) bool."""
-    column = torch.arange(start + T, device=pad.device)
+def beside_filling(pad, row, S):
+    """Rows with `pad` (B,) tokens of filling at their left, the tokens in the columns `row` (T,) of
+    each: their positions, (B, T), and what they may look at of S, (B, 1, T, S) bool."""
+    column = torch.arange(S, device=pad.device)
     seen = (column >= pad[:, None])[:, None, None]
     # a filling token sees itself: a softmax over nothing would be NaN
-    seen = seen | (column[start:, None] == column)
-    return (column[start:] - pad[:, None]).clamp(min=0), seen
+    seen = seen | (column == row[:, None])
+    return (row - pad[:, None]).clamp(min=0), seen
 
 
 def within_documents(idx, end):
@@ -122,9 +134,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.layer, self.n_head = layer, config.n_head
         self.dropout, self.scale = config.dropout, config.attn_scale
-        self.window = config.local_window if layer % 2 else None
 
-    def forward(self, x, cache=None, seen=None):
+    def forward(self, x, cache=None, mask=None):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
@@ -132,7 +143,6 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             q = q.to(k.dtype)
         # (B, nh, T, hs) x (B, nh, S, hs) -> (B, nh, T, hs)
-        mask = attention_mask(T, k.size(2), self.window, x.device, seen)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0)
@@ -162,8 +172,8 @@ class Block(nn.Module):
         self.ln_2 = norm()
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, seen=None):
-        x = x + self.attn(self.ln_1(x), cache, seen)
+    def forward(self, x, cache=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -256,22 +266,27 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None):
         """idx (B, T) -> what the head reads, (B, T, C); the cache, if there is one, is filled."""
-        start, T = 0 if cache is None else cache.pos, idx.size(1)
-        pos, seen = torch.arange(start, start + T, device=idx.device), None
+        T = idx.size(1)
+        row, S = (torch.arange(T, device=idx.device), T) if cache is None else cache.columns(T)
+        pos, seen = row, None
         if cache is not None and cache.pad is not None:
-            pos, seen = beside_filling(cache.pad, start, T)
+            pos, seen = beside_filling(cache.pad, row, S)
         elif cache is None and self.config.doc_end is not None:
             pos, seen = within_documents(idx, self.config.doc_end)
+        mask_for = partial(attention_mask, row, S, seen, cache is None or cache.to_the_end)
+        whole, window = mask_for(), self.config.local_window
+        masks = (whole, whole if window is None else mask_for(window))  # of even and odd layers
         x = self.transformer.wte(idx).to(self.stream_dtype) + self.transformer.wpe(pos)
         x = self.transformer.drop(x)  # (B, T, C)
-        for block in self.transformer.h:
+        for layer, block in enumerate(self.transformer.h):
+            mask = masks[layer % 2]
             if self.recompute and torch.is_grad_enabled():
                 # draws the same dropout again
-                x = checkpoint(block, x, cache, seen, use_reentrant=False)
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
             else:
-                x = block(x, cache, seen)
+                x = block(x, cache, mask)
         if cache is not None:
-            cache.pos += T
+            cache.advance(T)
         return self.transformer.ln_f(x)
 
     def head_loss(self, x, targets):

@@ -108,9 +108,6 @@ class OnnxGPT:
                              "positions that the model was trained with; lower --block_size")
         self.config = replace(self.config, block_size=block_size)
 
-    def compile(self):
-        """Nothing to do: onnxruntime has optimized the graph as it loaded it."""
-
     def eval(self):
         return self
 

@@ -13,9 +13,9 @@ import torch
 
 from checkpoint import load_model
 from configurator import configure
+from decoding import for_generation
 from distributed import pick_compile, pick_device, pick_dtype, run
 from model import stream
-from packing import pack
 from tokenizer import EOT
 
 
@@ -36,7 +36,7 @@ class Config:
     # system
     device: str = "auto"         # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"          # auto, float32, bfloat16, float16
-    compile: bool | str = False
+    compile: bool | str = False  # a step of one token: minutes first, faster then; auto: on a GPU
 
 
 def read_prompt(start):
@@ -110,15 +110,12 @@ def main(argv):
         raise ValueError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
     ids = encode_prompt(tokenizer, prompt, model.config.block_size)
     model.eval()
-    if pick_compile(cfg.compile, device):
-        model.compile()
-    else:
-        pack(model, device, dtype)
+    model = for_generation(model, device, dtype, pick_compile(cfg.compile, device))
 
     shown_ids = ids if prompt else []  # an empty prompt's end-of-text is not shown
     writers = [Writer(tokenizer, shown_ids, cfg.stop) for _ in range(cfg.num_samples)]
     live = cfg.num_samples == 1 and sys.stdout.isatty()
-    shown, new, began = 0, 0, time.perf_counter()
+    shown, times = 0, [time.perf_counter()]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         tokens = stream(
             model, torch.tensor([ids] * cfg.num_samples, device=device), cfg.max_new_tokens,
@@ -128,7 +125,7 @@ def main(argv):
         for token in tokens:
             for writer, id in zip(writers, token.tolist()):
                 writer.add(id)
-            new += len(token)
+            times.append(time.perf_counter())
             if live:
                 shown = show_new(writers[0], shown, len(cfg.stop))
             if all(writer.done for writer in writers):
@@ -139,8 +136,19 @@ def main(argv):
         for writer in writers:
             print(writer.text())
             print("-" * 15)
-    seconds = time.perf_counter() - began
-    print(f"{new:,} tokens in {seconds:.2f} s, {new / seconds:,.1f} a second", file=sys.stderr)
+    print(speed(times, cfg.num_samples), file=sys.stderr)
+
+
+def speed(times, num_samples):
+    """How fast tokens came, whose times these are behind that of the start: in all, and in the
+    later half, when kernels are loaded, recorded or compiled."""
+    new, seconds = (len(times) - 1) * num_samples, times[-1] - times[0]
+    told = f"{new:,} tokens in {seconds:.2f} s, {new / seconds:,.1f} a second"
+    later = times[len(times) // 2:]
+    if len(later) > 1:
+        rate = (len(later) - 1) * num_samples / (later[-1] - later[0])
+        told += f" (the later half at {rate:,.1f})"
+    return told
 
 
 def show_new(writer, shown, held_back):

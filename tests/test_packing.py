@@ -28,12 +28,26 @@ def test_packed_is_plain(fields):
         assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
 
 
-@pytest.mark.parametrize("why", ["dtype", "device", "processor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
+def test_cast_is_autocast(fields, dtype):
+    model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        whole, loss = model(idx), model(idx, idx)
+        new = model.generate(idx[:, :5], 30, temperature=0)
+        packing.pack(model, CPU, dtype)
+        matrices = [module for module in model.modules() if isinstance(module, Linear)]
+        assert len(matrices) == 9 and all(layer.weight.dtype == dtype for layer in matrices)
+        assert model.transformer.wte.weight.dtype == torch.float32
+        assert torch.equal(model(idx), whole) and torch.equal(model(idx, idx), loss)
+        assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
+
+
+@pytest.mark.parametrize("why", ["device", "processor"])
 def test_where_it_does_not_serve_the_model_stays_as_it_is(why, monkeypatch):
     if why == "processor":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     model = tiny_gpt(61)
     before = [type(module) for module in model.modules()]
-    packing.pack(model, torch.device("meta") if why == "device" else CPU,
-                 torch.bfloat16 if why == "dtype" else torch.float32)
+    packing.pack(model, torch.device("meta") if why == "device" else CPU, torch.float32)
     assert [type(module) for module in model.modules()] == before

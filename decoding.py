@@ -1,0 +1,127 @@
+"""Generation as one graph a token: attached from outside, as packing.py is.
+
+    model = for_generation(model, device, dtype, compiled=False)    # then stream(model, ...)
+
+A step of one token has hundreds of kernels of a few microseconds each, which Python launches
+slower than a GPU runs them. Here such a step always has the same shapes and the same memory: it is
+recorded once, as a CUDA graph, and from then on launched as a whole. torch.compile, where asked
+for, fuses its kernels besides. What it costs: the keys of the whole cache are read, also those that
+are still to come. The idea is that of gpt-fast (PyTorch team 2023).
+"""
+import sys
+
+import torch
+import torch.nn as nn
+
+from packing import pack
+
+ALIGNED = 16  # attention on a GPU wants masks of so many columns, or copies them
+
+
+def for_generation(model, device, dtype, compiled):
+    """What stream() runs fastest on of a model in evaluation mode, which is changed in place and
+    never trains again: packed matrices, steps of one token recorded on a GPU, or compiled."""
+    if not isinstance(model, nn.Module):  # an ONNX file's
+        return model
+    if not compiled or dtype != torch.float32:  # Inductor has its own layout for float32
+        pack(model, device, dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs and streams are the current one's
+        return Decoder(model, cuda_graph, compiled)
+    return Decoder(model, compiled=True) if compiled else model
+
+
+class FixedCache:
+    """A KVCache as a step of one token sees it, with shapes that stay: the column that the token
+    goes to is a tensor, and what it looks at is the whole cache under a mask."""
+    to_the_end = False
+
+    def __init__(self, cache):
+        self.k, self.v = cache.k, cache.v
+        self.column = torch.zeros(1, dtype=torch.long, device=cache.k.device)
+        self.pad = None if cache.pad is None else cache.pad.clone()
+
+    def place(self, cache):
+        """Makes the next token go where it does in the cache."""
+        self.column.fill_(cache.pos)
+        if self.pad is not None:
+            self.pad.copy_(cache.pad)
+
+    def columns(self, T):
+        return self.column, self.k.size(3)
+
+    def advance(self, T):
+        """Nothing: the cache itself moves on, outside of what is recorded."""
+
+    def append(self, layer, k, v):
+        """Writes (B, nh, 1, hs) into the column; returns the whole, (B, nh, S, hs) each."""
+        for whole, new in ((self.k[layer], k), (self.v[layer], v)):
+            whole.index_copy_(2, self.column, new.to(whole.dtype))
+        return self.k[layer], self.v[layer]
+
+
+class Decoder:
+    """A GPT for stream(). Its calls of one token are recorded at the first of them, for each cache
+    anew, and played back from then on; all others are the model's own.
+
+    capture(step) is a function that does what step() does, on the same memory: cuda_graph; None
+    leaves the step as it is. compiled has torch.compile make one function of it before.
+    """
+    def __init__(self, model, capture=None, compiled=False):
+        self.model, self.config = model, model.config
+        self.capture, self.compiled = capture, compiled
+        self.cache, self.play = None, None  # the cache that was recorded for, and its step
+
+    def new_cache(self, batch_size, length=None):
+        return self.model.new_cache(batch_size, length and -(-length // ALIGNED) * ALIGNED)
+
+    def __call__(self, idx, cache=None):
+        if cache is None or idx.size(1) > 1:
+            return self.model(idx, cache=cache)
+        if self.cache is not cache:
+            self.cache, self.play = cache, self.record(idx, cache)
+        logits = self.play(idx)
+        cache.advance(1)
+        return logits
+
+    def record(self, idx, cache):
+        """The function idx (B, 1) -> logits (B, V) that plays a step back on the cache."""
+        token, fixed = idx.clone(), FixedCache(cache)
+        forward = torch.compile(self.model.forward) if self.compiled else self.model.forward
+
+        def step():
+            return forward(token, cache=fixed)
+
+        fixed.place(cache)
+        replay = self.capture(step) if self.capture else step
+
+        def play(idx):
+            token.copy_(idx)
+            fixed.place(cache)
+            return replay().clone()  # the next logits come where these are
+        return play
+
+
+def cuda_graph(step):
+    """A CUDA graph of step(), as a function that launches it and returns what step() did. Where
+    there is none to be had, says so and returns step itself."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries allocate, and torch.compile compiles, at first calls
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = step()
+    except RuntimeError as e:
+        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)[:200]
+        print(f"warning: no CUDA graph of a step ({reason}); going on without, slower but the "
+              "same", file=sys.stderr)
+        return step
+
+    def replay():
+        graph.replay()
+        return result
+    return replay

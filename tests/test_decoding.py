@@ -1,0 +1,179 @@
+"""A recorded step computes what the model's own does, wherever the token goes."""
+import contextlib
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_gpt
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import decoding
+from decoding import ALIGNED, Decoder, cuda_graph, for_generation
+from model import Linear, stream
+
+NEO = dict(local_window=4, attn_scale=1.0, qkv_bias=False)
+PROMPTS = torch.randint(61, (3, 5), generator=torch.Generator().manual_seed(1))
+
+
+def freeze(step):
+    """What a CUDA graph is, on any device: the operators of one step(), played back on the tensors
+    that it used, with every number that Python had worked out left as it was."""
+    return make_fx(step)()
+
+
+class Frozen(Decoder):
+    """Counts what it records."""
+    def __init__(self, model):
+        super().__init__(model, freeze)
+        self.records = 0
+
+    def record(self, idx, cache):
+        self.records += 1
+        return super().record(idx, cache)
+
+
+def drawn(model, idx=PROMPTS, new=9, **options):
+    options = dict(temperature=0) | options
+    return torch.stack(list(stream(model, idx, new, **options)), 1)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
+@pytest.mark.parametrize("new", [9, 40])  # within the context of 16, and sliding three times
+def test_recorded_is_plain(fields, new):
+    model = tiny_gpt(61, **fields)
+    decoder = Frozen(model)
+    tokens = drawn(decoder, new=new)
+    assert decoder.records == 1
+    assert torch.equal(tokens, drawn(model, new=new))
+    assert len(tokens.unique()) > 4
+
+
+def test_logits_are_the_models(fields=NEO):
+    model = tiny_gpt(61, **fields)
+    decoder, idx = Frozen(model), PROMPTS
+    cache, plain = decoder.new_cache(3), model.new_cache(3)
+    with torch.no_grad():
+        for part in idx.split([2, 1, 1, 1], dim=1):
+            torch.testing.assert_close(decoder(part, cache=cache), model(part, cache=plain))
+        assert cache.pos == plain.pos == 5
+        first = decoder(idx[:, :1], cache=cache)
+        kept = first.clone()
+        decoder(idx[:, 1:2], cache=cache)
+    assert torch.equal(first, kept)  # not written over
+
+
+@pytest.mark.parametrize("new", [8, 30])
+def test_rows_with_filling(new):
+    model, pad = tiny_gpt(61, **NEO), torch.tensor([0, 3, 1])
+    assert torch.equal(drawn(Frozen(model), new=new, pad=pad), drawn(model, new=new, pad=pad))
+
+
+def test_each_cache_is_recorded_for():
+    model = tiny_gpt(61)
+    decoder = Frozen(model)
+    for idx in (PROMPTS, PROMPTS[:2].flip(1), PROMPTS):
+        assert torch.equal(drawn(decoder, idx), drawn(model, idx))
+    assert decoder.records == 3
+
+
+def test_sampled_is_plain():
+    model, options = tiny_gpt(61), dict(temperature=0.8, top_k=20, stop_token=7)
+    first, second = (drawn(m, new=12, generator=torch.Generator().manual_seed(3), **options)
+                     for m in (Frozen(model), model))
+    assert torch.equal(first, second)
+
+
+def test_under_autocast():
+    model = tiny_gpt(61)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        decoder = Frozen(model)
+        cache, plain = decoder.new_cache(3), model.new_cache(3)
+        assert cache.k.dtype == torch.bfloat16
+        for part in PROMPTS.split([4, 1], dim=1):
+            found, expected = decoder(part, cache=cache), model(part, cache=plain)
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+def test_the_cache_is_a_little_longer():
+    decoder = Frozen(tiny_gpt(61, block_size=100))
+    assert decoder.new_cache(1, 17).k.size(3) == 2 * ALIGNED
+    assert decoder.new_cache(1, 100).k.size(3) == 100
+    assert decoder.new_cache(1).k.size(3) == 100
+
+
+class Counted:
+    """A step that counts its calls."""
+    def __init__(self):
+        self.calls, self.result = 0, torch.ones(1)
+
+    def __call__(self):
+        self.calls += 1
+        return self.result
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """torch.cuda's names for capturing, which do nothing; returns the names of what was called."""
+    called = []
+
+    class Named:
+        def __init__(self, *args):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *args: called.append(name)
+
+    for name in ("Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Named)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Named)
+    return called
+
+
+def test_a_step_is_captured_after_it_has_run(no_gpu):
+    """The order of calls only: there is no GPU here to capture on."""
+    step = Counted()
+    replay = cuda_graph(step)
+    assert step.calls == 3 and no_gpu == ["wait_stream", "wait_stream"]
+    assert replay() is step.result and step.calls == 3 and no_gpu[2:] == ["replay"]
+
+
+def test_where_nothing_is_captured_the_step_goes_on(no_gpu, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def broken(graph):
+        yield
+        raise RuntimeError("CUDA error: not permitted when stream is capturing\nmore\n")
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    step = Counted()
+    assert cuda_graph(step) is step
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and err.count("\n") == 1 and "not permitted" in err
+
+
+def test_what_generation_runs_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    (cpu, gpu), f32 = map(torch.device, ("cpu", "cuda:0")), torch.float32
+    bf16 = torch.bfloat16
+    onnx = SimpleNamespace()
+    assert for_generation(onnx, cpu, f32, compiled=False) is onnx
+    model = tiny_gpt(61)
+    assert for_generation(model, cpu, bf16, compiled=False) is model
+    model = for_generation(tiny_gpt(61), cpu, f32, compiled=True)
+    assert model.compiled and model.capture is None and isinstance(model.model.lm_head, Linear)
+    model = for_generation(tiny_gpt(61), gpu, bf16, compiled=False)
+    assert not model.compiled and model.capture is decoding.cuda_graph
+    assert model.model.lm_head.weight.dtype == bf16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.parametrize("fields", [{}, NEO])
+def test_compiled_is_plain(fields):
+    """Compiled once, for all columns and beyond a slide."""
+    model = tiny_gpt(61, **fields)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        tokens = drawn(Decoder(model, compiled=True), new=40)
+    assert torch.equal(tokens, drawn(model, new=40))
