@@ -11,9 +11,12 @@ Ours is train.py and sample.py themselves; every case is a process of its own, w
 cases take turns, so that a machine whose speed drifts favours none. Weights are random, of the real
 shapes: nothing is downloaded. Prints a table of medians, and the lot into bench.json.
 
-tok/s     tokens a second: of training steps, of new tokens
+tok/s     tokens a second: of training steps, of new tokens; all are warmed up, and so of
+          sample.py's tokens the later half counts; "from the start" are all, kernels' loading,
+          recording and compilation included
 memory    peak: resident in the process on a CPU, allocated by torch on a GPU
 MFU       (6 N + 12 L C T) * tok/s / peak, the peak a matrix product's, measured on the spot
+MBU       bytes of weights * steps/s / bandwidth, that of reading a gigabyte, measured on the spot
 """
 import importlib.util
 import json
@@ -44,12 +47,13 @@ class Config:
     model: str = "gpt2"          # gpt2, gpt2-medium, gpt2-large, gpt2-xl: the shape
     against: str = "transformers"  # or the path of a nanoGPT checkout; none: ours alone
     repeats: int = 3             # processes a case
+    only: str = ""               # the cases whose names contain this
     steps: int = 4               # train: timed steps of a process, after 2 to warm up
     batch_size: int = 1          # train
     block_size: int = 1024       # train, memory
     num_samples: int = 1         # sample: generated together
     max_new_tokens: int = 300    # sample
-    init_from: str | None = None  # sample: a model to export and measure, not random weights
+    init_from: str | None = None  # sample --exported: a model of yours, not random weights
     dataset: str | None = None   # sample --exported: what its perplexity is measured on
     exported: bool = False       # sample: PyTorch in two dtypes and the ONNX forms, side by side
     device: str = "auto"         # auto, cpu, cuda
@@ -140,14 +144,14 @@ def train_nanogpt(cfg, folder, compiled):
             "memory": None if on_gpu(cfg) else rss}
 
 
-def sample_ours(cfg, folder, source=None, dtype=None):
+def sample_ours(cfg, folder, source=None, dtype=None, compiled=False):
     text, _, rss = run_process(script(
         "sample.py", init_from=source or folder / "hf", start=cfg_start(cfg), stop="",
         num_samples=cfg.num_samples, max_new_tokens=cfg.max_new_tokens, device=cfg.device,
-        dtype=dtype or cfg.dtype))
-    tokens, seconds = re.search(r"([\d,]+) tokens in ([\d.]+) s", text).groups()
-    return {"tok/s": int(tokens.replace(",", "")) / float(seconds),
-            "memory": None if on_gpu(cfg) else rss}
+        dtype=dtype or cfg.dtype, compile=compiled))
+    rates = re.search(r"s, ([\d,.]+) a second \(the later half at ([\d,.]+)\)", text).groups()
+    whole, later = (float(rate.replace(",", "")) for rate in rates)
+    return {"tok/s": later, "from the start": whole, "memory": None if on_gpu(cfg) else rss}
 
 
 def first_token(cfg, folder):
@@ -329,7 +333,22 @@ def machine(device, dtype):
     return {"device": device.type, "name": name, "torch": torch.__version__,
             "dtype": str(ours).removeprefix("torch."),
             "dtypes": sorted(str(d).removeprefix("torch.") for d in native),
-            "peak": plan.matmul_peak(device, ours)}
+            "peak": plan.matmul_peak(device, ours), "bandwidth": read_bandwidth(device)}
+
+
+def read_bandwidth(device, size=2**30):
+    """Bytes a second at which a sum reads memory: the best of five times."""
+    import torch
+
+    from plan import synchronize
+    whole, times = torch.ones(size // 4, device=device), []
+    for _ in range(5):
+        synchronize(device)
+        began = time.perf_counter()
+        whole.sum()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return size / min(times)
 
 
 def processor():
@@ -364,8 +383,10 @@ def train_cases(cfg, found, folder):
 def sample_cases(cfg, found, folder):
     if cfg.exported:
         return exported_cases(cfg, found, folder)
-    cases = {f"nanotune {found['dtype']}": lambda: sample_ours(cfg, folder),
-             "nanotune, one token": lambda: first_token(cfg, folder)}
+    cases = {f"nanotune {found['dtype']}": lambda: sample_ours(cfg, folder)}
+    if on_gpu(cfg):
+        cases[f"nanotune {found['dtype']}, compiled"] = partial(sample_ours, cfg, folder,
+                                                                compiled=True)
     sizes = dict(num_samples=cfg.num_samples, max_new_tokens=cfg.max_new_tokens, device=cfg.device)
     if cfg.against == "transformers":
         for dtype in found["dtypes"]:
@@ -376,7 +397,15 @@ def sample_cases(cfg, found, folder):
     elif cfg.against != "none":
         cases["nanoGPT"] = partial(run_worker, cfg, "sample_nanogpt", path=cfg.against,
                                    model=cfg.model, **sizes)
-    return cases
+    cases = {name: partial(with_mbu, cfg, found, name, case) for name, case in cases.items()}
+    return cases | {"nanotune, one token": lambda: first_token(cfg, folder)}
+
+
+def with_mbu(cfg, found, name, case):
+    """A case's figures, and the share of the memory's bandwidth that reading the weights takes."""
+    figures, size = case(), 2 if "float16" in name else 4
+    steps = figures["tok/s"] / cfg.num_samples
+    return figures | {"MBU": size * weights_read(cfg) * steps / found["bandwidth"]}
 
 
 FORMS = {"ONNX float32": "none", "ONNX int8": "int8", "ONNX int4": "int4"}
@@ -441,8 +470,8 @@ def memory_cases(cfg, found, folder):
         predicted = float(number) * {"GB": 1e9, "MB": 1e6}[unit]
         if "does not fit" in text:
             return {"predicted": predicted}
-        found = train_ours(cfg, folder, **fields)
-        return found | {"predicted": predicted, "predicted/memory": predicted / found["memory"]}
+        peak = train_ours(cfg, folder, **fields)["memory"]
+        return {"memory": peak, "predicted": predicted, "predicted/memory": predicted / peak}
 
     return {name: partial(measure, fields) for name, fields in SETTINGS.items()
             if fields.get("optimizer") != "adamw8bit" or importlib.util.find_spec("torchao")}
@@ -477,7 +506,8 @@ def spell(column, values):
     if not values:
         return "-"
     scale, unit, digits = {"memory": (1e9, " GB", 2), "predicted": (1e9, " GB", 2),
-                           "size": (1e6, " MB", 0), "tok/s": (1, "", 1)}.get(column, (1, "", 2))
+                           "size": (1e6, " MB", 0), "tok/s": (1, "", 1), "MBU": (0.01, "%", 0),
+                           "from the start": (1, "", 1)}.get(column, (1, "", 2))
     low, middle, high = (f"{f(values) / scale:,.{digits}f}" for f in (min, statistics.median, max))
     return middle + unit + ("" if low == high else f" ({low} to {high})")
 
@@ -507,11 +537,16 @@ def table(results, peak_flops=None):
                      for row in rows)
 
 
+def weights_read(cfg):
+    """N: the parameters that a token goes through, the tied head's once."""
+    n_layer, _, C = SHAPES[cfg.model]
+    return n_layer * (12 * C * C + 13 * C) + 2 * C + 50257 * C
+
+
 def flops_per_token(cfg):
     """6 N + 12 L C T, as GPT.flops_per_token()."""
     n_layer, _, C = SHAPES[cfg.model]
-    n = n_layer * (12 * C * C + 13 * C) + 2 * C + 50257 * C
-    return 6 * n + 12 * n_layer * C * cfg.block_size
+    return 6 * weights_read(cfg) + 12 * n_layer * C * cfg.block_size
 
 
 def check_config(mode, cfg):
@@ -526,6 +561,8 @@ def check_config(mode, cfg):
             importlib.util.find_spec("transformers") is None):
         raise ValueError("bench.py compares with transformers: pip install -r "
                          "requirements-dev.txt, or leave it out by --against=none")
+    if cfg.init_from is not None and not (mode == "sample" and cfg.exported):
+        raise ValueError("--init_from goes with `bench.py sample --exported=True` alone")
     if cfg.exported and importlib.util.find_spec("onnxruntime") is None:
         raise ValueError("--exported=True needs onnxruntime: pip install -r "
                          "requirements-export.txt")
@@ -544,10 +581,15 @@ def main(argv):
     print(f"{mode}: {cfg.model}, on {found['name']}, torch {found['torch']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        run_process(worker("make_folders", folder=str(folder), model=cfg.model,
-                           block_size=cfg.block_size,
-                           dtype="bfloat16" if mode == "memory" else "float32"))
-        results = measure(CASES[mode](cfg, found, folder), cfg.repeats)
+        if cfg.init_from is None:
+            run_process(worker("make_folders", folder=str(folder), model=cfg.model,
+                               block_size=cfg.block_size,
+                               dtype="bfloat16" if mode == "memory" else "float32"))
+        cases = {name: case for name, case in CASES[mode](cfg, found, folder).items()
+                 if cfg.only in name}
+        results = measure(cases, cfg.repeats)
+    if not results:
+        raise ValueError(f"no case of bench.py {mode} with {cfg.only!r} in its name was measured")
     peak = found["peak"] / flops_per_token(cfg) if mode == "train" else None
     print(table(results, peak))
     Path(cfg.out).write_text(json.dumps({

@@ -62,6 +62,18 @@ def test_our_training_is_train_pys(folder):
     assert first["memory"] > 1e8
 
 
+def test_our_sampling_is_sample_pys(folder):
+    found = bench.sample_ours(TINY, folder)
+    assert found["tok/s"] > 0 and found["from the start"] > 0 and found["memory"] > 1e8
+
+
+def test_weights_are_counted_once_a_step():
+    """gpt2's 124M in half precision, 10 samples at 300 tokens a second together."""
+    cfg = replace(TINY, model="gpt2", num_samples=10)
+    case = bench.with_mbu(cfg, {"bandwidth": 1e11}, "ours, bfloat16", lambda: {"tok/s": 300.0})
+    assert case == {"tok/s": 300.0, "MBU": pytest.approx(2 * 123.7e6 * 30 / 1e11, rel=0.001)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "sample", "sample --exported=True", "load", "memory"])
 def test_a_whole_mode(mode, tmp_path, monkeypatch, capsys):
@@ -79,7 +91,8 @@ def test_a_whole_mode(mode, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("argv, said", [
     (["nonsense"], "train, sample, load, memory"), (["train", "--model=gpt3"], "--model=gpt3"),
-    (["sample", "--against=nowhere"], "--against=nowhere")])
+    (["sample", "--against=nowhere"], "--against=nowhere"),
+    (["sample", "--init_from=gpt2"], "--exported=True")])
 def test_bad_input_is_one_line(argv, said, monkeypatch, capsys):
     status, _, err = run_script(monkeypatch, capsys, bench.main, argv)
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and said in err

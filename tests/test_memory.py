@@ -1,5 +1,9 @@
 """Lean runs: the same training in fewer bytes, and a plan that knows how many."""
+import platform
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from test_resume import FIELDS, assert_same_run
 from tiny import arguments, losses, run_script, run_train, write_dataset
 
 import checkpoint
+import distributed
 import optimizer as optimizers
 import plan
 import train
@@ -196,6 +201,33 @@ def kept_by_autograd(model, idx, autocast):
         loss = model(idx, idx)
     del loss
     return sum(kept.values())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+@pytest.mark.parametrize("call", ["", "distributed.return_freed_memory()"])
+def test_freed_memory_goes_back(call):
+    """Every second of 40 blocks of 3 MB is freed."""
+    code = f"""
+import distributed, os, torch
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+{call}
+torch.ones(7 * 2**20)  # as it is freed, glibc learns to keep blocks of up to its 28 MB
+blocks = [torch.ones(3 * 2**18) for _ in range(40)]
+before = resident()
+del blocks[::2]
+print(before - resident())"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent,
+                          capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 0.9 * 20 * 3 * 2**20) == bool(call)
+
+
+def test_a_lean_run_asks_for_that(dataset, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed, "return_freed_memory", lambda: asked.append(True))
+    for recompute in (False, True):
+        run_train(dataset, tmp_path / str(recompute), max_iters=1, recompute=recompute)
+        assert bool(asked) == recompute
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
