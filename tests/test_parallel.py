@@ -1,13 +1,16 @@
 """The same run on any split: DDP and FSDP2 against one process, resumed on more or fewer."""
 import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import write_tokenizer
 from ranks import run_ranks
 from tiny import arguments, losses, write_dataset
 
 import checkpoint
 import distributed
+import tokenizer as tokenizers
 import train
 
 FIELDS = dict(dropout=0.0, gradient_accumulation_steps=4, max_iters=6,
@@ -182,7 +185,9 @@ def test_fsdp_samples_and_keeps_the_best(make):
     (2, dict(parallel="fsdp", compile=True), dict(parallel="fsdp"), 1e-3),
     (1, dict(compile=True, recompute=True), {}, 1e-3),
     (1, dict(compile=True, dtype="bfloat16", weights="bfloat16"),
-     dict(dtype="bfloat16", weights="bfloat16"), 0.02)])
+     dict(dtype="bfloat16", weights="bfloat16"), 0.02),
+    (1, dict(compile=True, recompute=True, optimizer="adamw8bit"), dict(optimizer="adamw8bit"),
+     1e-3)])
 def test_fields_that_go_together(make, size, fields, plain, atol):
     """The cells of DESIGN.md's table that no other test covers, against the run without."""
     few = dict(n_layer=1, max_iters=3)
@@ -191,6 +196,35 @@ def test_fields_that_go_together(make, size, fields, plain, atol):
     said = out.with_suffix(f".log{size}").joinpath("rank0.log").read_text()
     assert ("compiled" in said) == ("compile" in fields)
     assert_same_curve(out, make(f"{name}-plain", size, **few, **plain), atol=atol)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_adapters_compile(make, one):
+    fields = dict(init_from=one, lora_rank=2, n_layer=None, max_iters=3)
+    compiled = make("lora-compiled", 1, seconds=600, compile=True, **fields)
+    assert "compiled" in (compiled.with_suffix(".log1") / "rank0.log").read_text()
+    assert_same_curve(compiled, make("lora", 1, **fields), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size, fields", [(1, dict(compile=True)), (2, dict(parallel="fsdp")),
+                                          (2, {})])
+def test_separate_documents_go_with(make, tmp_path, size, fields):
+    """A tenth of the tokens end a document."""
+    words = write_dataset(tmp_path / "words")
+    (words / "meta.pkl").unlink()
+    write_tokenizer(words, "json")
+    eot = tokenizers.of_dataset(words).eot
+    for split in ("train", "val"):
+        ids = np.fromfile(words / f"{split}.bin", "<u2")
+        ids[::10] = eot
+        ids.tofile(words / f"{split}.bin")
+    few = dict(dataset=words, separate_documents=True, max_iters=3)
+    name = "documents-" + "-".join([str(size), *fields])
+    out = make(name, size, seconds=600, **few, **fields)
+    assert_same_curve(out, make(f"{name}-plain", 1, **few), atol=1e-3)
 
 
 # -----------------------------------------------------------------------------
