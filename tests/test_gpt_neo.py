@@ -34,7 +34,7 @@ def test_the_hubs_sizes(name):
     with torch.device("meta"):
         model = GPT(config)
     assert model.num_params() == n_params
-    assert [block.attn.window for block in model.transformer.h[:4]] == [None, 256, None, 256]
+    assert model.config.local_window == 256 and model.config.attn_scale == 1.0
     assert model.config.block_size == 2048 and model.transformer.h[0].attn.c_attn.bias is None
 
 
