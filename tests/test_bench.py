@@ -62,6 +62,7 @@ def test_our_training_is_train_pys(folder):
     assert first["memory"] > 1e8
 
 
+@pytest.mark.slow
 def test_our_sampling_is_sample_pys(folder):
     found = bench.sample_ours(TINY, folder)
     assert found["tok/s"] > 0 and found["from the start"] > 0 and found["memory"] > 1e8
