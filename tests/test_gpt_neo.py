@@ -1,4 +1,6 @@
 """GPT-Neo as its users meet it: the hub's own configs, and finetuning from a pytorch_model.bin."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import hf_model, hf_tensors
@@ -26,6 +28,16 @@ COMMON = dict(
     initializer_range=0.02, summary_type="cls_index", tokenizer_class="GPT2Tokenizer")
 
 
+def windows(config):
+    """How many tokens each layer looks at, None for all: of a narrow model of so many layers."""
+    model, seen = GPT(replace(config, n_embd=16, n_head=2, vocab_size=61)), []
+    for block in model.transformer.h:
+        block.attn.register_forward_pre_hook(
+            lambda _, args: seen.append(None if args[2] is None else int(args[2].sum(1).max())))
+    model(torch.zeros(1, 300, dtype=torch.long))
+    return seen
+
+
 @pytest.mark.parametrize("name", HUB)
 def test_the_hubs_sizes(name):
     fields, n_params = HUB[name]
@@ -34,7 +46,7 @@ def test_the_hubs_sizes(name):
     with torch.device("meta"):
         model = GPT(config)
     assert model.num_params() == n_params
-    assert model.config.local_window == 256 and model.config.attn_scale == 1.0
+    assert windows(config)[:4] == [None, 256, None, 256]
     assert model.config.block_size == 2048 and model.transformer.h[0].attn.c_attn.bias is None
 
 
