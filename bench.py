@@ -340,15 +340,8 @@ def read_bandwidth(device, size=2**30):
     """Bytes a second at which a sum reads memory: the best of five times."""
     import torch
 
-    from plan import synchronize
-    whole, times = torch.ones(size // 4, device=device), []
-    for _ in range(5):
-        synchronize(device)
-        began = time.perf_counter()
-        whole.sum()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return size / min(times)
+    from plan import least_seconds
+    return size / least_seconds(torch.ones(size // 4, device=device).sum, device, times=5)
 
 
 def processor():

@@ -27,12 +27,8 @@ class PackedLinear(nn.Module):
 
 def cast(linear, dtype):
     """The layer in the dtype that autocast would cast it to at each use."""
-    new = Linear(linear.in_features, linear.out_features, bias=linear.bias is not None,
-                 device="meta")
-    new.weight = nn.Parameter(linear.weight.detach().to(dtype))
-    if linear.bias is not None:
-        new.bias = nn.Parameter(linear.bias.detach().to(dtype))
-    return new.eval()
+    linear.weight = nn.Parameter(linear.weight.detach())  # a tied head's own from here on
+    return linear.to(dtype)
 
 
 def can_pack(device, dtype):

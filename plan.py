@@ -265,17 +265,22 @@ def matmul_peak(device, dtype):
     while seconds < 0.01 and size <= 8192:
         a = torch.ones(size, size, device=device, dtype=dtype)
         a @ a  # warms up
-        times = []
-        for _ in range(3):  # the least, since something else may have had the processor
-            synchronize(device)
-            began = time.perf_counter()
-            a @ a
-            synchronize(device)
-            times.append(time.perf_counter() - began)
-        seconds = min(times)
+        seconds = least_seconds(lambda a=a: a @ a, device)
         peak = max(peak, 2 * size**3 / seconds)
         size *= 2
     return peak
+
+
+def least_seconds(call, device, times=3):
+    """The shortest of some calls: something else may have had the processor in the others."""
+    taken = []
+    for _ in range(times):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
 
 
 def synchronize(device):
