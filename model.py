@@ -10,6 +10,7 @@ References: GPT-2, Radford et al. 2019 and https://github.com/openai/gpt-2; GPT-
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -19,9 +20,26 @@ from torch.utils.checkpoint import checkpoint
 import pretrained
 
 IGNORED = -1     # a target that does not count
-# rows of logits held at a time: on CPU 128 * V * 4 bytes = 26 MB for GPT-2, which malloc reuses
-# where it maps anything past 32 MB anew; on a GPU as many as keep it busy
-HEAD_ROWS = {"cpu": 128, "cuda": 2048}
+
+
+class HeadSize(NamedTuple):
+    """What the head works on at a time."""
+    rows: int     # of logits
+    softmax: int  # of these rows at a time through the passes of the softmax: on a CPU in its cache
+    vocab: int    # of its ids at a time in a product
+
+
+WHOLE = 2**31
+# in float32; on CPU 256 * V * 4 bytes = 51 MB for GPT-2, on a GPU as many as keep it busy
+HEAD_SIZE = {"cpu": HeadSize(256, 16, 2048), "cuda": HeadSize(1024, WHOLE, WHOLE)}
+
+
+def head_size(device_type, dtype):
+    rows, softmax, vocab = HEAD_SIZE.get(device_type, HEAD_SIZE["cuda"])
+    if torch.compiler.is_compiling():  # Inductor makes one pass of several
+        softmax = vocab = WHOLE
+    return HeadSize(rows * 4 // dtype.itemsize, softmax, vocab)
+
 
 ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's and GPT-Neo's
@@ -186,30 +204,23 @@ class HeadLoss(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):  # x (N, C), weight (V, C), targets (N,)
-        w, n_rows = weight.to(dtype), HEAD_ROWS.get(x.device.type, HEAD_ROWS["cuda"])
+        size = head_size(x.device.type, dtype)
+        # weights that are kept in less than dtype are cast a part at a time, each time anew
+        w = weight if weight.dtype.itemsize < dtype.itemsize else weight.to(dtype)
         loss = torch.zeros((), device=x.device)
         dx = torch.empty_like(x) if with_grad else None
         dw = (torch.zeros_like(weight, dtype=torch.float32)
               if with_grad and ctx.needs_input_grad[1] else None)  # none where it is frozen
-        for begin in range(0, len(x), n_rows):
-            rows = slice(begin, begin + n_rows)
-            xc, target = x[rows].to(dtype), targets[rows, None].clamp(min=0)
-            counts = (targets[rows, None] != IGNORED).float()
-            logits = (xc @ w.t()).float()                          # (n, V)
-            highest, at_target = logits.amax(-1, keepdim=True), logits.gather(-1, target)
-            p = logits.sub_(highest).exp_()                        # in place: 2 passes, no copy
-            total = p.sum(-1, keepdim=True)
-            loss += ((total.log() + highest - at_target) * counts).sum()
-            if with_grad:
-                p.mul_(counts / total).scatter_add_(-1, target, -counts)
-                p = p.to(dtype)
-                dx[rows] = p @ w
-                if dw is None:
-                    continue
-                if dtype == dw.dtype:
-                    dw.addmm_(p.t(), xc)
-                else:
-                    dw += p.t() @ xc
+        for begin in range(0, len(x), size.rows):
+            rows = slice(begin, begin + size.rows)
+            xc = x[rows].to(dtype)                        # (n, C)
+            logits = times_head(xc, w, size.vocab)        # (n, V)
+            for some, target in zip(logits.split(size.softmax), targets[rows].split(size.softmax)):
+                loss += cross_entropy_(some, target, with_grad)
+            if with_grad:  # they are p - 1[target] now
+                dx[rows] = times_head_back(logits, w, size.vocab)
+            if dw is not None:
+                add_product(dw, logits, xc, size.vocab)
         ctx.dx, ctx.dw = dx, dw
         return loss
 
@@ -218,6 +229,50 @@ class HeadLoss(torch.autograd.Function):
         dx, dw = ctx.dx.mul_(grad), None if ctx.dw is None else ctx.dw.mul_(grad)
         ctx.dx = ctx.dw = None  # scaled in place, for want of memory: good for one backward
         return dx, dw, None, None, None
+
+
+def cross_entropy_(logits, targets, with_grad):
+    """logits (n, V), targets (n,) -> the sum of their cross-entropies, worked out in float32;
+    with_grad leaves its gradient, p - 1[target], in the place of the logits."""
+    counts = (targets != IGNORED).float()[:, None]
+    targets = targets.clamp(min=0)[:, None]
+    p = logits.float()
+    highest, at_target = p.amax(-1, keepdim=True), p.gather(-1, targets)
+    p = p.sub_(highest).exp_()
+    total = p.sum(-1, keepdim=True)
+    if with_grad:
+        p.mul_(counts / total).scatter_add_(-1, targets, -counts)
+        if p.dtype != logits.dtype:
+            logits.copy_(p)
+    return ((total.log() + highest - at_target) * counts).sum()
+
+
+def times_head(x, w, span):
+    """x (n, C) @ w.T -> (n, V), in the dtype of x, `span` ids at a time: so a w (V, C) of another
+    dtype is never cast whole, and MKL is a fifth faster than with all of them."""
+    if len(w) <= span:
+        return x @ w.to(x.dtype).t()
+    out = x.new_empty(len(x), len(w))
+    for columns, part in zip(out.split(span, 1), w.split(span)):
+        columns.copy_(x @ part.to(x.dtype).t())
+    return out
+
+
+def times_head_back(p, w, span):
+    """p (n, V) @ w -> (n, C), likewise where the dtypes differ."""
+    if w.dtype == p.dtype:
+        return p @ w
+    return sum(some @ part.to(p.dtype) for some, part in zip(p.split(span, 1), w.split(span)))
+
+
+def add_product(dw, p, x, span):
+    """dw (V, C) += p.T @ x, where dw is in float32; for p and x in half precision `span` ids at a
+    time, since PyTorch makes a float32 copy of what it adds to a float32."""
+    if p.dtype == dw.dtype:
+        dw.addmm_(p.t(), x)
+        return
+    for part, some in zip(dw.split(span), p.split(span, 1)):
+        part += some.t() @ x
 
 
 class GPT(nn.Module):
@@ -305,7 +360,7 @@ class GPT(nn.Module):
         """idx, where (B, T) -> logits of the positions where it is True, in order, (n, V) float32:
         yielded some rows at a time, since B x T x V of them would be the largest tensor by far."""
         x = self.hidden(idx)[where]
-        for rows in x.split(HEAD_ROWS.get(x.device.type, HEAD_ROWS["cuda"])):
+        for rows in x.split(head_size(x.device.type, torch.float32).rows):
             yield self.lm_head(rows).float()
 
     def num_params(self):

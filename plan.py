@@ -12,7 +12,7 @@ import torch
 
 from distributed import DTYPES
 from lora import adapters, add_lora
-from model import GPT, HEAD_ROWS, GPTConfig
+from model import GPT, GPTConfig, head_size
 from optimizer import block_size
 
 ADAMW_COPIES = 3  # a state file holds the weights and two moments of them
@@ -159,12 +159,18 @@ def head(model, cfg, device_type, dtype):
     few rows of logits, the head in the dtype of the product, its gradient in float32; at the end
     its gradient and that of the embedding, before they are one."""
     c, e, weight = model.config, dtype.itemsize, model.lm_head.weight
-    rows = min(HEAD_ROWS.get(device_type, HEAD_ROWS["cuda"]), cfg.batch_size * c.block_size)
-    during = rows * c.vocab_size * (4 + e * (e < 4))
-    during += weight.numel() * e * (weight.dtype != dtype)
+    size = head_size(device_type, dtype)
+    rows, ids = min(size.rows, cfg.batch_size * c.block_size), min(size.vocab, c.vocab_size)
+    during = rows * c.vocab_size * e
+    if e < 4:
+        during += min(size.softmax, rows) * c.vocab_size * 4
+    if weight.dtype != dtype:
+        during += (ids if weight.dtype.itemsize < e else c.vocab_size) * c.n_embd * e
     if not weight.requires_grad:
         return during, 0
-    during += weight.numel() * (4 + e * (e < 4))
+    during += weight.numel() * 4
+    if e < 4:
+        during += ids * c.n_embd * e
     return during, 2 * weight.numel() * weight.element_size()
 
 

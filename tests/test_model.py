@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from model import GPT, GPTConfig, sample_token, stream
+from model import GPT, GPTConfig, HeadSize, sample_token, stream
 
 NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5, n_layer=3)
 
@@ -183,7 +183,7 @@ def reference_loss(model, idx, targets):
 @pytest.mark.parametrize("rows", [1, 5, 7, 21, 512])
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients(rows, tied, monkeypatch):
-    monkeypatch.setitem(model_module.HEAD_ROWS, "cpu", rows)
+    monkeypatch.setitem(model_module.HEAD_SIZE, "cpu", HeadSize(rows, 2, 8))
     model, idx, targets = tiny_gpt(61, tied_head=tied), ids(3, 7), targets_with_gaps(3, 7)
     expected, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
     loss, ours = loss_and_gradients(model, model(idx, targets))
@@ -223,9 +223,23 @@ def test_loss_with_a_frozen_head():
     torch.testing.assert_close(ours, gradients, rtol=1e-4, atol=1e-4)
 
 
+def test_loss_of_weights_kept_in_half_precision(monkeypatch):
+    """They are cast a part at a time, to the same numbers as whole."""
+    monkeypatch.setitem(model_module.HEAD_SIZE, "cpu", HeadSize(5, 2, 8))
+    model, idx, targets = tiny_gpt(61, tied_head=False), ids(3, 7), targets_with_gaps(3, 7)
+    model.set_dtype(torch.bfloat16)
+    loss, ours = loss_and_gradients(model, model(idx, targets))
+    for param in model.parameters():
+        param.data = param.data.float()
+    expected, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient.float(), gradients[name], rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("rows", [5, 512])
 def test_loss_under_bf16_autocast(rows, monkeypatch):
-    monkeypatch.setitem(model_module.HEAD_ROWS, "cpu", rows)
+    monkeypatch.setitem(model_module.HEAD_SIZE, "cpu", HeadSize(rows, 2, 8))
     model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
     exact, exact_gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
     with torch.autocast("cpu", torch.bfloat16):
@@ -254,7 +268,7 @@ def test_loss_never_holds_all_logits(monkeypatch):
                     self.numel = max(self.numel, tensor.numel())
             return out
 
-    monkeypatch.setitem(model_module.HEAD_ROWS, "cpu", 8)
+    monkeypatch.setitem(model_module.HEAD_SIZE, "cpu", HeadSize(8, 2, 100))
     model, idx = tiny_gpt(500, n_embd=4, n_layer=1), ids(8, 16, vocab=500)
     with Largest() as seen:
         model(idx, idx).backward()
