@@ -283,17 +283,26 @@ def pick_compile(choice, device, sharded=False):
             and importlib.util.find_spec("triton") is not None)
 
 
-def return_freed_memory():
-    """Has glibc give blocks of a megabyte and more back to the system when they are freed; it
-    keeps most as holes in its heap, a third of what a lean finetuning of GPT-2 holds. The price is
-    that the system clears pages again and again: 3 and 34 % more time for gpt2 in two runs on a
-    virtual machine. Other C libraries have no such switch, and nothing is done."""
-    M_MMAP_THRESHOLD = -3  # malloc.h
+# glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+
+
+def tune_malloc(lean):
+    """Has glibc keep what is freed for the next micro-step, which takes the same again: by default
+    it gives large blocks back, and for each new one the system clears pages, a tenth of the time of
+    finetuning GPT-2 in float32 on two cores. A lean run has it give back blocks of a megabyte and
+    more instead: holes in its heap were a third of what such a run of GPT-2 held; that took 3 and
+    34 % more time in two runs on a virtual machine. Other C libraries have no such switch, and
+    nothing is done."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl; Windows
         return
-    mallopt(M_MMAP_THRESHOLD, 2**20)
+    if lean:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
+    else:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 # -----------------------------------------------------------------------------

@@ -220,8 +220,8 @@ def set_up(cfg, argv):
     world = read_world(cfg.device)
     dtype = distributed.pick_dtype(cfg.dtype, world.device)
     check_config(cfg, world, dtype)
-    if cfg.recompute and world.device.type == "cpu":
-        distributed.return_freed_memory()
+    if world.device.type == "cpu":
+        distributed.tune_malloc(lean=cfg.recompute)
     folder = dataset_folder(cfg.dataset)
     for split in ("train", "val"):
         open_tokens(folder / f"{split}.bin", cfg.block_size or 1)
