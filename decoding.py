@@ -87,12 +87,13 @@ class Decoder:
     def record(self, idx, cache):
         """The function idx (B, 1) -> logits (B, V) that plays a step back on the cache."""
         token, fixed = idx.clone(), FixedCache(cache)
-        forward = torch.compile(self.model.forward) if self.compiled else self.model.forward
+        fixed.place(cache)
+        forward = compile_or_fall_back(self.model.forward, token, fixed) if self.compiled else (
+            self.model.forward)
 
         def step():
             return forward(token, cache=fixed)
 
-        fixed.place(cache)
         replay = self.capture(step) if self.capture else step
 
         def play(idx):
@@ -100,6 +101,23 @@ class Decoder:
             fixed.place(cache)
             return replay().clone()  # the next logits come where these are
         return play
+
+
+def compile_or_fall_back(forward, token, cache):
+    """forward compiled, where a step of it works, which once more leaves the cache as it was; else
+    says so and returns forward itself."""
+    compiled = torch.compile(forward)
+    try:
+        compiled(token, cache=cache)
+    except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
+        warn_of("torch.compile failed here", e)
+        return forward
+    return compiled
+
+
+def warn_of(what, error):
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    print(f"warning: {what} ({reason}); going on without, slower but the same", file=sys.stderr)
 
 
 def cuda_graph(step):
@@ -116,9 +134,7 @@ def cuda_graph(step):
         with torch.cuda.graph(graph):
             result = step()
     except RuntimeError as e:
-        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)[:200]
-        print(f"warning: no CUDA graph of a step ({reason}); going on without, slower but the "
-              "same", file=sys.stderr)
+        warn_of("no CUDA graph of a step", e)
         return step
 
     def replay():

@@ -167,6 +167,18 @@ def test_what_generation_runs_on(monkeypatch):
     assert model.model.lm_head.weight.dtype == bf16
 
 
+def test_without_a_compiler_it_goes_on_plain(monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no working C++ compiler\nlong story")
+
+    monkeypatch.setattr(torch, "compile", lambda forward: fails)
+    model = tiny_gpt(61)
+    tokens = drawn(Decoder(model, compiled=True), new=40)
+    assert torch.equal(tokens, drawn(model, new=40))
+    assert capsys.readouterr().err == ("warning: torch.compile failed here (no working C++ "
+                                       "compiler); going on without, slower but the same\n")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("fields", [{}, NEO])
