@@ -40,6 +40,7 @@ WARM_UP = 2  # steps that are not counted
 # layers, heads, width; the last is for tests
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
           "gpt2-xl": (48, 25, 1600), "tiny": (2, 2, 16)}
+N_VOCAB = {"tiny": 257}  # of the others 50257
 
 
 @dataclass
@@ -191,7 +192,7 @@ def make_folders(folder, model, block_size, dtype, tokens=200_000):
     from hf_folder import write_model
     from model import GPT, GPTConfig
     n_layer, n_head, n_embd = SHAPES[model]
-    n_vocab = 257 if model == "tiny" else 50257
+    n_vocab = N_VOCAB.get(model, 50257)
     words = {f"w{i}": i for i in range(n_vocab - 1)} | {"<|endoftext|>": n_vocab - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -409,13 +410,16 @@ def exported_cases(cfg, found, folder):
     source = cfg.init_from or folder / "hf"
     cases = {f"PyTorch {dtype}": partial(sample_form, cfg, folder, source, dtype)
              for dtype in ("float32", "bfloat16") if dtype in found["dtypes"]}
-    for name, quantize in FORMS.items():
-        target = folder / quantize
+    return cases | {name: partial(sample_onnx, cfg, folder, source, quantize)
+                    for name, quantize in FORMS.items()}
+
+
+def sample_onnx(cfg, folder, source, quantize):
+    target = folder / quantize
+    if not target.exists():  # at the first of its turns
         run_process(script("export.py", init_from=source, format="onnx", quantize=quantize,
                            export_dir=target))
-        file = next(target.glob("model*.onnx"))
-        cases[name] = partial(sample_form, cfg, folder, file, "float32")
-    return cases
+    return sample_form(cfg, folder, next(target.glob("model*.onnx")), "float32")
 
 
 def sample_form(cfg, folder, source, dtype):
@@ -533,7 +537,7 @@ def table(results, peak_flops=None):
 def weights_read(cfg):
     """N: the parameters that a token goes through, the tied head's once."""
     n_layer, _, C = SHAPES[cfg.model]
-    return n_layer * (12 * C * C + 13 * C) + 2 * C + 50257 * C
+    return n_layer * (12 * C * C + 13 * C) + 2 * C + N_VOCAB.get(cfg.model, 50257) * C
 
 
 def flops_per_token(cfg):
@@ -574,15 +578,17 @@ def main(argv):
     print(f"{mode}: {cfg.model}, on {found['name']}, torch {found['torch']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        every = CASES[mode](cfg, found, folder)
+        cases = {name: case for name, case in every.items() if cfg.only in name}
+        if not cases:
+            raise ValueError(f"--only={cfg.only} is in no case's name: {'; '.join(every)}")
         if cfg.init_from is None:
             run_process(worker("make_folders", folder=str(folder), model=cfg.model,
                                block_size=cfg.block_size,
                                dtype="bfloat16" if mode == "memory" else "float32"))
-        cases = {name: case for name, case in CASES[mode](cfg, found, folder).items()
-                 if cfg.only in name}
         results = measure(cases, cfg.repeats)
     if not results:
-        raise ValueError(f"no case of bench.py {mode} with {cfg.only!r} in its name was measured")
+        raise ValueError("no case was measured, see above")
     peak = found["peak"] / flops_per_token(cfg) if mode == "train" else None
     print(table(results, peak))
     Path(cfg.out).write_text(json.dumps({

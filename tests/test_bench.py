@@ -24,6 +24,13 @@ def folder(tmp_path_factory):
     return path
 
 
+def test_a_case_that_is_not_there(monkeypatch):
+    machine = dict(device="cpu", name="CPU", torch="2", dtype="float32", dtypes=["float32"])
+    monkeypatch.setattr(bench, "run_process", lambda argv: (json.dumps(machine), 0.0, 0))
+    with pytest.raises(ValueError, match="--only=LORA is in no case's name: float32 AdamW; "):
+        bench.main(["memory", "--model=tiny", "--only=LORA"])
+
+
 def test_flops_are_the_models(monkeypatch):
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257, n_layer=24, n_head=16, n_embd=1024))
