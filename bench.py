@@ -247,8 +247,8 @@ def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, comp
                    pad_token_id=model.config.vocab_size - 1)
     if compiled:
         options["cache_implementation"] = "static"
-    timed = []
-    for n in (8, 8, max_new_tokens):
+    timed = []  # a static cache is as long as the sample, and each length is compiled for
+    for n in (max_new_tokens,) * 3 if compiled else (8, 8, max_new_tokens):
         began = time.perf_counter()
         new = model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)
         int(new[0, -1])  # waits for the GPU
@@ -256,8 +256,8 @@ def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, comp
     return {"tok/s": num_samples * max_new_tokens / timed[-1]} | gpu_memory(device)
 
 
-def sample_nanogpt(path, model, num_samples, max_new_tokens, device):
-    """nanoGPT's model.generate(): its sample.py prints no times."""
+def sample_nanogpt(path, model, num_samples, max_new_tokens, device, dtype):
+    """nanoGPT's model.generate() under autocast, as in its sample.py, which prints no times."""
     sys.path.insert(0, path)
     import torch
 
@@ -266,7 +266,8 @@ def sample_nanogpt(path, model, num_samples, max_new_tokens, device):
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device).eval()
     idx = torch.ones(num_samples, 1, dtype=torch.long, device=device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device, getattr(torch, dtype),
+                                         enabled=dtype != "float32"):
         gpt.generate(idx, 4, temperature=0.8, top_k=200)
         began = time.perf_counter()
         int(gpt.generate(idx, max_new_tokens, temperature=0.8, top_k=200)[0, -1])
@@ -389,8 +390,9 @@ def sample_cases(cfg, found, folder):
                     run_worker, cfg, "sample_transformers", folder=str(folder), dtype=dtype,
                     compiled=compiled, **sizes)
     elif cfg.against != "none":
-        cases["nanoGPT"] = partial(run_worker, cfg, "sample_nanogpt", path=cfg.against,
-                                   model=cfg.model, **sizes)
+        cases[f"nanoGPT {found['dtype']}"] = partial(
+            run_worker, cfg, "sample_nanogpt", path=cfg.against, model=cfg.model,
+            dtype=found["dtype"], **sizes)
     cases = {name: partial(with_mbu, cfg, found, name, case) for name, case in cases.items()}
     return cases | {"nanotune, one token": lambda: first_token(cfg, folder)}
 
@@ -510,7 +512,7 @@ def spell(column, values):
 
 
 def ratio(results, name, column):
-    """How many times as good the first case, ours, is in a column: of medians."""
+    """How many times as good the first case, ours by default, is in a column: of medians."""
     ours, theirs = (statistics.median(results[n][column]) for n in (next(iter(results)), name))
     return ours / theirs if column == "tok/s" else theirs / ours
 
@@ -520,7 +522,7 @@ def table(results, peak_flops=None):
     columns = list(dict.fromkeys(c for found in results.values() for c in found))
     first = results[next(iter(results))]
     judged = next((c for c in ("tok/s", "seconds") if c in first), None)
-    head = ["", *columns, *(["MFU"] if peak_flops else []), *(["ours is"] if judged else [])]
+    head = ["", *columns, *(["MFU"] if peak_flops else []), *(["the first is"] if judged else [])]
     rows = [head, ["---"] * len(head)]
     for name, found in results.items():
         row = [name, *(spell(c, found.get(c, [])) for c in columns)]
@@ -547,6 +549,9 @@ def flops_per_token(cfg):
 
 
 def check_config(mode, cfg):
+    if not hasattr(os, "wait4"):
+        raise ValueError("bench.py reads a process's peak of memory by wait4, which Windows lacks: "
+                         "run it on Linux or macOS")
     if mode not in CASES:
         raise ValueError(f"bench.py {mode}: what to measure is one of {', '.join(CASES)}")
     if cfg.model not in SHAPES:
@@ -573,6 +578,10 @@ def main(argv):
     mode = argv[0] if argv and not argv[0].startswith("-") else "train"
     cfg = configure(Config, argv[argv[:1] == [mode]:])
     check_config(mode, cfg)
+    for name in ("against", "init_from", "dataset"):  # cases run in the repository's folder
+        path = getattr(cfg, name)
+        if path is not None and Path(path).exists():
+            setattr(cfg, name, str(Path(path).resolve()))
     found = last_json(run_process(worker("machine", device=cfg.device, dtype=cfg.dtype))[0])
     cfg.device = found["device"]
     print(f"{mode}: {cfg.model}, on {found['name']}, torch {found['torch']}", flush=True)

@@ -119,7 +119,7 @@ def test_the_table():
                "theirs": {"tok/s": [50.0, 50.0], "memory": [None]}}
     told = bench.table(results, peak_flops=200.0)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines()]
-    assert rows[0] == ["", "tok/s", "memory", "MFU", "ours is"]
+    assert rows[0] == ["", "tok/s", "memory", "MFU", "the first is"]
     assert rows[2] == ["ours", "100.0 (90.0 to 110.0)", "2.00 GB", "50%", "1.00x"]
     assert rows[3] == ["theirs", "50.0", "-", "25%", "2.00x"]
 
