@@ -26,7 +26,7 @@ import lora
 import optimizer as optimizers
 import pretrained
 import tokenizer as tokenizers
-from distributed import DTYPES, is_sharded, out_of_memory, share
+from distributed import DTYPES, first_line, is_sharded, out_of_memory, share
 from model import GPT, GPTConfig
 from onnx_model import open_onnx
 
@@ -82,10 +82,6 @@ def make_older(path, keep):
             os.link(path, aged(1))
         except OSError:  # a file system without hard links: then there is such a moment
             os.replace(path, aged(1))
-
-
-def first_line(error):
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def sync_folder(folder):

@@ -13,6 +13,7 @@ import sys
 import torch
 import torch.nn as nn
 
+from distributed import first_line
 from packing import pack
 
 ALIGNED = 16  # attention on a GPU wants masks of so many columns, or copies them
@@ -88,8 +89,9 @@ class Decoder:
         """The function idx (B, 1) -> logits (B, V) that plays a step back on the cache."""
         token, fixed = idx.clone(), FixedCache(cache)
         fixed.place(cache)
-        forward = compile_or_fall_back(self.model.forward, token, fixed) if self.compiled else (
-            self.model.forward)
+        forward = self.model.forward
+        if self.compiled:
+            forward = compiled_or_plain(forward, token, fixed)
 
         def step():
             return forward(token, cache=fixed)
@@ -103,9 +105,9 @@ class Decoder:
         return play
 
 
-def compile_or_fall_back(forward, token, cache):
-    """forward compiled, where a step of it works, which once more leaves the cache as it was; else
-    says so and returns forward itself."""
+def compiled_or_plain(forward, token, cache):
+    """forward compiled, tried by a step, which writes the very column that the real one writes
+    again; where that fails, says so and returns forward itself."""
     compiled = torch.compile(forward)
     try:
         compiled(token, cache=cache)
@@ -116,22 +118,22 @@ def compile_or_fall_back(forward, token, cache):
 
 
 def warn_of(what, error):
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-    print(f"warning: {what} ({reason}); going on without, slower but the same", file=sys.stderr)
+    print(f"warning: {what} ({first_line(error)}); going on without, slower but the same",
+          file=sys.stderr)
 
 
 def cuda_graph(step):
     """A CUDA graph of step(), as a function that launches it and returns what step() did. Where
     there is none to be had, says so and returns step itself."""
-    side = torch.cuda.Stream()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries allocate, and torch.compile compiles, at first calls
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.stream(side):  # libraries allocate at first calls
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        # the outer one restores the stream, which a capture that fails leaves behind
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             result = step()
     except RuntimeError as e:
         warn_of("no CUDA graph of a step", e)

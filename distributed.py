@@ -158,13 +158,14 @@ def parallelize(model, world, parallel, dtype, compile_choice, batch):
 
 def shard(model, world, dtype):
     """FSDP2: each rank keeps its share of each parameter, and so of its gradient and moments: the
-    blocks one by one, then the root with the embeddings, ln_f and the head. Blocks compute in
-    `dtype` and are gathered in it; shares, root and the sums over ranks stay float32."""
+    blocks one by one, then the root with the embeddings, ln_f and the head. Blocks are gathered in
+    `dtype`; shares, root, residual stream and the sums over ranks stay float32."""
     # imported where needed: these take 2 seconds
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     whole = model.state_dict() if world.is_main else {}
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
     for block in model.transformer.h:  # the whole goes to the device a block at a time
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -183,11 +184,11 @@ def compile_or_fall_back(model, batch, world, dtype):
             model(x, y).backward()
         failed = None
     except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
-        failed = e
+        failed = first_line(e)  # not e itself, which holds on to what the failed pass allocated
     model.zero_grad(set_to_none=True)
     if sum_over_ranks(failed is not None, device=world.device)[0] == 0:
         return True
-    reason = str(failed).strip().splitlines()[0][:200] if failed else "on another rank"
+    reason = failed or "on another rank"
     if is_sharded(model):
         raise ValueError(f"torch.compile failed on the sharded model ({reason}); use "
                          "--compile=False")
@@ -196,6 +197,11 @@ def compile_or_fall_back(model, batch, world, dtype):
         print(f"warning: torch.compile failed ({reason}); going on without, slower but the same; "
               "--compile=False silences this", file=sys.stderr)
     return False
+
+
+def first_line(error):
+    """The first line of what an exception says, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def is_sharded(model):
@@ -288,21 +294,20 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 def tune_malloc(lean):
-    """Has glibc keep what is freed for the next micro-step, which takes the same again: by default
-    it gives large blocks back, and for each new one the system clears pages, a tenth of the time of
-    finetuning GPT-2 in float32 on two cores. A lean run has it give back blocks of a megabyte and
-    more instead: holes in its heap were a third of what such a run of GPT-2 held; that took 3 and
-    34 % more time in two runs on a virtual machine. Other C libraries have no such switch, and
-    nothing is done."""
+    """What glibc does with freed memory; other C libraries have no such switch, and nothing is
+    done. By default it gives large blocks back, and the system clears pages for each new one."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl; Windows
         return
-    if lean:
+    if lean:  # all of a megabyte and more goes back: else holes in the heap are a third of what a
+        # lean run of GPT-2 holds; that took 3 and 34 % more time in two runs on a virtual machine
+        mallopt(M_MMAP_MAX, 2**16)
         mallopt(M_MMAP_THRESHOLD, 2**20)
-    else:
+        mallopt(M_TRIM_THRESHOLD, 2**17)
+    else:  # none does: the next micro-step takes the same again, and needs a tenth less time
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 # -----------------------------------------------------------------------------
@@ -367,7 +372,8 @@ def out_of_memory(e):
     """What to say of an exception that is memory running out, on the device or the host; or None.
     Host allocations fail as MemoryError (Python, numpy), RuntimeError (torch) or ENOMEM (mmap)."""
     text = str(e)
-    device = isinstance(e, torch.OutOfMemoryError)
+    device = isinstance(e, torch.OutOfMemoryError) or (  # Metal's, some of CUDA's
+        isinstance(e, RuntimeError) and "out of memory" in text)
     host = (isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM
             or "allocate memory" in text or "bad_alloc" in text)
     if not (device or host):

@@ -23,22 +23,22 @@ IGNORED = -1     # a target that does not count
 
 
 class HeadSize(NamedTuple):
-    """What the head works on at a time."""
-    rows: int     # of logits
-    softmax: int  # of these rows at a time through the passes of the softmax: on a CPU in its cache
-    vocab: int    # of its ids at a time in a product
+    """How much the head works on at a time."""
+    rows: int          # of logits that exist at once, in float32; in half precision twice as many
+    softmax_rows: int  # of those together through the softmax's passes: a CPU's cache holds them
+    ids: int           # of the vocabulary in one matrix product
 
 
-WHOLE = 2**31
-# in float32; on CPU 256 * V * 4 bytes = 51 MB for GPT-2, on a GPU as many as keep it busy
-HEAD_SIZE = {"cpu": HeadSize(256, 16, 2048), "cuda": HeadSize(1024, WHOLE, WHOLE)}
+ALL = 2**31  # more than there are
+# on a CPU 256 * V * 4 bytes = 51 MB for GPT-2; on a GPU, of whichever make, as many as keep it busy
+HEAD_SIZE = {"cpu": HeadSize(256, 16, 2048), "cuda": HeadSize(1024, ALL, ALL)}
 
 
 def head_size(device_type, dtype):
-    rows, softmax, vocab = HEAD_SIZE.get(device_type, HEAD_SIZE["cuda"])
+    rows, softmax_rows, ids = HEAD_SIZE.get(device_type, HEAD_SIZE["cuda"])
     if torch.compiler.is_compiling():  # Inductor makes one pass of several
-        softmax = vocab = WHOLE
-    return HeadSize(rows * 4 // dtype.itemsize, softmax, vocab)
+        softmax_rows = ids = ALL
+    return HeadSize(rows * 4 // dtype.itemsize, softmax_rows, ids)
 
 
 ACTIVATIONS = {
@@ -113,6 +113,11 @@ def attention_mask(row, S, seen=None, to_the_end=True, window=None):
     return mask if seen is None else mask & seen
 
 
+def additive(mask, dtype):
+    """A bool mask as what attention adds: 0 where it is True, else -inf."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
 def beside_filling(pad, row, S):
     """Rows with `pad` (B,) tokens of filling at their left, the tokens in the columns `row` (T,) of
     each: their positions, (B, T), and what they may look at of S, (B, 1, T, S) bool."""
@@ -140,6 +145,13 @@ class Linear(nn.Linear):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computes in the dtype of x, whichever dtype its gain and bias are in (with FSDP bfloat16)."""
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 class CausalSelfAttention(nn.Module):
@@ -184,7 +196,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        norm = partial(nn.LayerNorm, config.n_embd, eps=config.norm_eps, bias=config.bias)
+        norm = partial(LayerNorm, config.n_embd, eps=config.norm_eps, bias=config.bias)
         self.ln_1 = norm()
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = norm()
@@ -205,7 +217,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):  # x (N, C), weight (V, C), targets (N,)
         size = head_size(x.device.type, dtype)
-        # weights that are kept in less than dtype are cast a part at a time, each time anew
+        # on a CPU weights kept in less than dtype are cast a part at a time, each time anew
         w = weight if weight.dtype.itemsize < dtype.itemsize else weight.to(dtype)
         loss = torch.zeros((), device=x.device)
         dx = torch.empty_like(x) if with_grad else None
@@ -214,18 +226,20 @@ class HeadLoss(torch.autograd.Function):
         for begin in range(0, len(x), size.rows):
             rows = slice(begin, begin + size.rows)
             xc = x[rows].to(dtype)                        # (n, C)
-            logits = times_head(xc, w, size.vocab)        # (n, V)
-            for some, target in zip(logits.split(size.softmax), targets[rows].split(size.softmax)):
+            logits = times_head(xc, w, size.ids)        # (n, V)
+            for some, target in zip(logits.split(size.softmax_rows),
+                                    targets[rows].split(size.softmax_rows)):
                 loss += cross_entropy_(some, target, with_grad)
             if with_grad:  # they are p - 1[target] now
-                dx[rows] = times_head_back(logits, w, size.vocab)
+                dx[rows] = times_head_back(logits, w, size.ids)
             if dw is not None:
-                add_product(dw, logits, xc, size.vocab)
+                add_product(dw, logits, xc, size.ids)
         ctx.dx, ctx.dw = dx, dw
         return loss
 
     @staticmethod
     def backward(ctx, grad):
+        assert ctx.dx is not None, "a second backward of one loss"
         dx, dw = ctx.dx.mul_(grad), None if ctx.dw is None else ctx.dw.mul_(grad)
         ctx.dx = ctx.dw = None  # scaled in place, for want of memory: good for one backward
         return dx, dw, None, None, None
@@ -271,8 +285,10 @@ def add_product(dw, p, x, span):
     if p.dtype == dw.dtype:
         dw.addmm_(p.t(), x)
         return
+    scale = 16 if p.dtype == torch.float16 else 1  # sums over rows beyond 65504 would overflow
+    x = x / scale
     for part, some in zip(dw.split(span), p.split(span, 1)):
-        part += some.t() @ x
+        part.add_(some.t() @ x, alpha=scale)
 
 
 class GPT(nn.Module):
@@ -286,7 +302,7 @@ class GPT(nn.Module):
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
+            ln_f=LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
         ))
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.recompute = False  # in the backward pass, a block at a time, instead of keeping all
@@ -331,6 +347,8 @@ class GPT(nn.Module):
         mask_for = partial(attention_mask, row, S, seen, cache is None or cache.to_the_end)
         whole, window = mask_for(), self.config.local_window
         masks = (whole, whole if window is None else mask_for(window))  # of even and odd layers
+        if cache is not None and not cache.to_the_end:  # else attention does this in each layer
+            masks = [additive(mask, cache.k.dtype) for mask in masks]
         x = self.transformer.wte(idx).to(self.stream_dtype) + self.transformer.wpe(pos)
         x = self.transformer.drop(x)  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):

@@ -16,6 +16,8 @@ import math
 
 import torch
 
+from distributed import first_line
+
 NAMES = ("adamw", "adamw8bit")
 BLOCKS = (256, 128, 64)  # 8-bit moments share a scale among so many, the most that divide a tensor
 LEAST_8BIT = 4096        # elements; smaller tensors keep float32 moments, as in torchao
@@ -106,7 +108,7 @@ def check_8bit(device):
     except Exception as e:  # Inductor, Triton and the C++ compiler each raise their own
         mend = ("a C++ compiler (on Debian and Ubuntu: apt install g++)" if device.type == "cpu"
                 else "Triton and a C compiler (on Debian and Ubuntu: apt install gcc)")
-        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)[:200]
+        reason = first_line(e)
         raise ValueError(f"--optimizer=adamw8bit compiles its update, which failed here "
                          f"({reason}): it needs {mend}; or use --optimizer=adamw") from None
 

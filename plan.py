@@ -160,10 +160,10 @@ def head(model, cfg, device_type, dtype):
     its gradient and that of the embedding, before they are one."""
     c, e, weight = model.config, dtype.itemsize, model.lm_head.weight
     size = head_size(device_type, dtype)
-    rows, ids = min(size.rows, cfg.batch_size * c.block_size), min(size.vocab, c.vocab_size)
+    rows, ids = min(size.rows, cfg.batch_size * c.block_size), min(size.ids, c.vocab_size)
     during = rows * c.vocab_size * e
     if e < 4:
-        during += min(size.softmax, rows) * c.vocab_size * 4
+        during += min(size.softmax_rows, rows) * c.vocab_size * 4
     if weight.dtype != dtype:
         during += (ids if weight.dtype.itemsize < e else c.vocab_size) * c.n_embd * e
     if not weight.requires_grad:

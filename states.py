@@ -20,7 +20,7 @@ import torch
 import checkpoint
 import lora
 from checkpoint import MODEL_FILE, STATE_FILE
-from distributed import share
+from distributed import first_line, share
 from model import GPT
 
 RUN_FILE = "run.json"
@@ -200,7 +200,7 @@ def check_model_file(progress, path):
             return
         wrong = f"is of run {run_id}"
     except Exception as e:  # torch.load raises many kinds
-        wrong = "is missing" if not path.exists() else f"is damaged ({checkpoint.first_line(e)})"
+        wrong = "is missing" if not path.exists() else f"is damaged ({first_line(e)})"
     progress.best_val_loss = progress.best_train_loss = math.inf
     yield f"{path} {wrong}: the next evaluation writes it, as the best so far"
 

@@ -413,7 +413,8 @@ def show_sample(r, length=120):
     r.model.eval()
     generator = torch.Generator(r.world.device).manual_seed(r.cfg.seed)
     ids = r.tokenizer.encode(r.cfg.sample_start)
-    with autocast(r.world, r.dtype):
+    # a compiled model would be compiled again, for these shapes
+    with torch.compiler.set_stance("force_eager"), autocast(r.world, r.dtype):
         new = stream(r.model, torch.tensor([ids], device=r.world.device), length, temperature=0.8,
                      top_k=200, n_vocab=r.tokenizer.n_vocab, generator=generator)
         ids = ids + [int(token) for token in new]

@@ -257,6 +257,13 @@ def test_loss_under_bf16_autocast(rows, monkeypatch):
         assert error < max(1.5 * theirs, 0.01), name
 
 
+def test_float16_products_do_not_overflow():
+    """Before the GradScaler's factor comes in, which could not mend it."""
+    dw = torch.zeros(3, 2)
+    model_module.add_product(dw, -torch.ones(512, 3).half(), 200 * torch.ones(512, 2).half(), 2)
+    assert torch.equal(dw, torch.full((3, 2), -512 * 200.0))
+
+
 def test_loss_never_holds_all_logits(monkeypatch):
     class Largest(TorchDispatchMode):
         numel = 0
