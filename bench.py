@@ -66,7 +66,7 @@ class Config:
 # -----------------------------------------------------------------------------
 # processes
 
-def run_process(argv, until=None, cwd=ROOT):
+def run_process(argv, until=None, cwd=None):
     """Runs a command; returns (what it printed, seconds, most resident bytes). `until()` true ends
     it from outside. Raises ValueError with its last line where it fails."""
     with tempfile.TemporaryFile("w+") as out:
@@ -578,10 +578,6 @@ def main(argv):
     mode = argv[0] if argv and not argv[0].startswith("-") else "train"
     cfg = configure(Config, argv[argv[:1] == [mode]:])
     check_config(mode, cfg)
-    for name in ("against", "init_from", "dataset"):  # cases run in the repository's folder
-        path = getattr(cfg, name)
-        if path is not None and Path(path).exists():
-            setattr(cfg, name, str(Path(path).resolve()))
     found = last_json(run_process(worker("machine", device=cfg.device, dtype=cfg.dtype))[0])
     cfg.device = found["device"]
     print(f"{mode}: {cfg.model}, on {found['name']}, torch {found['torch']}", flush=True)

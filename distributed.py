@@ -199,11 +199,6 @@ def compile_or_fall_back(model, batch, world, dtype):
     return False
 
 
-def first_line(error):
-    """The first line of what an exception says, or its name where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
 def is_sharded(model):
     """Whether fully_shard was here; asked without importing it."""
     return hasattr(model, "set_requires_gradient_sync")
@@ -302,8 +297,8 @@ def tune_malloc(lean):
         return
     if lean:  # all of a megabyte and more goes back: else holes in the heap are a third of what a
         # lean run of GPT-2 holds; that took 3 and 34 % more time in two runs on a virtual machine
-        mallopt(M_MMAP_MAX, 2**16)
         mallopt(M_MMAP_THRESHOLD, 2**20)
+        mallopt(M_MMAP_MAX, 2**16)  # this and the next are glibc's own, which the other run changed
         mallopt(M_TRIM_THRESHOLD, 2**17)
     else:  # none does: the next micro-step takes the same again, and needs a tenth less time
         mallopt(M_MMAP_MAX, 0)
@@ -366,6 +361,11 @@ def last_word(e):
     if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(5)
     return e
+
+
+def first_line(error):
+    """The first line of what an exception says, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def out_of_memory(e):

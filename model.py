@@ -217,16 +217,17 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):  # x (N, C), weight (V, C), targets (N,)
         size = head_size(x.device.type, dtype)
-        # on a CPU weights kept in less than dtype are cast a part at a time, each time anew
-        w = weight if weight.dtype.itemsize < dtype.itemsize else weight.to(dtype)
+        # weights kept in less than dtype are cast in parts, where it goes by parts, each time anew
+        in_parts = weight.dtype.itemsize < dtype.itemsize and len(weight) > size.ids
+        w = weight if in_parts else weight.to(dtype)
         loss = torch.zeros((), device=x.device)
         dx = torch.empty_like(x) if with_grad else None
         dw = (torch.zeros_like(weight, dtype=torch.float32)
               if with_grad and ctx.needs_input_grad[1] else None)  # none where it is frozen
         for begin in range(0, len(x), size.rows):
             rows = slice(begin, begin + size.rows)
-            xc = x[rows].to(dtype)                        # (n, C)
-            logits = times_head(xc, w, size.ids)        # (n, V)
+            xc = x[rows].to(dtype)                # (n, C)
+            logits = times_head(xc, w, size.ids)  # (n, V)
             for some, target in zip(logits.split(size.softmax_rows),
                                     targets[rows].split(size.softmax_rows)):
                 loss += cross_entropy_(some, target, with_grad)
@@ -263,9 +264,9 @@ def cross_entropy_(logits, targets, with_grad):
 
 def times_head(x, w, span):
     """x (n, C) @ w.T -> (n, V), in the dtype of x, `span` ids at a time: so a w (V, C) of another
-    dtype is never cast whole, and MKL is a fifth faster than with all of them."""
+    dtype need not be cast whole, and MKL is faster than with all of them."""
     if len(w) <= span:
-        return x @ w.to(x.dtype).t()
+        return x @ w.t()
     out = x.new_empty(len(x), len(w))
     for columns, part in zip(out.split(span, 1), w.split(span)):
         columns.copy_(x @ part.to(x.dtype).t())
@@ -344,11 +345,15 @@ class GPT(nn.Module):
             pos, seen = beside_filling(cache.pad, row, S)
         elif cache is None and self.config.doc_end is not None:
             pos, seen = within_documents(idx, self.config.doc_end)
-        mask_for = partial(attention_mask, row, S, seen, cache is None or cache.to_the_end)
-        whole, window = mask_for(), self.config.local_window
-        masks = (whole, whole if window is None else mask_for(window))  # of even and odd layers
-        if cache is not None and not cache.to_the_end:  # else attention does this in each layer
-            masks = [additive(mask, cache.k.dtype) for mask in masks]
+        to_the_end, local = cache is None or cache.to_the_end, self.config.local_window
+
+        def mask_for(window=None):
+            mask = attention_mask(row, S, seen, to_the_end, window)
+            # a bool mask attention itself makes additive, in each layer: many kernels of a token
+            return mask if to_the_end else additive(mask, cache.k.dtype)
+
+        whole = mask_for()
+        masks = (whole, whole if local is None else mask_for(local))  # of even and odd layers
         x = self.transformer.wte(idx).to(self.stream_dtype) + self.transformer.wpe(pos)
         x = self.transformer.drop(x)  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):

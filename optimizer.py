@@ -108,9 +108,8 @@ def check_8bit(device):
     except Exception as e:  # Inductor, Triton and the C++ compiler each raise their own
         mend = ("a C++ compiler (on Debian and Ubuntu: apt install g++)" if device.type == "cpu"
                 else "Triton and a C compiler (on Debian and Ubuntu: apt install gcc)")
-        reason = first_line(e)
         raise ValueError(f"--optimizer=adamw8bit compiles its update, which failed here "
-                         f"({reason}): it needs {mend}; or use --optimizer=adamw") from None
+                         f"({first_line(e)}): it needs {mend}; or use --optimizer=adamw") from None
 
 
 def toy_update(x):
