@@ -23,7 +23,7 @@ from tqdm import tqdm
 import tasks
 from checkpoint import load_model, write_atomic
 from configurator import configure
-from distributed import join, pick_dtype, read_world, run, sum_over_ranks
+from distributed import autocast, join, pick_dtype, read_world, run, sum_over_ranks
 from loader import IGNORED, TokenBin, dataset_folder, open_tokens
 from packing import pack
 from tokenizer import check_same, of_dataset
@@ -66,9 +66,9 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
     for first in tqdm(range(0, len(batches), world.size), leave=False,
                       disable=None if progress else True):
         mine = first + world.rank
-        x, y = data.read(batches[min(mine, len(batches) - 1)])
+        x, y = read_windows(model, data, batches[min(mine, len(batches) - 1)], batch_size)
         x, y = x.to(world.device), y.to(world.device)
-        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(world, dtype):
             batch_loss = model(x, y)
         if mine < len(batches):
             loss += float(batch_loss)  # note: a CPU-GPU sync point
@@ -79,6 +79,16 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
         raise ValueError(f"{data.path}: the windows read hold no target that counts in the loss; "
                          "raise --eval_iters or look at the mask")
     return loss / count
+
+
+def read_windows(model, data, starts, batch_size):
+    """The windows from these positions, inputs and targets; for a compiled model, which would be
+    compiled again for a smaller batch, filled up with a window whose targets do not count."""
+    compiled = getattr(model, "_compiled_call_impl", None)  # an ONNX file has none
+    missing = batch_size - len(starts) if compiled else 0
+    x, y = data.read(starts + starts[:1] * missing)
+    y[len(starts):] = IGNORED
+    return x, y
 
 
 def check_config(cfg, world):
@@ -237,7 +247,7 @@ def main(argv):
     model.eval()
     pack(model, world.device, dtype)
     join(world)
-    with torch.no_grad(), torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad(), autocast(world, dtype):
         RUN[cfg.task](cfg, model, tokenizer, source, world)
 
 

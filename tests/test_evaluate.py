@@ -54,6 +54,19 @@ def test_the_loss_is_that_of_transformers(neo, val_bin, write_hf):
     assert abs(whole - plain_loop(theirs, tokens, spaced)) > 1e-3  # these are two numbers
 
 
+def test_a_compiled_model_sees_batches_of_one_shape(val_bin):
+    model, data = tiny_gpt(61, block_size=T), TokenBin(val_bin, T, 61)
+    plain, shapes = loss_of(model, data, batch_size=4), set()  # 21 windows
+
+    def forward(x, y):
+        shapes.add(x.shape)
+        return model.forward(x, y)
+
+    model._compiled_call_impl = forward  # what model.compile() sets
+    assert loss_of(model, data, batch_size=4) == pytest.approx(plain, rel=1e-6)
+    assert shapes == {(4, T)}
+
+
 def test_a_mask_leaves_targets_out(val_bin, write_hf):
     theirs = hf_model()
     ours = GPT.from_pretrained(str(write_hf(theirs)))
