@@ -38,7 +38,9 @@ class FixedCache:
     to_the_end = False
 
     def __init__(self, cache):
-        self.k, self.v = cache.k, cache.v
+        self.k = cache.k
+        # views: a slice that is taken of the whole in a compiled step copies the whole
+        self.layers = list(zip(cache.k, cache.v))
         self.column = torch.zeros(1, dtype=torch.long, device=cache.k.device)
         self.pad = None if cache.pad is None else cache.pad.clone()
 
@@ -56,9 +58,9 @@ class FixedCache:
 
     def append(self, layer, k, v):
         """Writes (B, nh, 1, hs) into the column; returns the whole, (B, nh, S, hs) each."""
-        for whole, new in ((self.k[layer], k), (self.v[layer], v)):
+        for whole, new in zip(self.layers[layer], (k, v)):
             whole.index_copy_(2, self.column, new.to(whole.dtype))
-        return self.k[layer], self.v[layer]
+        return self.layers[layer]
 
 
 class Decoder:
@@ -127,11 +129,11 @@ def cuda_graph(step):
     there is none to be had, says so and returns step itself."""
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries allocate at first calls
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
     try:
-        with torch.cuda.stream(side):  # libraries allocate at first calls
-            for _ in range(2):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
         # the outer one restores the stream, which a capture that fails leaves behind
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             result = step()

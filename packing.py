@@ -47,6 +47,8 @@ def pack(model, device, dtype):
     other as it is. A tied head is there twice then: the embedding looks its rows up in the old."""
     if not isinstance(model, nn.Module):  # an ONNX file's
         return
+    # it plans anew, for longer than a token takes, for each length that a cache comes to
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype != torch.float32:
         made = partial(cast, dtype=dtype)
     elif can_pack(device, dtype):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_gpt
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import decoding
@@ -152,6 +153,13 @@ def test_where_nothing_is_captured_the_step_goes_on(no_gpu, monkeypatch, capsys)
     assert err.startswith("warning: ") and err.count("\n") == 1 and "not permitted" in err
 
 
+def test_a_step_that_fails_by_itself_is_no_matter_of_capture(no_gpu):
+    def step():
+        raise RuntimeError("of the model's own")
+    with pytest.raises(RuntimeError, match="of the model's own"):
+        cuda_graph(step)
+
+
 def test_what_generation_runs_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     (cpu, gpu), f32 = map(torch.device, ("cpu", "cuda:0")), torch.float32
@@ -183,9 +191,10 @@ def test_without_a_compiler_it_goes_on_plain(monkeypatch, capsys):
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("fields", [{}, NEO])
 def test_compiled_is_plain(fields):
-    """Compiled once, for all columns and beyond a slide."""
+    """Compiled once, for all columns and beyond a slide, without a copy of a layer's keys."""
     model = tiny_gpt(61, **fields)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        tokens = drawn(Decoder(model, compiled=True), new=40)
+        tokens, (code,) = run_and_get_code(drawn, Decoder(model, compiled=True), new=40)
     assert torch.equal(tokens, drawn(model, new=40))
+    assert "empty_strided_cpu((3, 1, 16)" in code and "empty_strided_cpu((3, 2, 16, 8)" not in code

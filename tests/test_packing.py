@@ -43,6 +43,12 @@ def test_cast_is_autocast(fields, dtype):
         assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
 
 
+def test_attention_has_no_plan_for_each_length():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    packing.pack(tiny_gpt(61), CPU, torch.float32)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("why", ["device", "processor"])
 def test_where_it_does_not_serve_the_model_stays_as_it_is(why, monkeypatch):
     if why == "processor":
