@@ -346,11 +346,12 @@ class GPT(nn.Module):
         elif cache is None and self.config.doc_end is not None:
             pos, seen = within_documents(idx, self.config.doc_end)
         to_the_end, local = cache is None or cache.to_the_end, self.config.local_window
+        dtype = self.compute_dtype if cache is None else cache.k.dtype
 
         def mask_for(window=None):
             mask = attention_mask(row, S, seen, to_the_end, window)
-            # a bool mask attention itself makes additive, in each layer: many kernels of a token
-            return mask if to_the_end else additive(mask, cache.k.dtype)
+            # of a bool mask attention makes an additive one, and training keeps it, in each layer
+            return None if mask is None else additive(mask, dtype)
 
         whole = mask_for()
         masks = (whole, whole if local is None else mask_for(local))  # of even and odd layers
@@ -374,8 +375,7 @@ class GPT(nn.Module):
         if device == "cpu" and not torch.compiler.is_compiling():
             counts = targets != IGNORED  # of a prompt and its short answer, a tenth may count:
             x, targets = x[counts], targets[counts]  # the head, most of a small GPT, skips the rest
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        dtype = self.compute_dtype
         with torch.autocast(device, enabled=False):  # the dtype is said, chunk by chunk
             return HeadLoss.apply(x, self.lm_head.weight, targets, dtype, torch.is_grad_enabled())
 
@@ -420,9 +420,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size, length=None):
         device = self.transformer.ln_f.weight.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.stream_dtype
-        return KVCache(self.config, batch_size, length, device, dtype)
+        return KVCache(self.config, batch_size, length, device, self.compute_dtype)
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) and what follows it, (B, T + new); options as for stream()."""
@@ -433,6 +431,13 @@ class GPT(nn.Module):
     def stream_dtype(self):
         """The residual stream's: that of the vectors, which set_dtype leaves in float32."""
         return self.transformer.ln_f.weight.dtype
+
+    @property
+    def compute_dtype(self):
+        """What products are computed in: autocast's dtype where it is on, else the stream's."""
+        device = self.transformer.ln_f.weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else self.stream_dtype
 
     def set_dtype(self, dtype):
         """Keeps the matrices and embeddings in `dtype`. The vectors, a thousandth of the whole,

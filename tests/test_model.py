@@ -420,3 +420,17 @@ def test_a_seed_gives_the_same_draws_and_the_model_stays_as_it_is():
     assert first.shape == (2, 23) and torch.equal(first[:, :3], idx)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("fields", [dict(doc_end=7), dict(local_window=4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_made_once_in_the_dtype_that_attention_adds(fields, dtype):
+    """Else each layer makes and keeps one of its own, T x T numbers."""
+    model, seen = tiny_gpt(61, n_layer=4, **fields), []
+    for block in model.transformer.h:
+        block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(torch.arange(16)[None] % 11)
+    masks = {id(mask): mask for mask in seen if mask is not None}
+    assert len(seen) == 4 and len(masks) == 1
+    assert {mask.dtype for mask in masks.values()} == {dtype}
