@@ -82,7 +82,9 @@ def join(world, backend="auto", timeout=600):
     timeout = datetime.timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = fresh_part(store, rank, size, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    device = world.device if backend == "nccl" else None  # else barrier() warns that it guesses it
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout,
+                            device_id=device)
 
 
 def fresh_part(store, rank, size, timeout):
@@ -147,7 +149,7 @@ def parallelize(model, world, parallel, dtype, compile_choice, batch):
     else:
         model.to(world.device)
         model.tie_head()
-    compiled = (pick_compile(compile_choice, world.device, sharded)
+    compiled = (pick_compile(compile_choice, world.device, sharded, model.lm_head.weight.dtype)
                 and compile_or_fall_back(model, batch, world, dtype))
     if sharded or world.size == 1:
         return model, compiled
@@ -226,8 +228,11 @@ def total_norm(grads):
 # -----------------------------------------------------------------------------
 # device and dtype
 
-def autocast(world, dtype):
-    return torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+def autocast(world, dtype, cache=False):
+    """Matrix products in `dtype`. The cache keeps each matrix that was cast until the context's
+    end: good for many tokens, and a loss of memory for one pass, with recompute above all."""
+    return torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32,
+                          cache_enabled=cache)
 
 
 def pick_device(name="auto", local_rank=0):
@@ -253,17 +258,23 @@ def pick_device(name="auto", local_rank=0):
     return torch.device("cuda", index)
 
 
+def lacks_bfloat16(device):
+    """Whether it is a GPU before Ampere, capability 8, such as a T4: PyTorch's own kernels store
+    and cast bfloat16 there, and what multiplies or compiles does not know it.
+    (torch.cuda.is_bf16_supported counts emulation.)"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+
+
 def pick_dtype(name, device):
     """The dtype that matrix products run in. 'auto' is bfloat16 only where it is native: on a
-    GPU of capability 8 and up (is_bf16_supported counts emulation too), on a CPU with AMX or
-    avx512_bf16; float16 on older GPUs; float32 elsewhere."""
+    GPU of capability 8 and up, on a CPU with AMX or avx512_bf16; float16 on older GPUs; float32
+    elsewhere."""
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"--dtype={name}: use auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8
-        return torch.bfloat16 if native else torch.float16
+        return torch.float16 if lacks_bfloat16(device) else torch.bfloat16
     if device.type == "cpu":
         probes = (getattr(torch.cpu, name, None)
                   for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
@@ -272,13 +283,15 @@ def pick_dtype(name, device):
     return torch.float32
 
 
-def pick_compile(choice, device, sharded=False):
-    """'auto' compiles where that is known to work: CUDA of capability 7 and up, with Triton, and
-    not sharded."""
+def pick_compile(choice, device, sharded=False, weights=torch.float32):
+    """'auto' compiles where that is known to work: CUDA of capability 7 and up, with Triton, not
+    sharded, with weights in a dtype that the GPU knows."""
     if choice != "auto":
         if not isinstance(choice, bool):
             raise ValueError(f"--compile={choice}: use auto, True or False")
         return choice
+    if weights == torch.bfloat16 and lacks_bfloat16(device):  # minutes, and then nothing
+        return False
     return (not sharded and device.type == "cuda"
             and torch.cuda.get_device_capability(device)[0] >= 7
             and importlib.util.find_spec("triton") is not None)

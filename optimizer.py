@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from distributed import first_line
+from distributed import first_line, lacks_bfloat16
 
 NAMES = ("adamw", "adamw8bit")
 BLOCKS = (256, 128, 64)  # 8-bit moments share a scale among so many, the most that divide a tensor
@@ -27,7 +27,7 @@ CHUNK = 2**22            # elements that an update works on at a time: 16 MB eac
 def make_optimizer(name, groups, lr, betas, device):
     """The optimizer of a run on these parameter groups; check_8bit comes before."""
     if name == "adamw8bit":
-        return make_8bit(groups, lr, betas)
+        return make_8bit(groups, lr, betas, in_float32=lacks_bfloat16(device))
     if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
         return RoundedAdamW(groups, lr, betas)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
@@ -83,11 +83,32 @@ class RoundedAdamW(torch.optim.Optimizer):
             grad, new = grad.float(), weights.float()
             mean.lerp_(grad, 1 - beta1)
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            if new is weights:  # float32 already: a copy, so that both kinds end alike
-                new = weights.clone()
             new.mul_(1 - group["lr"] * group["weight_decay"])
             new.addcdiv_(mean, (square.sqrt() / correction).add_(group["eps"]), value=-step_size)
-            weights.copy_(round_stochastically(new) if weights.dtype == torch.bfloat16 else new)
+            put(weights, new)
+
+
+def put(weights, new):
+    """Gives the weights their new values, in float32, which may be the weights themselves."""
+    if weights.dtype != torch.bfloat16:
+        weights.copy_(new)
+        return
+    for part, values in zip(weights.view(-1).split(CHUNK), new.view(-1).split(CHUNK)):
+        part.copy_(round_stochastically(values))
+
+
+class LossScaler(torch.amp.GradScaler):
+    """torch's, which with weights in bfloat16 has such gradients to unscale: its CUDA kernel does
+    not know them (pytorch issue 127176)."""
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]
+                 if p.grad is not None]
+        if not any(grad.dtype == torch.bfloat16 for grad in grads):
+            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        for grad in grads:
+            grad.mul_(inv_scale)  # a power of 2: exact
+        found_inf.copy_(~torch.nn.utils.get_total_norm(grads).isfinite())
+        return {found_inf.device: found_inf}
 
 
 # -----------------------------------------------------------------------------
@@ -124,10 +145,13 @@ def block_size(numel):
     return next((block for block in BLOCKS if numel % block == 0), None)
 
 
-def make_8bit(groups, lr, betas):
-    """torchao's AdamW8bit, each tensor with the block size that divides it, or float32 moments.
-    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"."""
+def make_8bit(groups, lr, betas, in_float32=False):
+    """torchao's AdamW8bit, each tensor with the block size that divides it, or float32 moments;
+    in_float32 has bfloat16 weights updated as float32 ones, a tensor at a time, for GPUs that
+    bfloat16 is not compiled for. Dettmers et al. 2022, "8-bit Optimizers via Block-wise
+    Quantization"."""
     from torchao.optim import AdamW8bit
+    from torchao.optim.adam import single_param_adam
     from torchao.optim.subclass_8bit import OptimState8bit
 
     class FittedAdamW8bit(AdamW8bit):
@@ -136,6 +160,28 @@ def make_8bit(groups, lr, betas):
             if block is None:
                 return torch.zeros_like(p, dtype=torch.float32)
             return OptimState8bit.zeros(p.shape, signed, block, p.device, dtype=p.dtype)
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            if not in_float32:
+                return super().step(closure)
+            compiled = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
+            with torch._dynamo.utils.disable_cache_limit():  # a function for each shape
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            self.update(p, group, compiled)
+
+        def update(self, p, group, compiled):
+            state, new = self.state[p], p.detach().float()
+            if not state:
+                state |= {"step": torch.tensor(0.0), "exp_avg": self._new_buffer(p, True),
+                          "exp_avg_sq": self._new_buffer(p, False)}
+            state["step"] += 1
+            compiled(new, p.grad.float(), state["step"], state["exp_avg"], state["exp_avg_sq"],
+                     None, group["lr"], *group["betas"], group["weight_decay"], group["eps"],
+                     True, False)  # AdamW; rounding comes next
+            put(p.detach(), new)
 
     return FittedAdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
 

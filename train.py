@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import distributed
@@ -39,6 +40,8 @@ from loader import TokenBin, dataset_folder, open_tokens
 from model import GPT, GPTConfig, stream
 
 MAX_SKIPPED = 10  # fp16 steps in a row that the scaler may skip
+# not cuDNN's, which plans anew, for longer than a token takes, for each length of a cache
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -250,7 +253,7 @@ def set_up(cfg, argv):
         (cfg.beta1, cfg.beta2), world.device)
     if start.stepped:
         checkpoint.load_optimizer_state(model, optimizer, start.optimizer, start.path, world)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    scaler = optimizers.LossScaler(world.device.type, enabled=dtype == torch.float16)
     if start.scaler:
         scaler.load_state_dict(start.scaler)
     start.model = start.optimizer = None  # a sharded run holds its share alone from here on
@@ -414,7 +417,8 @@ def show_sample(r, length=120):
     generator = torch.Generator(r.world.device).manual_seed(r.cfg.seed)
     ids = r.tokenizer.encode(r.cfg.sample_start)
     # a compiled model would be compiled again, for these shapes
-    with torch.compiler.set_stance("force_eager"), autocast(r.world, r.dtype):
+    with (torch.compiler.set_stance("force_eager"), sdpa_kernel(ANY_LENGTH),
+          autocast(r.world, r.dtype, cache=True)):
         new = stream(r.model, torch.tensor([ids], device=r.world.device), length, temperature=0.8,
                      top_k=200, n_vocab=r.tokenizer.n_vocab, generator=generator)
         ids = ids + [int(token) for token in new]
@@ -523,7 +527,8 @@ def dry_run(cfg):
         config = replace(config, block_size=cfg.block_size or config.block_size)
     tokens = [len(open_tokens(folder / f"{split}.bin", config.block_size))
               for split in ("train", "val")]
-    compiled = distributed.pick_compile(cfg.compile, world.device)
+    compiled = distributed.pick_compile(cfg.compile, world.device,
+                                        weights=distributed.DTYPES[cfg.weights])
     lines, _ = plan_lines(cfg, config, world, dtype, compiled, *tokens)
     if world.is_main:
         print("\n".join(lines))

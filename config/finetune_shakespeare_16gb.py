@@ -5,8 +5,8 @@
 # here:                       weights 2, gradients 2, moments 2:         9.5 GB, and 1 GB besides
 #
 # A T4 (16 GB, no native bfloat16) keeps weights in bfloat16 just so, since that is storage alone:
-# --dtype=auto multiplies in float16 there, each matrix cast as it is used, with a GradScaler.
-# --compile=False saves minutes of compilation; adamw8bit compiles its own update regardless.
+# --dtype=auto multiplies in float16 there, each matrix cast as it is used, with a GradScaler, the
+# model is not compiled, and adamw8bit works in float32, on copies of a tensor at a time.
 out_dir = "out-shakespeare-16gb"
 eval_interval = 5
 eval_iters = 40

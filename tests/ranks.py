@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM = ["train", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg",
-        "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
+        "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torchao.optim"]
 
 
 def server():

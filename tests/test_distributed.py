@@ -87,6 +87,13 @@ def test_a_dtype_that_is_asked_for():
         pick_dtype("half", CPU)
 
 
+def test_what_was_cast_is_not_kept_for_the_rest_of_a_pass():
+    for fields, kept in (({}, False), ({"cache": True}, True)):
+        with distributed.autocast(read_world("cpu"), torch.bfloat16, **fields):
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_cache_enabled() == kept
+
+
 def test_compile_is_picked_where_it_works(cards, monkeypatch):
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
     cards(1, (7, 0))
@@ -94,9 +101,13 @@ def test_compile_is_picked_where_it_works(cards, monkeypatch):
     assert pick_compile("auto", CPU) is False
     assert pick_compile(False, CUDA) is False
     assert pick_compile(True, CPU) is True
+    cards(1, (7, 5))
+    assert pick_compile("auto", CUDA, weights=torch.bfloat16) is False
+    assert pick_compile(True, CUDA, weights=torch.bfloat16) is True
     cards(1, (6, 1))
     assert pick_compile("auto", CUDA) is False
     cards(1, (8, 0))
+    assert pick_compile("auto", CUDA, weights=torch.bfloat16) is True
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     assert pick_compile("auto", CUDA) is False
 
@@ -321,19 +332,19 @@ def test_a_failure_of_the_first_rank_alone_ends_both(tmp_path):
     """Only the first writes: when its disk is full, the other waits for it in vain."""
     (tmp_path / "driver.py").write_text(
         "import os, sys, checkpoint, distributed, train\n"
-        "real, calls = os.replace, []\n"
-        "def replace(*paths):\n"
-        "    calls.append(paths)\n"
-        "    if len(calls) > 3:\n"
+        "real, saved = os.replace, []\n"
+        "def replace(source, target):\n"
+        "    saved.extend([target] * str(target).endswith('.pt'))\n"
+        "    if len(saved) > 2:  # both files of step 0\n"
         "        raise OSError(28, 'No space left on device')\n"
-        "    real(*paths)\n"
+        "    real(source, target)\n"
         "checkpoint.os.replace = replace\n"
         "distributed.run(train.main)\n")
     done = torchrun(tmp_path / "driver.py", *arguments(
         write_dataset(tmp_path / "chars"), tmp_path / "out"))
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "state.pt (No space left on device)" in errors[0]
+    assert len(errors) == 1 and "ckpt.pt (No space left on device)" in errors[0]
     assert checkpoint.load(tmp_path / "out" / "state.pt")["iter_num"] == 0
 
 
@@ -352,7 +363,7 @@ def test_sigterm_to_torchrun_saves_and_the_command_goes_on(tmp_path):
         printed = [*lines]
         assert process.wait(60) != 0
     step = checkpoint.load(tmp_path / "out" / "state.pt")["iter_num"]
-    assert f"after step {step - 1}; the state is saved" in printed[-2]
+    assert f"after step {step - 1}; go on with" in printed[-2]
     assert printed[-1].strip().startswith("torchrun --standalone --nproc_per_node=2 train.py")
     done = torchrun("train.py", *printed[-1].split()[4:], f"--max_iters={step + 2}")
     assert done.returncode == 0, done.stderr

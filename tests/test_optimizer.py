@@ -6,6 +6,7 @@ import torch
 
 import optimizer as optimizers
 from optimizer import (
+    LossScaler,
     RoundedAdamW,
     block_size,
     check_8bit,
@@ -158,6 +159,78 @@ def test_8bit_moments_follow_float32_ones(torchao, dtype):
     assert blocks == [64, 256, None]
     assert one.state[ours[2]]["exp_avg_sq"].dtype == torch.float32
 
+
+def test_a_gpu_without_bfloat16_compiles_the_update_in_float32(torchao, monkeypatch):
+    """The same moments, and the same weights but for the draws that round them."""
+    def compile(function, **_):
+        def run(*args):
+            seen.update(arg.dtype for arg in args[:2])
+            return function(*args)
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    found = []
+    for lacking in (True, False):
+        monkeypatch.setattr(optimizers, "lacks_bfloat16", lambda device, lacking=lacking: lacking)
+        params, seen = params_of(torch.bfloat16, (33, 1600), (64, 64)), set()
+        params += params_of(torch.float32, (1600,))
+        optimizer = make_optimizer("adamw8bit", groups_of(params), RATE, BETAS, CPU)
+        for step in range(5):
+            give_gradients(params, step)
+            optimizer.step()
+        assert (torch.bfloat16 in seen) != lacking
+        found.append((params, optimizer))
+    (ours, one), (theirs, other) = found
+    for p, q in zip(ours, theirs):
+        held, expected = plain_state(one.state[p]), plain_state(other.state[q])
+        assert held.keys() == expected.keys()
+        assert all(torch.equal(held[key], expected[key]) for key in held)
+        assert p.dtype == q.dtype
+        difference = (p.float() - q.float()).detach()
+        assert difference.abs().mean() < 0.01 and abs(difference.mean().item()) < 1e-3
+    assert torch.equal(ours[2], theirs[2])
+
+
+# -----------------------------------------------------------------------------
+# float16, with weights in bfloat16
+
+@pytest.mark.parametrize("bad", [None, float("inf"), float("nan")])
+def test_bfloat16_gradients_are_unscaled_as_torch_does_on_a_cpu(bad):
+    found = []
+    for make in (LossScaler, torch.amp.GradScaler):
+        params = params_of(torch.bfloat16, (5, 6), (6,)) + params_of(torch.float32, (7,))
+        before = [p.detach().clone() for p in params]
+        optimizer, scaler = RoundedAdamW(groups_of(params), RATE, BETAS), make("cpu")
+        scaler.scale(torch.ones(()))  # makes the scale
+        give_gradients(params, 0)
+        if bad is not None:
+            params[0].grad[1, 2] = bad
+        scaler.unscale_(optimizer)
+        found.append([p.grad for p in params])
+        torch.manual_seed(0)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**16 / (1 if bad is None else 2)
+        moved = [not torch.equal(p, q) for p, q in zip(params, before)]
+        assert moved == [bad is None] * 3
+    for ours, theirs in zip(*found):
+        assert torch.equal(ours.nan_to_num(3.0), theirs.nan_to_num(3.0))
+
+
+def test_other_gradients_are_torchs_matter(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.amp.GradScaler, "_unscale_grads_",
+                        lambda self, *args: called.append(args) or {CPU: args[2]})
+    params = params_of(torch.float32, (5, 6))
+    give_gradients(params, 0)
+    scaler = LossScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(torch.optim.AdamW(params))
+    assert len(called) == 1
+
+
+# -----------------------------------------------------------------------------
+# files
 
 def test_state_comes_back_from_plain_tensors(torchao):
     shapes = (33, 1600), (1600,)
