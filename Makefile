@@ -42,7 +42,7 @@ chaos: .venv/.tests
 	PYTHONPATH=. PYTHONWARNINGS=ignore::UserWarning:multiprocessing.resource_tracker $(PY) tests/chaos.py
 
 bench: .venv/.tests
-	$(PY) bench.py train --repeats=1 --compile_rival=False $(ARGS)
+	$(PY) bench.py train --repeats=1 --compiled=False $(ARGS)
 	$(PY) bench.py sample --repeats=1 $(ARGS)
 	$(PY) bench.py load --repeats=1 $(ARGS)
 

@@ -59,7 +59,7 @@ class Config:
     exported: bool = False       # sample: PyTorch in two dtypes and the ONNX forms, side by side
     device: str = "auto"         # auto, cpu, cuda
     dtype: str = "auto"          # ours: auto, float32, bfloat16; rivals run in all that serve
-    compile_rival: bool = True   # also measure the rival compiled: a minute more for each
+    compiled: bool = True        # train: each once more, compiled: a minute more for each
     out: str = "bench.json"
 
 
@@ -213,6 +213,7 @@ def train_transformers(folder, batch_size, block_size, steps, device, dtype, com
     import numpy as np
     import torch
     from transformers import GPT2LMHeadModel
+    torch.set_float32_matmul_precision("high")  # TF32, as train.py
     model = GPT2LMHeadModel.from_pretrained(
         Path(folder, "hf"), dtype=torch.float32, attn_implementation="sdpa").to(device).train()
     if compiled:
@@ -327,6 +328,7 @@ def machine(device, dtype):
 
     import distributed
     import plan
+    torch.set_float32_matmul_precision("high")  # TF32, as train.py
     device = distributed.pick_device(device)
     ours = distributed.pick_dtype(dtype, device)
     native = {torch.float32, distributed.pick_dtype("auto", device)} - {torch.float16}
@@ -362,7 +364,10 @@ WORKERS = {f.__name__: f for f in (make_folders, train_transformers, sample_tran
 
 def train_cases(cfg, found, folder):
     cases = {f"nanotune {found['dtype']}": lambda: train_ours(cfg, folder)}
-    for compiled in (False, True)[:1 + cfg.compile_rival]:
+    if cfg.compiled and not on_gpu(cfg):  # on a GPU it compiles by itself
+        cases[f"nanotune {found['dtype']}, compiled"] = partial(train_ours, cfg, folder,
+                                                                compile=True)
+    for compiled in (False, True)[:1 + cfg.compiled]:
         told = ", compiled" * compiled
         if cfg.against == "transformers":
             for dtype in found["dtypes"]:

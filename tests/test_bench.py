@@ -88,7 +88,7 @@ def test_a_whole_mode(mode, tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("onnxruntime")
     fields = ["--model=tiny", "--repeats=2", "--steps=1", "--block_size=32", "--max_new_tokens=5",
-              "--compile_rival=False", f"--out={tmp_path / 'bench.json'}"]
+              "--compiled=False", f"--out={tmp_path / 'bench.json'}"]
     status, out, err = run_script(monkeypatch, capsys, bench.main, [*mode.split(), *fields])
     assert status == 0, err
     assert re.search(r"^\| (nanotune|PyTorch|float32)", out, re.MULTILINE)
