@@ -147,6 +147,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class Embedding(nn.Embedding):
+    """Draws nothing without memory: PyTorch then imports its compiler, which takes 2 seconds."""
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class LayerNorm(nn.LayerNorm):
     """Computes in the dtype of x, whichever dtype its gain and bias are in (with FSDP bfloat16)."""
     def forward(self, x):
@@ -299,8 +306,8 @@ class GPT(nn.Module):
             raise ValueError(f"activation {config.activation!r}: use {' or '.join(ACTIVATIONS)}")
         self.config = config
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wte=Embedding(config.vocab_size, config.n_embd),
+            wpe=Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
@@ -452,7 +459,10 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.set_dtype(dtype)
-        model.to_empty(device=device)
+        for module in model.modules():  # not to_empty(), which imports sympy, a second
+            for name, p in list(module.named_parameters(recurse=False)):
+                memory = torch.empty(p.shape, dtype=p.dtype, device=device)
+                setattr(module, name, nn.Parameter(memory))
         model.tie_head()
         return model
 

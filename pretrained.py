@@ -266,11 +266,11 @@ def fill_from_hf(model, weight_files):
                                  "twice")
             missing.remove((name, part))
             target = params[name] if part is None else params[name].chunk(3)[part]
-            target = target.t() if transposed else target
-            if tensor.shape != target.shape:
+            expected = target.shape[::-1] if transposed else target.shape
+            if tensor.shape != expected:
                 raise ValueError(f"{file}: {key} is {tuple(tensor.shape)} where config.json "
-                                 f"means {tuple(target.shape)}")
-            target.copy_(tensor)
+                                 f"means {tuple(expected)}")
+            target.copy_(tensor.t() if transposed else tensor)
     if missing:
         names = sorted({name for name, _ in missing})
         raise ValueError(f"{', '.join(weight_files)}: no tensor for {', '.join(names[:3])}"
