@@ -84,8 +84,7 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
 def read_windows(model, data, starts, batch_size):
     """The windows from these positions, inputs and targets; for a compiled model, which would be
     compiled again for a smaller batch, filled up with a window whose targets do not count."""
-    compiled = getattr(model, "_compiled_call_impl", None)  # an ONNX file has none
-    missing = batch_size - len(starts) if compiled else 0
+    missing = batch_size - len(starts) if model._compiled_call_impl else 0
     x, y = data.read(starts + starts[:1] * missing)
     y[len(starts):] = IGNORED
     return x, y

@@ -115,7 +115,7 @@ def attention_mask(row, S, seen=None, to_the_end=True, window=None):
 
 def additive(mask, dtype):
     """A bool mask as what attention adds: 0 where it is True, else -inf."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), -torch.inf)
 
 
 def beside_filling(pad, row, S):

@@ -85,14 +85,12 @@ class RoundedAdamW(torch.optim.Optimizer):
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             new.mul_(1 - group["lr"] * group["weight_decay"])
             new.addcdiv_(mean, (square.sqrt() / correction).add_(group["eps"]), value=-step_size)
-            put(weights, new)
+            if new.dtype != weights.dtype:  # else new is the weights themselves
+                put(weights, new)
 
 
 def put(weights, new):
-    """Gives the weights their new values, in float32, which may be the weights themselves."""
-    if weights.dtype != torch.bfloat16:
-        weights.copy_(new)
-        return
+    """Gives weights in bfloat16 their new values, which are in float32 and spoilt."""
     for part, values in zip(weights.view(-1).split(CHUNK), new.view(-1).split(CHUNK)):
         part.copy_(round_stochastically(values))
 
@@ -151,7 +149,6 @@ def make_8bit(groups, lr, betas, in_float32=False):
     bfloat16 is not compiled for. Dettmers et al. 2022, "8-bit Optimizers via Block-wise
     Quantization"."""
     from torchao.optim import AdamW8bit
-    from torchao.optim.adam import single_param_adam
     from torchao.optim.subclass_8bit import OptimState8bit
 
     class FittedAdamW8bit(AdamW8bit):
@@ -165,6 +162,7 @@ def make_8bit(groups, lr, betas, in_float32=False):
         def step(self, closure=None):
             if not in_float32:
                 return super().step(closure)
+            from torchao.optim.adam import single_param_adam
             compiled = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
             with torch._dynamo.utils.disable_cache_limit():  # a function for each shape
                 for group in self.param_groups:
@@ -181,7 +179,8 @@ def make_8bit(groups, lr, betas, in_float32=False):
             compiled(new, p.grad.float(), state["step"], state["exp_avg"], state["exp_avg_sq"],
                      None, group["lr"], *group["betas"], group["weight_decay"], group["eps"],
                      True, False)  # AdamW; rounding comes next
-            put(p.detach(), new)
+            if new.dtype != p.dtype:  # else new is p itself
+                put(p.detach(), new)
 
     return FittedAdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
 

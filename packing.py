@@ -44,10 +44,11 @@ def can_pack(device, dtype):
 def pack(model, device, dtype):
     """Replaces the matrices of a GPT, one at a time, so that memory does not double: in half
     precision (under autocast) by cast ones, in float32 on an x86 CPU by packed ones; leaves any
-    other as it is. A tied head is there twice then: the embedding looks its rows up in the old."""
+    other as it is. A tied head is there twice then: the embedding looks its rows up in the old.
+    Switches cuDNN's attention off, for the whole process."""
     if not isinstance(model, nn.Module):  # an ONNX file's
         return
-    # it plans anew, for longer than a token takes, for each length that a cache comes to
+    # cuDNN plans anew, for longer than a token takes, for each length that a cache comes to
     torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype != torch.float32:
         made = partial(cast, dtype=dtype)

@@ -243,6 +243,8 @@ def set_up(cfg, argv):
     model, progress = start.model, start.progress
     model.config = replace(
         model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
+    if model.config.doc_end is not None or model.config.local_window is not None:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN under masks: pytorch issue 196678
     data = open_data(cfg, folder, model, world)
     model.recompute = cfg.recompute
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU

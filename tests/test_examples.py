@@ -367,8 +367,10 @@ def test_separate_documents_in_a_run(make_dataset, tmp_path):
     folder, tokenizer = make_dataset("json", text=text)
     assert np.fromfile(folder / "train.bin", "<u2").tolist().count(tokenizer.eot) > 50
     for name in ("True", "False"):
+        torch.backends.cuda.enable_cudnn_sdp(True)
         assert run_train(folder, tmp_path / name, max_iters=2, eval_interval=1,
                          separate_documents=name) == 0
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (name == "False")
     assert losses(tmp_path / "True") != losses(tmp_path / "False")
     model, _ = checkpoint.load_model(str(tmp_path / "True"))
     assert model.config.doc_end == tokenizer.eot

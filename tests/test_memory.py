@@ -142,7 +142,8 @@ def test_a_lean_run_on_a_gpu_without_bfloat16(dataset, tmp_path, torchao, monkey
                          (tmp_path / "parts", dict(init_from="resume"))):
         assert run_train(dataset, out, **fields | changes) == 0
     assert_same_run(whole, tmp_path / "parts")
-    assert checkpoint.load(whole / "state.pt")["scaler"]["scale"] >= 1
+    state = checkpoint.load(whole / "state.pt")
+    assert state["scaler"] and state["progress"]["skipped"] < 3  # of 6 steps
     assert losses(whole)[-1]["val_loss"] < losses(whole)[0]["val_loss"]
 
 
