@@ -1,14 +1,14 @@
 """Lean runs: the same training in fewer bytes, and a plan that knows how many."""
+import multiprocessing
+import os
 import platform
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_gpt
-from ranks import run_ranks
+from ranks import run_ranks, server
 from test_resume import FIELDS, assert_same_run
 from tiny import arguments, losses, run_script, run_train, write_dataset
 
@@ -217,27 +217,36 @@ def kept_by_autograd(model, idx, autocast):
     return sum(kept.values())
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-def test_freed_memory_goes_back_or_stays():
-    """Every second of 12 blocks is freed, of 3 MB and of 40 MB: with glibc's own way, which the
-    two calls change, and after each call."""
-    code = """
-import distributed, os, torch
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def gives_back(size):
+    """Whether every second of 12 blocks goes back to the system as it is freed."""
     blocks = [torch.ones(size // 4) for _ in range(12)]
     before = resident()
     del blocks[::2]
     return before - resident() > 0.9 * 6 * size
-torch.ones(7 * 2**20)  # as it is freed, glibc learns to keep blocks of up to its 28 MB
-for lean in (None, False, True):
-    if lean is not None:
-        distributed.tune_malloc(lean)
-    print(lean, gives_back(3 * 2**20), gives_back(40 * 2**20))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent,
-                          capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["None False True", "False False False", "True True True"]
+
+
+def blocks_that_go_back(pipe):
+    torch.ones(7 * 2**20)  # as it is freed, glibc learns to keep blocks of up to its 28 MB
+    for lean in (None, False, True):
+        if lean is not None:
+            distributed.tune_malloc(lean)
+        pipe.send((lean, gives_back(3 * 2**20), gives_back(40 * 2**20)))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_freed_memory_goes_back_or_stays():
+    """With glibc's own way, which the two calls change, and after each: in a process of its own."""
+    here, there = multiprocessing.Pipe()
+    process = server().Process(target=blocks_that_go_back, args=(there,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert [here.recv() for _ in range(3)] == [
+        (None, False, True), (False, False, False), (True, True, True)]
 
 
 def test_a_run_on_a_cpu_says_which_it_wants(dataset, tmp_path, monkeypatch):
