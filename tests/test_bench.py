@@ -61,6 +61,7 @@ def test_a_loads_figures(folder):
     assert found["seconds"] > 0 and found["memory/weights"] >= 0
 
 
+@pytest.mark.slow
 def test_our_training_is_train_pys(folder):
     found = bench.train_ours(TINY, folder)
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
