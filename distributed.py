@@ -182,7 +182,7 @@ def compile_or_fall_back(model, batch, world, dtype):
     model.compile()
     x, y = (t.to(world.device) for t in batch)
     try:
-        with autocast(world, dtype):
+        with autocast(world.device, dtype):
             model(x, y).backward()
         failed = None
     except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
@@ -228,11 +228,10 @@ def total_norm(grads):
 # -----------------------------------------------------------------------------
 # device and dtype
 
-def autocast(world, dtype, cache=False):
+def autocast(device, dtype, cache=False):
     """Matrix products in `dtype`. The cache keeps each matrix that was cast until the context's
     end: good for many tokens, and a loss of memory for one pass, with recompute above all."""
-    return torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32,
-                          cache_enabled=cache)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 
 
 def pick_device(name="auto", local_rank=0):
@@ -259,8 +258,8 @@ def pick_device(name="auto", local_rank=0):
 
 
 def lacks_bfloat16(device):
-    """Whether it is a GPU before Ampere, capability 8, such as a T4: PyTorch's own kernels store
-    and cast bfloat16 there, and what multiplies or compiles does not know it.
+    """Whether it is a GPU before Ampere, capability 8, such as a T4: PyTorch stores and casts
+    bfloat16 there, but has no fast products of it and does not compile it.
     (torch.cuda.is_bf16_supported counts emulation.)"""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
 

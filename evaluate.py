@@ -68,7 +68,7 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
         mine = first + world.rank
         x, y = read_windows(model, data, batches[min(mine, len(batches) - 1)], batch_size)
         x, y = x.to(world.device), y.to(world.device)
-        with autocast(world, dtype):
+        with autocast(world.device, dtype):
             batch_loss = model(x, y)
         if mine < len(batches):
             loss += float(batch_loss)  # note: a CPU-GPU sync point
@@ -246,7 +246,7 @@ def main(argv):
     model.eval()
     pack(model, world.device, dtype)
     join(world)
-    with torch.no_grad(), autocast(world, dtype):
+    with torch.no_grad(), autocast(world.device, dtype):
         RUN[cfg.task](cfg, model, tokenizer, source, world)
 
 

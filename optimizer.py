@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from distributed import first_line, lacks_bfloat16
+from distributed import first_line, lacks_bfloat16, total_norm
 
 NAMES = ("adamw", "adamw8bit")
 BLOCKS = (256, 128, 64)  # 8-bit moments share a scale among so many, the most that divide a tensor
@@ -85,12 +85,14 @@ class RoundedAdamW(torch.optim.Optimizer):
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             new.mul_(1 - group["lr"] * group["weight_decay"])
             new.addcdiv_(mean, (square.sqrt() / correction).add_(group["eps"]), value=-step_size)
-            if new.dtype != weights.dtype:  # else new is the weights themselves
-                put(weights, new)
+            put(weights, new)
 
 
 def put(weights, new):
-    """Gives weights in bfloat16 their new values, which are in float32 and spoilt."""
+    """Gives weights in bfloat16 their new values, which are in float32 and spoilt. Of weights in
+    float32 `new` is the weights themselves."""
+    if new.dtype == weights.dtype:
+        return
     for part, values in zip(weights.view(-1).split(CHUNK), new.view(-1).split(CHUNK)):
         part.copy_(round_stochastically(values))
 
@@ -105,7 +107,7 @@ class LossScaler(torch.amp.GradScaler):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         for grad in grads:
             grad.mul_(inv_scale)  # a power of 2: exact
-        found_inf.copy_(~torch.nn.utils.get_total_norm(grads).isfinite())
+        found_inf.copy_(~total_norm(grads).isfinite())
         return {found_inf.device: found_inf}
 
 
@@ -179,8 +181,7 @@ def make_8bit(groups, lr, betas, in_float32=False):
             compiled(new, p.grad.float(), state["step"], state["exp_avg"], state["exp_avg_sq"],
                      None, group["lr"], *group["betas"], group["weight_decay"], group["eps"],
                      True, False)  # AdamW; rounding comes next
-            if new.dtype != p.dtype:  # else new is p itself
-                put(p.detach(), new)
+            put(p.detach(), new)
 
     return FittedAdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
 

@@ -14,7 +14,7 @@ import torch
 from checkpoint import load_model
 from configurator import configure
 from decoding import for_generation
-from distributed import pick_compile, pick_device, pick_dtype, run
+from distributed import autocast, pick_compile, pick_device, pick_dtype, run
 from model import stream
 from tokenizer import EOT
 
@@ -116,7 +116,7 @@ def main(argv):
     writers = [Writer(tokenizer, shown_ids, cfg.stop) for _ in range(cfg.num_samples)]
     live = cfg.num_samples == 1 and sys.stdout.isatty()
     shown, times = 0, [time.perf_counter()]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device, dtype, cache=True):
         tokens = stream(
             model, torch.tensor([ids] * cfg.num_samples, device=device), cfg.max_new_tokens,
             temperature=cfg.temperature, top_k=cfg.top_k or None, top_p=cfg.top_p,

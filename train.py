@@ -304,7 +304,7 @@ def forward_backward(r, step):
         seed_draws(cfg.seed, step, 1 + micro)  # dropout: the same however ranks share the batch
         last = micro + world.size >= micro_steps
         with distributed.gradient_sync(r.forward, last):
-            with autocast(world, r.dtype):
+            with autocast(world.device, r.dtype):
                 loss = r.forward(x, y) / count
             # DDP and FSDP take the mean over ranks, where the global batch wants the sum
             r.scaler.scale(loss * world.size).backward()
@@ -420,7 +420,7 @@ def show_sample(r, length=120):
     ids = r.tokenizer.encode(r.cfg.sample_start)
     # a compiled model would be compiled again, for these shapes
     with (torch.compiler.set_stance("force_eager"), sdpa_kernel(ANY_LENGTH),
-          autocast(r.world, r.dtype, cache=True)):
+          autocast(r.world.device, r.dtype, cache=True)):
         new = stream(r.model, torch.tensor([ids], device=r.world.device), length, temperature=0.8,
                      top_k=200, n_vocab=r.tokenizer.n_vocab, generator=generator)
         ids = ids + [int(token) for token in new]

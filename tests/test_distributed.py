@@ -89,7 +89,7 @@ def test_a_dtype_that_is_asked_for():
 
 def test_what_was_cast_is_not_kept_for_the_rest_of_a_pass():
     for fields, kept in (({}, False), ({"cache": True}, True)):
-        with distributed.autocast(read_world("cpu"), torch.bfloat16, **fields):
+        with distributed.autocast(CPU, torch.bfloat16, **fields):
             assert torch.is_autocast_enabled("cpu")
             assert torch.is_autocast_cache_enabled() == kept
 
