@@ -34,12 +34,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import configure
+from nanotune.errors import UserError
+from nanotune.formats.hub import GPT2_SHAPES
 
 ROOT = Path(__file__).resolve().parent
 WARM_UP = 2  # steps that are not counted
-# layers, heads, width; the last is for tests
-SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
-          "gpt2-xl": (48, 25, 1600), "tiny": (2, 2, 16)}
+SHAPES = GPT2_SHAPES | {"tiny": (2, 2, 16)}  # layers, heads, width; the last is for tests
 N_VOCAB = {"tiny": 257}  # of the others 50257
 
 
@@ -68,7 +68,7 @@ class Config:
 
 def run_process(argv, until=None, cwd=None):
     """Runs a command; returns (what it printed, seconds, most resident bytes). `until()` true ends
-    it from outside. Raises ValueError with its last line where it fails."""
+    it from outside. Raises UserError with its last line where it fails."""
     with tempfile.TemporaryFile("w+") as out:
         began = time.perf_counter()
         child = subprocess.Popen(list(map(str, argv)), stdout=out, stderr=subprocess.STDOUT,
@@ -88,7 +88,7 @@ def run_process(argv, until=None, cwd=None):
         text = out.read()
     if status and not ended:
         lines = [line for line in text.splitlines() if line.strip()]
-        raise ValueError(f"{Path(argv[1]).name} failed: {lines[-1] if lines else status}")
+        raise UserError(f"{Path(argv[1]).name} failed: {lines[-1] if lines else status}")
     rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return text, seconds, rss
 
@@ -188,9 +188,9 @@ def make_folders(folder, model, block_size, dtype, tokens=200_000):
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from distributed import DTYPES
-    from hf_folder import write_model
     from model import GPT, GPTConfig
+    from nanotune.device import DTYPES
+    from nanotune.formats.hf import write_model
     n_layer, n_head, n_embd = SHAPES[model]
     n_vocab = N_VOCAB.get(model, 50257)
     words = {f"w{i}": i for i in range(n_vocab - 1)} | {"<|endoftext|>": n_vocab - 1}
@@ -204,7 +204,8 @@ def make_folders(folder, model, block_size, dtype, tokens=200_000):
     drawn[:4 * block_size + 1].tofile(Path(folder, "data", "val.bin"))
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    write_model(Path(folder, "hf"), GPT(config), DTYPES[dtype], n_vocab - 1)
+    write_model(Path(folder, "hf"), asdict(config), dict(GPT(config).named_parameters()),
+                DTYPES[dtype], n_vocab - 1)
     return {}
 
 
@@ -276,7 +277,7 @@ def sample_nanogpt(path, model, num_samples, max_new_tokens, device, dtype):
 
 
 def load_ours(folder):
-    from checkpoint import load_model
+    from nanotune.formats.checkpoint import load_model
     return timed_load(lambda: load_model(str(Path(folder, "hf"))))
 
 
@@ -286,7 +287,7 @@ def load_by_copy(folder):
     from transformers import GPT2LMHeadModel
 
     from model import GPT, GPTConfig
-    from pretrained import CONV1D
+    from nanotune.formats.hf import LAYOUTS, keys_of
 
     @torch.no_grad()
     def load():
@@ -296,7 +297,8 @@ def load_by_copy(folder):
                              n_head=c.n_head, n_embd=c.n_embd))
         weights = theirs.state_dict()
         for name, param in ours.named_parameters():
-            param.copy_(weights[name].t() if CONV1D.search(name) else weights[name])
+            _, transposed = keys_of(name, LAYOUTS["gpt2"])
+            param.copy_(weights[name].t() if transposed else weights[name])
         return ours
     return timed_load(load)
 
@@ -304,7 +306,7 @@ def load_by_copy(folder):
 def timed_load(load):
     import torch
 
-    from plan import peak_memory
+    from nanotune.device import peak_memory
     cpu = torch.device("cpu")
     before = peak_memory(cpu)
     began = time.perf_counter()
@@ -326,25 +328,24 @@ def machine(device, dtype):
 
     import torch
 
-    import distributed
-    import plan
+    from nanotune import device as devices
     torch.set_float32_matmul_precision("high")  # TF32, as train.py
-    device = distributed.pick_device(device)
-    ours = distributed.pick_dtype(dtype, device)
-    native = {torch.float32, distributed.pick_dtype("auto", device)} - {torch.float16}
+    device = devices.pick_device(device)
+    ours = devices.pick_dtype(dtype, device)
+    native = {torch.float32, devices.pick_dtype("auto", device)} - {torch.float16}
     name = (torch.cuda.get_device_name() if device.type == "cuda" else
             f"{torch.get_num_threads()} threads of {processor() or platform.processor()}")
     return {"device": device.type, "name": name, "torch": torch.__version__,
             "dtype": str(ours).removeprefix("torch."),
             "dtypes": sorted(str(d).removeprefix("torch.") for d in native),
-            "peak": plan.matmul_peak(device, ours), "bandwidth": read_bandwidth(device)}
+            "peak": devices.matmul_peak(device, ours), "bandwidth": read_bandwidth(device)}
 
 
 def read_bandwidth(device, size=2**30):
     """Bytes a second at which a sum reads memory: the best of five times."""
     import torch
 
-    from plan import least_seconds
+    from nanotune.device import least_seconds
     return size / least_seconds(torch.ones(size // 4, device=device).sum, device, times=5)
 
 
@@ -498,7 +499,7 @@ def measure(cases, repeats):
                 try:
                     for column, value in case().items():
                         results.setdefault(name, {}).setdefault(column, []).append(value)
-                except ValueError as e:
+                except UserError as e:
                     tqdm.write(f"{name}: {e}")
                 bar.update()
     return results
@@ -555,24 +556,24 @@ def flops_per_token(cfg):
 
 def check_config(mode, cfg):
     if not hasattr(os, "wait4"):
-        raise ValueError("bench.py reads a process's peak of memory by wait4, which Windows lacks: "
-                         "run it on Linux or macOS")
+        raise UserError("bench.py reads a process's peak of memory by wait4, which Windows lacks: "
+                        "run it on Linux or macOS")
     if mode not in CASES:
-        raise ValueError(f"bench.py {mode}: what to measure is one of {', '.join(CASES)}")
+        raise UserError(f"bench.py {mode}: what to measure is one of {', '.join(CASES)}")
     if cfg.model not in SHAPES:
-        raise ValueError(f"--model={cfg.model}: use {', '.join(SHAPES)}")
+        raise UserError(f"--model={cfg.model}: use {', '.join(SHAPES)}")
     if cfg.against not in ("transformers", "none") and not Path(cfg.against, "train.py").is_file():
-        raise ValueError(f"--against={cfg.against}: use transformers, none, or the path of a "
-                         "nanoGPT checkout")
+        raise UserError(f"--against={cfg.against}: use transformers, none, or the path of a "
+                        "nanoGPT checkout")
     if (cfg.against == "transformers" or mode == "load") and mode != "memory" and (
             importlib.util.find_spec("transformers") is None):
-        raise ValueError("bench.py compares with transformers: pip install -r "
-                         "requirements-dev.txt, or leave it out by --against=none")
+        raise UserError("bench.py compares with transformers: pip install -r "
+                        "requirements-dev.txt, or leave it out by --against=none")
     if cfg.init_from is not None and not (mode == "sample" and cfg.exported):
-        raise ValueError("--init_from goes with `bench.py sample --exported=True` alone")
+        raise UserError("--init_from goes with `bench.py sample --exported=True` alone")
     if cfg.exported and importlib.util.find_spec("onnxruntime") is None:
-        raise ValueError("--exported=True needs onnxruntime: pip install -r "
-                         "requirements-export.txt")
+        raise UserError("--exported=True needs onnxruntime: pip install -r "
+                        "requirements-export.txt")
 
 
 def main(argv):
@@ -591,14 +592,14 @@ def main(argv):
         every = CASES[mode](cfg, found, folder)
         cases = {name: case for name, case in every.items() if cfg.only in name}
         if not cases:
-            raise ValueError(f"--only={cfg.only} is in no case's name: {'; '.join(every)}")
+            raise UserError(f"--only={cfg.only} is in no case's name: {'; '.join(every)}")
         if cfg.init_from is None:
             run_process(worker("make_folders", folder=str(folder), model=cfg.model,
                                block_size=cfg.block_size,
                                dtype="bfloat16" if mode == "memory" else "float32"))
         results = measure(cases, cfg.repeats)
     if not results:
-        raise ValueError("no case was measured, see above")
+        raise UserError("no case was measured, see above")
     peak = found["peak"] / flops_per_token(cfg) if mode == "train" else None
     print(table(results, peak))
     Path(cfg.out).write_text(json.dumps({
@@ -606,5 +607,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    from distributed import run
+    from nanotune.cli import run
     run(main)

@@ -22,13 +22,15 @@ import sys
 import types
 import typing
 
+from nanotune.errors import UserError
+
 BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
 
 def configure(cls, argv):
     """Returns cls() filled from argv, a list of config file paths and `--key=value` strings.
 
-    Raises ValueError with one line that says what is wrong and what to do. `--help` prints the
+    Raises UserError with one line that says what is wrong and what to do. `--help` prints the
     fields, their defaults and comments, and exits.
     """
     if "--help" in argv or "-h" in argv:
@@ -45,7 +47,7 @@ def configure(cls, argv):
         name, equals, text = arg.lstrip("-").partition("=")  # a value may hold "=" too
         kind = field_type(hints, name, f"--{name}")
         if not equals:
-            raise ValueError(f"--{name} has no value: write --{name}=VALUE")
+            raise UserError(f"--{name} has no value: write --{name}=VALUE")
         setattr(cfg, name, parse(kind, text, f"--{name}"))
     return cfg
 
@@ -53,8 +55,8 @@ def configure(cls, argv):
 def run_config_file(path):
     """Runs a config file in a namespace of its own; returns its public names, modules aside."""
     if not os.path.isfile(path):
-        raise ValueError(f"config file {path} does not exist (a field is written --name=value)"
-                         + nearest(path, sibling_configs(path)))
+        raise UserError(f"config file {path} does not exist (a field is written --name=value)"
+                        + nearest(path, sibling_configs(path)))
     with open(path, "rb") as f:
         source = f.read()
     namespace = {"__file__": path, "__name__": "config"}
@@ -62,7 +64,7 @@ def run_config_file(path):
         exec(compile(source, path, "exec"), namespace)
     except Exception as e:
         line = getattr(e, "lineno", None) or (e.__traceback__.tb_next or e.__traceback__).tb_lineno
-        raise ValueError(f"{path}, line {line}: {type(e).__name__}: {e}") from e
+        raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}") from e
     return {name: value for name, value in namespace.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
@@ -76,8 +78,8 @@ def sibling_configs(path):
 
 def field_type(hints, name, where):
     if name not in hints:
-        raise ValueError(f"{where}: there is no such field" + nearest(name, hints)
-                         + "; --help lists them all")
+        raise UserError(f"{where}: there is no such field" + nearest(name, hints)
+                        + "; --help lists them all")
     return hints[name]
 
 
@@ -103,7 +105,7 @@ def check_type(kind, value, where):
         return value
     if float in allowed and type(value) is int:  # not isinstance: a bool is no number here
         return float(value)
-    raise ValueError(f"{where} wants {spell(kind)}, not {value!r} ({type(value).__name__})")
+    raise UserError(f"{where} wants {spell(kind)}, not {value!r} ({type(value).__name__})")
 
 
 def parse(kind, text, where):
@@ -117,8 +119,9 @@ def parse(kind, text, where):
         return text
     try:
         return check_type(kind, ast.literal_eval(text), where)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
-        raise ValueError(f"{where} wants {spell(kind)}, not {text!r}") from None
+    except (UserError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError,
+            OverflowError):
+        raise UserError(f"{where} wants {spell(kind)}, not {text!r}") from None
 
 
 def help_text(cls):

@@ -18,15 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import tasks
-from checkpoint import load_model, write_atomic
 from configurator import configure
-from distributed import autocast, join, pick_dtype, read_world, run, sum_over_ranks
-from loader import IGNORED, TokenBin, dataset_folder, open_tokens
-from packing import pack
-from tokenizer import check_same, of_dataset
+from nanotune.cli import run
+from nanotune.device import autocast, pick_dtype
+from nanotune.errors import UserError
+from nanotune.evaluation import perplexity, tasks
+from nanotune.files import write_atomic
+from nanotune.formats.checkpoint import load_model
+from nanotune.generation.fast import pack
+from nanotune.text.loader import TokenBin, dataset_folder, open_tokens
+from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
+from nanotune.training.distributed import join, read_world, sum_over_ranks
 
 
 @dataclass
@@ -50,67 +53,27 @@ class Config:
     dtype: str = "auto"          # auto, float32, bfloat16, float16
 
 
-@torch.no_grad()
-def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=False):
-    """The mean loss, nats a token, of eval_iters * batch_size fixed windows evenly spaced over a
-    TokenBin, or of all of it with eval_iters = 0. Every rank reads its share; all get the sum.
-
-    Draws nothing at random and leaves the model in the mode that it found it in.
-    """
-    starts = data.windows(eval_iters * batch_size)
-    batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
-    was_training = model.training
-    model.eval()
-    loss, count = 0.0, 0
-    # a sharded model's ranks must go forward together: the last round is run by all
-    for first in tqdm(range(0, len(batches), world.size), leave=False,
-                      disable=None if progress else True):
-        mine = first + world.rank
-        x, y = read_windows(model, data, batches[min(mine, len(batches) - 1)], batch_size)
-        x, y = x.to(world.device), y.to(world.device)
-        with autocast(world.device, dtype):
-            batch_loss = model(x, y)
-        if mine < len(batches):
-            loss += float(batch_loss)  # note: a CPU-GPU sync point
-            count += int((y != IGNORED).sum())
-    model.train(was_training)
-    loss, count = sum_over_ranks(loss, count, device=world.device)
-    if count == 0:
-        raise ValueError(f"{data.path}: the windows read hold no target that counts in the loss; "
-                         "raise --eval_iters or look at the mask")
-    return loss / count
-
-
-def read_windows(model, data, starts, batch_size):
-    """The windows from these positions, inputs and targets; for a compiled model, which would be
-    compiled again for a smaller batch, filled up with a window whose targets do not count."""
-    missing = batch_size - len(starts) if model._compiled_call_impl else 0
-    x, y = data.read(starts + starts[:1] * missing)
-    y[len(starts):] = IGNORED
-    return x, y
-
-
 def check_config(cfg, world):
-    """Raises ValueError for fields that do not go together."""
+    """Raises UserError for fields that do not go together."""
     for name, allowed in (("task", list(RUN)), ("method", ["generate", "likelihood"])):
         if getattr(cfg, name) not in allowed:
-            raise ValueError(f"--{name}={getattr(cfg, name)}: use {', '.join(allowed)}")
+            raise UserError(f"--{name}={getattr(cfg, name)}: use {', '.join(allowed)}")
     for name, least in (("eval_iters", 0), ("batch_size", 1), ("stride", 1), ("max_new_tokens", 1)):
         if getattr(cfg, name) is not None and getattr(cfg, name) < least:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least {least}")
+            raise UserError(f"--{name}={getattr(cfg, name)} must be at least {least}")
     if cfg.input is not None and not Path(cfg.input).is_file():
-        raise ValueError(f"--input={cfg.input}: no such file")
+        raise UserError(f"--input={cfg.input}: no such file")
     if cfg.eval_iters and (cfg.input or cfg.stride):
-        raise ValueError("--eval_iters picks windows of a dataset's split: leave --input and "
-                         "--stride out, or --eval_iters")
+        raise UserError("--eval_iters picks windows of a dataset's split: leave --input and "
+                        "--stride out, or --eval_iters")
     if cfg.detokenize and cfg.input is None:
-        raise ValueError("--detokenize needs the text: give --input=FILE")
+        raise UserError("--detokenize needs the text: give --input=FILE")
     if cfg.task == "lambada" and cfg.input is None:
-        raise ValueError('--task=lambada needs --input=FILE of lines {"text": "..."}')
+        raise UserError('--task=lambada needs --input=FILE of lines {"text": "..."}')
     if cfg.task == "classify":
         tasks.check_sklearn()
     if cfg.task != "perplexity" and world.size > 1:
-        raise ValueError(f"--task={cfg.task} runs in one process: leave torchrun out")
+        raise UserError(f"--task={cfg.task} runs in one process: leave torchrun out")
 
 
 def read_input(cfg, tokenizer):
@@ -118,11 +81,12 @@ def read_input(cfg, tokenizer):
     try:
         text = Path(cfg.input).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{cfg.input} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
+        raise UserError(f"{cfg.input} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
     words = len(text.split())
-    tokens = np.array(tokenizer.encode(tasks.detokenize_wikitext(text) if cfg.detokenize else text))
+    text = perplexity.detokenize_wikitext(text) if cfg.detokenize else text
+    tokens = np.array(tokenizer.encode(text))
     if len(tokens) < 2:
-        raise ValueError(f"{cfg.input} has {len(tokens)} tokens; perplexity takes 2 or more")
+        raise UserError(f"{cfg.input} has {len(tokens)} tokens; perplexity takes 2 or more")
     return tokens, words
 
 
@@ -130,8 +94,8 @@ def run_perplexity(cfg, model, tokenizer, source, world):
     block_size, batch_size = model.config.block_size, cfg.batch_size or 8
     stride = cfg.stride or block_size
     if stride > block_size:
-        raise ValueError(f"--stride={stride} is more than the windows' {block_size} tokens: some "
-                         "would never be read")
+        raise UserError(f"--stride={stride} is more than the windows' {block_size} tokens: some "
+                        "would never be read")
     if cfg.input is None:
         name, words = f"{cfg.dataset} {cfg.split}", None
         data = TokenBin(dataset_folder(cfg.dataset) / f"{cfg.split}.bin", block_size,
@@ -142,10 +106,10 @@ def run_perplexity(cfg, model, tokenizer, source, world):
     if cfg.eval_iters:  # the windows that training looks at
         windows = [(start, 0) for start in data.windows(cfg.eval_iters * batch_size)]
     else:
-        windows = tasks.sliding_windows(len(tokens), block_size, stride)
-    sums = tasks.perplexity_sums(model, tokens, mask, windows, block_size, batch_size,
+        windows = perplexity.sliding_windows(len(tokens), block_size, stride)
+    sums = perplexity.perplexity_sums(model, tokens, mask, windows, block_size, batch_size,
                                  tokenizer.n_bytes, world, world.is_main)
-    r = tasks.perplexity_of_sums(sum_over_ranks(*sums, device=world.device))
+    r = perplexity.perplexity_of_sums(sum_over_ranks(*sums, device=world.device))
     if not world.is_main:
         return
     loss = r["loss"]
@@ -166,7 +130,7 @@ def run_classify(cfg, model, tokenizer, source, world):
     folder = dataset_folder(cfg.dataset)
     path = folder / "test.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; prepare the dataset with --test_fraction=0.05")
+        raise UserError(f"{path} does not exist; prepare the dataset with --test_fraction=0.05")
     prompts, truth, labels = tasks.read_prompts(path, tokenizer, model.config.block_size)
     names, batch_size = list(labels), cfg.batch_size or 32
     began = time.perf_counter()
@@ -211,12 +175,12 @@ def run_lambada(cfg, model, tokenizer, source, world):
     for number, fields in tasks.read_lines(Path(cfg.input), "text"):
         pair = tasks.split_last_word(fields["text"], tokenizer)
         if pair is None:
-            raise ValueError(f"{cfg.input}, line {number}: wants two words or more, the last to be "
-                             "told from those before")
+            raise UserError(f"{cfg.input}, line {number}: wants two words or more, the last to be "
+                            "told from those before")
         length = len(pair[0]) + len(pair[1])
         if length - 1 > model.config.block_size:  # the last token is told, not read
-            raise ValueError(f"{cfg.input}, line {number}: has {length} tokens, the model reads "
-                             f"{model.config.block_size}; shorten or drop it")
+            raise UserError(f"{cfg.input}, line {number}: has {length} tokens, the model reads "
+                            f"{model.config.block_size}; shorten or drop it")
         pairs.append(pair)
     losses, hits, filtered = tasks.lambada(
         model, pairs, tasks.stop_word_ids(tokenizer), cfg.batch_size or 32, world.device, True)
@@ -241,8 +205,8 @@ def main(argv):
             open_tokens(folder / f"{cfg.split}.bin", 1)
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
     model, tokenizer = load_model(source, cfg.block_size, device=world.device, with_onnx=True)
-    of_data = tokenizer if cfg.input is not None else of_dataset(folder)
-    check_same(tokenizer, of_data, source, cfg.input or folder)
+    of_data = tokenizer if cfg.input is not None else tokenizer_of_dataset(folder)
+    check_same_tokenizer(tokenizer, of_data, source, cfg.input or folder)
     model.eval()
     pack(model, world.device, dtype)
     join(world)

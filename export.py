@@ -7,19 +7,22 @@ The folder appears whole or not at all, and what was written is read back and co
 """
 import importlib.util
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from checkpoint import check_replaceable, history_of, load_model, write_folder
 from configurator import configure
-from distributed import DTYPES, run
-from hf_folder import write_hf, write_tokenizer
-from logbook import kept_entries
-from onnx_model import open_onnx
-from plan import spell_bytes
+from nanotune.cli import run
+from nanotune.device import DTYPES
+from nanotune.errors import UserError
+from nanotune.files import check_replaceable, write_folder
+from nanotune.formats.checkpoint import history_of, load_model
+from nanotune.formats.hf import write_hf, write_tokenizer
+from nanotune.formats.onnx_model import open_onnx
+from nanotune.training.logbook import kept_entries
+from nanotune.training.plan import spell_bytes
 
 # the names of what an export writes: a folder with any other file is never replaced
 WRITTEN = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
@@ -43,18 +46,18 @@ def check_config(cfg):
     for name, allowed in (("format", ("hf", "onnx")), ("dtype", DTYPES),
                           ("quantize", ("none", "int8", "int4"))):
         if getattr(cfg, name) not in allowed:
-            raise ValueError(f"--{name}={getattr(cfg, name)}: use {', '.join(allowed)}")
+            raise UserError(f"--{name}={getattr(cfg, name)}: use {', '.join(allowed)}")
     if cfg.format == "hf" and cfg.quantize != "none":
-        raise ValueError(f"--quantize={cfg.quantize} goes with --format=onnx; a Hugging Face "
-                         "folder is made smaller by --dtype=float16 or bfloat16")
+        raise UserError(f"--quantize={cfg.quantize} goes with --format=onnx; a Hugging Face "
+                        "folder is made smaller by --dtype=float16 or bfloat16")
     if cfg.format == "onnx" and cfg.dtype != "float32":
-        raise ValueError(f"--dtype={cfg.dtype} goes with --format=hf; an ONNX file is made smaller "
-                         "by --quantize=int8 or int4")
+        raise UserError(f"--dtype={cfg.dtype} goes with --format=hf; an ONNX file is made smaller "
+                        "by --quantize=int8 or int4")
     if cfg.format == "onnx":
         for package in ("onnx", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
-                raise ValueError(f"--format=onnx needs the {package} package: "
-                                 "pip install -r requirements-export.txt")
+                raise UserError(f"--format=onnx needs the {package} package: "
+                                "pip install -r requirements-export.txt")
 
 
 def drop_padding(model, n_vocab):
@@ -78,7 +81,7 @@ def onnx_name(quantize):
 
 def write_onnx_folder(folder, model, tokenizer, quantize):
     """The graph, read back and run; and tokenizer.json, for a program without nanotune."""
-    from onnx_graph import write_onnx
+    from nanotune.formats.onnx_graph import write_onnx
     path = folder / onnx_name(quantize)
     write_onnx(model, str(path), quantize, tokenizer and tokenizer.spec)
     if tokenizer is not None:
@@ -88,7 +91,7 @@ def write_onnx_folder(folder, model, tokenizer, quantize):
 
 @torch.no_grad()
 def check_onnx(path, model, quantize):
-    """Raises ValueError unless onnxruntime's logits are PyTorch's, with and without a past; of a
+    """Raises UserError unless onnxruntime's logits are PyTorch's, with and without a past; of a
     quantized model, unless they are finite. Prints how far apart they are."""
     read, _ = open_onnx(path)
     length = min(32, model.config.block_size)
@@ -103,8 +106,8 @@ def check_onnx(path, model, quantize):
     apart, largest = float(torch.stack(apart).max()), float(wanted.abs().max())
     print(f"logits differ from PyTorch's by at most {apart:.2g}, the largest is {largest:.1f}")
     if not apart < (max(1e-3, 1e-5 * largest) if quantize == "none" else math.inf):
-        raise ValueError(f"{Path(path).name} does not compute what the model does: another "
-                         "onnxruntime (pip install -U onnxruntime) may")
+        raise UserError(f"{Path(path).name} does not compute what the model does: another "
+                        "onnxruntime (pip install -U onnxruntime) may")
 
 
 # -----------------------------------------------------------------------------
@@ -205,7 +208,8 @@ def main(argv):
 
     def write(folder):
         if cfg.format == "hf":
-            write_hf(folder, model, tokenizer, DTYPES[cfg.dtype])
+            write_hf(folder, asdict(model.config), dict(model.named_parameters()), tokenizer,
+                     DTYPES[cfg.dtype])
             use = HF_USE.format(name=name)
         else:
             write_onnx_folder(folder, model, tokenizer, cfg.quantize)

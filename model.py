@@ -1,4 +1,4 @@
-"""GPT-2 and GPT-Neo in one file: the model, its loss, generation.
+"""GPT-2 and GPT-Neo in one file: the model, its loss, its cache.
 
 Letters in the shape comments:
     B batch   T time (tokens in a row)   S tokens seen so far, cache included
@@ -8,7 +8,7 @@ References: GPT-2, Radford et al. 2019 and https://github.com/openai/gpt-2; GPT-
 2021; the modules' names are GPT-2's and nanoGPT's, so that their files load.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -17,12 +17,13 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import pretrained
+from nanotune.errors import UserError
+from nanotune.formats import hf, hub
+from nanotune.generation.generate import stream
+from nanotune.text.loader import IGNORED
 
-IGNORED = -1     # a target that does not count
 
-
-class HeadSize(NamedTuple):
+class HeadChunk(NamedTuple):
     """How much the head works on at a time."""
     rows: int          # of logits that exist at once, in float32; in half precision twice as many
     softmax_rows: int  # of those together through the softmax's passes: a CPU's cache holds them
@@ -31,14 +32,14 @@ class HeadSize(NamedTuple):
 
 ALL = 2**31  # more than there are
 # on a CPU 256 * V * 4 bytes = 51 MB for GPT-2; on a GPU, of whichever make, as many as keep it busy
-HEAD_SIZE = {"cpu": HeadSize(256, 16, 2048), "cuda": HeadSize(1024, ALL, ALL)}
+HEAD_CHUNK = {"cpu": HeadChunk(256, 16, 2048), "cuda": HeadChunk(1024, ALL, ALL)}
 
 
-def head_size(device_type, dtype):
-    rows, softmax_rows, ids = HEAD_SIZE.get(device_type, HEAD_SIZE["cuda"])
+def head_chunk(device_type, dtype):
+    rows, softmax_rows, ids = HEAD_CHUNK.get(device_type, HEAD_CHUNK["cuda"])
     if torch.compiler.is_compiling():  # Inductor makes one pass of several
         softmax_rows = ids = ALL
-    return HeadSize(rows * 4 // dtype.itemsize, softmax_rows, ids)
+    return HeadChunk(rows * 4 // dtype.itemsize, softmax_rows, ids)
 
 
 ACTIVATIONS = {
@@ -165,7 +166,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+            raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -223,7 +224,7 @@ class HeadLoss(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, with_grad):  # x (N, C), weight (V, C), targets (N,)
-        size = head_size(x.device.type, dtype)
+        size = head_chunk(x.device.type, dtype)
         # weights kept in less than dtype are cast in parts, where it goes by parts, each time anew
         in_parts = weight.dtype.itemsize < dtype.itemsize and len(weight) > size.ids
         w = weight if in_parts else weight.to(dtype)
@@ -303,7 +304,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {config.activation!r}: use {' or '.join(ACTIVATIONS)}")
+            raise UserError(f"activation {config.activation!r}: use {' or '.join(ACTIVATIONS)}")
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=Embedding(config.vocab_size, config.n_embd),
@@ -390,7 +391,7 @@ class GPT(nn.Module):
         """idx, where (B, T) -> logits of the positions where it is True, in order, (n, V) float32:
         yielded some rows at a time, since B x T x V of them would be the largest tensor by far."""
         x = self.hidden(idx)[where]
-        for rows in x.split(head_size(x.device.type, torch.float32).rows):
+        for rows in x.split(head_chunk(x.device.type, torch.float32).rows):
             yield self.lm_head(rows).float()
 
     def num_params(self):
@@ -415,10 +416,10 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Keeps the first block_size position embeddings: a shorter context takes less memory."""
         if block_size < 1:
-            raise ValueError(f"block_size={block_size} must be at least 1")
+            raise UserError(f"block_size={block_size} must be at least 1")
         if block_size > self.config.block_size:
-            raise ValueError(f"block_size={block_size} is more than the {self.config.block_size} "
-                             "positions that the model was trained with; lower --block_size")
+            raise UserError(f"block_size={block_size} is more than the {self.config.block_size} "
+                            "positions that the model was trained with; lower --block_size")
         self.config = replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone(),
@@ -472,80 +473,15 @@ class GPT(nn.Module):
         """A GPT with the weights of a hub id ('gpt2', 'EleutherAI/gpt-neo-125m', ...) or of a
         local Hugging Face folder, stored in any dtype, in training mode, its matrices in `dtype`.
 
-        A smaller block_size crops the position embeddings. Raises ValueError where the files
+        A smaller block_size crops the position embeddings. Raises UserError where the files
         cannot be had, hold another architecture, or do not fit it tensor for tensor.
         """
-        config_file, weight_files = pretrained.find_pretrained(name)
-        fields = pretrained.config_from_hf(pretrained.read_json(config_file), name)
-        fields["tied_head"] = pretrained.head_is_tied(weight_files, fields["tied_head"])
+        config_file, weight_files = hub.find_pretrained(name)
+        fields = hf.config_from_hf(hub.read_json(config_file), name)
+        fields["tied_head"] = hf.head_is_tied(weight_files, fields["tied_head"])
         config = GPTConfig(**fields, dropout=dropout)
         model = cls.empty(config, device, dtype)
-        pretrained.fill_from_hf(model, weight_files)
+        hf.fill_parameters(dict(model.named_parameters()), asdict(config), weight_files)
         if block_size is not None:
             model.crop_block_size(block_size)
         return model
-
-
-# -----------------------------------------------------------------------------
-# generation
-
-@torch.no_grad()
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
-           n_vocab=None, generator=None, use_cache=True, pad=None):
-    """Yields the next token of each row, (B,), up to max_new_tokens times.
-
-    temperature 0 takes the likeliest token. top_k keeps that many, top_p the fewest that hold
-    this much probability. A row that drew stop_token repeats it; when all have, the stream ends.
-    n_vocab is the tokenizer's size: ids from there on, a padded vocabulary's, are never drawn.
-    pad (B,) says how many of a row's first ids are filling (see KVCache); it needs the cache.
-
-    The context holds block_size tokens. When it is full, the window slides: the later half is
-    read again from position 0, and generation goes on behind it. So the model always sees between
-    a half and a whole context, and the second reading costs a token in block_size / 2.
-    """
-    block_size = model.config.block_size
-    length = min(block_size, idx.size(1) + max_new_tokens)
-    cache = model.new_cache(idx.size(0), length) if use_cache else None
-    begin = max(0, idx.size(1) - block_size)  # where the window begins
-    done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-    for _ in range(max_new_tokens):
-        if idx.size(1) - begin > block_size:
-            begin = idx.size(1) - max(1, block_size // 2)
-            if cache is not None:
-                cache.pos = 0
-        if pad is not None:
-            cache.pad = (pad - begin).clamp(min=0)
-        if cache is not None:
-            logits = model(idx[:, begin + cache.pos:], cache=cache)
-        else:
-            logits = model(idx[:, begin:])[:, -1].float()
-        token = sample_token(logits[:, :n_vocab], temperature, top_k, top_p, generator)
-        if stop_token is not None:
-            token = torch.where(done, stop_token, token)
-            done |= token == stop_token
-        yield token
-        if stop_token is not None and bool(done.all()):  # note: a CPU-GPU sync point
-            return
-        idx = torch.cat([idx, token[:, None]], dim=1)
-
-
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """logits (B, V) -> ids (B,), drawn from what temperature, top_k and top_p leave. A row takes
-    one uniform number, which its cumulated probabilities turn into an id."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    ids = None
-    if top_k is not None and top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k)
-    elif top_p is not None and top_p < 1:
-        logits, ids = logits.sort(descending=True)
-    p = (logits / temperature).softmax(-1, dtype=torch.float32)
-    upto = p.cumsum(-1)
-    if top_p is not None and top_p < 1:
-        p = p.masked_fill(upto - p >= top_p, 0.0)  # what stands before it holds enough already
-        upto = p.cumsum(-1)
-    draw = torch.rand(len(p), 1, device=p.device, generator=generator)
-    # the first whose cumulated probability is above the draw, which rounds to below the whole:
-    draw = draw * (upto[:, -1:] * (1 - 2**-23))  # never one of probability 0
-    column = torch.searchsorted(upto, draw, right=True)
-    return (column if ids is None else ids.gather(-1, column)).squeeze(-1)

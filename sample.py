@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model
 from configurator import configure
-from decoding import for_generation
-from distributed import autocast, pick_compile, pick_device, pick_dtype, run
-from model import stream
-from tokenizer import EOT
+from nanotune.cli import run
+from nanotune.device import autocast, pick_compile, pick_device, pick_dtype
+from nanotune.errors import UserError
+from nanotune.formats.checkpoint import load_model
+from nanotune.generation.fast import for_generation
+from nanotune.generation.generate import Writer, stream
 
 
 @dataclass
@@ -44,58 +45,33 @@ def read_prompt(start):
         return start
     path = Path(start.removeprefix("FILE:"))
     if not path.is_file():
-        raise ValueError(f"--start: the file {path} does not exist")
+        raise UserError(f"--start: the file {path} does not exist")
     data = path.read_bytes()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
 
 
 def check_config(cfg):
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0),
                         ("top_k", 0), ("seed", 0)):
         if getattr(cfg, name) < least:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least {least}")
+            raise UserError(f"--{name}={getattr(cfg, name)} must be at least {least}")
     if not 0 < cfg.top_p <= 1:
-        raise ValueError(f"--top_p={cfg.top_p} must be in (0, 1]")
+        raise UserError(f"--top_p={cfg.top_p} must be in (0, 1]")
 
 
 def encode_prompt(tokenizer, text, block_size):
     """The prompt's ids; an empty prompt is end-of-text, after which GPT-2 begins a document."""
     ids = tokenizer.encode(text)
     if not ids and tokenizer.eot is None:
-        raise ValueError("--start is empty, and the model's vocabulary has no end-of-text to begin "
-                         "with; give it a character")
+        raise UserError("--start is empty, and the model's vocabulary has no end-of-text to begin "
+                        "with; give it a character")
     if len(ids) > block_size:
-        raise ValueError(f"--start has {len(ids)} tokens, the model reads at most {block_size}; "
-                         "give a shorter prompt")
+        raise UserError(f"--start has {len(ids)} tokens, the model reads at most {block_size}; "
+                        "give a shorter prompt")
     return ids or [tokenizer.eot]
-
-
-class Writer:
-    """Decodes one growing sample: text() is what stands before the stop text, whole characters
-    only, since a character may span several tokens."""
-    def __init__(self, tokenizer, prompt_ids, stop):
-        self.tokenizer, self.ids = tokenizer, list(prompt_ids)
-        self.stop = None if stop == EOT else stop  # that one is a token, and found without decoding
-        self.prompt_length = len(tokenizer.decode(prompt_ids))
-        self.done = False
-
-    def add(self, token):
-        if token == self.tokenizer.eot:
-            self.done = True
-        if not self.done:
-            self.ids.append(token)
-            self.done = self.stop in self.new_text() if self.stop else False
-
-    def new_text(self):
-        return self.tokenizer.decode(self.ids)[self.prompt_length:]
-
-    def text(self):
-        whole = self.tokenizer.decode(self.ids)
-        new = whole[self.prompt_length:]
-        return whole[:self.prompt_length] + (new.partition(self.stop)[0] if self.stop else new)
 
 
 def main(argv):
@@ -107,7 +83,7 @@ def main(argv):
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
     model, tokenizer = load_model(source, device=device, with_onnx=True)
     if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
+        raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
     ids = encode_prompt(tokenizer, prompt, model.config.block_size)
     model.eval()
     model = for_generation(model, device, dtype, pick_compile(cfg.compile, device))

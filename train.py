@@ -25,19 +25,28 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import checkpoint
-import distributed
-import logbook
-import lora
-import optimizer as optimizers
-import plan
-import states
-import tokenizer as tokenizers
 from configurator import configure
-from distributed import autocast, read_world, run, share, sum_over_ranks
-from evaluate import evaluate_loss
-from loader import TokenBin, dataset_folder, open_tokens
-from model import GPT, GPTConfig, stream
+from model import GPT, GPTConfig
+from nanotune import files
+from nanotune.cli import run
+from nanotune.device import (
+    DTYPES,
+    autocast,
+    matmul_peak,
+    peak_memory,
+    pick_compile,
+    pick_dtype,
+    tune_malloc,
+)
+from nanotune.errors import NonFiniteLoss, UserError
+from nanotune.evaluation.perplexity import evaluate_loss
+from nanotune.formats import checkpoint
+from nanotune.generation.generate import stream
+from nanotune.text.loader import TokenBin, dataset_folder, open_tokens
+from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
+from nanotune.training import distributed, logbook, lora, plan, resume, state_dicts
+from nanotune.training import optimizer as optimizers
+from nanotune.training.distributed import read_world, share, sum_over_ranks
 
 MAX_SKIPPED = 10  # fp16 steps in a row that the scaler may skip
 # not cuDNN's, which plans anew, for longer than a token takes, for each length of a cache
@@ -111,42 +120,42 @@ class Config:
 # out_dir and init_from, so that machines need no common disk
 
 def check_config(cfg, world, dtype):
-    """Raises ValueError for fields that do not go together."""
+    """Raises UserError for fields that do not go together."""
     accumulation = cfg.gradient_accumulation_steps
     for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval",
                  "n_layer", "n_head", "n_embd", "block_size", "save_interval", "keep_states",
                  "timeout"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 1")
+            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
     for name in ("eval_iters", "max_iters", "learning_rate", "weight_decay", "grad_clip",
                  "warmup_iters", "patience", "sample_interval", "lora_rank"):
         if getattr(cfg, name) < 0:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must be at least 0")
+            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 0")
     for name in ("dropout", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < 1:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must be in [0, 1)")
+            raise UserError(f"--{name}={getattr(cfg, name)} must be in [0, 1)")
     if not 0 <= cfg.seed < 2**32:
-        raise ValueError(f"--seed={cfg.seed} must be in [0, 2**32)")
+        raise UserError(f"--seed={cfg.seed} must be in [0, 2**32)")
     if accumulation % world.size:
         lower = accumulation - accumulation % world.size
-        raise ValueError(
+        raise UserError(
             f"--gradient_accumulation_steps={accumulation} does not divide among {world.size} "
             f"processes; use a multiple, such as {lower or world.size}")
     if cfg.parallel not in ("ddp", "fsdp"):
-        raise ValueError(f"--parallel={cfg.parallel}: use ddp or fsdp")
+        raise UserError(f"--parallel={cfg.parallel}: use ddp or fsdp")
     if cfg.auto_resume and cfg.overwrite:
-        raise ValueError("--auto_resume=True goes on with what --overwrite=True would replace at "
-                         "each restart: give one of them")
+        raise UserError("--auto_resume=True goes on with what --overwrite=True would replace at "
+                        "each restart: give one of them")
     for name, known in (("weights", ("float32", "bfloat16")), ("optimizer", optimizers.NAMES)):
         if getattr(cfg, name) not in known:
-            raise ValueError(f"--{name}={getattr(cfg, name)}: use {' or '.join(known)}")
+            raise UserError(f"--{name}={getattr(cfg, name)}: use {' or '.join(known)}")
     if cfg.lora_rank and cfg.init_from == "scratch":
-        raise ValueError("--lora_rank leaves the weights as they are, and --init_from=scratch "
-                         "draws them at random: give a pretrained --init_from, or --lora_rank=0")
+        raise UserError("--lora_rank leaves the weights as they are, and --init_from=scratch "
+                        "draws them at random: give a pretrained --init_from, or --lora_rank=0")
     if cfg.lora_rank and cfg.init_from != "resume" and (
             Path(cfg.init_from).resolve() == Path(cfg.out_dir).resolve()):
-        raise ValueError(f"--out_dir={cfg.out_dir} is the base of this LoRA run too, which its "
-                         "adapters would replace; choose another --out_dir")
+        raise UserError(f"--out_dir={cfg.out_dir} is the base of this LoRA run too, which its "
+                        "adapters would replace; choose another --out_dir")
     distributed.check_pairs(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
                             optimizer=cfg.optimizer, lora="yes" if cfg.lora_rank else "no")
     if cfg.optimizer == "adamw8bit" and not cfg.dry_run:
@@ -156,30 +165,30 @@ def check_config(cfg, world, dtype):
 
 
 def check_out_dir(cfg):
-    """Raises ValueError where out_dir cannot be written or holds a run that would be lost."""
+    """Raises UserError where out_dir cannot be written or holds a run that would be lost."""
     out_dir = Path(cfg.out_dir)
-    held = [f.name for f in (out_dir / checkpoint.MODEL_FILE, *states.state_files(out_dir))
+    held = [f.name for f in (out_dir / checkpoint.MODEL_FILE, *resume.state_files(out_dir))
             if f.exists()]
-    if held and not states.resumes(cfg) and not cfg.overwrite and not (
-            cfg.auto_resume and states.barely_begun(out_dir)):
-        raise ValueError(f"{out_dir} holds a run already ({', '.join(held)}): go on with it by "
-                         "--init_from=resume, replace it by --overwrite=True, or choose another "
-                         "--out_dir")
+    if held and not resume.resumes(cfg) and not cfg.overwrite and not (
+            cfg.auto_resume and resume.barely_begun(out_dir)):
+        raise UserError(f"{out_dir} holds a run already ({', '.join(held)}): go on with it by "
+                        "--init_from=resume, replace it by --overwrite=True, or choose another "
+                        "--out_dir")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()
     except OSError as e:
-        raise ValueError(f"--out_dir={out_dir} cannot be written ({e.strerror}); choose "
-                         "another") from None
+        raise UserError(f"--out_dir={out_dir} cannot be written ({e.strerror}); choose "
+                        "another") from None
 
 
 def load_start(cfg, tokenizer, folder):
-    """The states.Start that the run begins with, as init_from says."""
-    weights = distributed.DTYPES[cfg.weights]
-    if states.resumes(cfg):
-        start = states.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
-        states.check_same_run(cfg, start)
-        tokenizers.check_same(start.tokenizer, tokenizer, cfg.out_dir, folder)
+    """The resume.Start that the run begins with, as init_from says."""
+    weights = DTYPES[cfg.weights]
+    if resume.resumes(cfg):
+        start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
+        resume.check_same_run(cfg, start)
+        check_same_tokenizer(start.tokenizer, tokenizer, cfg.out_dir, folder)
         if cfg.block_size is not None:
             start.model.crop_block_size(cfg.block_size)
         return start
@@ -187,13 +196,13 @@ def load_start(cfg, tokenizer, folder):
         torch.manual_seed(cfg.seed)
         model = GPT(scratch_config(cfg, tokenizer))
         model.set_dtype(weights)
-        return states.Start(model)
+        return resume.Start(model)
     model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout, dtype=weights)
-    tokenizers.check_same(held, tokenizer, cfg.init_from, folder)
+    check_same_tokenizer(held, tokenizer, cfg.init_from, folder)
     if not cfg.lora_rank:
-        return states.Start(model)
+        return resume.Start(model)
     lora.add_lora(model, cfg.lora_rank, cfg.seed)
-    return states.Start(model, lora=dict(
+    return resume.Start(model, lora=dict(
         rank=cfg.lora_rank, base=cfg.init_from, hash=checkpoint.hash_of(cfg.init_from),
         weights=cfg.weights))
 
@@ -207,39 +216,39 @@ def scratch_config(cfg, tokenizer):
 
 
 def open_data(cfg, folder, model, world):
-    """{split: TokenBin}. Raises ValueError where this machine's files are not rank 0's."""
+    """{split: TokenBin}. Raises UserError where this machine's files are not rank 0's."""
     data = {split: TokenBin(folder / f"{split}.bin", model.config.block_size,
                             model.config.vocab_size, cfg.seed) for split in ("train", "val")}
     for split in data.values():
         mine = len(split), zlib.crc32(split.tokens[:2**20])
         if share(world, mine) != mine:
-            raise ValueError(f"{split.path.absolute()} of process {world.rank} differs from that "
-                             "of process 0: copy the folder to each machine")
+            raise UserError(f"{split.path.absolute()} of process {world.rank} differs from that "
+                            "of process 0: copy the folder to each machine")
     return data
 
 
 def set_up(cfg, argv):
     """Everything that the loop works on, in one namespace."""
     world = read_world(cfg.device)
-    dtype = distributed.pick_dtype(cfg.dtype, world.device)
+    dtype = pick_dtype(cfg.dtype, world.device)
     check_config(cfg, world, dtype)
     if world.device.type == "cpu":
-        distributed.tune_malloc(lean=cfg.recompute)
+        tune_malloc(lean=cfg.recompute)
     folder = dataset_folder(cfg.dataset)
     for split in ("train", "val"):
         open_tokens(folder / f"{split}.bin", cfg.block_size or 1)
     if world.is_main and not cfg.eval_only:
         check_out_dir(cfg)
-    tokenizer = tokenizers.of_dataset(folder)
+    tokenizer = tokenizer_of_dataset(folder)
     if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
-        raise ValueError("--sample_start is empty; give it at least a character")
+        raise UserError("--sample_start is empty; give it at least a character")
     if cfg.separate_documents and tokenizer.eot is None:
-        raise ValueError("--separate_documents needs end-of-text between the documents, and "
-                         f"{folder} with {tokenizer.name} has none; leave it out")
+        raise UserError("--separate_documents needs end-of-text between the documents, and "
+                        f"{folder} with {tokenizer.name} has none; leave it out")
     start = load_start(cfg, tokenizer, folder) if world.is_main else None
 
     distributed.join(world, cfg.backend, cfg.timeout)
-    start = states.spread(start, world, distributed.DTYPES[cfg.weights])
+    start = resume.spread(start, world, DTYPES[cfg.weights])
     model, progress = start.model, start.progress
     model.config = replace(
         model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
@@ -254,7 +263,7 @@ def set_up(cfg, argv):
         cfg.optimizer, model.param_groups(cfg.weight_decay), cfg.learning_rate,
         (cfg.beta1, cfg.beta2), world.device)
     if start.stepped:
-        checkpoint.load_optimizer_state(model, optimizer, start.optimizer, start.path, world)
+        state_dicts.load_optimizer_state(model, optimizer, start.optimizer, start.path, world)
     scaler = optimizers.LossScaler(world.device.type, enabled=dtype == torch.float16)
     if start.scaler:
         scaler.load_state_dict(start.scaler)
@@ -321,11 +330,11 @@ def gradient_norm(r):
 
 def update(r, loss, norm, finite, step, skipped_in_a_row):
     """Clips and steps; returns how many steps in a row the fp16 scaler has now skipped. Raises
-    FloatingPointError before the optimizer step where the loss or the gradient is not finite, on
+    NonFiniteLoss before the optimizer step where the loss or the gradient is not finite, on
     whichever rank: `loss` and `finite` are alike on all."""
     if not math.isfinite(loss) or not (finite or r.scaler.is_enabled()):
         what = "gradient norm is not finite" if math.isfinite(loss) else f"loss is {loss}"
-        raise FloatingPointError(
+        raise NonFiniteLoss(
             f"step {step}: the {what}; stopped before the step, so that the files in "
             f"{r.cfg.out_dir} are good; try a lower --learning_rate, a longer --warmup_iters, "
             "--grad_clip=1.0 or --dtype=float32, and look at the data")
@@ -340,7 +349,7 @@ def update(r, loss, norm, finite, step, skipped_in_a_row):
         return 0
     r.progress.skipped += 1
     if skipped_in_a_row + 1 == MAX_SKIPPED:
-        raise FloatingPointError(
+        raise NonFiniteLoss(
             f"step {step}: the fp16 scaler skipped {MAX_SKIPPED} steps in a row, the gradients "
             "overflow; try a lower --learning_rate, --dtype=bfloat16 or --dtype=float32")
     return skipped_in_a_row + 1
@@ -354,7 +363,7 @@ def evaluate_and_save(r):
     cfg, p, log = r.cfg, r.progress, r.log
     train_loss, val_loss = evaluate_splits(r)
     if not math.isfinite(val_loss):
-        raise FloatingPointError(
+        raise NonFiniteLoss(
             f"step {p.step}: the validation loss is {val_loss}; stopped without saving, so that "
             f"the files in {cfg.out_dir} are good; try a lower --learning_rate or --dtype=float32")
     improved, before = val_loss < p.best_val_loss, replace(p)
@@ -391,8 +400,8 @@ def save(r, name):
     here, since a sharded model is gathered; rank 0 writes. A disk that does not take it ends no
     run: that is told, and what was there before stays."""
     cfg, p, whole = r.cfg, r.progress, name == checkpoint.STATE_FILE
-    weights = checkpoint.whole_weights(r.model)
-    moments = checkpoint.optimizer_state(r.model, r.optimizer) if whole else None
+    weights = state_dicts.whole_weights(r.model)
+    moments = state_dicts.optimizer_state(r.model, r.optimizer) if whole else None
     error = None
     if r.world.is_main:
         data = checkpoint.model_data(r.model, p.step, p.best_val_loss, asdict(cfg), r.tokenizer,
@@ -400,15 +409,15 @@ def save(r, name):
         if whole:
             data |= {"optimizer": moments, "scaler": r.scaler.state_dict(), "progress": asdict(p)}
         try:
-            checkpoint.save(Path(cfg.out_dir) / name, data, cfg.keep_states if whole else 1)
-        except checkpoint.WriteError as e:
+            files.save(Path(cfg.out_dir) / name, data, cfg.keep_states if whole else 1)
+        except files.WriteError as e:
             error = str(e)
             r.log.warn(f"step {p.step}: {error}. The run goes on, and tries again at the next save")
     r.not_saved[name] = error = share(r.world, error)
     if whole:
         r.tried_step = p.step
         if r.world.is_main and not error:
-            states.write_run_file(cfg.out_dir, p, "running", saved_step=p.step)
+            resume.write_run_file(cfg.out_dir, p, "running", saved_step=p.step)
     return not error
 
 
@@ -452,7 +461,7 @@ class StopSignals:
 def train(r, signals):
     cfg, p, log = r.cfg, r.progress, r.log
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * r.model.config.block_size
-    peak = plan.matmul_peak(r.world.device, r.dtype)
+    peak = matmul_peak(r.world.device, r.dtype)
     began, timed, skipped = time.perf_counter(), 0, 0
     r.model.train()
     while True:
@@ -485,7 +494,7 @@ def train(r, signals):
             flops = tokens_per_iter * r.model.flops_per_token() / seconds
             mfu = flops / (peak * r.world.size) if peak else None
             log.iteration(step, loss, lr, seconds, tokens_per_iter, mfu, p.skipped,
-                          plan.peak_memory(r.world.device))
+                          peak_memory(r.world.device))
             began, timed = time.perf_counter(), 0
         if stop:
             log.say(f"stopped by a signal after step {step}; go on with:\n"
@@ -519,18 +528,18 @@ def plan_lines(cfg, config, world, dtype, compiled, train_tokens, val_tokens):
 def dry_run(cfg):
     """Prints the plan of a run; reads its data's size and its model's, and no weights."""
     world = read_world(cfg.device)
-    dtype = distributed.pick_dtype(cfg.dtype, world.device)
+    dtype = pick_dtype(cfg.dtype, world.device)
     check_config(cfg, world, dtype)
     folder = dataset_folder(cfg.dataset)
     if cfg.init_from == "scratch":
-        config = scratch_config(cfg, tokenizers.of_dataset(folder))
+        config = scratch_config(cfg, tokenizer_of_dataset(folder))
     else:
-        config = checkpoint.model_config(cfg.out_dir if states.resumes(cfg) else cfg.init_from)
+        config = checkpoint.model_config(cfg.out_dir if resume.resumes(cfg) else cfg.init_from)
         config = replace(config, block_size=cfg.block_size or config.block_size)
     tokens = [len(open_tokens(folder / f"{split}.bin", config.block_size))
               for split in ("train", "val")]
-    compiled = distributed.pick_compile(cfg.compile, world.device,
-                                        weights=distributed.DTYPES[cfg.weights])
+    compiled = pick_compile(cfg.compile, world.device,
+                                        weights=DTYPES[cfg.weights])
     lines, _ = plan_lines(cfg, config, world, dtype, compiled, *tokens)
     if world.is_main:
         print("\n".join(lines))
@@ -578,13 +587,13 @@ def tell_end(r):
 
 def finish(r, status):
     """The state of the last step, and where ckpt.pt is the latest that too, if they are not on
-    disk yet. Raises ValueError where one could not be written."""
+    disk yet. Raises UserError where one could not be written."""
     if r.tried_step != r.progress.step:
         if r.cfg.always_save_checkpoint and r.progress.evaluated != r.progress.step:
             save(r, checkpoint.MODEL_FILE)
         save(r, checkpoint.STATE_FILE)
     for error in filter(None, r.not_saved.values()):
-        raise ValueError(error)
+        raise UserError(error)
     if status == 0:
         tell_end(r)
 
@@ -601,7 +610,7 @@ def main(argv):
             print(f"step {p.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         return
     if main_rank:
-        states.begin(cfg.out_dir, r.start)
+        resume.begin(cfg.out_dir, r.start)
     wandb_run = None
     if cfg.wandb_log and main_rank:
         wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name, p.run_id,
@@ -617,7 +626,7 @@ def main(argv):
     finally:
         r.log.close(status)
         if main_rank:
-            states.write_run_file(cfg.out_dir, p, ended, (
+            resume.write_run_file(cfg.out_dir, p, ended, (
                 None if r.not_saved.get(checkpoint.STATE_FILE) else r.tried_step))
     distributed.barrier()
     sys.exit(status)

@@ -3,8 +3,8 @@
 A dataset is a folder with train.bin and val.bin: token ids as little-endian uint16, one after the
 other, no header. Beside them lies what made the ids: meta.pkl (characters), tokenizer.json (the
 tokenizers library), or neither, which means GPT-2's byte pair encoding. Where only some tokens are
-to be learnt, train.mask.bin and val.mask.bin hold a byte a token, 1 or 0. What the user can mend
-is a ValueError, and `run` prints it as one line.
+to be learnt, train.mask.bin and val.mask.bin hold a byte a token, 1 or 0. What the user can fix
+is a UserError, which `run` prints as one line.
 """
 import argparse
 import contextlib
@@ -29,6 +29,10 @@ import numpy as np
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
+sys.path.append(str(DATA.parent))
+from nanotune import cli  # noqa: E402 (no package is installed)
+from nanotune.errors import UserError  # noqa: E402
+
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = "<|endoftext|>"
 MIN_TOKENS = 16                 # a split shorter than this is a mistake, not a dataset
@@ -54,15 +58,20 @@ def parser(description: str, folder: Path, input_help: str = "") -> argparse.Arg
     return p
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main; what the user can mend is one line on stderr and exit status 1."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; no half-written dataset is left", file=sys.stderr)
-        sys.exit(130)
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run a script's main(argv). What the user can fix is one line on stderr and exit status 1:
+    a UserError, and an error of the file system, such as a full disk."""
+    def guarded(argv):
+        try:
+            main(argv)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UserError(str(error)) from error
+        except KeyboardInterrupt:
+            print("stopped; no half-written dataset is left", file=sys.stderr)
+            raise
+    cli.run(guarded)
 
 
 # -----------------------------------------------------------------------------
@@ -72,26 +81,26 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
              timeout: float = 30.0) -> Path:
     """Fetch `url` into `path`, unless it is there already; `path` is never half a file.
 
-    `timeout` is in seconds, for each wait and not for the whole. ValueError if nothing comes, or an
+    `timeout` is in seconds, for each wait and not for the whole. UserError if nothing comes, or an
     error, a web page, or anything but `size` bytes of hash `sha256`; and if `path` holds something
     else, since nanoGPT's users put texts of their own there.
     """
     if path.exists():
         if problem := wrong_with(path, size, sha256):
-            raise ValueError(f"{path} is not the file that {url} gives: {problem}; delete it to "
-                             f"download that, or pass --input={path} to use it as it is")
+            raise UserError(f"{path} is not the file that {url} gives: {problem}; delete it to "
+                            f"download that, or pass --input={path} to use it as it is")
         return path
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         receive(url, part, size, timeout)
         if problem := wrong_with(part, size, sha256):
-            raise ValueError(problem)
+            raise UserError(problem)
         os.replace(part, path)
-    except (ValueError, HTTPException, URLError, TimeoutError, ConnectionError) as error:
+    except (UserError, ValueError, HTTPException, URLError, TimeoutError, ConnectionError) as error:
         reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
-        raise ValueError(f"cannot download {url}: {reason or type(error).__name__}; "
-                         f"fetch it by hand and pass --input=FILE") from error
+        raise UserError(f"cannot download {url}: {reason or type(error).__name__}; "
+                        f"fetch it by hand and pass --input=FILE") from error
     finally:
         part.unlink(missing_ok=True)
     return path
@@ -107,7 +116,7 @@ def receive(url: str, part: Path, size: int | None, timeout: float) -> None:
     with urlopen(request, timeout=timeout, context=context) as answer:
         # a login page or a proxy's notice comes with status 200 too
         if answer.headers.get_content_type() == "text/html":
-            raise ValueError("the answer is a web page, not the file")
+            raise UserError("the answer is a web page, not the file")
         promised = int(answer.headers.get("Content-Length") or 0) or size
         with open(part, "wb") as f, tqdm(desc=part.stem, total=promised, unit="B",
                                          unit_scale=True, disable=None) as bar:
@@ -115,7 +124,7 @@ def receive(url: str, part: Path, size: int | None, timeout: float) -> None:
                 bar.update(f.write(block))
     # http.client takes a connection that closes early for the end of the file
     if promised and (came := part.stat().st_size) != promised:
-        raise ValueError(f"{came:,} of {promised:,} bytes came")
+        raise UserError(f"{came:,} of {promised:,} bytes came")
 
 
 def wrong_with(path: Path, size: int | None, sha256: str | None) -> str:
@@ -134,14 +143,14 @@ def read_text(path: Path) -> str:
     GPT-2 hardly saw a carriage return, and two kinds of line end would teach a model both.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset "
-                         f"{error.start:,}; convert it, for example with "
-                         f"iconv -f WINDOWS-1252 -t UTF-8") from None
+        raise UserError(f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset "
+                        f"{error.start:,}; convert it, for example with "
+                        f"iconv -f WINDOWS-1252 -t UTF-8") from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
@@ -150,7 +159,7 @@ def shakespeare(source: Path | None, folder: Path) -> str:
     source = source or download(SHAKESPEARE, folder / "input.txt", 1_115_394, SHAKESPEARE_SHA256)
     text = read_text(source)
     if not text.strip():
-        raise ValueError(f"{source} is empty; it should hold the text to train on")
+        raise UserError(f"{source} is empty; it should hold the text to train on")
     return text
 
 
@@ -174,7 +183,7 @@ def split_documents(documents: Sequence[str], val_fraction: float = 0.1,
     that trains gives up its end. Documents keep their order in both splits.
     """
     if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction={val_fraction}: must lie between 0 and 1")
+        raise UserError(f"--val_fraction={val_fraction}: must lie between 0 and 1")
     wanted, have, chosen = val_fraction * sum(map(len, documents)), 0, set()
     for i in random.Random(seed).sample(range(len(documents)), len(documents)):
         if have + len(documents[i]) <= wanted:
@@ -203,14 +212,14 @@ class Encoder(NamedTuple):
 
 
 def gpt2():
-    """tiktoken's GPT-2 encoding; ValueError that says what to do by hand if it cannot be had."""
+    """tiktoken's GPT-2 encoding; UserError that says what to do by hand if it cannot be had."""
     import tiktoken
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:      # requests', the disk's, or tiktoken's own check of what came
         bpe, vocab = (hashlib.sha1((GPT2_FILES + name).encode()).hexdigest()
                       for name in ("vocab.bpe", "encoder.json"))
-        raise ValueError(
+        raise UserError(
             f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); by hand: fetch "
             f"vocab.bpe and encoder.json from {GPT2_FILES}, save them in one folder as {bpe} and "
             f"{vocab} (tiktoken's names for them), and set TIKTOKEN_CACHE_DIR to that folder; the "
@@ -252,7 +261,7 @@ def json_encoder(content: bytes, name: str = "tokenizer.json") -> Encoder:
     try:
         tokenizer = Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:      # tokenizers raises a bare Exception
-        raise ValueError(f"{name} is no file of the tokenizers library: {error}") from None
+        raise UserError(f"{name} is no file of the tokenizers library: {error}") from None
     vocab = tokenizer.get_vocab()
     check_ids(max(vocab.values()), name)
     # the file may carry its model's limits, which would cut every document without a word
@@ -268,18 +277,18 @@ def json_encoder(content: bytes, name: str = "tokenizer.json") -> Encoder:
 
 
 def check_ids(highest: int, name: str) -> None:
-    """ValueError if an id does not fit a .bin file."""
+    """UserError if an id does not fit a .bin file."""
     if highest > np.iinfo(TOKEN).max:
-        raise ValueError(f"{name}: ids up to {highest:,} do not fit a .bin file, which holds those "
-                         f"below 65,536 (uint16); use a smaller vocabulary")
+        raise UserError(f"{name}: ids up to {highest:,} do not fit a .bin file, which holds those "
+                        f"below 65,536 (uint16); use a smaller vocabulary")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a byte-level BPE, with end-of-text as id 0; the content of its tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     if not 257 <= vocab_size <= 65536:
-        raise ValueError(f"--vocab_size={vocab_size}: must lie between 257 (each byte, and "
-                         f"end-of-text) and 65536")
+        raise UserError(f"--vocab_size={vocab_size}: must lie between 257 (each byte, and "
+                        f"end-of-text) and 65536")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -344,7 +353,7 @@ def read_rows(path: Path, content: str,
               strict: bool = True) -> Iterator[tuple[str, list[str]]]:
     """('FILE, line N', the fields) of each row of a CSV; blank lines are passed over.
 
-    ValueError where quotes do not match, if `strict`; N is the line that the row ends on.
+    UserError where quotes do not match, if `strict`; N is the line that the row ends on.
     """
     csv.field_size_limit(2**31 - 1)     # a field may be a whole document
     rows = csv.reader(io.StringIO(content, newline=""), strict=strict)
@@ -353,14 +362,14 @@ def read_rows(path: Path, content: str,
             if row:
                 yield f"{path}, line {rows.line_num}", row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num}: malformed CSV ({error}); a field with a "
-                         'comma, a quote or a line end stands in "quotes", a quote in it twice'
-                         ) from None
+        raise UserError(f"{path}, line {rows.line_num}: malformed CSV ({error}); a field with a "
+                        'comma, a quote or a line end stands in "quotes", a quote in it twice'
+                        ) from None
 
 
 def check_fraction(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise ValueError(f"--{name}={value}: must be at least 0 and below 1")
+        raise UserError(f"--{name}={value}: must be at least 0 and below 1")
 
 
 def encode_examples(examples: Sequence[Example], encoder: Encoder,
@@ -431,8 +440,8 @@ def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.n
     try:
         counts = write_part(out_dir, "train.bin", train), write_part(out_dir, "val.bin", val)
         if min(counts) < MIN_TOKENS:
-            raise ValueError(f"too little text: {counts[0]} tokens to train on and {counts[1]} to "
-                             f"validate on, where {MIN_TOKENS} is the least; give it more text")
+            raise UserError(f"too little text: {counts[0]} tokens to train on and {counts[1]} to "
+                            f"validate on, where {MIN_TOKENS} is the least; give it more text")
         for name, content in files.items():
             write_part(out_dir, name, [np.frombuffer(content, np.uint8)])
         for name in ("train.bin", "val.bin", *COMPANIONS):

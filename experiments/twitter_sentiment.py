@@ -22,9 +22,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from pretrained import find_pretrained  # noqa: E402
-from tasks import check_sklearn, classification_scores  # noqa: E402
-from tokenizer import GPT2Tokenizer  # noqa: E402
+from nanotune.cli import run  # noqa: E402
+from nanotune.errors import UserError  # noqa: E402
+from nanotune.evaluation.tasks import check_sklearn, classification_scores  # noqa: E402
+from nanotune.formats.hub import find_pretrained  # noqa: E402
+from nanotune.text.tokenizer import GPT2Tokenizer  # noqa: E402
 
 FLOOR = "TF-IDF + logistic regression"
 
@@ -44,7 +46,7 @@ def arguments(argv):
 
 
 def check_same_experiment(args):
-    """Raises ValueError where out_dir holds runs of other settings; the number of splits and the
+    """Raises UserError where out_dir holds runs of other settings; the number of splits and the
     models may grow."""
     settings = {"samples": args.samples, "train": args.train,
                 "input": str(args.input.resolve()) if args.input else None}
@@ -56,8 +58,8 @@ def check_same_experiment(args):
     before = json.loads(path.read_text(encoding="utf-8"))
     differ = [f"--{k} was {before.get(k)}" for k in settings if settings[k] != before.get(k)]
     if differ:
-        raise ValueError(f"{args.out_dir} holds runs of other settings ({'; '.join(differ)}): give "
-                         "those, or another --out_dir")
+        raise UserError(f"{args.out_dir} holds runs of other settings ({'; '.join(differ)}): give "
+                        "those, or another --out_dir")
 
 
 def command(script, *options):
@@ -138,11 +140,11 @@ def main(argv=None):
     args = arguments(argv)
     models = [name for name in args.models.split(",") if name]
     if args.splits < 1 or not models:
-        raise ValueError("--splits must be at least 1, and --models name one or more")
+        raise UserError("--splits must be at least 1, and --models name one or more")
     if len(set(map(short_name, models))) < len(models):
-        raise ValueError(f"--models={args.models}: two have the same name; rename a folder")
+        raise UserError(f"--models={args.models}: two have the same name; rename a folder")
     if args.input is not None and not args.input.is_file():
-        raise ValueError(f"--input={args.input}: no such file")
+        raise UserError(f"--input={args.input}: no such file")
     check_sklearn()
     for model in models:  # the last is trained hours after the first
         if not Path(model).is_dir():
@@ -159,9 +161,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -29,11 +29,13 @@ import torch
 from ranks import Job, run_ranks
 from tiny import arguments, losses, write_dataset
 
-import checkpoint
-import states
 import train
 from configurator import configure
-from distributed import run
+from nanotune import files
+from nanotune.cli import run
+from nanotune.errors import UserError
+from nanotune.formats import checkpoint
+from nanotune.training import resume, state_dicts
 
 RANKS = 2
 
@@ -51,7 +53,7 @@ class Config:
 
 def same(a, b):
     """Whether two runs ended alike to the last bit: weights, moments, progress, losses."""
-    one, other = (checkpoint.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
+    one, other = (files.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
     progress = [state["progress"] | {"run_id": ""} for state in (one, other)]
     return (progress[0] == progress[1] and losses(a) == losses(b)
             and one["model"].keys() == other["model"].keys()
@@ -75,7 +77,7 @@ def wait_for(moment, job, out, step, rng):
         time.sleep(rng.uniform(0, 1.5))
         return job.alive()
     while job.alive():
-        if states.reached_step(out) > step and (moment == "step" or list(out.glob("*.pt.tmp"))):
+        if resume.reached_step(out) > step and (moment == "step" or list(out.glob("*.pt.tmp"))):
             if moment == "step":
                 time.sleep(rng.uniform(0, 0.02))
             return True
@@ -84,7 +86,7 @@ def wait_for(moment, job, out, step, rng):
 
 def spoil_newest(out, rng):
     """As a bad sector would."""
-    path = states.state_files(out)[0]
+    path = resume.state_files(out)[0]
     data = bytearray(path.read_bytes())
     data[len(data) // 3:len(data) // 3 + 4096] = rng.randbytes(4096)
     path.write_bytes(data)
@@ -106,7 +108,7 @@ def campaign(parallel, kills, folder, dataset, rng):
             read_log(job.said(0), count)
             return count, same(whole, out)
         moment = rng.choices(("step", "save", "start"), (4, 4, 2))[0]
-        if not wait_for(moment, job, out, states.reached_step(out) + rng.randint(0, 2), rng):
+        if not wait_for(moment, job, out, resume.reached_step(out) + rng.randint(0, 2), rng):
             raise AssertionError(f"ended before its kill:\n{job.said()}")
         victims = rng.choice(((0,), tuple(range(RANKS))) if moment == "save" else
                              (*((rank,) for rank in range(RANKS)), tuple(range(RANKS))))
@@ -118,8 +120,8 @@ def campaign(parallel, kills, folder, dataset, rng):
         count["before the first step"] += "iter " not in job.said(0)
         count["of all ranks"] += len(victims) == RANKS
         read_log(job.said(0), count)
-        count["reached"] = states.reached_step(out)
-        if count["kills"] % 10 == 5 and len(states.state_files(out)) == 2:
+        count["reached"] = resume.reached_step(out)
+        if count["kills"] % 10 == 5 and len(resume.state_files(out)) == 2:
             spoil_newest(out, rng)
             count["states spoiled"] += 1
 
@@ -221,7 +223,7 @@ def loads_right(r, references):
     reference = references.get(r.progress.step)
     if reference is None or r.progress.run_id != reference["progress"]["run_id"]:
         return False
-    moments = checkpoint.optimizer_state(r.model, r.optimizer)
+    moments = state_dicts.optimizer_state(r.model, r.optimizer)
     return (all(torch.equal(tensor, reference["model"][name])
                 for name, tensor in r.model.state_dict().items())
             and all(torch.equal(value, moments[name][key])
@@ -239,7 +241,7 @@ def alterations(times, folder, dataset, rng):
     names = ("state.pt", "state.1.pt", "ckpt.pt")
     good = {name: (out / name).read_bytes() for name in names}
     others = [(path / name).read_bytes() for path, _ in runs[1:] for name in names[:2]]
-    references = {s["iter_num"]: s for s in (checkpoint.load(out / name) for name in names[:2])}
+    references = {s["iter_num"]: s for s in (files.load(out / name) for name in names[:2])}
     argv = arguments(dataset, out, init_from="resume", eval_only=True)
     count = Counter()
     for _ in range(times):
@@ -273,7 +275,7 @@ def load_shipped(out, references, others):
     else is as good as any (`others`): there is nothing to tell it by."""
     try:
         model, _ = checkpoint.load_model(str(out))
-    except ValueError:
+    except UserError:
         return "refused"
     right = all(torch.equal(tensor, references[6]["model"].get(name))
                 for name, tensor in model.state_dict().items()

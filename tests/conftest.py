@@ -16,9 +16,10 @@ import torch
 from hypothesis import settings
 from safetensors.torch import save_file
 
-import checkpoint
-import tokenizer as tokenizers
 from model import GPT, GPTConfig
+from nanotune import files
+from nanotune.formats import checkpoint
+from nanotune.text import tokenizer as tokenizers
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEXT = "".join(f"Line {i}: what's more, it ends.\n" for i in range(60))
@@ -68,7 +69,7 @@ def write_tokenizer(folder, kind, text=TEXT):
         (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     elif kind == "json":
         (folder / "tokenizer.json").write_text(tiny_json(text), encoding="utf-8")
-    return tokenizers.of_dataset(folder)
+    return tokenizers.tokenizer_of_dataset(folder)
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def make_run(tmp_path):
         model = tiny_gpt(vocab_size or tokenizer.n_vocab, **fields)
         out_dir = tmp_path / name
         out_dir.mkdir(exist_ok=True)
-        checkpoint.save(out_dir / checkpoint.MODEL_FILE,
+        files.save(out_dir / checkpoint.MODEL_FILE,
                         checkpoint.model_data(model, 0, 1.0, {}, tokenizer))
         return out_dir, model
     return make

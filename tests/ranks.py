@@ -87,8 +87,8 @@ def work(rank, size, port, script, argv, log, hook):
     sys.stdout.reconfigure(line_buffering=True)
     import torch
 
-    import logbook
-    from distributed import run
+    from nanotune.cli import run
+    from nanotune.training import logbook
     torch.set_num_threads(1)
     logbook.draw = lambda *_: None  # half a second each, and tested elsewhere
     module = __import__(script)

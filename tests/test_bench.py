@@ -10,8 +10,9 @@ import torch
 from tiny import run_script
 
 import bench
-from checkpoint import load_model
 from model import GPT, GPTConfig
+from nanotune.errors import UserError
+from nanotune.formats.checkpoint import load_model
 
 TINY = bench.Config(model="tiny", against="none", repeats=1, steps=1, block_size=32, device="cpu",
                     max_new_tokens=5)
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 def test_a_case_that_is_not_there(monkeypatch):
     machine = dict(device="cpu", name="CPU", torch="2", dtype="float32", dtypes=["float32"])
     monkeypatch.setattr(bench, "run_process", lambda argv: (json.dumps(machine), 0.0, 0))
-    with pytest.raises(ValueError, match="--only=LORA is in no case's name: float32 AdamW; "):
+    with pytest.raises(UserError, match="--only=LORA is in no case's name: float32 AdamW; "):
         bench.main(["memory", "--model=tiny", "--only=LORA"])
 
 
@@ -109,7 +110,7 @@ def test_bad_input_is_one_line(argv, said, monkeypatch, capsys):
 
 def test_a_case_that_fails_is_told_and_left_out(capsys):
     def broken():
-        raise ValueError("no such thing")
+        raise UserError("no such thing")
     cases = {"ours": lambda: {"tok/s": 3.0}, "theirs": broken}
     assert bench.measure(cases, 2) == {"ours": {"tok/s": [3.0, 3.0]}}
     assert "theirs: no such thing" in capsys.readouterr().out
@@ -127,7 +128,7 @@ def test_the_table():
 
 def test_a_process_that_fails_says_its_last_line(tmp_path):
     (tmp_path / "bad.py").write_text("print('first')\nraise SystemExit('the reason')\n")
-    with pytest.raises(ValueError, match=r"bad\.py failed: the reason"):
+    with pytest.raises(UserError, match=r"bad\.py failed: the reason"):
         bench.run_process([sys.executable, tmp_path / "bad.py"])
 
 
@@ -135,7 +136,7 @@ def test_nothing_heavier_than_torch_is_imported_before_it_is_used():
     heavy = {"transformers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tiktoken", "wandb",
              "tokenizers", "torchao", "tensorflow", "pandas", "safetensors", "huggingface_hub",
              "torch._dynamo", "sympy"}  # 2 seconds, and 1: what makes a model on meta may take them
-    code = ("import sys, torch, train, sample, evaluate, export, import_tf, bench\n"
+    code = ("import sys, torch, train, sample, evaluate, export, bench\n"
             "from model import GPT, GPTConfig\n"
             "model = GPT.empty(GPTConfig(n_layer=1, n_head=1, n_embd=8), dtype=torch.bfloat16)\n"
             "model.generate(torch.zeros(1, 1, dtype=torch.long), 2, temperature=0)\n"

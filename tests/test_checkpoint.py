@@ -13,10 +13,13 @@ import torch
 from tiny import nanogpt_checkpoint, write_dataset
 from torch.nn import functional as F
 
-import checkpoint
 import evaluate
 import sample
 from model import GPT, GPTConfig
+from nanotune import files
+from nanotune.errors import UserError
+from nanotune.formats import checkpoint
+from nanotune.training import state_dicts
 
 CONFIG = GPTConfig(block_size=16, vocab_size=18, n_layer=2, n_head=2, n_embd=16)
 
@@ -44,8 +47,8 @@ def folder_is_clean(folder, *names):
 
 def refused(path):
     """The one line with which a checkpoint is refused."""
-    with pytest.raises(ValueError) as e:
-        checkpoint.load(path)
+    with pytest.raises(UserError) as e:
+        files.load(path)
     assert str(path) in str(e.value)
     assert "\n" not in str(e.value)
     return str(e.value)
@@ -58,8 +61,8 @@ def test_what_is_saved_is_loaded(tmp_path):
     path = tmp_path / "ckpt.pt"
     saved = data() | {"iter_num": 3, "best_val_loss": 1.5, "config": {"dataset": "x", "n": None},
                       "tokenizer": {"kind": "characters", "itos": ["a", "é", "\n"]}}
-    checkpoint.save(path, saved)
-    loaded = checkpoint.load(path)
+    files.save(path, saved)
+    loaded = files.load(path)
     assert torch.equal(loaded.pop("model")["w"], saved.pop("model")["w"])
     assert loaded == saved
     assert folder_is_clean(tmp_path, "ckpt.pt")
@@ -68,18 +71,18 @@ def test_what_is_saved_is_loaded(tmp_path):
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_crash_before_the_rename_leaves_the_old_one(tmp_path, monkeypatch, moment):
     path = tmp_path / "ckpt.pt"
-    checkpoint.save(path, data(1.0))
+    files.save(path, data(1.0))
     (tmp_path / "ckpt.pt.tmp").write_bytes(b"what an earlier crash left")
 
     def crash(*_):
         raise PowerCut
 
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        patch.setattr(checkpoint.os, moment, crash)
-        checkpoint.save(path, data(2.0))
-    assert checkpoint.load(path)["model"]["w"][0, 0] == 1.0
-    checkpoint.save(path, data(3.0))  # and what it left is no hindrance
-    assert checkpoint.load(path)["model"]["w"][0, 0] == 3.0
+        patch.setattr(files.os, moment, crash)
+        files.save(path, data(2.0))
+    assert files.load(path)["model"]["w"][0, 0] == 1.0
+    files.save(path, data(3.0))  # and what it left is no hindrance
+    assert files.load(path)["model"]["w"][0, 0] == 3.0
     assert folder_is_clean(tmp_path, "ckpt.pt")
 
 
@@ -87,28 +90,28 @@ def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_place(tmp_path, mo
     order = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(checkpoint.os, name,
+        monkeypatch.setattr(files.os, name,
                             lambda *a, name=name, real=real: (order.append(name), real(*a)))
-    checkpoint.save(tmp_path / "ckpt.pt", data())
+    files.save(tmp_path / "ckpt.pt", data())
     assert order == ["fsync", "replace", "fsync"]  # the last is the folder's
 
 
 @pytest.mark.parametrize("limit", [100, 70_000, 1_000_000, 1_048_700])
 def test_a_disk_that_is_full_is_one_line_and_loses_nothing(tmp_path, limit):
     path = tmp_path / "ckpt.pt"
-    checkpoint.save(path, data(1.0))
+    files.save(path, data(1.0))
     big = data() | {"model": {"w": torch.ones(512, 512)}}  # 1,048,576 bytes of weights
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(ValueError) as e:
-            checkpoint.save(path, big)
+        with pytest.raises(UserError) as e:
+            files.save(path, big)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(path) in str(e.value)
     assert "free space or choose another --out_dir" in str(e.value)
     assert "\n" not in str(e.value)
-    assert checkpoint.load(path)["model"]["w"][0, 0] == 1.0
+    assert files.load(path)["model"]["w"][0, 0] == 1.0
     assert folder_is_clean(tmp_path, "ckpt.pt")
 
 
@@ -122,8 +125,8 @@ def test_a_write_error_in_the_middle(tmp_path, error):
         f.write(b"half of it")
         raise error
 
-    with pytest.raises(ValueError, match="cannot write") as e:
-        checkpoint.write_atomic(path, write)
+    with pytest.raises(UserError, match="cannot write") as e:
+        files.write_atomic(path, write)
     assert "\n" not in str(e.value)
     assert path.read_bytes() == b"old"
     assert folder_is_clean(tmp_path, "state.pt")
@@ -135,7 +138,7 @@ def test_ctrl_c_in_the_middle_of_a_save_leaves_no_half_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomic(tmp_path / "state.pt", write)
+        files.write_atomic(tmp_path / "state.pt", write)
     assert folder_is_clean(tmp_path)
 
 
@@ -146,7 +149,7 @@ def test_ctrl_c_in_the_middle_of_a_save_leaves_no_half_file(tmp_path):
 def saved_bytes(tmp_path):
     path = tmp_path / "good.pt"
     model = GPT(CONFIG)
-    checkpoint.save(path, {"model": model.state_dict(), "model_args": {"n_layer": 2},
+    files.save(path, {"model": model.state_dict(), "model_args": {"n_layer": 2},
                            "config": {"dataset": "x"}, "iter_num": 3})
     return path.read_bytes()
 
@@ -162,7 +165,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, saved_bytes):
 def test_a_flipped_bit_is_refused_or_harmless(tmp_path, saved_bytes):
     path = tmp_path / "flipped.pt"
     path.write_bytes(saved_bytes)
-    good = checkpoint.load(path)
+    good = files.load(path)
     rng = random.Random(0)
     central = saved_bytes.index(b"PK\x01\x02")  # the archive's directory, behind the records
     places = [*(rng.randrange(central) for _ in range(150)),
@@ -174,8 +177,8 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, saved_bytes):
         altered[place] ^= 1 << rng.randrange(8)
         path.write_bytes(altered)
         try:
-            loaded = checkpoint.load(path)
-        except ValueError as e:
+            loaded = files.load(path)
+        except UserError as e:
             assert "\n" not in str(e)
             assert str(path) in str(e)
             n_refused += 1
@@ -261,7 +264,7 @@ def test_weights_that_do_not_fit_model_args(tmp_path):
     args = dict(vars(CONFIG))
     for wrong in ({"n_embd": 32}, {"n_layer": 3}, {"vocab_size": 19}, {"colour": "red"}):
         held = {"model": model.state_dict(), "model_args": args | wrong}
-        with pytest.raises(ValueError) as e:
+        with pytest.raises(UserError) as e:
             checkpoint.model_from(held, "out/ckpt.pt")
         assert "out/ckpt.pt" in str(e.value) and "model_args" in str(e.value)
         assert "\n" not in str(e.value)
@@ -274,7 +277,7 @@ def save_model(folder, model):
     class Tokenizer:
         spec = {"kind": "characters", "itos": list("abcdefghijklmnopqr")}  # noqa: RUF012
     folder.mkdir(exist_ok=True)
-    checkpoint.save(folder / "ckpt.pt", checkpoint.model_data(model, 3, 1.0, {}, Tokenizer))
+    files.save(folder / "ckpt.pt", checkpoint.model_data(model, 3, 1.0, {}, Tokenizer))
 
 
 def test_load_model_from_an_out_dir(tmp_path):
@@ -292,15 +295,15 @@ def test_load_model_from_an_out_dir(tmp_path):
     cropped, _ = checkpoint.load_model(str(tmp_path / "run"), block_size=4)
     assert cropped.config.block_size == 4
     assert torch.allclose(cropped.eval()(idx[:, :4]), model(idx)[:, :4], atol=1e-6)
-    with pytest.raises(ValueError, match="block_size=17"):
+    with pytest.raises(UserError, match="block_size=17"):
         checkpoint.load_model(str(tmp_path / "run"), block_size=17)
 
 
 def test_load_model_says_what_a_source_is_not(tmp_path):
-    with pytest.raises(ValueError, match=r"neither ckpt\.pt .* nor config\.json"):
+    with pytest.raises(UserError, match=r"neither ckpt\.pt .* nor config\.json"):
         checkpoint.load_model(str(tmp_path))
     for source in (str(tmp_path / "none"), "./none", "out-none"):
-        with pytest.raises(ValueError, match="does not exist"):
+        with pytest.raises(UserError, match="does not exist"):
             checkpoint.load_model(source)
 
 
@@ -320,13 +323,13 @@ def stepped(model, steps=2, **options):
 @pytest.mark.parametrize("fused", [False, True])
 def test_optimizer_state_goes_by_name(fused):
     model = GPT(CONFIG)
-    before = checkpoint.optimizer_state(model, stepped(model, fused=fused))
+    before = state_dicts.optimizer_state(model, stepped(model, fused=fused))
     assert before.keys() == dict(model.named_parameters()).keys()
     # a file that lists them in another order means the same
     shuffled = dict(sorted(before.items(), reverse=True))
     optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=5e-4, fused=fused)
-    checkpoint.load_optimizer_state(model, optimizer, shuffled, "state.pt")
-    after = checkpoint.optimizer_state(model, optimizer)
+    state_dicts.load_optimizer_state(model, optimizer, shuffled, "state.pt")
+    after = state_dicts.optimizer_state(model, optimizer)
     for name in before:
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(after[name][key], before[name][key]), (name, key)
@@ -336,30 +339,30 @@ def test_optimizer_state_goes_by_name(fused):
 def test_optimizer_state_before_the_first_step_is_empty_and_loads():
     model = GPT(CONFIG)
     fresh = torch.optim.AdamW(model.param_groups(0.1))
-    checkpoint.load_optimizer_state(model, fresh, checkpoint.optimizer_state(model, fresh), "x")
+    state_dicts.load_optimizer_state(model, fresh, state_dicts.optimizer_state(model, fresh), "x")
     assert not fresh.state
 
 
 def test_optimizer_state_of_other_parameters_is_refused():
     model = GPT(CONFIG)
-    state = checkpoint.optimizer_state(model, stepped(model))
+    state = state_dicts.optimizer_state(model, stepped(model))
     del state["transformer.wpe.weight"]
-    with pytest.raises(ValueError, match=r"state\.pt.*transformer\.wpe\.weight"):
-        checkpoint.load_optimizer_state(model, torch.optim.AdamW(model.parameters()), state,
+    with pytest.raises(UserError, match=r"state\.pt.*transformer\.wpe\.weight"):
+        state_dicts.load_optimizer_state(model, torch.optim.AdamW(model.parameters()), state,
                                         "state.pt")
     state = stepped(model).state_dict()
     del state["state"][3]
-    with pytest.raises(ValueError, match=r"ckpt\.pt.* parameters"):
-        checkpoint.load_optimizer_state(model, torch.optim.AdamW(model.parameters()), state,
+    with pytest.raises(UserError, match=r"ckpt\.pt.* parameters"):
+        state_dicts.load_optimizer_state(model, torch.optim.AdamW(model.parameters()), state,
                                         "ckpt.pt")
 
 
 def test_moments_are_cropped_with_the_position_embeddings():
     model = GPT(CONFIG)
-    state = checkpoint.optimizer_state(model, stepped(model))
+    state = state_dicts.optimizer_state(model, stepped(model))
     model.crop_block_size(6)
     optimizer = torch.optim.AdamW(model.param_groups(0.1), fused=True)
-    checkpoint.load_optimizer_state(model, optimizer, state, "state.pt")
+    state_dicts.load_optimizer_state(model, optimizer, state, "state.pt")
     name = "transformer.wpe.weight"
     loaded = optimizer.state[dict(model.named_parameters())[name]]
     for key in ("exp_avg", "exp_avg_sq"):
@@ -431,11 +434,11 @@ def test_nanogpts_mask_buffers_are_no_weights(tmp_path):
 @pytest.mark.parametrize("bias", [False, True])
 def test_nanogpts_moments_come_to_their_parameters(tmp_path, bias, compiled):
     held, order = nanogpt_out_dir(tmp_path / "run", bias=bias, compiled=compiled)
-    loaded = checkpoint.load(tmp_path / "run" / "ckpt.pt")
+    loaded = files.load(tmp_path / "run" / "ckpt.pt")
     model = checkpoint.model_from(loaded, "ckpt.pt")
     optimizer = torch.optim.AdamW(model.param_groups(0.1), fused=True)
-    checkpoint.load_optimizer_state(model, optimizer, loaded["optimizer"], "ckpt.pt")
-    state = checkpoint.optimizer_state(model, optimizer)
+    state_dicts.load_optimizer_state(model, optimizer, loaded["optimizer"], "ckpt.pt")
+    state = state_dicts.optimizer_state(model, optimizer)
     assert state.keys() == set(order)
     for i, name in enumerate(order):
         theirs = held["optimizer"]["state"][i]
@@ -482,7 +485,7 @@ def test_saving_reads_no_more_than_it_must():
     """optimizer_state hands out the tensors themselves: a save makes no second copy of them."""
     model = GPT(CONFIG)
     optimizer = stepped(model)
-    state = checkpoint.optimizer_state(model, optimizer)
+    state = state_dicts.optimizer_state(model, optimizer)
     name, p = next(iter(model.named_parameters()))
     assert state[name]["exp_avg"] is optimizer.state[p]["exp_avg"]
     buffer = io.BytesIO()

@@ -11,6 +11,7 @@ import evaluate
 import sample
 import train
 from configurator import configure, help_text
+from nanotune.errors import UserError
 
 
 @dataclass
@@ -37,7 +38,7 @@ def config_file(tmp_path):
 
 
 def refuse(argv, *parts, cls=Config):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         configure(cls, argv)
     message = str(error.value)
     assert "\n" not in message
@@ -81,7 +82,7 @@ def test_values_come_through_a_file(values, tmp_path_factory):
 def test_any_text_is_a_value_of_the_type_or_an_error(name, text):
     try:
         value = getattr(configure(Config, [f"--{name}={text}"]), name)
-    except ValueError as error:
+    except UserError as error:
         assert str(error).startswith(f"--{name} wants ")
         return
     types = {"learning_rate": float, "min_lr": float | None, "max_iters": int, "bias": bool,

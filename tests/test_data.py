@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 import fetch
 
+from nanotune.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 SCRIPTS = ("shakespeare", "shakespeare_char", "openwebtext", "text", "python_docs")
@@ -62,7 +64,7 @@ def gpt2():
             patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
         try:
             encoding = fetch.gpt2()
-        except ValueError as error:
+        except UserError as error:
             pytest.skip(f"no GPT-2 vocabulary: {error.__cause__!r:.80}; set TIKTOKEN_CACHE_DIR")
         yield encoding
 
@@ -122,7 +124,7 @@ def test_download(server, tmp_path, path):
     ("/slow", None, None, "timed out"),
 ])
 def test_download_refuses(server, tmp_path, path, size, sha256, message):
-    with pytest.raises(ValueError, match=message) as info:
+    with pytest.raises(UserError, match=message) as info:
         fetch.download(server.url + path, tmp_path / "f", size, sha256, timeout=0.2)
     assert "pass --input=FILE" in str(info.value)
     assert names(tmp_path) == []
@@ -131,7 +133,7 @@ def test_download_refuses(server, tmp_path, path, size, sha256, message):
 def test_download_without_a_server(server, tmp_path):
     server.shutdown()
     server.server_close()
-    with pytest.raises(ValueError, match=r"cannot download .*refused"):
+    with pytest.raises(UserError, match=r"cannot download .*refused"):
         fetch.download(server.url + "/good", tmp_path / "f", timeout=5)
     assert names(tmp_path) == []
 
@@ -145,7 +147,7 @@ def test_download_that_fails_at_the_end(server, tmp_path, monkeypatch):
 
 def test_download_keeps_a_text_of_the_users(server, tmp_path):
     (tmp_path / "input.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"it has 4 bytes.*pass --input=.*input\.txt"):
+    with pytest.raises(UserError, match=r"it has 4 bytes.*pass --input=.*input\.txt"):
         fetch.download(server.url + "/good", tmp_path / "input.txt", len(TEXT))
     assert (tmp_path / "input.txt").read_text() == "mine" and server.asked == []
 
@@ -161,9 +163,9 @@ def test_read_text(tmp_path):
     (tmp_path / "f").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\n")
     assert fetch.read_text(tmp_path / "f") == "one\ntwo é\n"
     (tmp_path / "f").write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match=r"f is not UTF-8: byte 0xe9 at offset 3; .*iconv"):
+    with pytest.raises(UserError, match=r"f is not UTF-8: byte 0xe9 at offset 3; .*iconv"):
         fetch.read_text(tmp_path / "f")
-    with pytest.raises(ValueError, match="gone: no such file"):
+    with pytest.raises(UserError, match="gone: no such file"):
         fetch.read_text(tmp_path / "gone")
 
 
@@ -217,7 +219,7 @@ def test_batches_lose_nothing():
 def test_gpt2_out_of_reach_says_what_to_do(monkeypatch):
     import tiktoken
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: raise_(ConnectionError("no route")))
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(UserError) as info:
         fetch.gpt2()
     for word in ("vocab.bpe", "encoder.json", "gpt-2/encodings/main/", "TIKTOKEN_CACHE_DIR",
                  "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"):       # tiktoken's name in its cache
@@ -269,7 +271,7 @@ def test_write_dataset_that_fails_at_the_last_leaves_neither(old, monkeypatch, w
 
 
 def test_write_dataset_refuses_too_little_text(old):
-    with pytest.raises(ValueError, match=r"too little text: 2000 tokens .* and 15"):
+    with pytest.raises(UserError, match=r"too little text: 2000 tokens .* and 15"):
         fetch.write_dataset(old, [IDS], [IDS[:15]], {})
     assert (old / "val.bin").read_bytes() == b"old"
 
@@ -302,7 +304,7 @@ def test_an_error_is_one_line_and_status_1(tmp_path):
 
 def test_ctrl_c_is_one_line(capsys):
     with pytest.raises(SystemExit) as info:
-        fetch.run(lambda: raise_(KeyboardInterrupt()))
+        fetch.run(lambda argv: raise_(KeyboardInterrupt()))
     assert info.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -328,14 +330,14 @@ def test_shakespeare_char(shakespeare_txt, tmp_path):
 
 def test_shakespeare_checks_its_download(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "SHAKESPEARE", server.url + "/good")
-    with pytest.raises(ValueError, match=r"it has .* bytes, not 1,115,394"):
+    with pytest.raises(UserError, match=r"it has .* bytes, not 1,115,394"):
         prepare("shakespeare_char", out_dir=tmp_path)
     assert names(tmp_path) == []
 
 
 def test_shakespeare_of_an_empty_file(tmp_path):
     (tmp_path / "input.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"input\.txt is empty"):
+    with pytest.raises(UserError, match=r"input\.txt is empty"):
         prepare("shakespeare", input=tmp_path / "input.txt", out_dir=tmp_path)
 
 
@@ -444,7 +446,7 @@ def test_text_refuses(tmp_path, monkeypatch, arguments, message):
             "latin.txt": b"." * 1003 + "é".encode("latin-1"), "bad.json": b"{}",
             "big.json": words(65537).encode() if "big" in message else b""}.items():
         Path(name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare("text", **arguments, out_dir="mine")
     assert not Path("mine").exists() or names(Path("mine")) == []
 
@@ -521,10 +523,10 @@ def test_repeats_are_dropped():
 
 def test_python_without_topics_or_sources(library, monkeypatch, tmp_path):
     monkeypatch.setattr(library.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "gone")})
-    with pytest.raises(ValueError, match=r"only 0 docstrings in .*gone"):
+    with pytest.raises(UserError, match=r"only 0 docstrings in .*gone"):
         library.main([f"--out_dir={tmp_path}"])
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(ValueError, match=r"without pydoc_data\.topics; install"):
+    with pytest.raises(UserError, match=r"without pydoc_data\.topics; install"):
         library.main([f"--out_dir={tmp_path}"])
 
 
@@ -547,7 +549,7 @@ def test_openwebtext_tokens(gpt2):
 
 def test_openwebtext_without_datasets(gpt2, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(UserError, match="pip install datasets"):
         prepare("openwebtext", out_dir=tmp_path / "out")
     assert names(tmp_path) == []
 
@@ -570,6 +572,6 @@ def test_openwebtext(gpt2, tmp_path, monkeypatch):
                           ("gone", "no such file"), ("good.txt", "must be .jsonl or .parquet")):
         (tmp_path / "good.txt").write_text(TEXT)
         source = tmp_path / (name if "." in name else f"{name}.jsonl")
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             prepare("openwebtext", input=source, out_dir=out)
     assert tokens(out) == [train, val]

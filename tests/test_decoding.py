@@ -9,9 +9,10 @@ from conftest import tiny_gpt
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import decoding
-from decoding import ALIGNED, Decoder, cuda_graph, for_generation
-from model import Linear, stream
+from model import Linear
+from nanotune.generation import fast as decoding
+from nanotune.generation.fast import ALIGNED, Decoder, cuda_graph, for_generation
+from nanotune.generation.generate import stream
 
 NEO = dict(local_window=4, attn_scale=1.0, qkv_bias=False)
 PROMPTS = torch.randint(61, (3, 5), generator=torch.Generator().manual_seed(1))

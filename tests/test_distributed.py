@@ -8,11 +8,14 @@ import pytest
 import torch
 from tiny import REPO, arguments, losses, read_metrics, run_script, run_train, write_dataset
 
-import checkpoint
-import distributed
 import evaluate
 import train
-from distributed import pick_compile, pick_device, pick_dtype, read_world, sum_over_ranks
+from nanotune import device as devices
+from nanotune import files
+from nanotune.device import pick_compile, pick_device, pick_dtype
+from nanotune.errors import UserError
+from nanotune.training import distributed
+from nanotune.training.distributed import read_world, sum_over_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -55,13 +58,13 @@ def test_each_process_has_a_card_of_its_own(cards, ranks):
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     ranks(1, 2)
     assert pick_device("cuda", local_rank=1) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match=r"cuda:2 .* has 2 GPU.*--nproc_per_node"):
+    with pytest.raises(UserError, match=r"cuda:2 .* has 2 GPU.*--nproc_per_node"):
         pick_device("auto", local_rank=2)
 
 
 def test_a_card_that_is_not_there(cards):
     cards(1)
-    with pytest.raises(ValueError, match=r"cuda:3 .* has 1 GPU"):
+    with pytest.raises(UserError, match=r"cuda:3 .* has 1 GPU"):
         pick_device("cuda:3")
 
 
@@ -83,19 +86,19 @@ def test_auto_dtype_on_a_cpu(monkeypatch, amx, avx512):
 def test_a_dtype_that_is_asked_for():
     assert pick_dtype("float16", CPU) == torch.float16
     assert pick_dtype("auto", torch.device("mps")) == torch.float32
-    with pytest.raises(ValueError, match="--dtype=half: use auto, float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="--dtype=half: use auto, float32, bfloat16, float16"):
         pick_dtype("half", CPU)
 
 
 def test_what_was_cast_is_not_kept_for_the_rest_of_a_pass():
     for fields, kept in (({}, False), ({"cache": True}, True)):
-        with distributed.autocast(CPU, torch.bfloat16, **fields):
+        with devices.autocast(CPU, torch.bfloat16, **fields):
             assert torch.is_autocast_enabled("cpu")
             assert torch.is_autocast_cache_enabled() == kept
 
 
 def test_compile_is_picked_where_it_works(cards, monkeypatch):
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: object())
     cards(1, (7, 0))
     assert pick_compile("auto", CUDA) is True
     assert pick_compile("auto", CPU) is False
@@ -108,7 +111,7 @@ def test_compile_is_picked_where_it_works(cards, monkeypatch):
     assert pick_compile("auto", CUDA) is False
     cards(1, (8, 0))
     assert pick_compile("auto", CUDA, weights=torch.bfloat16) is True
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     assert pick_compile("auto", CUDA) is False
 
 
@@ -173,7 +176,9 @@ FIELDS = dict(gradient_accumulation_steps=4, lr_decay_iters=6, eval_iters=3, dro
 DRIVER = '''
 import json, os, signal, sys
 import torch
-import distributed, evaluate, logbook, train
+import evaluate, train
+from nanotune import cli
+from nanotune.training import distributed, logbook
 
 join = distributed.join
 
@@ -198,7 +203,7 @@ for job in json.load(open(sys.argv[1])):
         status = end.code or 0
     with open(f"{job['note']}.{os.environ['RANK']}", "w") as f:
         f.write(str(status))
-distributed.leave()
+distributed.dist.destroy_process_group()
 '''
 
 
@@ -243,7 +248,7 @@ def statuses(folder, name):
 
 
 def assert_same_state(a, b, atol=0.0):
-    one, other = checkpoint.load(a / "state.pt"), checkpoint.load(b / "state.pt")
+    one, other = files.load(a / "state.pt"), files.load(b / "state.pt")
     assert one["iter_num"] == other["iter_num"]
     for name in one["model"]:
         torch.testing.assert_close(one["model"][name], other["model"][name], rtol=0, atol=atol,
@@ -324,28 +329,29 @@ def test_a_run_that_blows_up_ends_on_both(tmp_path):
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and errors[0].startswith("error: step 1: the ")
-    assert checkpoint.load(tmp_path / "out" / "state.pt")["iter_num"] == 0
+    assert files.load(tmp_path / "out" / "state.pt")["iter_num"] == 0
 
 
 @pytest.mark.slow
 def test_a_failure_of_the_first_rank_alone_ends_both(tmp_path):
     """Only the first writes: when its disk is full, the other waits for it in vain."""
     (tmp_path / "driver.py").write_text(
-        "import os, sys, checkpoint, distributed, train\n"
+        "import os, train\n"
+        "from nanotune import cli, files\n"
         "real, saved = os.replace, []\n"
         "def replace(source, target):\n"
         "    saved.extend([target] * str(target).endswith('.pt'))\n"
         "    if len(saved) > 2:  # both files of step 0\n"
         "        raise OSError(28, 'No space left on device')\n"
         "    real(source, target)\n"
-        "checkpoint.os.replace = replace\n"
-        "distributed.run(train.main)\n")
+        "files.os.replace = replace\n"
+        "cli.run(train.main)\n")
     done = torchrun(tmp_path / "driver.py", *arguments(
         write_dataset(tmp_path / "chars"), tmp_path / "out"))
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "ckpt.pt (No space left on device)" in errors[0]
-    assert checkpoint.load(tmp_path / "out" / "state.pt")["iter_num"] == 0
+    assert files.load(tmp_path / "out" / "state.pt")["iter_num"] == 0
 
 
 @pytest.mark.slow
@@ -362,7 +368,7 @@ def test_sigterm_to_torchrun_saves_and_the_command_goes_on(tmp_path):
         process.terminate()
         printed = [*lines]
         assert process.wait(60) != 0
-    step = checkpoint.load(tmp_path / "out" / "state.pt")["iter_num"]
+    step = files.load(tmp_path / "out" / "state.pt")["iter_num"]
     assert f"after step {step - 1}; go on with" in printed[-2]
     assert printed[-1].strip().startswith("torchrun --standalone --nproc_per_node=2 train.py")
     done = torchrun("train.py", *printed[-1].split()[4:], f"--max_iters={step + 2}")

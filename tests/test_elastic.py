@@ -13,9 +13,10 @@ import torch
 from ranks import ROOT, Job, run_ranks
 from tiny import arguments, losses, write_dataset
 
-import checkpoint
-import states
 import train
+from nanotune import files
+from nanotune.formats import checkpoint
+from nanotune.training import resume
 
 FIELDS = dict(eval_iters=0, lr_decay_iters=12, keep_states=2)
 
@@ -26,7 +27,7 @@ def dataset(tmp_path_factory):
 
 
 def assert_same_state(a, b, atol=0.0):
-    a, b = (checkpoint.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
+    a, b = (files.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
     assert a["iter_num"] == b["iter_num"]
     for name, moments in a["optimizer"].items():
         for key in moments:
@@ -37,7 +38,7 @@ def assert_same_state(a, b, atol=0.0):
 
 def when_step(out, step, job):
     """Waits until a step is logged."""
-    while job.alive() and states.reached_step(out) <= step:
+    while job.alive() and resume.reached_step(out) <= step:
         time.sleep(0.001)
     assert job.alive(), job.said()
 
@@ -92,7 +93,7 @@ def test_all_ranks_stop_before_the_step(dataset, tmp_path, parallel, hook):
     assert errors[0] == errors[1]
     what = "gradient norm is not finite" if hook is nan_in_a_gradient else "loss is nan"
     assert errors[0].startswith(f"error: step 2: the {what}; stopped before the step")
-    state = checkpoint.load(out / "state.pt")
+    state = files.load(out / "state.pt")
     assert state["iter_num"] == 2
     assert all(t.isfinite().all() for t in state["model"].values())
 
@@ -137,7 +138,7 @@ def test_a_rank_that_hangs_ends_the_other_in_time(dataset, tmp_path):
         job.wait()
     assert "error: process 0 of 2: another process is gone or did not answer in time" in job.said(0)
     assert "Traceback" not in job.said(0)
-    assert states.read_run_file(out)["status"] == "failed"
+    assert resume.read_run_file(out)["status"] == "failed"
 
 
 def test_a_process_that_never_comes_is_not_waited_for(dataset, tmp_path):
@@ -193,7 +194,7 @@ def test_torchrun_restarts_and_goes_on(dataset, tmp_path, parallel, size, atol):
                      "--max-restarts=3", size=size)
     try:
         for kill, step in enumerate((7, 18, 31)):
-            while agent.poll() is None and states.reached_step(out) <= step:
+            while agent.poll() is None and resume.reached_step(out) <= step:
                 time.sleep(0.01)
             assert agent.poll() is None, (tmp_path / "said").read_text()
             os.kill(ranks_of(agent)[kill % size], signal.SIGKILL)
@@ -216,7 +217,7 @@ def test_sigterm_to_torchrun_saves_in_time(dataset, tmp_path):
     fields = FIELDS | dict(max_iters=10**6, eval_interval=10**6, parallel="fsdp", auto_resume=True)
     agent = torchrun(arguments(dataset, out, **fields), tmp_path / "said")
     try:
-        while agent.poll() is None and states.reached_step(out) <= 3:
+        while agent.poll() is None and resume.reached_step(out) <= 3:
             time.sleep(0.01)
         agent.send_signal(signal.SIGTERM)
         assert agent.wait(120) != 0
@@ -224,7 +225,7 @@ def test_sigterm_to_torchrun_saves_in_time(dataset, tmp_path):
         agent.kill()
     said = (tmp_path / "said").read_text()
     assert "stopped by a signal after step" in said, said
-    state = checkpoint.load(out / "state.pt")
+    state = files.load(out / "state.pt")
     assert state["iter_num"] > 3
     statuses, said = run_ranks(2, arguments(dataset, out, **fields | dict(
         max_iters=state["iter_num"] + 1)), tmp_path / "log")

@@ -9,11 +9,13 @@ import torch
 from conftest import hf_model, tiny_gpt
 from torch.nn import functional as F
 
-import evaluate
-from distributed import World
-from evaluate import evaluate_loss, main
-from loader import TokenBin
+from evaluate import main
 from model import GPT
+from nanotune.errors import UserError
+from nanotune.evaluation import perplexity
+from nanotune.evaluation.perplexity import evaluate_loss
+from nanotune.text.loader import TokenBin
+from nanotune.training.distributed import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 T, N = 24, 500
@@ -79,7 +81,7 @@ def test_a_mask_leaves_targets_out(val_bin, write_hf):
 
 def test_a_mask_that_leaves_nothing(val_bin):
     val_bin.with_suffix(".mask.bin").write_bytes(bytes(N))
-    with pytest.raises(ValueError, match=r"val.bin: the windows read hold no target"):
+    with pytest.raises(UserError, match=r"val.bin: the windows read hold no target"):
         loss_of(tiny_gpt(61), TokenBin(val_bin, 16, 61))
 
 
@@ -115,7 +117,7 @@ def test_ranks_share_the_windows(val_bin, size, monkeypatch):
     def keep(loss, count, device):
         sums.append((loss, count))
         return [0.0, 1.0]
-    monkeypatch.setattr(evaluate, "sum_over_ranks", keep)
+    monkeypatch.setattr(perplexity, "sum_over_ranks", keep)
     for rank in range(size):
         loss_of(model, data, world=World(rank, size, 0, torch.device("cpu")))
     loss, count = map(sum, zip(*sums))
@@ -165,7 +167,7 @@ def test_the_command(run, capsys):
 def test_refused(run, arg, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, out_dir, _ = run
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         main([f"--out_dir={out_dir}", f"--dataset={folder}", "--device=cpu", arg])
     assert "\n" not in str(error.value)
 
@@ -173,14 +175,14 @@ def test_refused(run, arg, message, tmp_path, monkeypatch):
 def test_another_tokenizers_text(run, make_dataset):
     _, out_dir, _ = run
     other, _ = make_dataset("json", name="other")
-    with pytest.raises(ValueError, match=r"out-tiny reads a character vocabulary .* was made with "
+    with pytest.raises(UserError, match=r"out-tiny reads a character vocabulary .* was made with "
                                          r"a tokenizer.json .*prepare the text again"):
         main([f"--out_dir={out_dir}", f"--dataset={other}", "--device=cpu"])
 
 
 def test_a_real_model(shared, gpt2_vocabulary, tmp_path, capsys):
     """On a page of real text it predicts far better than chance, as its README says."""
-    import tokenizer as tokenizers
+    from nanotune.text import tokenizer as tokenizers
     text = shared("data/tinyshakespeare/input.txt").read_text(encoding="utf-8")[:4000]
     ids = tokenizers.GPT2Tokenizer().encode(text)
     np.array(ids, dtype="<u2").tofile(tmp_path / "val.bin")

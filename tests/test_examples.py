@@ -14,9 +14,10 @@ from conftest import tiny_gpt
 from tiny import losses, run_train
 from torch.nn import functional as F
 
-import checkpoint
 import train
-from loader import TokenBin
+from nanotune.errors import UserError
+from nanotune.formats import checkpoint
+from nanotune.text.loader import TokenBin
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "data"))
@@ -135,7 +136,7 @@ def test_the_zip(gpt2, tweets, tmp_path):
     assert module.read_tweets(tmp_path / "t.zip") == module.read_tweets(tweets)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.write(tweets, "x.csv")
-    with pytest.raises(ValueError, match=r"other.zip holds no training.1600000"):
+    with pytest.raises(UserError, match=r"other.zip holds no training.1600000"):
         module.read_tweets(tmp_path / "other.zip")
 
 
@@ -153,13 +154,13 @@ GOOD = '"0","1","date","q","user","sad"\n"4","2","date","q","user","glad"\n'
 ])
 def test_bad_csv(gpt2, content, message, tmp_path):
     (tmp_path / "t.csv").write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         prepare("twitter_sentiment", input=tmp_path / "t.csv", out_dir=tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_too_few_samples(tmp_path):
-    with pytest.raises(ValueError, match=r"--samples=-5: must be at least 6, one of each label"):
+    with pytest.raises(UserError, match=r"--samples=-5: must be at least 6, one of each label"):
         prepare("twitter_sentiment", input=tmp_path / "t.csv", out_dir=tmp_path, samples=-5)
 
 
@@ -214,7 +215,7 @@ def test_texts_and_a_single_column(gpt2, tmp_path, capsys):
     assert "'tweets' in the first row is taken for the name" in capsys.readouterr().out
     assert tokens(tmp_path / "a").tolist() == tokens(tmp_path / "b").tolist()
     assert len(documents(tmp_path / "a", gpt2)) == 36
-    with pytest.raises(ValueError, match=r"texts without prompts.*--loss_on=all"):
+    with pytest.raises(UserError, match=r"texts without prompts.*--loss_on=all"):
         prepare("jsonl", input=tmp_path / "t.jsonl", out_dir=tmp_path / "a", loss_on="completion")
 
 
@@ -279,7 +280,7 @@ def test_another_tokenizer(make_dataset, tmp_path):
 def test_bad_examples(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         prepare("jsonl", input=tmp_path / name, out_dir=tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
@@ -288,7 +289,7 @@ def test_bad_arguments(tmp_path):
     for fields, message in (({}, "which examples"),
                             ({"val_fraction": 1.5}, "--val_fraction=1.5: must be at least 0"),
                             ({"tokenizer": "x.json"}, "--tokenizer=x.json: must be gpt2 or")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             prepare("jsonl", **({"input": "f.jsonl"} if fields else {}), **fields)
 
 
@@ -322,7 +323,7 @@ def test_the_loss_is_that_of_the_completions(tmp_path):
 def test_a_mask_of_another_length(tmp_path):
     np.zeros(100, "<u2").tofile(tmp_path / "val.bin")
     np.zeros(99, "u1").tofile(tmp_path / "val.mask.bin")
-    with pytest.raises(ValueError, match=r"val.mask.bin has 99 entries for the 100 tokens"):
+    with pytest.raises(UserError, match=r"val.mask.bin has 99 entries for the 100 tokens"):
         TokenBin(tmp_path / "val.bin", 8, 61)
 
 
@@ -375,7 +376,7 @@ def test_separate_documents_in_a_run(make_dataset, tmp_path):
     model, _ = checkpoint.load_model(str(tmp_path / "True"))
     assert model.config.doc_end == tokenizer.eot
     folder, _ = make_dataset("chars", name="chars")
-    with pytest.raises(ValueError, match="separate_documents needs end-of-text"):
+    with pytest.raises(UserError, match="separate_documents needs end-of-text"):
         train.main([f"--dataset={folder}", f"--out_dir={tmp_path / 'x'}", "--device=cpu",
                     "--separate_documents=True", "--n_layer=1", "--n_head=1", "--n_embd=8",
                     "--block_size=8"])

@@ -7,6 +7,7 @@ from test_examples import script, tweets_csv
 
 import evaluate
 import train
+from nanotune.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ("--max_iters=2 --eval_interval=1 --block_size=32 --batch_size=2 --warmup_iters=0 "
@@ -75,11 +76,11 @@ def test_it_goes_on_where_it_stopped(experiment, arguments, tmp_path, monkeypatc
     del commands[:]
     module.main(arguments)
     assert commands == [] and (tmp_path / "out/results.md").read_text() == first
-    with pytest.raises(ValueError, match=r"holds runs of other settings \(--samples was 10000\)"):
+    with pytest.raises(UserError, match=r"holds runs of other settings \(--samples was 10000\)"):
         module.main([*arguments, "--samples=50"])
-    with pytest.raises(ValueError, match=r"--input=gone.csv: no such file"):
+    with pytest.raises(UserError, match=r"--input=gone.csv: no such file"):
         module.main([*arguments, "--input=gone.csv"])
-    with pytest.raises(ValueError, match=r"cannot be reached for gone/model"):
+    with pytest.raises(UserError, match=r"cannot be reached for gone/model"):
         module.main([*arguments, "--models=gone/model"])  # before anything is trained
     assert commands == []
 

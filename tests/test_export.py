@@ -9,14 +9,14 @@ from conftest import TEXT, tiny_json
 from safetensors.torch import load_file
 from tiny import REPO, run_script, run_train, write_dataset
 
-import checkpoint
 import export
-import hf_folder
 import sample
-import tokenizer as tokenizers
-from checkpoint import load_model
-from model import stream
-from tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
+from nanotune import files
+from nanotune.formats import checkpoint, hf
+from nanotune.formats.checkpoint import load_model
+from nanotune.generation.generate import stream
+from nanotune.text import tokenizer as tokenizers
+from nanotune.text.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
 
 CHARS, JSON = CharTokenizer(sorted(set(TEXT))), JsonTokenizer(tiny_json())
 NEO = dict(local_window=5, attn_scale=1.0, qkv_bias=False, n_layer=3, block_size=24)
@@ -102,8 +102,8 @@ def test_gpt2s_vocabulary_out_of_tiktoken(gpt2_vocabulary, tmp_path):
     """Vocabulary and merges: its own encoding and transformers' are alike on text that tries the
     pre-tokenizer, bytes without a character, and the end-of-text token."""
     ours = GPT2Tokenizer()
-    hf_folder.write_tokenizer(tmp_path, ours, 1024)
-    assert tokenizers.of_folder(tmp_path).identity == ours.identity
+    hf.write_tokenizer(tmp_path, ours, 1024)
+    assert tokenizers.tokenizer_of_folder(tmp_path).identity == ours.identity
     from transformers import AutoTokenizer
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = TEXT + " it's 123  \n\n\t x\u00e9\u65e5\u672c \U0001f600 !!?<|endoftext|> unseen \x00"
@@ -115,7 +115,7 @@ def test_the_card_tells_training_and_losses(tmp_path):
     dataset = write_dataset(tmp_path / "chars")
     assert run_train(dataset, tmp_path / "out") == 0
     card = (export_hf(tmp_path / "out", tmp_path / "hf") / "README.md").read_text("utf-8")
-    best = checkpoint.load(tmp_path / "out" / "ckpt.pt")["best_val_loss"]
+    best = files.load(tmp_path / "out" / "ckpt.pt")["best_val_loss"]
     assert f"best validation loss: {best:.4f}" in card
     assert "- learning_rate: 0.01\n" in card and "- dataset: chars\n" in card
     assert card.count("\n| ") == 2 + 3  # a head and the evaluations at steps 0, 3 and 6
@@ -237,7 +237,7 @@ def test_a_disk_that_fills(make_run, refused, tmp_path, form):
 def test_weights_that_a_dtype_does_not_hold(make_run, refused, tmp_path):
     out_dir, model = make_run(CHARS)
     model.transformer.wpe.weight.data[3, 3] = 1e6
-    checkpoint.save(out_dir / "ckpt.pt", checkpoint.model_data(model, 0, 1.0, {}, CHARS))
+    files.save(out_dir / "ckpt.pt", checkpoint.model_data(model, 0, 1.0, {}, CHARS))
     argv = (f"--out_dir={out_dir}", f"--export_dir={tmp_path / 'hf'}")
     assert "bfloat16" in refused(*argv, "--dtype=float16")
     export.main([*argv, "--dtype=bfloat16"])
@@ -262,11 +262,11 @@ def test_without_onnx(monkeypatch, refused, tmp_path):
 def test_what_does_not_read_back_is_not_left(make_run, refused, tmp_path, monkeypatch):
     out_dir, _ = make_run(CHARS)
 
-    def flawed(model, dtype, right=hf_folder.tensors_to_hf):
-        tensors = right(model, dtype)
-        return tensors | {"transformer.h.1.ln_2.bias": torch.ones(model.config.n_embd)}
+    def flawed(fields, params, dtype, right=hf.tensors_to_hf):
+        tensors = right(fields, params, dtype)
+        return tensors | {"transformer.h.1.ln_2.bias": torch.ones(fields["n_embd"])}
 
-    monkeypatch.setattr(hf_folder, "tensors_to_hf", flawed)
+    monkeypatch.setattr(hf, "tensors_to_hf", flawed)
     argv = (f"--out_dir={out_dir}", f"--export_dir={tmp_path / 'hf'}")
     assert "transformer.h.1.ln_2.bias does not read back" in refused(*argv)
     assert not (tmp_path / "hf").exists()

@@ -6,10 +6,9 @@ import torch
 from conftest import hf_model, hf_tensors
 from tiny import losses, run_train
 
-import checkpoint
-import pretrained
 import sample
 from model import GPT, GPTConfig
+from nanotune.formats import checkpoint, hf
 
 # what EleutherAI's config.json files say, as far as it matters to a model: (config, parameters)
 HUB = {
@@ -45,7 +44,7 @@ def windows(config):
 def test_the_hubs_sizes(name):
     fields, n_params = HUB[name]
     fields = fields | {"attention_layers": ["global", "local"] * (fields["num_layers"] // 2)}
-    config = GPTConfig(**pretrained.config_from_hf(COMMON | fields, name))
+    config = GPTConfig(**hf.config_from_hf(COMMON | fields, name))
     with torch.device("meta"):
         model = GPT(config)
     assert model.num_params() == n_params

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import loader
-from loader import TokenBin, dataset_folder
+from nanotune.errors import UserError
+from nanotune.text import loader
+from nanotune.text.loader import TokenBin, dataset_folder
 
 SIZES = st.tuples(st.integers(2, 400), st.integers(1, 60)).filter(lambda s: s[0] >= s[1] + 1)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -180,7 +181,7 @@ def bin_path(tmp_path, monkeypatch):
 
 
 def refuse(path, message, block_size=4, vocab_size=50):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         TokenBin(path, block_size, vocab_size)
     assert "\n" not in str(error.value) and "train.bin" in str(error.value)
 
@@ -198,7 +199,7 @@ def test_bad_files(bin_path):
     refuse(bin_path, "has 4 tokens; block_size=4 needs 5: use --block_size=3 or less")
     assert TokenBin(bin_path, 3, 50).n_blocks == 1
     write(bin_path, [7])
-    with pytest.raises(ValueError, match=r"has 1 tokens.*needs more text") as error:
+    with pytest.raises(UserError, match=r"has 1 tokens.*needs more text") as error:
         TokenBin(bin_path, 4, 50)
     assert "--block_size" not in str(error.value)  # none would do
 
@@ -211,7 +212,7 @@ def test_an_id_beyond_the_vocabulary(bin_path, monkeypatch):
     data = TokenBin(bin_path, 4, 50)
     data.read([0, 36])
     for start in (37, 38, 41):
-        with pytest.raises(ValueError, match="token 41 is 50"):
+        with pytest.raises(UserError, match="token 41 is 50"):
             data.read([0, start])
 
 
@@ -229,9 +230,9 @@ def test_dataset_folder(tmp_path, monkeypatch):
     assert str(dataset_folder("books/old")) == "data/books/old"
     assert dataset_folder("data/books").samefile(tmp_path / "data" / "books")
     assert dataset_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(ValueError, match=r"data/none does not exist; run: python \S+prepare.py .*"
+    with pytest.raises(UserError, match=r"data/none does not exist; run: python \S+prepare.py .*"
                                          r"\(prepared already: books/old\)"):
         dataset_folder("none")
     (tmp_path / "data" / "books" / "prepare.py").touch()
-    with pytest.raises(ValueError, match=r"run: python data/books/prepare.py"):
+    with pytest.raises(UserError, match=r"run: python data/books/prepare.py"):
         dataset_folder("books/new")

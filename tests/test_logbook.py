@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-import logbook
-from logbook import Logbook, draw, kept_entries
+from nanotune.errors import UserError
+from nanotune.training import logbook
+from nanotune.training.logbook import Logbook, draw, kept_entries
 
 
 class Terminal(io.StringIO):
@@ -127,5 +128,5 @@ def test_wandb_gets_numbers_alone(tmp_path):
 
 def test_wandb_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
+    with pytest.raises(UserError, match="pip install wandb"):
         logbook.check_wandb()

@@ -6,14 +6,16 @@ from ranks import run_ranks
 from test_resume import FIELDS, assert_same_run
 from tiny import arguments, losses, run_script, run_train, write_dataset
 
-import checkpoint
 import evaluate
 import sample
 import train
-from distributed import read_world
-from evaluate import evaluate_loss
-from loader import TokenBin
-from lora import LAYERS, SCALE, LoRALinear, adapters, add_lora, merge_lora
+from nanotune import files
+from nanotune.errors import UserError
+from nanotune.evaluation.perplexity import evaluate_loss
+from nanotune.formats import checkpoint
+from nanotune.text.loader import TokenBin
+from nanotune.training.distributed import read_world
+from nanotune.training.lora import LAYERS, SCALE, LoRALinear, adapters, add_lora, merge_lora
 
 NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=4)
 
@@ -124,7 +126,7 @@ def test_a_run_learns_and_saves_adapters_alone(base):
     _, model_dir, out = base
     evaluations = [entry["val_loss"] for entry in losses(out) if "val_loss" in entry]
     assert evaluations[-1] < evaluations[0]
-    data, state = checkpoint.load(out / "ckpt.pt"), checkpoint.load(out / "state.pt")
+    data, state = files.load(out / "ckpt.pt"), files.load(out / "state.pt")
     names = set(data["model"])
     assert names == set(state["model"]) == set(state["optimizer"])
     assert all(name.endswith(("lora_a", "lora_b")) for name in names)
@@ -187,13 +189,13 @@ def test_a_base_that_changed_is_refused(tmp_path, monkeypatch, capsys):
     assert run_train(dataset, tmp_path / "base", max_iters=1) == 0
     assert run_train(dataset, tmp_path / "out", **lora_fields(tmp_path / "base", max_iters=1)) == 0
     assert run_train(dataset, tmp_path / "base", max_iters=2, init_from="resume") == 0
-    with pytest.raises(ValueError, match="hash differs"):
+    with pytest.raises(UserError, match="hash differs"):
         checkpoint.load_model(tmp_path / "out")
     status, _, said = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", **lora_fields("resume")))
     assert status == 1 and "hash differs" in said
     (tmp_path / "base" / "ckpt.pt").unlink()
-    with pytest.raises(ValueError, match="which cannot be had"):
+    with pytest.raises(UserError, match="which cannot be had"):
         checkpoint.load_model(tmp_path / "out")
 
 
@@ -234,9 +236,9 @@ def test_a_resume_keeps_the_rank(base, monkeypatch, capsys):
 
 def test_adapters_that_do_not_fit_the_base(base, tmp_path):
     _, _, out = base
-    data = checkpoint.load(out / "ckpt.pt")
+    data = files.load(out / "ckpt.pt")
     data["model"].popitem()
     (tmp_path / "cut").mkdir()
-    checkpoint.save(tmp_path / "cut" / "ckpt.pt", data)
-    with pytest.raises(ValueError, match="its adapters do not fit"):
+    files.save(tmp_path / "cut" / "ckpt.pt", data)
+    with pytest.raises(UserError, match="its adapters do not fit"):
         checkpoint.load_model(tmp_path / "cut")

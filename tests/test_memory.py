@@ -12,12 +12,13 @@ from ranks import run_ranks, server
 from test_resume import FIELDS, assert_same_run
 from tiny import arguments, losses, run_script, run_train, write_dataset
 
-import checkpoint
-import distributed
-import optimizer as optimizers
-import plan
 import train
 from model import GPT, GPTConfig
+from nanotune import device as devices
+from nanotune import files
+from nanotune.formats import checkpoint
+from nanotune.training import optimizer as optimizers
+from nanotune.training import plan
 from train import Config
 
 LEAN = dict(weights="bfloat16", optimizer="adamw8bit", recompute=True)
@@ -108,7 +109,7 @@ def test_a_lean_run_keeps_and_saves_its_dtypes(dataset, tmp_path, torchao):
     full, out = tmp_path / "full", tmp_path / "lean"
     assert run_train(dataset, full, **FIELDS, n_embd=64) == 0
     assert run_train(dataset, out, **FIELDS, n_embd=64, **LEAN) == 0
-    state = checkpoint.load(out / "state.pt")
+    state = files.load(out / "state.pt")
     for name, p in state["model"].items():
         assert p.dtype == (torch.bfloat16 if p.dim() >= 2 else torch.float32)
         if name in state["optimizer"]:
@@ -142,7 +143,7 @@ def test_a_lean_run_on_a_gpu_without_bfloat16(dataset, tmp_path, torchao, monkey
                          (tmp_path / "parts", dict(init_from="resume"))):
         assert run_train(dataset, out, **fields | changes) == 0
     assert_same_run(whole, tmp_path / "parts")
-    state = checkpoint.load(whole / "state.pt")
+    state = files.load(whole / "state.pt")
     assert state["scaler"] and state["progress"]["skipped"] < 3  # of 6 steps
     assert losses(whole)[-1]["val_loss"] < losses(whole)[0]["val_loss"]
 
@@ -233,7 +234,7 @@ def blocks_that_go_back(pipe):
     torch.ones(7 * 2**20)  # as it is freed, glibc learns to keep blocks of up to its 28 MB
     for lean in (None, False, True):
         if lean is not None:
-            distributed.tune_malloc(lean)
+            devices.tune_malloc(lean)
         pipe.send((lean, gives_back(3 * 2**20), gives_back(40 * 2**20)))
 
 
@@ -251,7 +252,7 @@ def test_freed_memory_goes_back_or_stays():
 
 def test_a_run_on_a_cpu_says_which_it_wants(dataset, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(distributed, "tune_malloc", lambda lean: asked.append(lean))
+    monkeypatch.setattr(train, "tune_malloc", lambda lean: asked.append(lean))
     for recompute in (False, True):
         run_train(dataset, tmp_path / str(recompute), max_iters=1, recompute=recompute)
     assert asked == [False, True]

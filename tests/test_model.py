@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from model import GPT, GPTConfig, HeadSize, sample_token, stream
+from model import GPT, GPTConfig, HeadChunk
+from nanotune.errors import UserError
+from nanotune.generation.generate import sample_token, stream
 
 NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5, n_layer=3)
 
@@ -137,7 +139,7 @@ def test_dropout_is_applied_where_gpt2_does(monkeypatch):
     (dict(activation="relu"), "activation 'relu'.*gelu_tanh or gelu"),
 ])
 def test_refused_configs(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         tiny_gpt(61, **fields)
 
 
@@ -150,10 +152,10 @@ def test_crop():
         torch.testing.assert_close(model(idx), whole)
     assert model.config.block_size == 7 and model.transformer.wpe.weight.shape == (7, 16)
     assert model.transformer.wpe.weight.requires_grad
-    with pytest.raises(ValueError, match="block_size=8 is more than the 7 positions"):
+    with pytest.raises(UserError, match="block_size=8 is more than the 7 positions"):
         model.crop_block_size(8)
     for size in (0, -3):
-        with pytest.raises(ValueError, match=f"block_size={size} must be at least 1"):
+        with pytest.raises(UserError, match=f"block_size={size} must be at least 1"):
             model.crop_block_size(size)
     assert model.config.block_size == 7
 
@@ -183,7 +185,7 @@ def reference_loss(model, idx, targets):
 @pytest.mark.parametrize("rows", [1, 5, 7, 21, 512])
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients(rows, tied, monkeypatch):
-    monkeypatch.setitem(model_module.HEAD_SIZE, "cpu", HeadSize(rows, 2, 8))
+    monkeypatch.setitem(model_module.HEAD_CHUNK, "cpu", HeadChunk(rows, 2, 8))
     model, idx, targets = tiny_gpt(61, tied_head=tied), ids(3, 7), targets_with_gaps(3, 7)
     expected, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
     loss, ours = loss_and_gradients(model, model(idx, targets))
@@ -225,7 +227,7 @@ def test_loss_with_a_frozen_head():
 
 def test_loss_of_weights_kept_in_half_precision(monkeypatch):
     """They are cast a part at a time, to the same numbers as whole."""
-    monkeypatch.setitem(model_module.HEAD_SIZE, "cpu", HeadSize(5, 2, 8))
+    monkeypatch.setitem(model_module.HEAD_CHUNK, "cpu", HeadChunk(5, 2, 8))
     model, idx, targets = tiny_gpt(61, tied_head=False), ids(3, 7), targets_with_gaps(3, 7)
     model.set_dtype(torch.bfloat16)
     loss, ours = loss_and_gradients(model, model(idx, targets))
@@ -239,7 +241,7 @@ def test_loss_of_weights_kept_in_half_precision(monkeypatch):
 
 @pytest.mark.parametrize("rows", [5, 512])
 def test_loss_under_bf16_autocast(rows, monkeypatch):
-    monkeypatch.setitem(model_module.HEAD_SIZE, "cpu", HeadSize(rows, 2, 8))
+    monkeypatch.setitem(model_module.HEAD_CHUNK, "cpu", HeadChunk(rows, 2, 8))
     model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
     exact, exact_gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
     with torch.autocast("cpu", torch.bfloat16):
@@ -275,7 +277,7 @@ def test_loss_never_holds_all_logits(monkeypatch):
                     self.numel = max(self.numel, tensor.numel())
             return out
 
-    monkeypatch.setitem(model_module.HEAD_SIZE, "cpu", HeadSize(8, 2, 100))
+    monkeypatch.setitem(model_module.HEAD_CHUNK, "cpu", HeadChunk(8, 2, 100))
     model, idx = tiny_gpt(500, n_embd=4, n_layer=1), ids(8, 16, vocab=500)
     with Largest() as seen:
         model(idx, idx).backward()

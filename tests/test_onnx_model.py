@@ -11,18 +11,19 @@ from tiny import run_script
 
 import evaluate
 import export
-import onnx_graph
 import sample
-import tasks
-from checkpoint import load_model
-from loader import IGNORED
-from model import stream
-from tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
+from nanotune.errors import UserError
+from nanotune.evaluation import tasks
+from nanotune.formats import onnx_graph
+from nanotune.formats.checkpoint import load_model
+from nanotune.generation.generate import stream
+from nanotune.text.loader import IGNORED
+from nanotune.text.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
 
 onnx = pytest.importorskip("onnx", reason="needs requirements-export.txt")
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 
-from onnx_model import open_onnx  # noqa: E402 (after what it may need)
+from nanotune.formats.onnx_model import open_onnx  # noqa: E402 (after what it may need)
 
 CHARS = CharTokenizer(sorted(set(TEXT)))
 NEO = dict(local_window=5, attn_scale=1.0, qkv_bias=False, n_layer=3)
@@ -131,7 +132,7 @@ def test_weights_beside_the_graph(make_onnx, monkeypatch, tmp_path):
     torch.testing.assert_close(onnx_model(random_ids(2, 9)), model(random_ids(2, 9)),
                                atol=1e-4, rtol=0)
     (tmp_path / "model.onnx.data").unlink()
-    with pytest.raises(ValueError, match="incomplete"):
+    with pytest.raises(UserError, match="incomplete"):
         open_onnx(path)
 
 
@@ -234,7 +235,7 @@ def test_it_knows_its_tokenizer(make_run, tmp_path):
     moved = (tmp_path / "onnx" / "model.int4.onnx").rename(tmp_path / "alone.onnx")
     model, found = load_model(str(moved), block_size=12, with_onnx=True)
     assert found.identity == tokenizer.identity and model.config.block_size == 12
-    with pytest.raises(ValueError, match="block_size=99"):
+    with pytest.raises(UserError, match="block_size=99"):
         load_model(str(moved), block_size=99, with_onnx=True)
 
 
@@ -271,5 +272,5 @@ def test_without_onnxruntime(refused, monkeypatch):
 
 
 def test_it_is_not_trained(tmp_path):
-    with pytest.raises(ValueError, match="sampled from and evaluated"):
+    with pytest.raises(UserError, match="sampled from and evaluated"):
         load_model("model.int8.onnx")

@@ -4,14 +4,15 @@ import sys
 import pytest
 import torch
 
-import optimizer as optimizers
-from optimizer import (
+from nanotune.errors import UserError
+from nanotune.training import optimizer as optimizers
+from nanotune.training.optimizer import (
     LossScaler,
     RoundedAdamW,
-    block_size,
     check_8bit,
     fill_state,
     make_optimizer,
+    moments_per_scale,
     plain_state,
     round_stochastically,
     set_rate,
@@ -134,10 +135,10 @@ def test_every_large_tensor_of_every_gpt2_is_quantised():
     for width in (768, 1024, 1280, 1600):
         for numel in (50257 * width, 50304 * width, 1024 * width, 3 * width * width,
                       width * width, 4 * width * width):
-            assert block_size(numel) in (64, 128, 256)
-    assert block_size(50257 * 1600) == 64 and block_size(50257 * 768) == 256
-    assert block_size(4800) == 64
-    assert block_size(1600) is None and block_size(64 * 64 + 1) is None
+            assert moments_per_scale(numel) in (64, 128, 256)
+    assert moments_per_scale(50257 * 1600) == 64 and moments_per_scale(50257 * 768) == 256
+    assert moments_per_scale(4800) == 64
+    assert moments_per_scale(1600) is None and moments_per_scale(64 * 64 + 1) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -256,11 +257,11 @@ def test_state_of_another_optimizer_is_refused(torchao):
     give_gradients(params, 0)
     eight.step()
     full.step()
-    with pytest.raises(ValueError, match="is of --optimizer=adamw8bit"):
+    with pytest.raises(UserError, match="is of --optimizer=adamw8bit"):
         fill_state(full, params[0], plain_state(eight.state[params[0]]))
-    with pytest.raises(ValueError, match="is of --optimizer=adamw:"):
+    with pytest.raises(UserError, match="is of --optimizer=adamw:"):
         fill_state(eight, params[0], plain_state(full.state[params[0]]))
-    with pytest.raises(ValueError, match="momentum"):
+    with pytest.raises(UserError, match="momentum"):
         fill_state(full, params[0], {"momentum": torch.zeros(64, 64)})
 
 
@@ -274,7 +275,7 @@ def test_the_rate_reaches_either_kind(torchao):
 
 def test_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(ValueError, match=r"needs torchao .*pip install torchao"):
+    with pytest.raises(UserError, match=r"needs torchao .*pip install torchao"):
         check_8bit(CPU)
 
 
@@ -287,6 +288,6 @@ def test_without_a_compiler(monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", compile)
-    with pytest.raises(ValueError, match=r"No working C.. compiler found.*apt install g..") as e:
+    with pytest.raises(UserError, match=r"No working C.. compiler found.*apt install g..") as e:
         check_8bit(CPU)
     assert "\n" not in str(e.value)

@@ -3,21 +3,21 @@ import pytest
 import torch
 from conftest import tiny_gpt
 
-import packing
 from model import KVCache, Linear
+from nanotune.generation import fast
 
 CPU = torch.device("cpu")
 NEO = dict(local_window=4, attn_scale=1.0, qkv_bias=False)
 
 
-@pytest.mark.skipif(not packing.can_pack(CPU, torch.float32), reason="no oneDNN for this CPU")
+@pytest.mark.skipif(not fast.can_pack(CPU, torch.float32), reason="no oneDNN for this CPU")
 @pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
 def test_packed_is_plain(fields):
     model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
     with torch.no_grad():
         whole = model(idx)
         new = model.generate(idx[:, :5], 30, temperature=0)
-        packing.pack(model, CPU, torch.float32)
+        fast.pack(model, CPU, torch.float32)
         assert not any(isinstance(module, Linear) for module in model.modules())
         torch.testing.assert_close(model(idx), whole, atol=1e-4, rtol=1e-4)
         cache = model.new_cache(2)
@@ -35,7 +35,7 @@ def test_cast_is_autocast(fields, dtype):
     with torch.no_grad(), torch.autocast("cpu", dtype):
         whole, loss = model(idx), model(idx, idx)
         new = model.generate(idx[:, :5], 30, temperature=0)
-        packing.pack(model, CPU, dtype)
+        fast.pack(model, CPU, dtype)
         matrices = [module for module in model.modules() if isinstance(module, Linear)]
         assert len(matrices) == 9 and all(layer.weight.dtype == dtype for layer in matrices)
         assert model.transformer.wte.weight.dtype == torch.float32
@@ -45,7 +45,7 @@ def test_cast_is_autocast(fields, dtype):
 
 def test_attention_has_no_plan_for_each_length():
     torch.backends.cuda.enable_cudnn_sdp(True)
-    packing.pack(tiny_gpt(61), CPU, torch.float32)
+    fast.pack(tiny_gpt(61), CPU, torch.float32)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -55,5 +55,5 @@ def test_where_it_does_not_serve_the_model_stays_as_it_is(why, monkeypatch):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     model = tiny_gpt(61)
     before = [type(module) for module in model.modules()]
-    packing.pack(model, torch.device("meta") if why == "device" else CPU, torch.float32)
+    fast.pack(model, torch.device("meta") if why == "device" else CPU, torch.float32)
     assert [type(module) for module in model.modules()] == before

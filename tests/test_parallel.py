@@ -8,10 +8,12 @@ from conftest import write_tokenizer
 from ranks import run_ranks
 from tiny import arguments, losses, write_dataset
 
-import checkpoint
-import distributed
-import tokenizer as tokenizers
 import train
+from nanotune import files
+from nanotune.errors import UserError
+from nanotune.formats import checkpoint
+from nanotune.text import tokenizer as tokenizers
+from nanotune.training import distributed
 
 FIELDS = dict(dropout=0.0, gradient_accumulation_steps=4, max_iters=6,
               eval_iters=0, keep_states=1)
@@ -50,7 +52,7 @@ def assert_same_curve(a, b, atol=1e-4):
 
 def assert_same_state(a, b, atol=0.0):
     """The same keys, types, dtypes and shapes, the same numbers: one format whatever wrote it."""
-    a, b = (checkpoint.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
+    a, b = (files.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
     assert a.keys() == b.keys()
     assert type(a["model"]) is type(b["model"])
     assert list(a["model"]) == list(b["model"])
@@ -157,7 +159,7 @@ def test_fsdp_in_bfloat16_follows_ddp(make):
     fields = dict(dtype="bfloat16", learning_rate=1e-3)
     ddp, fsdp = (make(f"bf16-{p}", 2, parallel=p, **fields) for p in ("ddp", "fsdp"))
     assert_same_curve(ddp, fsdp, atol=0.002)
-    state = checkpoint.load(fsdp / checkpoint.STATE_FILE)
+    state = files.load(fsdp / checkpoint.STATE_FILE)
     assert {t.dtype for t in state["model"].values()} == {torch.float32}
 
 
@@ -167,7 +169,7 @@ def test_fsdp_samples_and_keeps_the_best(make):
                save_interval=2)
     said = (out.with_suffix(".log2") / "rank0.log").read_text()
     assert said.count("--- sample ---") == 3
-    best = checkpoint.load(out / checkpoint.MODEL_FILE)
+    best = files.load(out / checkpoint.MODEL_FILE)
     assert math.isfinite(best["best_val_loss"])
     model, _ = checkpoint.load_model(str(out))  # what sample.py and evaluate.py do
     assert model.num_params() == sum(t.numel() for t in best["model"].values()) - (
@@ -216,7 +218,7 @@ def test_separate_documents_go_with(make, tmp_path, size, fields):
     words = write_dataset(tmp_path / "words")
     (words / "meta.pkl").unlink()
     write_tokenizer(words, "json")
-    eot = tokenizers.of_dataset(words).eot
+    eot = tokenizers.tokenizer_of_dataset(words).eot
     for split in ("train", "val"):
         ids = np.fromfile(words / f"{split}.bin", "<u2")
         ids[::10] = eot
@@ -235,14 +237,14 @@ def test_untested_pairs_are_refused():
         return distributed.World(0, size, 0, torch.device("cpu"))
 
     cfg = train.Config(parallel="fsdp", gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match=r"parallel=fsdp and dtype=float16 .*--dtype=bfloat16"):
+    with pytest.raises(UserError, match=r"parallel=fsdp and dtype=float16 .*--dtype=bfloat16"):
         train.check_config(cfg, world(2), torch.float16)
     train.check_config(cfg, world(1), torch.float16)  # one process shares nothing
     train.check_config(cfg, world(2), torch.bfloat16)
     mps = distributed.World(0, 2, 0, torch.device("mps"))
-    with pytest.raises(ValueError, match="device=mps and processes=many"):
+    with pytest.raises(UserError, match="device=mps and processes=many"):
         train.check_config(cfg, mps, torch.float32)
-    with pytest.raises(ValueError, match="--parallel=zero3: use ddp or fsdp"):
+    with pytest.raises(UserError, match="--parallel=zero3: use ddp or fsdp"):
         train.check_config(train.Config(parallel="zero3"), world(1), torch.float32)
 
 

@@ -3,9 +3,10 @@ import collections
 
 import torch
 
-import plan
-from distributed import World
-from plan import describe, describe_saves, matmul_peak, spell_bytes
+from nanotune.device import matmul_peak
+from nanotune.training import plan
+from nanotune.training.distributed import World
+from nanotune.training.plan import describe, describe_saves, spell_bytes
 
 
 def test_bytes_are_spelled():

@@ -12,8 +12,9 @@ import torch
 from conftest import hf_model, hf_tensors, tiny_gpt
 from huggingface_hub import constants
 
-import pretrained
 from model import GPT, GPTConfig
+from nanotune.errors import UserError
+from nanotune.formats import hf
 
 KEY = "transformer.h.1.mlp.c_fc.weight"
 
@@ -132,7 +133,7 @@ def test_crop_and_dropout(write_hf):
     assert ours.config.block_size == 10 and ours.transformer.wpe.weight.shape == (10, 16)
     assert ours.config.dropout == ours.transformer.drop.p == 0.25
     assert [block.attn.dropout for block in ours.transformer.h] == [0.25, 0.25]
-    with pytest.raises(ValueError, match="block_size=25 is more than the 24 positions"):
+    with pytest.raises(UserError, match="block_size=25 is more than the 24 positions"):
         GPT.from_pretrained(str(write_hf(theirs)), block_size=25)
 
 
@@ -179,7 +180,7 @@ def with_tensor(key, *shape):
 def test_tensors_that_do_not_fit(neo, change, message, file, write_hf):
     theirs = hf_model(neo=neo)
     folder = write_hf(theirs, change(hf_tensors(theirs)), file)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         GPT.from_pretrained(str(folder))
     assert file in str(error.value) and "\n" not in str(error.value)
 
@@ -189,14 +190,14 @@ def test_a_head_alone_is_not_taken_for_the_embedding(write_hf):
     theirs = hf_model()
     tensors = hf_tensors(theirs)
     tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
-    with pytest.raises(ValueError, match=r"no tensor for transformer.wte.weight"):
+    with pytest.raises(UserError, match=r"no tensor for transformer.wte.weight"):
         GPT.from_pretrained(str(write_hf(theirs, tensors)))
 
 
 def test_a_missing_head_is_not_made_up(write_hf):
     theirs = hf_model(tie_word_embeddings=False)
     folder = write_hf(theirs, without("lm_head.weight")(hf_tensors(theirs)))
-    with pytest.raises(ValueError, match=r"no tensor for lm_head.weight"):
+    with pytest.raises(UserError, match=r"no tensor for lm_head.weight"):
         GPT.from_pretrained(str(folder))
 
 
@@ -206,7 +207,7 @@ def test_the_same_tensor_in_two_shards(stem, write_hf):
     folder = write_hf(theirs, layout=f"{stem}.index.json")
     first, second = (folder / f"part-{i}-of-2.{stem}" for i in (1, 2))
     second.write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match=r"part-2\S+: the tensor \S+ has no place .*twice"):
+    with pytest.raises(UserError, match=r"part-2\S+: the tensor \S+ has no place .*twice"):
         GPT.from_pretrained(str(folder))
 
 
@@ -221,7 +222,7 @@ def test_the_same_tensor_in_two_shards(stem, write_hf):
 def test_damaged_weights(file, damage, write_hf):
     folder = write_hf(hf_model(), layout=file)
     (folder / file).write_bytes(damage((folder / file).read_bytes()))
-    with pytest.raises(ValueError, match=rf"{file} .*damaged.*") as error:
+    with pytest.raises(UserError, match=rf"{file} .*damaged.*") as error:
         GPT.from_pretrained(str(folder))
     assert "\n" not in str(error.value)
 
@@ -229,7 +230,7 @@ def test_damaged_weights(file, damage, write_hf):
 def test_a_bin_that_is_no_state_dict(write_hf):
     folder = write_hf(hf_model(), layout="pytorch_model.bin")
     torch.save([1, 2], folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin is damaged"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin is damaged"):
         GPT.from_pretrained(str(folder))
 
 
@@ -246,7 +247,7 @@ def test_a_bin_that_carries_code_is_refused_and_not_run(zipped, write_hf, tmp_pa
     folder = write_hf(hf_model(), layout="pytorch_model.bin")
     torch.save({"transformer.wte.weight": Code(str(tmp_path / "run"))},
                folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"pytorch_model.bin carries code .*refused"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin carries code .*refused"):
         GPT.from_pretrained(str(folder))
     assert not (tmp_path / "run").exists()
 
@@ -259,20 +260,20 @@ def test_a_bin_that_carries_code_is_refused_and_not_run(zipped, write_hf, tmp_pa
 def test_a_damaged_config(text, message, write_hf):
     folder = write_hf(hf_model())
     (folder / "config.json").write_bytes(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         GPT.from_pretrained(str(folder))
 
 
 def test_missing_files(write_hf, tmp_path):
     folder = write_hf(hf_model(), layout="model.safetensors.index.json")
     (folder / "part-2-of-2.model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"shard part-2-of-2.model.safetensors that .* missing"):
+    with pytest.raises(UserError, match=r"shard part-2-of-2.model.safetensors that .* missing"):
         GPT.from_pretrained(str(folder))
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(ValueError, match=r"has none of model.safetensors, .*pytorch_model.bin"):
+    with pytest.raises(UserError, match=r"has none of model.safetensors, .*pytorch_model.bin"):
         GPT.from_pretrained(str(folder))
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no config.json"):
+    with pytest.raises(UserError, match=r"has no config.json"):
         GPT.from_pretrained(str(folder))
 
 
@@ -292,7 +293,7 @@ def test_missing_files(write_hf, tmp_path):
     (True, dict(attention_types=[[["global", "local"], 1]]), "attention_types="),
 ])
 def test_refused_configs(neo, fields, message, write_hf):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         GPT.from_pretrained(str(write_hf(hf_model(neo=neo), **fields)))
     assert "\n" not in str(error.value)
 
@@ -304,17 +305,17 @@ def test_a_config_without_a_size(neo, key, write_hf):
     hf = json.loads((folder / "config.json").read_text())
     del hf[key]
     (folder / "config.json").write_text(json.dumps(hf))
-    with pytest.raises(ValueError, match=f"its config.json lacks '{key}'"):
+    with pytest.raises(UserError, match=f"its config.json lacks '{key}'"):
         GPT.from_pretrained(str(folder))
 
 
 def test_what_a_config_leaves_out_is_transformers_default():
     sizes = dict(n_positions=8, vocab_size=9, n_layer=1, n_head=2, n_embd=4)
-    config = GPTConfig(**pretrained.config_from_hf(sizes | {"model_type": "gpt2"}, "x"))
+    config = GPTConfig(**hf.config_from_hf(sizes | {"model_type": "gpt2"}, "x"))
     assert config == GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=4)
     sizes = dict(max_position_embeddings=8, vocab_size=9, num_layers=24, num_heads=2,
                  hidden_size=4)
-    config = GPTConfig(**pretrained.config_from_hf(sizes | {"model_type": "gpt_neo"}, "x"))
+    config = GPTConfig(**hf.config_from_hf(sizes | {"model_type": "gpt_neo"}, "x"))
     assert config == GPTConfig(block_size=8, vocab_size=9, n_layer=24, n_head=2, n_embd=4,
                                attn_scale=1.0, qkv_bias=False, local_window=256)
 
@@ -329,12 +330,12 @@ NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5)
 def test_configs_go_to_transformers_and_back(fields):
     from transformers import AutoConfig
     config = tiny_gpt(61, **fields).config
-    hf = json.loads(json.dumps(pretrained.config_to_hf(config)))
-    assert GPTConfig(**pretrained.config_from_hf(hf, "x")) == config
+    theirs = json.loads(json.dumps(hf.config_to_hf(asdict(config))))
+    assert GPTConfig(**hf.config_from_hf(theirs, "x")) == config
     # through transformers' own reading and writing too
-    kind = hf.pop("model_type")
-    again = json.loads(AutoConfig.for_model(kind, **hf).to_json_string())
-    assert asdict(GPTConfig(**pretrained.config_from_hf(again, "x"))) == asdict(config)
+    kind = theirs.pop("model_type")
+    again = json.loads(AutoConfig.for_model(kind, **theirs).to_json_string())
+    assert asdict(GPTConfig(**hf.config_from_hf(again, "x"))) == asdict(config)
 
 
 # -----------------------------------------------------------------------------
@@ -404,25 +405,25 @@ def test_a_model_of_the_hub_and_then_of_its_cache(hub, file, write_hf, monkeypat
 
 
 def test_the_hub_answers_that_there_is_no_such_model(hub):
-    with pytest.raises(ValueError, match="nobody/none is no folder on this machine and no model"):
+    with pytest.raises(UserError, match="nobody/none is no folder on this machine and no model"):
         GPT.from_pretrained("nobody/none")
-    with pytest.raises(ValueError, match=r"no folder on this machine and no model"):
+    with pytest.raises(UserError, match=r"no folder on this machine and no model"):
         GPT.from_pretrained("no such/name at all")
 
 
 def test_a_gated_model(hub):
     hub.other = (403, "GatedRepo")
-    with pytest.raises(ValueError, match=r"meta/x is gated: accept its terms"):
+    with pytest.raises(UserError, match=r"meta/x is gated: accept its terms"):
         GPT.from_pretrained("meta/x")
 
 
 def test_a_repo_of_the_hub_without_a_model(hub, write_hf):
     folder = hub.repos["someone/other"] = write_hf(hf_model())
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"someone/other has none of model.safetensors"):
+    with pytest.raises(UserError, match=r"someone/other has none of model.safetensors"):
         GPT.from_pretrained("someone/other")
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"someone/other has no config.json"):
+    with pytest.raises(UserError, match=r"someone/other has no config.json"):
         GPT.from_pretrained("someone/other")
 
 
@@ -435,7 +436,7 @@ def test_a_hub_that_cannot_be_reached(hub, how, monkeypatch):
         hub.server_close()
     else:
         hub.other = (503, "")
-    with pytest.raises(ValueError, match=r"hub cannot be reached for gpt2, .*hf download gpt2 "
+    with pytest.raises(UserError, match=r"hub cannot be reached for gpt2, .*hf download gpt2 "
                                          r"--local-dir FOLDER.*--init_from=FOLDER") as error:
         GPT.from_pretrained("gpt2")
     assert "\n" not in str(error.value)
@@ -444,6 +445,6 @@ def test_a_hub_that_cannot_be_reached(hub, how, monkeypatch):
 def test_a_download_that_breaks_off(hub, write_hf):
     hub.repos["someone/gpt"] = write_hf(hf_model())
     hub.cut["model.safetensors"] = 100
-    with pytest.raises(ValueError, match="hub cannot be reached for someone/gpt") as error:
+    with pytest.raises(UserError, match="hub cannot be reached for someone/gpt") as error:
         GPT.from_pretrained("someone/gpt")
     assert "\n" not in str(error.value)

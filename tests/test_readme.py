@@ -58,7 +58,7 @@ def script_and_arguments(command):
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf):
     """A copy of the project, with a text and with tiny models where the README downloads."""
-    for name in ("config", "data"):
+    for name in ("config", "data", "nanotune"):
         shutil.copytree(REPO / name, tmp_path / name,
                         ignore=shutil.ignore_patterns("*.bin", "*.json", "*.pkl", "*.txt"))
     for script in REPO.glob("*.py"):
@@ -121,11 +121,17 @@ def test_the_makefile_runs_what_the_readme_says():
 
 
 def test_the_file_tree_is_whole():
+    """Each script, and each file of the package, by name; what is listed exists."""
     tree = README.split("## The files")[1].split("```")[1]
-    listed = {line.split()[0] for line in tree.splitlines() if line.strip()}
-    scripts = {path.name for path in REPO.glob("*.py")}
-    assert scripts <= listed
+    package, root = [], []
+    for line in tree.splitlines():
+        (package if line.startswith("  ") else root).append(line)
+    listed = {line.split()[0] for line in root if line.strip()}
+    assert {path.name for path in REPO.glob("*.py")} <= listed
     assert all((REPO / name).exists() for name in listed)
+    files = {path.name for path in (REPO / "nanotune").rglob("*.py")} - {"__init__.py"}
+    named = re.findall(r"[\w/]+\.py", "\n".join(package))
+    assert set(named) == files
 
 
 def test_links_lead_somewhere():

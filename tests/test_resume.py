@@ -21,9 +21,11 @@ from tiny import (
 )
 from torch.nn import functional as F
 
-import checkpoint
 import train
-from loader import TokenBin
+from nanotune import files
+from nanotune.errors import UserError
+from nanotune.formats import checkpoint
+from nanotune.text.loader import TokenBin
 
 # sums come out alike in as many threads
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -53,7 +55,7 @@ def assert_same_run(a, b, rel=0.0):
     """Bitwise the same weights, moments, scaler and progress; the same losses, but for rel of
     them where a step's are added up in another order."""
     for name in ("ckpt.pt", "state.pt"):
-        one, other = checkpoint.load(a / name), checkpoint.load(b / name)
+        one, other = files.load(a / name), files.load(b / name)
         assert one.keys() == other.keys()
         for key in one["model"]:
             assert torch.equal(one["model"][key], other["model"][key]), key
@@ -88,7 +90,7 @@ def at_step(monkeypatch, step, act):
 def test_three_steps_and_three_are_six(whole, out, fields):
     dataset, expected = whole
     assert run_train(dataset, out, max_iters=3, **FIELDS, **fields) == 0
-    assert checkpoint.load(out / "state.pt")["iter_num"] == 3
+    assert files.load(out / "state.pt")["iter_num"] == 3
     assert run_train(dataset, out, init_from="resume", **FIELDS, **fields) == 0
     # six steps improve at each evaluation here: the best is the latest
     assert_same_run(out, expected)
@@ -102,7 +104,7 @@ def test_any_step_will_do(whole, out, monkeypatch, first):
         at_step(patch, first - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run_train(dataset, out, **FIELDS) == 143
     for name in ("state.pt", "ckpt.pt"):
-        assert checkpoint.load(out / name)["iter_num"] == first
+        assert files.load(out / name)["iter_num"] == first
     assert run_train(dataset, out, init_from="resume", **FIELDS) == 0
     assert_same_run(out, expected)
 
@@ -139,7 +141,7 @@ def test_a_second_ctrl_c_stops_at_once(whole, out, monkeypatch, capsys):
         status, _, err = run_script(patch, capsys, train.main, arguments(dataset, out, **FIELDS))
     assert status == 130
     assert "Traceback" not in err
-    assert checkpoint.load(out / "state.pt")["iter_num"] == 3
+    assert files.load(out / "state.pt")["iter_num"] == 3
     assert signal.getsignal(signal.SIGINT) is before
     run_train(dataset, out, init_from="resume", **FIELDS)
     assert_same_run(out, expected)
@@ -160,12 +162,12 @@ def test_a_crash_at_any_save(whole, out, monkeypatch, at):
         real(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", replace)
+        patch.setattr(files.os, "replace", replace)
         with pytest.raises(PowerCut):
             train.main(arguments(dataset, out, **FIELDS))
     if not (out / "state.pt").exists():  # there is nothing to go on from, and it says so
         assert at < 3
-        with pytest.raises(ValueError, match=r"no checkpoint|no state\.pt"):
+        with pytest.raises(UserError, match=r"no checkpoint|no state\.pt"):
             run_train(dataset, out, init_from="resume", **FIELDS)
         run_train(dataset, out, overwrite=True, **FIELDS)
     else:
@@ -236,7 +238,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, out, capsys):
     assert {name: (out / name).read_bytes() for name in before} == before
     assert read_metrics(out) == kept
     assert run_train(dataset, out, init_from="resume", **FIELDS, max_iters=8) == 0
-    assert checkpoint.load(out / "state.pt")["iter_num"] == 8
+    assert files.load(out / "state.pt")["iter_num"] == 8
 
 
 # -----------------------------------------------------------------------------
@@ -260,7 +262,7 @@ def test_another_run_is_told_and_can_be_forced(whole, out, monkeypatch, capsys, 
     assert re.search(told, err) and "--force_resume=True" in err
     assert run_train(dataset, out, init_from="resume", force_resume=True, max_iters=8,
                      **changed) == 0
-    state = checkpoint.load(out / "state.pt")
+    state = files.load(out / "state.pt")
     assert state["iter_num"] == 8
     block_size = changed.get("block_size", 16)
     assert state["model_args"]["block_size"] == block_size
@@ -302,7 +304,7 @@ def test_a_damaged_state_is_one_line(whole, out, monkeypatch, capsys):
     out.mkdir()
     good = (expected / "state.pt").read_bytes()
     flipped = bytearray(good)
-    weight = checkpoint.load(expected / "state.pt")["model"]["transformer.wpe.weight"]
+    weight = files.load(expected / "state.pt")["model"]["transformer.wpe.weight"]
     flipped[good.index(weight.numpy().tobytes())] ^= 1
     for content in (good[:-100], bytes(flipped)):
         (out / "state.pt").write_bytes(content)
@@ -337,7 +339,7 @@ def test_a_nanogpt_run_goes_on(whole, out, bias, compiled):
 
     assert run_train(dataset, out, init_from="resume", max_iters=5, dropout=0.0, eval_interval=4,
                      learning_rate=1e-3, decay_lr=False, always_save_checkpoint=False) == 0
-    state = checkpoint.load(out / "state.pt")
+    state = files.load(out / "state.pt")
     assert state["iter_num"] == 5
     for name, p in params.items():
         torch.testing.assert_close(state["model"][name], p.detach(), rtol=0, atol=1e-5, msg=name)
@@ -346,7 +348,7 @@ def test_a_nanogpt_run_goes_on(whole, out, bias, compiled):
     assert all(e["val_loss"] > 2.5 for e in read_metrics(out) if "step" in e)
     assert [e["step"] for e in read_metrics(out) if "step" in e] == [4, 5]
     assert state["best_val_loss"] == 2.5
-    assert checkpoint.load(out / "ckpt.pt")["iter_num"] == 4
+    assert files.load(out / "ckpt.pt")["iter_num"] == 4
 
 
 def test_a_nanogpt_run_of_another_batch_is_told(whole, out, monkeypatch, capsys):
@@ -385,7 +387,7 @@ def test_a_signal_to_the_script_and_the_printed_command(whole, tmp_path, number,
     once = tmp_path / "once"
     run_train(dataset, once, **fields | {"max_iters": step + 3})
     for name in ("ckpt.pt", "state.pt"):
-        one, other = checkpoint.load(out / name), checkpoint.load(once / name)
+        one, other = files.load(out / name), files.load(once / name)
         assert all(torch.equal(one["model"][k], other["model"][k]) for k in one["model"])
 
 
@@ -401,7 +403,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_resumes(whole, tmp_path):
         next(line for line in lines if line.startswith("iter 2:"))
         time.sleep(0.3)
         process.kill()
-    step = checkpoint.load(out / "state.pt")["iter_num"]
+    step = files.load(out / "state.pt")["iter_num"]
     assert step >= 2
     assert run_train(dataset, out, init_from="resume", **fields | {"max_iters": step + 2}) == 0
     once = tmp_path / "once"

@@ -10,8 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sample
-from sample import Writer, main, show_new
-from tokenizer import EOT, CharTokenizer, JsonTokenizer
+from nanotune.errors import UserError
+from nanotune.generation.generate import Writer
+from nanotune.text.tokenizer import EOT, CharTokenizer, JsonTokenizer
+from sample import main, show_new
 
 RULE = "\n" + "-" * 15 + "\n"
 
@@ -174,7 +176,7 @@ def test_a_growing_sample_is_printed_once(prompt, new, stop, cut):
 # what is refused
 
 def refuse(out_dir, message, *argv):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         main([f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *argv])
     assert "\n" not in str(error.value)
 

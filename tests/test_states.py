@@ -12,10 +12,9 @@ import torch
 from ranks import Job, run_ranks
 from tiny import arguments, run_script, run_train, write_dataset
 
-import checkpoint
-import logbook
-import states
 import train
+from nanotune import files
+from nanotune.training import logbook, resume
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(logbook, "draw", lambda *args: None)
 
 
-def resume(monkeypatch, capsys, dataset, out, **fields):
+def resume_run(monkeypatch, capsys, dataset, out, **fields):
     """(exit status, what it printed) of --init_from=resume."""
     argv = arguments(dataset, out, **{"init_from": "resume"} | fields)
     status, said, err = run_script(monkeypatch, capsys, train.main, argv)
@@ -52,11 +51,11 @@ def resume(monkeypatch, capsys, dataset, out, **fields):
 
 
 def step_of(path):
-    return checkpoint.load(path)["iter_num"]
+    return files.load(path)["iter_num"]
 
 
 def assert_same_weights(a, b):
-    a, b = (checkpoint.load(folder / "state.pt") for folder in (a, b))
+    a, b = (files.load(folder / "state.pt") for folder in (a, b))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert all(torch.equal(a["optimizer"][name][key], b["optimizer"][name][key])
                for name in a["optimizer"] for key in ("exp_avg", "exp_avg_sq"))
@@ -65,7 +64,7 @@ def assert_same_weights(a, b):
 def flip(path):
     """Flips a bit in the first weights of a checkpoint: torch.load alone would not notice."""
     data = bytearray(path.read_bytes())
-    weight = checkpoint.load(path)["model"]["transformer.wpe.weight"]
+    weight = files.load(path)["model"]["transformer.wpe.weight"]
     at = data.index(weight.numpy().tobytes())
     data[at] ^= 1
     path.write_bytes(data)
@@ -86,21 +85,21 @@ def test_the_last_two_stay(whole):
 @pytest.mark.parametrize("keep, steps", [(1, [6]), (4, [6, 3, 0])])
 def test_as_many_stay_as_are_asked_for(dataset, tmp_path, keep, steps):
     run_train(dataset, tmp_path / "out", keep_states=keep)
-    assert [step_of(path) for path in states.state_files(tmp_path / "out")] == steps
+    assert [step_of(path) for path in resume.state_files(tmp_path / "out")] == steps
 
 
 def test_there_is_always_a_state_while_one_is_written(tmp_path, monkeypatch):
     """At each rename state.pt is there and whole."""
     path = tmp_path / "state.pt"
     data = {"model": {}, "model_args": {}, "iter_num": 0}
-    checkpoint.save(path, data, keep=3)
+    files.save(path, data, keep=3)
     real, seen = os.replace, []
     monkeypatch.setattr(os, "replace", lambda *args: (
-        seen.append(checkpoint.load(path)["iter_num"]), real(*args)))
+        seen.append(files.load(path)["iter_num"]), real(*args)))
     for step in (1, 2, 3):
-        checkpoint.save(path, data | {"iter_num": step}, keep=3)
+        files.save(path, data | {"iter_num": step}, keep=3)
     assert seen == [0, 1, 1, 2, 2]
-    assert [step_of(p) for p in states.state_files(tmp_path)] == [3, 2, 1]
+    assert [step_of(p) for p in resume.state_files(tmp_path)] == [3, 2, 1]
 
 
 def test_states_shift_where_there_are_no_hard_links(tmp_path, monkeypatch):
@@ -109,14 +108,14 @@ def test_states_shift_where_there_are_no_hard_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", link)
     for step in range(3):
-        checkpoint.save(tmp_path / "state.pt", {"model": {}, "model_args": {}, "iter_num": step}, 2)
-    assert [step_of(p) for p in states.state_files(tmp_path)] == [2, 1]
+        files.save(tmp_path / "state.pt", {"model": {}, "model_args": {}, "iter_num": step}, 2)
+    assert [step_of(p) for p in resume.state_files(tmp_path)] == [2, 1]
 
 
 @pytest.mark.parametrize("spoil", [flip, cut, Path.unlink], ids=["flip", "cut", "unlink"])
 def test_a_damaged_state_falls_back(whole, dataset, out, monkeypatch, capsys, spoil):
     spoil(out / "state.pt")
-    status, said = resume(monkeypatch, capsys, dataset, out)
+    status, said = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 0
     if spoil is not Path.unlink:
         warnings = [line for line in said.splitlines() if line.startswith("warning")]
@@ -127,13 +126,13 @@ def test_a_damaged_state_falls_back(whole, dataset, out, monkeypatch, capsys, sp
     assert "resuming at step 3 of 6" in said
     assert_same_weights(out, whole)
     # the good one that it went on from was not pushed out by the damaged one
-    assert [step_of(path) for path in states.state_files(out)] == [6, 3]
+    assert [step_of(path) for path in resume.state_files(out)] == [6, 3]
 
 
 def test_evaluating_a_damaged_run_renames_nothing(dataset, out, monkeypatch, capsys):
     flip(out / "state.pt")
     before = sorted(os.listdir(out))
-    assert resume(monkeypatch, capsys, dataset, out, eval_only=True)[0] == 0
+    assert resume_run(monkeypatch, capsys, dataset, out, eval_only=True)[0] == 0
     assert sorted(os.listdir(out)) == before
 
 
@@ -141,13 +140,13 @@ def test_with_no_state_left_it_says_what_can_be_had(dataset, out, monkeypatch, c
     flip(out / "state.pt")
     cut(out / "state.1.pt")
     for fields in ({}, {"init_from": "scratch", "auto_resume": True}):
-        status, said = resume(monkeypatch, capsys, dataset, out, **fields)
+        status, said = resume_run(monkeypatch, capsys, dataset, out, **fields)
         assert status == 1
         assert "state.pt is damaged" in said and "state.1.pt is truncated" in said
         assert f"ckpt.pt is whole, with the weights of step 6: begin a new run with them by " \
                f"--init_from={out} --out_dir=ANOTHER" in said
     cut(out / "ckpt.pt")
-    status, said = resume(monkeypatch, capsys, dataset, out)
+    status, said = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 1 and "begin anew with --overwrite=True" in said
 
 
@@ -158,7 +157,7 @@ def test_memory_that_runs_out_is_no_damage(dataset, out, monkeypatch, capsys):
 
     before = sorted(os.listdir(out))
     monkeypatch.setattr(torch, "load", load)
-    status, said = resume(monkeypatch, capsys, dataset, out)
+    status, said = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 1 and "out of memory on this machine" in said
     assert sorted(os.listdir(out)) == before
 
@@ -169,7 +168,7 @@ def test_memory_that_runs_out_is_no_damage(dataset, out, monkeypatch, capsys):
 def test_states_of_two_runs_do_not_mix(whole, dataset, out, tmp_path, monkeypatch, capsys):
     run_train(dataset, tmp_path / "other")
     shutil.copy(tmp_path / "other/state.pt", out / "state.pt")
-    status, said = resume(monkeypatch, capsys, dataset, out)
+    status, said = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 0
     assert "state.pt is of run " in said and "state.1.pt, of step 3" in said
     assert_same_weights(out, whole)
@@ -177,20 +176,20 @@ def test_states_of_two_runs_do_not_mix(whole, dataset, out, tmp_path, monkeypatc
 
 def test_a_foreign_state_can_be_taken_by_force(dataset, out, tmp_path, monkeypatch, capsys):
     run_train(dataset, tmp_path / "other", seed=7)
-    other = states.read_run_file(tmp_path / "other")["run_id"]
+    other = resume.read_run_file(tmp_path / "other")["run_id"]
     shutil.copy(tmp_path / "other/state.pt", out / "state.pt")
     (out / "state.1.pt").unlink()
-    status, said = resume(monkeypatch, capsys, dataset, out)
+    status, said = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 1 and "--force_resume=True" in said
-    assert resume(monkeypatch, capsys, dataset, out, force_resume=True, max_iters=8)[0] == 0
-    assert states.read_run_file(out)["run_id"] == other
+    assert resume_run(monkeypatch, capsys, dataset, out, force_resume=True, max_iters=8)[0] == 0
+    assert resume.read_run_file(out)["run_id"] == other
 
 
 def test_a_state_alone_resumes_anywhere(whole, dataset, tmp_path, monkeypatch, capsys):
     moved = tmp_path / "moved"
     moved.mkdir()
     shutil.copy(whole / "state.1.pt", moved / "state.pt")
-    status, said = resume(monkeypatch, capsys, dataset, moved)
+    status, said = resume_run(monkeypatch, capsys, dataset, moved)
     assert status == 0 and "ckpt.pt is missing: the next evaluation writes it" in said
     assert_same_weights(moved, whole)
 
@@ -207,7 +206,7 @@ def test_a_model_that_is_not_the_best_so_far(dataset, out, tmp_path, monkeypatch
         (out / "ckpt.pt").unlink()
     worse = iter([(9.0, 9.0)])
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(worse)))
-    status, said = resume(monkeypatch, capsys, dataset, out, max_iters=8,
+    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=8,
                           always_save_checkpoint=False)
     assert status == 0 and f"ckpt.pt {'is ' * (spoil != 'of run')}{spoil}" in said.replace(
         "is of run", "of run")
@@ -220,13 +219,14 @@ def test_a_model_that_is_not_the_best_so_far(dataset, out, tmp_path, monkeypatch
 def test_auto_resume_begins_and_goes_on(whole, dataset, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for max_iters, said in ((2, None), (4, "resuming at step 2"), (6, "resuming at step 4")):
-        status, text = resume(monkeypatch, capsys, dataset, out, init_from="scratch",
-                              auto_resume=True, max_iters=max_iters, lr_decay_iters=6)
+        status, text = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
+                                  auto_resume=True, max_iters=max_iters, lr_decay_iters=6)
         assert status == 0
         assert ("resuming" not in text) if said is None else (said in text)
     assert_same_weights(out, whole)
     before = (out / "state.pt").read_bytes()
-    status, text = resume(monkeypatch, capsys, dataset, out, init_from="scratch", auto_resume=True)
+    status, text = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
+                              auto_resume=True)
     assert status == 0 and (out / "state.pt").read_bytes() == before
 
 
@@ -234,11 +234,13 @@ def test_auto_resume_after_a_kill_before_the_first_state(whole, dataset, out, mo
     """The ckpt.pt of step 0 is no loss; one of a later step, without a state, may be."""
     run_train(dataset, out, max_iters=0, overwrite=True)
     (out / "state.pt").unlink()
-    assert resume(monkeypatch, capsys, dataset, out, init_from="scratch", auto_resume=True)[0] == 0
+    assert resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
+                      auto_resume=True)[0] == 0
     assert_same_weights(out, whole)
-    for path in states.state_files(out):
+    for path in resume.state_files(out):
         path.unlink()
-    status, said = resume(monkeypatch, capsys, dataset, out, init_from="scratch", auto_resume=True)
+    status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
+                              auto_resume=True)
     assert status == 1 and "holds a run already (ckpt.pt)" in said
 
 
@@ -247,13 +249,13 @@ def test_auto_resume_does_not_train_past_an_early_stop(dataset, tmp_path, monkey
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
     fields = dict(init_from="scratch", auto_resume=True, patience=2, max_iters=60)
     for _ in range(2):
-        status, said = resume(monkeypatch, capsys, dataset, tmp_path / "out", **fields)
+        status, said = resume_run(monkeypatch, capsys, dataset, tmp_path / "out", **fields)
         assert status == 0 and "stopped early" in said
     assert step_of(tmp_path / "out/state.pt") == 6
 
 
 def test_auto_resume_and_overwrite_contradict(dataset, out, monkeypatch, capsys):
-    status, said = resume(monkeypatch, capsys, dataset, out, auto_resume=True, overwrite=True)
+    status, said = resume_run(monkeypatch, capsys, dataset, out, auto_resume=True, overwrite=True)
     assert status == 1 and "--auto_resume=True goes on with what --overwrite=True would" in said
 
 
@@ -261,8 +263,8 @@ def test_auto_resume_and_overwrite_contradict(dataset, out, monkeypatch, capsys)
 # when it is written
 
 def test_save_interval(whole, dataset, tmp_path, monkeypatch):
-    saved, real = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda path, data, keep: (
+    saved, real = [], files.save
+    monkeypatch.setattr(files, "save", lambda path, data, keep: (
         saved.append((path.stem, data["iter_num"])), real(path, data, keep)))
     assert run_train(dataset, tmp_path / "out", save_interval=4) == 0
     assert saved == [("ckpt", 0), ("state", 0), ("ckpt", 3), ("state", 4), ("ckpt", 6),
@@ -272,7 +274,7 @@ def test_save_interval(whole, dataset, tmp_path, monkeypatch):
 
 def failing_fsync(monkeypatch, name, steps, error):
     """What is written to `name` at these saves, counted from 0, does not reach the disk."""
-    count, real = [-1], checkpoint.write_atomic
+    count, real = [-1], files.write_atomic
 
     def write_atomic(path, write, keep=1):
         def fail(f):
@@ -281,7 +283,7 @@ def failing_fsync(monkeypatch, name, steps, error):
         count[0] += Path(path).name == name
         return real(path, fail if Path(path).name == name and count[0] in steps else write, keep)
 
-    monkeypatch.setattr(checkpoint, "write_atomic", write_atomic)
+    monkeypatch.setattr(files, "write_atomic", write_atomic)
 
 
 @pytest.mark.parametrize("name", ["state.pt", "ckpt.pt"])
@@ -294,7 +296,7 @@ def test_a_disk_that_fails_once_ends_no_run(whole, dataset, tmp_path, monkeypatc
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         failing_fsync(patch, name, [1], error)
-        status, said = resume(patch, capsys, dataset, out, init_from="scratch")
+        status, said = resume_run(patch, capsys, dataset, out, init_from="scratch")
     assert status == 0
     assert said.count(f"warning: step 3: cannot write {out / name} ({error.strerror})") == 1
     assert not list(out.glob("*.tmp"))
@@ -306,7 +308,7 @@ def test_a_disk_that_fails_once_ends_no_run(whole, dataset, tmp_path, monkeypatc
 def test_a_disk_that_fails_to_the_end_is_an_error(dataset, tmp_path, monkeypatch, capsys, name):
     out = tmp_path / "out"
     failing_fsync(monkeypatch, name, [1, 2, 3], OSError(errno.ENOSPC, "No space left on device"))
-    status, said = resume(monkeypatch, capsys, dataset, out, init_from="scratch")
+    status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch")
     assert status == 1
     assert said.splitlines()[-1].startswith(f"error: cannot write {out / name} (No space left")
     assert step_of(out / name) == 0
@@ -317,16 +319,16 @@ def test_how_a_run_ended_is_told_on_a_full_disk_too(dataset, tmp_path, monkeypat
     out, full = tmp_path / "out", OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         failing_fsync(patch, "run.json", range(1, 99), full)
-        assert resume(patch, capsys, dataset, out, init_from="scratch")[0] == 0
-    last = states.read_run_file(out)
+        assert resume_run(patch, capsys, dataset, out, init_from="scratch")[0] == 0
+    last = resume.read_run_file(out)
     assert (last["status"], last["saved_step"]) == ("done", 6)
     with monkeypatch.context() as patch:
         for name in ("run.json", "state.pt"):
             failing_fsync(patch, name, range(1 if name == "run.json" else 0, 99), full)
-        assert resume(patch, capsys, dataset, out, max_iters=9)[0] == 1
-    last = states.read_run_file(out)
+        assert resume_run(patch, capsys, dataset, out, max_iters=9)[0] == 1
+    last = resume.read_run_file(out)
     assert (last["status"], last["saved_step"]) == ("failed", None)
-    assert "without a word" not in resume(monkeypatch, capsys, dataset, out, max_iters=9)[1]
+    assert "without a word" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=9)[1]
 
 
 def test_a_full_disk_is_told_in_the_systems_words(tmp_path):
@@ -338,8 +340,8 @@ def test_a_full_disk_is_told_in_the_systems_words(tmp_path):
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(checkpoint.WriteError, match=r"state\.pt \(No space left on device\)"):
-        checkpoint.write_atomic(tmp_path / "state.pt", lambda f: torch.save(
+    with pytest.raises(files.WriteError, match=r"state\.pt \(No space left on device\)"):
+        files.write_atomic(tmp_path / "state.pt", lambda f: torch.save(
             {"a": torch.ones(9)}, Full(f)))
 
 
@@ -349,7 +351,7 @@ def test_a_best_model_that_was_not_written_is_not_the_best(dataset, tmp_path, mo
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
     failing_fsync(monkeypatch, "ckpt.pt", [1], OSError(errno.ENOSPC, "No space left on device"))
     assert run_train(dataset, tmp_path, always_save_checkpoint=False) == 0
-    assert checkpoint.load(tmp_path / "ckpt.pt")["best_val_loss"] == 2.5
+    assert files.load(tmp_path / "ckpt.pt")["best_val_loss"] == 2.5
 
 
 def no_file_above_60_kb(rank):
@@ -363,7 +365,7 @@ def test_a_real_limit_on_what_the_disk_takes(whole, dataset, out, tmp_path):
     (status,), said = run_ranks(1, argv, tmp_path / "log", no_file_above_60_kb)
     assert status == 1
     assert "error: cannot write" in said and "File too large" in said
-    assert [step_of(path) for path in states.state_files(out)] == [6, 3]
+    assert [step_of(path) for path in resume.state_files(out)] == [6, 3]
     assert not list(out.glob("*.tmp"))
     assert step_of(out / "ckpt.pt") == 9
     assert run_train(dataset, out, init_from="resume", max_iters=9) == 0
@@ -374,7 +376,7 @@ def test_a_folder_that_goes_away_ends_in_a_line(dataset, tmp_path, monkeypatch, 
     out, real = tmp_path / "out", train.update
     monkeypatch.setattr(train, "update", lambda r, *args: (
         shutil.rmtree(out, ignore_errors=True), real(r, *args))[1])
-    status, said = resume(monkeypatch, capsys, dataset, out, init_from="scratch")
+    status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch")
     assert status == 1 and f"error: cannot write {out}" in said
     assert f"warning: cannot write to {out}" in said  # metrics.jsonl, told once
 
@@ -390,7 +392,7 @@ def test_a_save_holds_nothing_twice(tmp_path):
     data = {"model": {str(i): torch.ones(2**23) for i in range(8)}, "model_args": {}}
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = peak()
-    checkpoint.save(tmp_path / "state.pt", data, keep=2)
+    files.save(tmp_path / "state.pt", data, keep=2)
     assert peak() - before < 64
 
 
@@ -399,7 +401,7 @@ def test_a_save_holds_nothing_twice(tmp_path):
 
 def wait_for(job, out, step):
     """Until metrics.jsonl has that step."""
-    while job.alive() and states.reached_step(out) <= step:
+    while job.alive() and resume.reached_step(out) <= step:
         pass
     assert job.alive(), job.said()
 
@@ -410,38 +412,38 @@ def test_a_run_that_ended_without_a_word(dataset, tmp_path, monkeypatch, capsys)
     wait_for(job, out, 3)
     job.kill()
     assert job.wait() == [-signal.SIGKILL]
-    reached = states.reached_step(out)
-    status, said = resume(monkeypatch, capsys, dataset, out, max_iters=4, eval_interval=4)
+    reached = resume.reached_step(out)
+    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=4, eval_interval=4)
     assert status == 0
     assert "ended without a word: killed from outside" in said
     assert f"going on from step 0: steps 0 to {reached} are done again" in said
-    assert "without a word" not in resume(monkeypatch, capsys, dataset, out, max_iters=4)[1]
+    assert "without a word" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=4)[1]
 
 
 def test_a_run_that_had_a_last_word(dataset, out, monkeypatch, capsys):
     """An error, a signal, the end: run.json says which, and the next resume is silent."""
-    assert states.read_run_file(out)["status"] == "done"
+    assert resume.read_run_file(out)["status"] == "done"
     with monkeypatch.context() as patch:
         patch.setattr(train, "forward_backward", lambda r, step: float("nan"))
         patch.setattr(train, "gradient_norm", lambda r: (torch.tensor(1.0), 1.0))
-        assert resume(patch, capsys, dataset, out, max_iters=9)[0] == 1
-    assert states.read_run_file(out)["status"] == "failed"
+        assert resume_run(patch, capsys, dataset, out, max_iters=9)[0] == 1
+    assert resume.read_run_file(out)["status"] == "failed"
     with monkeypatch.context() as patch:
         real = train.update
         patch.setattr(train, "update", lambda *args: (  # twice, as a scheduler may
             signal.raise_signal(signal.SIGTERM), real(*args))[1])
-        status, said = resume(patch, capsys, dataset, out, max_iters=9)
+        status, said = resume_run(patch, capsys, dataset, out, max_iters=9)
     assert status == 143 and "without a word" not in said
-    assert states.read_run_file(out) | {"pid": 0, "host": ""} == {
-        "run_id": states.read_run_file(out)["run_id"], "status": "stopped", "pid": 0, "host": "",
+    assert resume.read_run_file(out) | {"pid": 0, "host": ""} == {
+        "run_id": resume.read_run_file(out)["run_id"], "status": "stopped", "pid": 0, "host": "",
         "saved_step": 8}
-    assert "without a word" not in resume(monkeypatch, capsys, dataset, out, max_iters=9)[1]
+    assert "without a word" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=9)[1]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"status": "odd"})])
 def test_a_run_file_that_says_nothing(dataset, out, monkeypatch, capsys, content):
     (out / "run.json").write_text(content)
-    assert resume(monkeypatch, capsys, dataset, out)[0] == 0
+    assert resume_run(monkeypatch, capsys, dataset, out)[0] == 0
 
 
 # -----------------------------------------------------------------------------
@@ -462,7 +464,7 @@ def test_a_host_without_memory_is_one_line(dataset, tmp_path):
     assert error.startswith("error: out of memory on this machine (")
     assert "lower --batch_size, and raise --gradient_accumulation_steps" in error
     assert error.count("\n") == 1
-    assert states.read_run_file(tmp_path / "out")["status"] == "failed"
+    assert resume.read_run_file(tmp_path / "out")["status"] == "failed"
 
 
 @pytest.mark.parametrize("error, where", [

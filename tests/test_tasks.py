@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import evaluate
-import tasks
-from distributed import World
-from model import GPT, stream
+from model import GPT
+from nanotune.errors import UserError
+from nanotune.evaluation import perplexity, tasks
+from nanotune.generation.generate import stream
+from nanotune.training.distributed import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5, n_layer=3)
@@ -45,8 +47,8 @@ def run(*argv):
 @given(st.integers(2, 200), st.integers(1, 40), st.data())
 def test_each_token_is_a_target_once(n, block_size, data):
     stride = data.draw(st.integers(1, block_size))
-    windows = tasks.sliding_windows(n, block_size, stride)
-    x, y = tasks.read_windows(np.arange(n), None, windows, block_size)
+    windows = perplexity.sliding_windows(n, block_size, stride)
+    x, y = perplexity.sliding_batch(np.arange(n), None, windows, block_size)
     rows, columns = (y >= 0).nonzero(as_tuple=True)
     assert sorted(y[rows, columns].tolist()) == list(range(1, n))
     assert torch.equal(x[rows, columns] + 1, y[rows, columns])
@@ -75,9 +77,9 @@ def test_perplexity_is_that_of_transformers(neo, stride, write_hf):
     theirs, tokens = hf_model(neo=neo), ids(170)
     ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
     expected = strided_loop(theirs, tokens, 24, stride)
-    windows = tasks.sliding_windows(len(tokens), 24, stride)
-    sums = tasks.perplexity_sums(ours, tokens, None, windows, 24, 3, one_byte, ALONE)
-    r = tasks.perplexity_of_sums(sums)
+    windows = perplexity.sliding_windows(len(tokens), 24, stride)
+    sums = perplexity.perplexity_sums(ours, tokens, None, windows, 24, 3, one_byte, ALONE)
+    r = perplexity.perplexity_of_sums(sums)
     assert r["loss"] == pytest.approx(np.mean(expected), abs=1e-4)
     assert r["tokens"] == 169 and r["windows"] == len(windows)
     assert r["bits_per_byte"] == pytest.approx(np.mean(expected) / math.log(2), abs=1e-4)
@@ -85,9 +87,9 @@ def test_perplexity_is_that_of_transformers(neo, stride, write_hf):
 
 def test_ranks_share_the_windows():
     model, tokens = tiny_gpt(61), ids(200)
-    windows = tasks.sliding_windows(200, 16, 7)
-    whole = tasks.perplexity_sums(model, tokens, None, windows, 16, 2, one_byte, ALONE)
-    shares = [tasks.perplexity_sums(model, tokens, None, windows, 16, 2, one_byte,
+    windows = perplexity.sliding_windows(200, 16, 7)
+    whole = perplexity.perplexity_sums(model, tokens, None, windows, 16, 2, one_byte, ALONE)
+    shares = [perplexity.perplexity_sums(model, tokens, None, windows, 16, 2, one_byte,
                                     World(rank, 3, 0, ALONE.device)) for rank in range(3)]
     np.testing.assert_allclose(np.sum(shares, 0), whole, rtol=1e-6)
 
@@ -100,17 +102,18 @@ def test_standard_error_is_that_of_the_jackknife():
     sums = [400, n.sum(), loss.sum(), (loss**2).sum(), (loss * n).sum(), (n**2).sum(), 1]
     left_out = (loss.sum() - loss) / (n.sum() - n)
     jackknife = math.sqrt(399 * np.var(left_out))
-    assert tasks.perplexity_of_sums(sums)["standard_error"] == pytest.approx(jackknife, rel=0.02)
-    assert math.isnan(tasks.perplexity_of_sums([1, 5, 9, 81, 45, 25, 1])["standard_error"])
+    error = perplexity.perplexity_of_sums(sums)["standard_error"]
+    assert error == pytest.approx(jackknife, rel=0.02)
+    assert math.isnan(perplexity.perplexity_of_sums([1, 5, 9, 81, 45, 25, 1])["standard_error"])
 
 
 def test_a_mask_leaves_targets_out():
     tokens, mask = ids(60), np.zeros(60, dtype=np.uint8)
     mask[[7, 20, 41]] = 1
-    _, y = tasks.read_windows(tokens, mask, tasks.sliding_windows(60, 16, 5), 16)
+    _, y = perplexity.sliding_batch(tokens, mask, perplexity.sliding_windows(60, 16, 5), 16)
     assert sorted(y[y >= 0].tolist()) == sorted(tokens[[7, 20, 41]].tolist())
-    with pytest.raises(ValueError, match="no target counts"):
-        tasks.perplexity_of_sums([0, 0, 0, 0, 0, 0, 0])
+    with pytest.raises(UserError, match="no target counts"):
+        perplexity.perplexity_of_sums([0, 0, 0, 0, 0, 0, 0])
 
 
 def test_perplexity_of_a_file(make_dataset, make_run, tmp_path, capsys):
@@ -145,7 +148,7 @@ def test_bytes_of_tokens(make_dataset):
 
 
 def test_bytes_of_gpt2s_tokens(gpt2_vocabulary):
-    from tokenizer import GPT2Tokenizer
+    from nanotune.text.tokenizer import GPT2Tokenizer
     tokenizer, text = GPT2Tokenizer(), "na\u00efve \U0001f600"
     ids = tokenizer.encode(text)
     assert sum(tokenizer.n_bytes([i]) for i in [*ids, 50256]) == len(text.encode())
@@ -272,7 +275,7 @@ def test_bad_test_files(lines, message, task):
     pytest.importorskip("sklearn")
     folder, out_dir, _, _ = task
     make_jsonl(folder / "test.jsonl", lines)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         run(f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify")
     assert not (out_dir / "predictions.jsonl").exists()
 
@@ -281,11 +284,11 @@ def test_no_test_file_and_another_tokenizer(task, make_dataset):
     pytest.importorskip("sklearn")
     folder, out_dir, _, _ = task
     (folder / "test.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"test.jsonl does not exist; .*--test_fraction"):
+    with pytest.raises(UserError, match=r"test.jsonl does not exist; .*--test_fraction"):
         run(f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify")
     other, _ = make_dataset("json", name="other")
     make_jsonl(other / "test.jsonl", [{"prompt": "a", "completion": c} for c in "bc"])
-    with pytest.raises(ValueError, match=r"was made with a tokenizer.json"):
+    with pytest.raises(UserError, match=r"was made with a tokenizer.json"):
         run(f"--out_dir={out_dir}", f"--dataset={other}", "--task=classify")
 
 
@@ -301,7 +304,7 @@ def test_no_test_file_and_another_tokenizer(task, make_dataset):
 ])
 def test_refused(argv, message, task):
     folder, out_dir, _, _ = task
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         run(f"--out_dir={out_dir}", f"--dataset={folder}", *argv)
     assert "\n" not in str(error.value)
 
@@ -309,7 +312,7 @@ def test_refused(argv, message, task):
 def test_without_scikit_learn(task, monkeypatch):
     folder, out_dir, _, _ = task
     monkeypatch.setitem(__import__("sys").modules, "sklearn.metrics", None)
-    with pytest.raises(ValueError, match="pip install scikit-learn"):
+    with pytest.raises(UserError, match="pip install scikit-learn"):
         run(f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify")
 
 
@@ -340,7 +343,7 @@ def test_lambada():
 
 def test_the_lambada_command(gpt2_vocabulary, shared, tmp_path, capsys):
     """The stop words keep a whole word from being one; the counts are those of the lines."""
-    from tokenizer import GPT2Tokenizer
+    from nanotune.text.tokenizer import GPT2Tokenizer
     ids = tasks.stop_word_ids(GPT2Tokenizer())
     assert GPT2Tokenizer().encode(" the")[0] in ids and GPT2Tokenizer().encode(" dog")[0] not in ids
     assert tasks.split_last_word("She fed the dog\n", GPT2Tokenizer())[1] == [3290]
@@ -352,10 +355,10 @@ def test_the_lambada_command(gpt2_vocabulary, shared, tmp_path, capsys):
     run(*argv)
     assert re.search(r"accuracy \d+.00% .*filter \d+.00%; .* 2 texts", capsys.readouterr().out)
     make_jsonl(tmp_path / "l.jsonl", [{"text": "One two"}, {"text": "word "}])
-    with pytest.raises(ValueError, match=r"l.jsonl, line 2: wants two words or more"):
+    with pytest.raises(UserError, match=r"l.jsonl, line 2: wants two words or more"):
         run(*argv)
     make_jsonl(tmp_path / "l.jsonl", [{"text": "word " * 600}])
-    with pytest.raises(ValueError, match=r"line 1: has 600 tokens, the model reads 512"):
+    with pytest.raises(UserError, match=r"line 1: has 600 tokens, the model reads 512"):
         run(*argv)
 
 
@@ -372,14 +375,14 @@ def test_the_lambada_command(gpt2_vocabulary, shared, tmp_path, capsys):
     (" A <unk> / B \n \n C ", "A <unk> / B\n\nC"),
 ])
 def test_detokenizer(tokenised, plain):
-    assert tasks.detokenize_wikitext(tokenised) == plain
+    assert perplexity.detokenize_wikitext(tokenised) == plain
 
 
 def test_detokenized_text_is_likelier(gpt2_vocabulary, shared, tmp_path, capsys):
     """No word is lost, and a model of plain text finds each word of the file likelier."""
     text = shared("data/wikitext-2/test.txt").read_text(encoding="utf-8")[:4000]
     letters = re.sub(r"[\s@]", "", text)
-    assert re.sub(r"[\s@]", "", tasks.detokenize_wikitext(text)) == letters
+    assert re.sub(r"[\s@]", "", perplexity.detokenize_wikitext(text)) == letters
     (tmp_path / "w.txt").write_text(text, encoding="utf-8")
     found = []
     for detokenize in (False, True):
@@ -392,5 +395,5 @@ def test_detokenized_text_is_likelier(gpt2_vocabulary, shared, tmp_path, capsys)
 def test_a_file_that_is_not_utf8(task, tmp_path):
     _, out_dir, _, _ = task
     Path(tmp_path / "l.txt").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(ValueError, match=r"l.txt is not UTF-8 \(byte 3\)"):
+    with pytest.raises(UserError, match=r"l.txt is not UTF-8 \(byte 3\)"):
         run(f"--out_dir={out_dir}", f"--input={tmp_path / 'l.txt'}")

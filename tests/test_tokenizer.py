@@ -8,8 +8,16 @@ from conftest import TEXT, tiny_json, write_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tokenizer as tokenizers
-from tokenizer import EOT, CharTokenizer, GPT2Tokenizer, JsonTokenizer, check_same, from_spec
+from nanotune.errors import UserError
+from nanotune.text import tokenizer as tokenizers
+from nanotune.text.tokenizer import (
+    EOT,
+    CharTokenizer,
+    GPT2Tokenizer,
+    JsonTokenizer,
+    check_same_tokenizer,
+    tokenizer_from_spec,
+)
 
 # tiktoken's own files are those of OpenAI's: the ones that transformers calls by these names
 VOCAB, MERGES = ("data/tiktoken/6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
@@ -44,13 +52,13 @@ def test_gpt2(gpt2_vocabulary):
     assert gpt2.encode("") == [] and gpt2.decode([]) == ""
     for text in (TEXT, "naïve 日本語 🙂\r\n\t", "  two  spaces "):
         assert gpt2.decode(gpt2.encode(text)) == text
-    same(from_spec(json.loads(json.dumps(gpt2.spec))), gpt2)
+    same(tokenizer_from_spec(json.loads(json.dumps(gpt2.spec))), gpt2)
 
 
 def test_gpt2_is_recognised(gpt2_folder, gpt2_vocabulary, tmp_path):
     """In vocab.json with merges.txt and in a tokenizer.json; one token more makes it another."""
     from tokenizers import Tokenizer
-    same(tokenizers.of_folder(gpt2_folder), GPT2Tokenizer())
+    same(tokenizers.tokenizer_of_folder(gpt2_folder), GPT2Tokenizer())
     theirs = tokenizers.from_vocab_and_merges(gpt2_folder / "vocab.json",
                                               gpt2_folder / "merges.txt")
     assert isinstance(theirs, JsonTokenizer)
@@ -58,20 +66,20 @@ def test_gpt2_is_recognised(gpt2_folder, gpt2_vocabulary, tmp_path):
     assert theirs.encode(text) == GPT2Tokenizer().encode(text)
     assert theirs.decode(theirs.encode(text)) == text
     (tmp_path / "tokenizer.json").write_text(theirs.spec["json"], encoding="utf-8")
-    same(tokenizers.of_folder(tmp_path), GPT2Tokenizer())
+    same(tokenizers.tokenizer_of_folder(tmp_path), GPT2Tokenizer())
     more = Tokenizer.from_str(theirs.spec["json"])
     more.add_special_tokens(["<|pad|>"])
     (gpt2_folder / "tokenizer.json").write_text(more.to_str(), encoding="utf-8")
-    found = tokenizers.of_folder(gpt2_folder)
+    found = tokenizers.tokenizer_of_folder(gpt2_folder)
     assert isinstance(found, JsonTokenizer) and found.n_vocab == 50258
-    with pytest.raises(ValueError, match="prepare the text again"):
-        check_same(found, GPT2Tokenizer(), "out", "data/x")
+    with pytest.raises(UserError, match="prepare the text again"):
+        check_same_tokenizer(found, GPT2Tokenizer(), "out", "data/x")
 
 
 def test_gpt2_without_a_network(tmp_path, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (tmp_path / "none").read_bytes())
-    with pytest.raises(ValueError, match=r"cannot fetch GPT-2's vocabulary \(FileNotFoundError\).*"
+    with pytest.raises(UserError, match=r"cannot fetch GPT-2's vocabulary \(FileNotFoundError\).*"
                                          "TIKTOKEN_CACHE_DIR"):
         GPT2Tokenizer().encode("a")
 
@@ -86,13 +94,13 @@ def test_characters(itos, data):
     ids = chars.encode(text)
     assert chars.decode(ids) == text and [itos[i] for i in ids] == list(text)
     assert chars.n_vocab == len(itos) and chars.eot is None
-    again = from_spec(chars.spec)
+    again = tokenizer_from_spec(chars.spec)
     assert again.itos == itos and again.identity == chars.identity
 
 
 def test_an_unknown_character():
     chars = CharTokenizer("ab\n")
-    with pytest.raises(ValueError, match=r"the character 'é' is not in .* of 3: 'ab\\n'") as error:
+    with pytest.raises(UserError, match=r"the character 'é' is not in .* of 3: 'ab\\n'") as error:
         chars.encode("baéx")
     assert "\n" not in str(error.value)
 
@@ -111,7 +119,7 @@ def test_the_end_of_text_of_a_tokenizer_json():
     assert ids.count(JSON.eot) == 1 and JSON.decode(ids) == f"Line{EOT}ends"
     assert max(JSON.encode(TEXT)) < JSON.n_vocab <= 300
     assert len(JSON.encode(TEXT)) < len(TEXT) / 2  # merges are made use of
-    same(from_spec(json.loads(json.dumps(JSON.spec))), JSON)
+    same(tokenizer_from_spec(json.loads(json.dumps(JSON.spec))), JSON)
 
 
 def test_a_vocabulary_without_end_of_text():
@@ -125,22 +133,22 @@ def test_a_vocabulary_without_end_of_text():
 # folders
 
 def test_the_tokenizer_of_a_folder(tmp_path):
-    assert tokenizers.of_folder(tmp_path) is None
-    assert isinstance(tokenizers.of_dataset(tmp_path), GPT2Tokenizer)
+    assert tokenizers.tokenizer_of_folder(tmp_path) is None
+    assert isinstance(tokenizers.tokenizer_of_dataset(tmp_path), GPT2Tokenizer)
     chars = write_tokenizer(tmp_path / "chars", "chars")
     assert isinstance(chars, CharTokenizer) and chars.itos == sorted(set(TEXT))
     same(write_tokenizer(tmp_path / "json", "json"), JSON)
-    same(tokenizers.of_folder(tmp_path / "chars"), chars)
+    same(tokenizers.tokenizer_of_folder(tmp_path / "chars"), chars)
 
 
 def test_identity_is_what_decides():
-    check_same(CharTokenizer("abc"), CharTokenizer(["a", "b", "c"]), "out", "data/x")
+    check_same_tokenizer(CharTokenizer("abc"), CharTokenizer(["a", "b", "c"]), "out", "data/x")
     for other in (CharTokenizer("acb"), CharTokenizer("abcd"), JSON, GPT2Tokenizer()):
-        with pytest.raises(ValueError, match=r"out reads a character vocabulary \(3 tokens\), "
+        with pytest.raises(UserError, match=r"out reads a character vocabulary \(3 tokens\), "
                                              r"data/x was made with .*prepare the text again"):
-            check_same(CharTokenizer("abc"), other, "out", "data/x")
-    with pytest.raises(ValueError, match=r"hf has no tokenizer file.*put its tokenizer.json"):
-        check_same(None, GPT2Tokenizer(), "hf", "data/x")
+            check_same_tokenizer(CharTokenizer("abc"), other, "out", "data/x")
+    with pytest.raises(UserError, match=r"hf has no tokenizer file.*put its tokenizer.json"):
+        check_same_tokenizer(None, GPT2Tokenizer(), "hf", "data/x")
 
 
 @pytest.mark.parametrize("itos", [{0: "a", 1: "é", 2: "\n"}, ["a", "é", "\n"]])
@@ -148,7 +156,7 @@ def test_identity_is_what_decides():
 def test_nanogpts_meta(itos, protocol, tmp_path):
     meta = {"vocab_size": 3, "itos": itos, "stoi": {"a": 0, "é": 1, "\n": 2}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-    assert tokenizers.of_folder(tmp_path).itos == ["a", "é", "\n"]
+    assert tokenizers.tokenizer_of_folder(tmp_path).itos == ["a", "é", "\n"]
 
 
 class Code:
@@ -163,9 +171,9 @@ class Code:
 def test_a_meta_that_carries_code_is_refused_and_not_run(protocol, tmp_path):
     for meta in ({"itos": {0: Code(str(tmp_path / "run"))}}, Code(str(tmp_path / "run"))):
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-        with pytest.raises(ValueError, match=r"meta.pkl is no plain character vocabulary \(it "
+        with pytest.raises(UserError, match=r"meta.pkl is no plain character vocabulary \(it "
                                              r"refers to \w+.open\); run its prepare.py again"):
-            tokenizers.of_folder(tmp_path)
+            tokenizers.tokenizer_of_folder(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
@@ -176,25 +184,25 @@ def test_a_meta_that_carries_code_is_refused_and_not_run(protocol, tmp_path):
 ])
 def test_a_damaged_meta(content, tmp_path):
     (tmp_path / "meta.pkl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"meta.pkl is no plain character vocabulary"):
-        tokenizers.of_folder(tmp_path)
+    with pytest.raises(UserError, match=r"meta.pkl is no plain character vocabulary"):
+        tokenizers.tokenizer_of_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1", b"\xff\xfe"])
 def test_a_damaged_tokenizer_json(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer.json"):
-        tokenizers.of_folder(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer.json is no tokenizer.json"):
+        tokenizers.tokenizer_of_folder(tmp_path)
 
 
 def test_a_damaged_vocab_json(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(ValueError, match=r"vocab.json and merges.txt are no vocabulary"):
-        tokenizers.of_folder(tmp_path)
+    with pytest.raises(UserError, match=r"vocab.json and merges.txt are no vocabulary"):
+        tokenizers.tokenizer_of_folder(tmp_path)
 
 
 @pytest.mark.parametrize("spec", [{}, {"kind": "words"}, None, "gpt2"])
 def test_an_unknown_spec(spec):
-    with pytest.raises(ValueError, match="unknown kind"):
-        from_spec(spec)
+    with pytest.raises(UserError, match="unknown kind"):
+        tokenizer_from_spec(spec)

@@ -22,11 +22,13 @@ from tiny import (
 )
 from torch.nn import functional as F
 
-import checkpoint
-import logbook
 import train
 from configurator import configure
-from loader import TokenBin
+from nanotune import files
+from nanotune.errors import NonFiniteLoss
+from nanotune.formats import checkpoint
+from nanotune.text.loader import TokenBin
+from nanotune.training import logbook
 from train import Config, learning_rate_at
 
 
@@ -46,7 +48,7 @@ def set_up(dataset, out, **fields):
 
 
 def weights_of(path):
-    return checkpoint.load(path)["model"]
+    return files.load(path)["model"]
 
 
 def assert_same_weights(a, b, atol=0.0):
@@ -191,14 +193,14 @@ def test_dropout_draws_are_seeded_by_step_and_place(dataset, out):
                                            (7, [0, 3, 6, 7])])
 def test_max_iters_steps_evaluated_and_saved(dataset, out, monkeypatch, max_iters, at):
     saves = []
-    real = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda path, data, keep: (
+    real = files.save
+    monkeypatch.setattr(files, "save", lambda path, data, keep: (
         saves.append((path.name, data["iter_num"])), real(path, data, keep)))
     assert run_train(dataset, out, max_iters=max_iters) == 0
     assert evaluations(out) == at
     assert [entry["iter"] for entry in read_metrics(out) if "iter" in entry] == [*range(max_iters)]
     assert saves == [(name, step) for step in at for name in ("ckpt.pt", "state.pt")]
-    state = checkpoint.load(out / "state.pt")
+    state = files.load(out / "state.pt")
     assert state["iter_num"] == max_iters
     assert all(s["step"] == max_iters for s in state["optimizer"].values())
 
@@ -240,9 +242,9 @@ def test_early_stopping_and_the_best_checkpoint(dataset, out, monkeypatch, capsy
     assert run_train(dataset, out, max_iters=100, patience=3, always_save_checkpoint=False) == 0
     assert evaluations(out) == [0, 3, 6, 9, 12]
     assert "stopped early" in capsys.readouterr().out
-    best = checkpoint.load(out / "ckpt.pt")
+    best = files.load(out / "ckpt.pt")
     assert (best["iter_num"], best["best_val_loss"]) == (3, 2)
-    assert checkpoint.load(out / "state.pt")["iter_num"] == 12
+    assert files.load(out / "state.pt")["iter_num"] == 12
 
 
 def test_a_better_evaluation_renews_patience(dataset, out, monkeypatch):
@@ -254,7 +256,7 @@ def test_a_better_evaluation_renews_patience(dataset, out, monkeypatch):
 def test_always_save_checkpoint_keeps_the_latest(dataset, out, monkeypatch):
     script_losses(monkeypatch, [(3, 3), (2, 2), (3, 3)])
     run_train(dataset, out)
-    held = checkpoint.load(out / "ckpt.pt")
+    held = files.load(out / "ckpt.pt")
     assert (held["iter_num"], held["best_val_loss"]) == (6, 2)
 
 
@@ -317,7 +319,7 @@ def test_a_step_that_is_not_finite_stops_the_run(good, dataset, out, monkeypatch
     assert ("loss is" if "loss" in what else "gradient norm is") in err
     assert "--learning_rate" in err
     for name in ("ckpt.pt", "state.pt"):
-        assert checkpoint.load(out / name)["iter_num"] == 3
+        assert files.load(out / name)["iter_num"] == 3
     # what is on disk is good: the run goes on from it as if nothing had been
     assert run_train(dataset, out, init_from="resume") == 0
     assert_same_weights(out / "state.pt", good / "state.pt")
@@ -330,7 +332,7 @@ def test_the_optimizer_does_not_step_on_a_gradient_that_is_not_finite(dataset, o
     before = {name: p.clone() for name, p in r.model.state_dict().items()}
     norm, value = train.gradient_norm(r)
     assert value == math.inf
-    with pytest.raises(FloatingPointError, match="gradient norm is not finite"):
+    with pytest.raises(NonFiniteLoss, match="gradient norm is not finite"):
         train.update(r, loss, norm, False, 0, 0)
     assert all(torch.equal(p, before[name]) for name, p in r.model.state_dict().items())
     assert not r.optimizer.state
@@ -341,7 +343,7 @@ def test_a_learning_rate_that_blows_up(dataset, out, monkeypatch, capsys):
     status, _, err = run_script(monkeypatch, capsys, train.main, argv)
     assert status == 1
     assert err.startswith("error: step 1: the ") and err.count("\n") == 1
-    assert checkpoint.load(out / "state.pt")["iter_num"] == 0
+    assert files.load(out / "state.pt")["iter_num"] == 0
 
 
 def test_a_validation_loss_that_is_not_finite_saves_nothing(dataset, out, monkeypatch, capsys):
@@ -350,7 +352,7 @@ def test_a_validation_loss_that_is_not_finite_saves_nothing(dataset, out, monkey
     assert status == 1
     assert "step 3: the validation loss is nan" in err and err.count("\n") == 1
     for name in ("ckpt.pt", "state.pt"):
-        assert checkpoint.load(out / name)["iter_num"] == 0
+        assert files.load(out / name)["iter_num"] == 0
 
 
 def test_fp16_steps_that_the_scaler_skips_are_counted(dataset, out, monkeypatch, capsys):
@@ -361,13 +363,13 @@ def test_fp16_steps_that_the_scaler_skips_are_counted(dataset, out, monkeypatch,
         "", "1 steps skipped by the scaler", "2 steps skipped by the scaler",
         "2 steps skipped by the scaler", "3 steps skipped by the scaler",
         "3 steps skipped by the scaler"]
-    state = checkpoint.load(out / "state.pt")
+    state = files.load(out / "state.pt")
     assert state["progress"]["skipped"] == 3
     assert state["scaler"]["scale"] == 2.0**16 / 2**3
     assert all(s["step"] == 3 for s in state["optimizer"].values())
     # a resumed run takes the scale over and goes on counting
     run_train(dataset, out, dtype="float16", init_from="resume", max_iters=7)
-    state = checkpoint.load(out / "state.pt")
+    state = files.load(out / "state.pt")
     assert (state["progress"]["skipped"], state["scaler"]["scale"]) == (3, 2.0**13)
 
 
@@ -379,7 +381,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run(dataset, out, monkeypatch, caps
     assert err.startswith("error: step 11: the fp16 scaler skipped 10 steps in a row")
     assert err.count("\n") == 1
     assert "iter 10:" in printed
-    assert checkpoint.load(out / "state.pt")["iter_num"] == 0
+    assert files.load(out / "state.pt")["iter_num"] == 0
 
 
 def test_fp16_trains_as_float32_does(tmp_path, dataset):
@@ -462,7 +464,7 @@ def test_a_pretrained_model_takes_block_size_and_dropout(tmp_path, dataset, out)
 def test_a_pretrained_model_finetunes(tmp_path, dataset, out):
     hf_folder(tmp_path / "hf", dataset)
     assert run_train(dataset, out, init_from=tmp_path / "hf") == 0
-    assert checkpoint.load(out / "ckpt.pt")["model_args"]["n_layer"] == 1
+    assert files.load(out / "ckpt.pt")["model_args"]["n_layer"] == 1
     assert checkpoint.load_model(str(out))[1].encode("ab") == [2, 3]
 
 
@@ -486,7 +488,7 @@ def test_nanogpts_weights_begin_a_new_run(tmp_path, dataset, out):
     r = set_up(dataset, out, init_from=tmp_path / "theirs", dropout=0.2)
     assert r.model.config.activation == "gelu" and r.model.config.dropout == 0.2
     assert run_train(dataset, out, init_from=tmp_path / "theirs", max_iters=1) == 0
-    assert checkpoint.load(out / "ckpt.pt")["model_args"]["activation"] == "gelu"
+    assert files.load(out / "ckpt.pt")["model_args"]["activation"] == "gelu"
 
 
 def test_block_size_from_scratch(tmp_path, out):
@@ -499,7 +501,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(dataset, out):
     run_train(dataset, out)
     run_train(dataset, out, overwrite=True, max_iters=2, seed=5)
     assert evaluations(out) == [0, 2]
-    assert checkpoint.load(out / "state.pt")["iter_num"] == 2
+    assert files.load(out / "state.pt")["iter_num"] == 2
 
 
 # -----------------------------------------------------------------------------
@@ -585,7 +587,7 @@ def test_wandb_goes_on_with_the_same_run(dataset, out, wandb_calls):
 
 def test_wandb_finishes_where_the_run_fails(dataset, out, wandb_calls, monkeypatch):
     spoil(monkeypatch, [1], loss=math.nan)
-    with pytest.raises(FloatingPointError), mock.patch.object(logbook, "draw"):
+    with pytest.raises(NonFiniteLoss), mock.patch.object(logbook, "draw"):
         train.main(arguments(dataset, out, wandb_log=True))
     assert "finish" in wandb_calls()[-1]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import logbook
 import train
-from distributed import run
+from nanotune.cli import run
+from nanotune.training import logbook
 
 torch.set_num_threads(1)  # more only wait for each other at this size
 

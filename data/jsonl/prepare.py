@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fetch
+from fetch import UserError
 
 WANTED = '{"prompt": "...", "completion": "..."} or {"text": "..."}'
 
@@ -33,11 +34,11 @@ def to_example(where: str, fields: dict) -> fetch.Example:
     if prompt is None and completion is None:
         prompt, completion = "", fields.get("text")
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise ValueError(f"{where}: wants {WANTED}, all of them strings; it has "
-                         f"{', '.join(fields) or 'nothing'}")
+        raise UserError(f"{where}: wants {WANTED}, all of them strings; it has "
+                        f"{', '.join(fields) or 'nothing'}")
     if not completion.strip():
         name = "completion" if "completion" in fields else "text"
-        raise ValueError(f"{where}: its {name} is empty, there is nothing to learn")
+        raise UserError(f"{where}: its {name} is empty, there is nothing to learn")
     return fetch.Example(prompt, completion)
 
 
@@ -49,10 +50,10 @@ def read_jsonl(path: Path) -> list[fetch.Example]:
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: malformed JSON ({error.msg} at column "
-                             f"{error.colno}); each line wants {WANTED}") from None
+            raise UserError(f"{path}, line {number}: malformed JSON ({error.msg} at column "
+                            f"{error.colno}); each line wants {WANTED}") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"{path}, line {number}: wants {WANTED}, not {line.strip()[:40]}")
+            raise UserError(f"{path}, line {number}: wants {WANTED}, not {line.strip()[:40]}")
         examples.append(to_example(f"{path}, line {number}", fields))
     return examples
 
@@ -65,13 +66,13 @@ def read_csv(path: Path) -> list[fetch.Example]:
         print(f"{path}: {header[0]!r} in the first row is taken for the name of the only column")
         columns = ["text"]
     if header and "text" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(f"{where}: the first row must name the columns prompt and completion, or "
-                         f"text, not {', '.join(columns)}")
+        raise UserError(f"{where}: the first row must name the columns prompt and completion, or "
+                        f"text, not {', '.join(columns)}")
     examples = []
     for where, row in rows:
         if len(row) != len(columns):
-            raise ValueError(f"{where}: {len(row)} fields where the first row names "
-                             f"{len(columns)}")
+            raise UserError(f"{where}: {len(row)} fields where the first row names "
+                            f"{len(columns)}")
         examples.append(to_example(where, dict(zip(columns, row))))
     return examples
 
@@ -112,11 +113,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--tokenizer", default="gpt2", help="gpt2, or a tokenizer.json")
     args = p.parse_args(argv)
     if args.input is None:
-        raise ValueError("which examples? pass --input=FILE")
+        raise UserError("which examples? pass --input=FILE")
     fetch.check_fraction("val_fraction", args.val_fraction)
     fetch.check_fraction("test_fraction", args.test_fraction)
     if args.tokenizer != "gpt2" and not Path(args.tokenizer).is_file():
-        raise ValueError(f"--tokenizer={args.tokenizer}: must be gpt2 or a tokenizer.json file")
+        raise UserError(f"--tokenizer={args.tokenizer}: must be gpt2 or a tokenizer.json file")
     return args
 
 
@@ -124,15 +125,15 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     examples = (read_csv if args.input.suffix.lower() == ".csv" else read_jsonl)(args.input)
     if not examples:
-        raise ValueError(f"{args.input} is empty; it should hold a line an example: {WANTED}")
+        raise UserError(f"{args.input} is empty; it should hold a line an example: {WANTED}")
     if args.loss_on == "completion" and not any(example.prompt for example in examples):
-        raise ValueError(f"{args.input} holds texts without prompts, each of whose tokens is to be "
-                         "learnt; use --loss_on=all")
+        raise UserError(f"{args.input} holds texts without prompts, each of whose tokens is to be "
+                        "learnt; use --loss_on=all")
     tell_spaces(examples)
     splits = split(examples, args.val_fraction, args.test_fraction, args.seed)
     if not splits["train"]:
-        raise ValueError(f"{args.input}: {len(examples)} examples leave none to train on; give it "
-                         "more of them")
+        raise UserError(f"{args.input}: {len(examples)} examples leave none to train on; give it "
+                        "more of them")
     encoder = (fetch.gpt2_encoder() if args.tokenizer == "gpt2"
                else fetch.json_encoder(Path(args.tokenizer).read_bytes(), args.tokenizer))
     fetch.write_examples(args.out_dir, splits, encoder, args.loss_on, args.block_size)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fetch
+from fetch import UserError
 
 HUB_ID = "Skylion007/openwebtext"       # parquet files, which need no loading script
 KINDS = {".jsonl": "json", ".parquet": "parquet"}
@@ -27,9 +28,9 @@ def load_documents(source: Path | None, num_proc: int):
     try:
         import datasets
     except ImportError:
-        raise ValueError("this needs the datasets package: pip install datasets") from None
+        raise UserError("this needs the datasets package: pip install datasets") from None
     if source and not source.exists():
-        raise ValueError(f"--input={source}: no such file or folder")
+        raise UserError(f"--input={source}: no such file or folder")
     try:
         if source is None:
             documents = datasets.load_dataset(HUB_ID, split="train", num_proc=num_proc)
@@ -39,10 +40,10 @@ def load_documents(source: Path | None, num_proc: int):
             kind, files = find_files(source)
             documents = datasets.load_dataset(kind, data_files=files, split="train")
     except (datasets.exceptions.DatasetsError, OSError) as error:
-        raise ValueError(f"datasets cannot load {source or HUB_ID}: {error.__cause__ or error}; "
-                         f"--input= takes .jsonl or .parquet files fetched by hand") from error
+        raise UserError(f"datasets cannot load {source or HUB_ID}: {error.__cause__ or error}; "
+                        f"--input= takes .jsonl or .parquet files fetched by hand") from error
     if "text" not in documents.column_names:
-        raise ValueError(f'{source or HUB_ID} has no column "text", only {documents.column_names}')
+        raise UserError(f'{source or HUB_ID} has no column "text", only {documents.column_names}')
     return documents.select_columns("text")
 
 
@@ -51,7 +52,7 @@ def find_files(source: Path) -> tuple[str, list[str]]:
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     suffixes = {f.suffix for f in files if f.suffix in KINDS and f.is_file()}
     if len(suffixes) != 1:
-        raise ValueError(f"--input={source}: must be .jsonl or .parquet files, all of one kind")
+        raise UserError(f"--input={source}: must be .jsonl or .parquet files, all of one kind")
     suffix = suffixes.pop()
     return KINDS[suffix], [str(f) for f in files if f.suffix == suffix]
 
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     fetch.gpt2()        # if the vocabulary is missing, say so before the long download
     documents = load_documents(args.input, args.num_proc)
     if len(documents) < 2:
-        raise ValueError(f"--input={args.input}: {len(documents)} document, and the split needs 2")
+        raise UserError(f"--input={args.input}: {len(documents)} document, and the split needs 2")
     # the split and the tokens stay in datasets' cache, so that a run that stops goes on from there
     split = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     tokenized = split.map(tokenize, batched=True, remove_columns=["text"], desc="tokenizing",

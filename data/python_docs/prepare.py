@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fetch
+from fetch import UserError
 
 # tests, other people's packages, tables made by scripts, and the topics themselves
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
@@ -50,8 +51,8 @@ def read_docstrings() -> list[str]:
         for name in tqdm(sorted(files), desc="standard library", unit="file", disable=None):
             docstrings += find_docstrings(ast.parse(files[name].read_bytes()))
     if len(docstrings) < 1000:
-        raise ValueError(f"only {len(docstrings)} docstrings in {library}: this Python comes "
-                         f"without the sources of its library; use one from python.org")
+        raise UserError(f"only {len(docstrings)} docstrings in {library}: this Python comes "
+                        f"without the sources of its library; use one from python.org")
     return docstrings
 
 
@@ -60,9 +61,9 @@ def read_topics() -> list[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise ValueError("this Python comes without pydoc_data.topics; install all of its standard "
-                         "library (Debian: apt install libpython3-stdlib), or use one from "
-                         "python.org") from None
+        raise UserError("this Python comes without pydoc_data.topics; install all of its standard "
+                        "library (Debian: apt install libpython3-stdlib), or use one from "
+                        "python.org") from None
     return [topics[name].strip() for name in sorted(topics)]
 
 

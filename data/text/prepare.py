@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fetch
+from fetch import UserError
 
 
 def find_files(source: Path, extensions: str) -> list[Path]:
@@ -27,7 +28,7 @@ def find_files(source: Path, extensions: str) -> list[Path]:
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise ValueError(f"--input={source}: no such file or folder")
+        raise UserError(f"--input={source}: no such file or folder")
     wanted = {"." + e.strip().lstrip(".").lower() for e in extensions.split(",")}
     found = {}
     for path in source.rglob("*"):
@@ -36,8 +37,8 @@ def find_files(source: Path, extensions: str) -> list[Path]:
         if path.suffix.lower() in wanted and path.is_file() and not hidden:
             found[inside.as_posix()] = path
     if not found:
-        raise ValueError(f"--input={source}: no files of {' '.join(sorted(wanted))} in that "
-                         f"folder; --ext=.log,.tex takes others")
+        raise UserError(f"--input={source}: no files of {' '.join(sorted(wanted))} in that "
+                        f"folder; --ext=.log,.tex takes others")
     return [found[name] for name in sorted(found)]
 
 
@@ -50,7 +51,7 @@ def read_documents(source: Path, extensions: str, mark: str) -> list[str]:
         documents += [part.strip("\n") for part in parts] if len(parts) > 1 else parts
     documents = [text for text in documents if text.strip()]
     if not documents:
-        raise ValueError(f"--input={source} is empty; it should hold the text to train on")
+        raise UserError(f"--input={source} is empty; it should hold the text to train on")
     return documents
 
 
@@ -64,9 +65,9 @@ def choose_encoder(name: str, documents: list[str], train: fetch.Pieces,
     if name == "train":
         return fetch.json_encoder(fetch.train_bpe((text for text, _ in train), vocab_size))
     if not name.endswith(".json"):
-        raise ValueError(f"--tokenizer={name}: must be gpt2, char, train or a tokenizer.json file")
+        raise UserError(f"--tokenizer={name}: must be gpt2, char, train or a tokenizer.json file")
     if not Path(name).is_file():
-        raise ValueError(f"--tokenizer={name}: no such file")
+        raise UserError(f"--tokenizer={name}: no such file")
     return fetch.json_encoder(Path(name).read_bytes(), name)
 
 
@@ -81,7 +82,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                    help=f"what parts documents in a file (default: {fetch.END_OF_TEXT})")
     args = p.parse_args(argv)
     if args.input is None:
-        raise ValueError("which text? pass --input=FILE_OR_FOLDER")
+        raise UserError("which text? pass --input=FILE_OR_FOLDER")
     return args
 
 

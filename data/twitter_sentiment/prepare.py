@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fetch
+from fetch import UserError
 
 URL = "https://cs.stanford.edu/people/alecmgo/trainingandtestdata.zip"
 MEMBER = "training.1600000.processed.noemoticon.csv"
@@ -30,12 +31,12 @@ UNLABELLED = ("", "2")      # 2 is neutral, in Sentiment140's small test file
 def read_content(path: Path) -> str:
     """The CSV as text, out of the .zip too. Latin-1 decodes anything, so UTF-8 is tried first."""
     if not path.is_file():
-        raise ValueError(f"--input={path}: no such file")
+        raise UserError(f"--input={path}: no such file")
     content = path.read_bytes()
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if MEMBER not in archive.namelist():
-                raise ValueError(f"{path} holds no {MEMBER}")
+                raise UserError(f"{path} holds no {MEMBER}")
             content = archive.read(MEMBER)
     try:
         return content.decode("utf-8-sig")
@@ -50,21 +51,21 @@ def read_tweets(path: Path) -> list[tuple[str, str]]:
     for where, row in fetch.read_rows(path, read_content(path), strict=False):
         rows += 1
         if len(row) != 6:
-            raise ValueError(f"{where}: {len(row)} columns where Sentiment140 has 6: target, id, "
-                             "date, query, user, text")
+            raise UserError(f"{where}: {len(row)} columns where Sentiment140 has 6: target, id, "
+                            "date, query, user, text")
         if "\n" in row[5]:
-            raise ValueError(f"{where}: a tweet goes on over the line's end: the quote that opens "
-                             "it is not closed on its line")
+            raise UserError(f"{where}: a tweet goes on over the line's end: the quote that opens "
+                            "it is not closed on its line")
         target, text = row[0].strip(), " ".join(html.unescape(row[5]).split())
         if target not in LABELS and target not in UNLABELLED:
-            raise ValueError(f"{where}: the target, the first column, is {target[:20]!r}; it must "
-                             "be 0 (negative) or 4 (positive), and there is no header")
+            raise UserError(f"{where}: the target, the first column, is {target[:20]!r}; it must "
+                            "be 0 (negative) or 4 (positive), and there is no header")
         if target in UNLABELLED or not text:
             unlabelled += 1
         else:
             tweets.setdefault(text, LABELS[target])
     if not rows:
-        raise ValueError(f"{path} is empty; it should hold Sentiment140's CSV")
+        raise UserError(f"{path} is empty; it should hold Sentiment140's CSV")
     print(f"{path}: {rows:,} rows; left out: {unlabelled:,} without a label or text, "
           f"{rows - unlabelled - len(tweets):,} that repeat others")
     return list(tweets.items())
@@ -78,8 +79,8 @@ def split(tweets: list[tuple[str, str]], samples: int, test_fraction: float, val
                 for label in LABELS.values()}
     fewest = min(by_label, key=lambda label: len(by_label[label]))
     if not by_label[fewest]:
-        raise ValueError(f"no tweet is {fewest}: with a single label there is nothing to tell "
-                         "apart; give the whole CSV, which is sorted by label")
+        raise UserError(f"no tweet is {fewest}: with a single label there is nothing to tell "
+                        "apart; give the whole CSV, which is sorted by label")
     each = min(samples // len(LABELS), len(by_label[fewest]))
     print(f"{each * len(LABELS):,} tweets taken, {each:,} of each label"
           + (f", not the {samples:,} asked for: only {each:,} distinct ones are {fewest}"
@@ -88,8 +89,8 @@ def split(tweets: list[tuple[str, str]], samples: int, test_fraction: float, val
     n_test = round(each * test_fraction)
     n_val = round((each - n_test) * val_fraction)
     if min(n_test, n_val, each - n_test - n_val) < 1:
-        raise ValueError(f"{each} tweets of a label make a split of none: give --samples or more "
-                         "tweets, or other fractions")
+        raise UserError(f"{each} tweets of a label make a split of none: give --samples or more "
+                        "tweets, or other fractions")
     for label, texts in by_label.items():
         drawn = [fetch.Example(f"Tweet: {text}\nSentiment:", f" {label}")
                  for text in rng.sample(texts, each)]
@@ -114,8 +115,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                    help="longer examples are counted (default: 1024, GPT-2's context)")
     args = p.parse_args(argv)
     if args.samples < 6:
-        raise ValueError(f"--samples={args.samples}: must be at least 6, one of each label in each "
-                         "split")
+        raise UserError(f"--samples={args.samples}: must be at least 6, one of each label in each "
+                        "split")
     for name in ("test_fraction", "val_fraction"):
         fetch.check_fraction(name, getattr(args, name))
     return args

@@ -1,22 +1,29 @@
-"""Generation as one graph a token: attached from outside, as packing.py is.
+"""A model made fast for generation, from outside: packed matrices, one graph a token.
 
     model = for_generation(model, device, dtype, compiled=False)    # then stream(model, ...)
+    pack(model, device, dtype)                                      # the matrices only
 
-A step of one token has hundreds of kernels of a few microseconds each, which Python launches
-slower than a GPU runs them. Here such a step always has the same shapes and the same memory: it is
-recorded once, as a CUDA graph, and from then on launched as a whole. torch.compile, where asked
-for, fuses its kernels besides. What it costs: the keys of the whole cache are read, also those that
-are still to come. The idea is that of gpt-fast (PyTorch team 2023).
+Packing: a generated token multiplies each matrix by one row per sample, so that the time goes into
+reading the weights. In half precision they are cast once: half the bytes are kept and read. In
+float32 on an x86 CPU oneDNN lays them out in its own order, and reads them at the speed of memory;
+torch's default, MKL, reached half of it on an AMD Zen 3, and a sixth for 10 samples.
+
+Graphs: a step of one token has hundreds of kernels of a few microseconds each, which Python
+launches slower than a GPU runs them. Such a step always has the same shapes and the same memory: it
+is recorded once, as a CUDA graph, and from then on launched as a whole. torch.compile, if asked
+for, also fuses its kernels. The cost: each step reads the whole cache, empty columns too. The idea
+is that of gpt-fast (PyTorch team 2023).
 """
 import sys
+from functools import partial
 
 import torch
 import torch.nn as nn
 
-from distributed import first_line
-from packing import pack
+from model import Linear
+from nanotune.errors import first_line
 
-ALIGNED = 16  # attention on a GPU wants masks of so many columns, or copies them
+ALIGNED = 16  # attention on a GPU wants masks of a multiple of so many columns, or copies them
 
 
 def for_generation(model, device, dtype, compiled):
@@ -31,6 +38,58 @@ def for_generation(model, device, dtype, compiled):
         return Decoder(model, cuda_graph, compiled)
     return Decoder(model, compiled=True) if compiled else model
 
+
+# -----------------------------------------------------------------------------
+# packed matrices
+
+class PackedLinear(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def cast(linear, dtype):
+    """The layer in the dtype that autocast would cast it to at each use."""
+    linear.weight = nn.Parameter(linear.weight.detach())  # a tied head's own from here on
+    return linear.to(dtype)
+
+
+def can_pack(device, dtype):
+    """The two operators are those that torch.compile uses on x86; no public name leads to them,
+    and so they are looked for."""
+    return (device.type == "cpu" and dtype == torch.float32
+            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
+
+
+@torch.no_grad()
+def pack(model, device, dtype):
+    """Replaces the matrices of a GPT, one at a time, so that memory does not double: in half
+    precision (under autocast) by cast ones, in float32 on an x86 CPU by packed ones; leaves any
+    other as it is. A tied head is there twice then: the embedding looks its rows up in the old.
+    Switches cuDNN's attention off, for the whole process."""
+    if not isinstance(model, nn.Module):  # an ONNX file's
+        return
+    # cuDNN plans anew, for longer than a token takes, for each length that a cache comes to
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if dtype != torch.float32:
+        made = partial(cast, dtype=dtype)
+    elif can_pack(device, dtype):
+        made = PackedLinear
+    else:
+        return
+    for parent in [module for module in model.modules() if not isinstance(module, Linear)]:
+        for name in [name for name, layer in parent.named_children() if isinstance(layer, Linear)]:
+            setattr(parent, name, made(getattr(parent, name)))
+
+
+# -----------------------------------------------------------------------------
+# one step as one graph
 
 class FixedCache:
     """A KVCache as a step of one token sees it, with shapes that stay: the column that the token

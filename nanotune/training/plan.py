@@ -1,19 +1,13 @@
 """What a run will take, told before it begins: tokens, epochs, parameters, disk, memory."""
-import importlib.util
-import os
 import shutil
-import sys
-import time
 from dataclasses import astuple, replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
-from distributed import DTYPES
-from lora import adapters, add_lora
-from model import GPT, GPTConfig, head_size
-from optimizer import block_size
+from model import GPT, GPTConfig, head_chunk
+from nanotune.device import DTYPES, device_memory
+from nanotune.training.lora import adapters, add_lora
+from nanotune.training.optimizer import moments_per_scale
 
 ADAMW_COPIES = 3  # a state file holds the weights and two moments of them
 
@@ -127,7 +121,7 @@ def make_meta_model(config, weights, lora_rank):
 
 def moment_bytes(numel, optimizer):
     """Bytes of a tensor's two moments."""
-    block = block_size(numel) if optimizer == "adamw8bit" else None
+    block = moments_per_scale(numel) if optimizer == "adamw8bit" else None
     return 8 * numel if block is None else 2 * numel + 8 * numel // block
 
 
@@ -159,7 +153,7 @@ def head(model, cfg, device_type, dtype):
     few rows of logits, the head in the dtype of the product, its gradient in float32; at the end
     its gradient and that of the embedding, before they are one."""
     c, e, weight = model.config, dtype.itemsize, model.lm_head.weight
-    size = head_size(device_type, dtype)
+    size = head_chunk(device_type, dtype)
     rows, ids = min(size.rows, cfg.batch_size * c.block_size), min(size.ids, c.vocab_size)
     during = rows * c.vocab_size * e
     if e < 4:
@@ -172,34 +166,6 @@ def head(model, cfg, device_type, dtype):
     if e < 4:
         during += ids * c.n_embd * e
     return during, 2 * weight.numel() * weight.element_size()
-
-
-def device_memory(device):
-    """Bytes of memory that the device has: of a GPU what it has in all, of a CPU what the machine
-    has, or the container it runs in; None where that cannot be learnt."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    if not hasattr(os, "sysconf"):  # Windows
-        return None
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [Path("/sys/fs/cgroup/memory.max"),
-              Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    held = [path.read_text().strip() for path in limits if path.is_file()]
-    return min([whole, *(int(text) for text in held if text.isdigit())])
-
-
-def peak_memory(device):
-    """The most bytes so far: allocated by torch on a GPU, resident in the process on a CPU; None
-    where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or importlib.util.find_spec("resource") is None:  # Windows
-        return None
-    import resource
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def describe_memory(config, cfg, device, dtype, ranks=1):
@@ -256,39 +222,3 @@ def changes(config, cfg, ranks):
             yield {"optimizer": "adamw", "lora_rank": 16}
     if config.block_size > 256:
         yield {"block_size": config.block_size // 2}
-
-
-# -----------------------------------------------------------------------------
-# speed
-
-@lru_cache(maxsize=1)
-def matmul_peak(device, dtype):
-    """Floating-point operations a second that a matrix product of this dtype reaches on the
-    device, the best of some measured on the spot: what MFU is a share of. The product grows until
-    it takes 10 ms, since a CPU may take seconds where it has no instructions for the dtype
-    (float16)."""
-    peak, size, seconds = 0.0, 256, 0.0
-    while seconds < 0.01 and size <= 8192:
-        a = torch.ones(size, size, device=device, dtype=dtype)
-        a @ a  # warms up
-        seconds = least_seconds(lambda a=a: a @ a, device)
-        peak = max(peak, 2 * size**3 / seconds)
-        size *= 2
-    return peak
-
-
-def least_seconds(call, device, times=3):
-    """The shortest of some calls: something else may have had the processor in the others."""
-    taken = []
-    for _ in range(times):
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return min(taken)
-
-
-def synchronize(device):
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()

@@ -11,6 +11,8 @@ import sys
 
 from tqdm import tqdm
 
+from nanotune.errors import UserError
+
 
 class Logbook:
     """Writes nothing on ranks other than the first. `start` is the step that the run begins at:
@@ -129,10 +131,10 @@ def draw(entries, path):
 
 
 def check_wandb():
-    """Raises ValueError where wandb is asked for and not installed: before training, not after."""
+    """Raises UserError where wandb is asked for and not installed: before training, not after."""
     if importlib.util.find_spec("wandb") is None:
-        raise ValueError("--wandb_log=True needs the wandb package: pip install wandb (or leave it "
-                         "off: metrics.jsonl and loss.png are written anyway)")
+        raise UserError("--wandb_log=True needs the wandb package: pip install wandb (or leave it "
+                        "off: metrics.jsonl and loss.png are written anyway)")
 
 
 def start_wandb(project, name, run_id, config, out_dir):

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanotune.errors import UserError
+
 IGNORED = -1         # the target that model.py's loss does not count
 SCAN_LIMIT = 2**28   # tokens: up to here (0.2 s) a whole file's ids are checked at the start
 
@@ -21,7 +23,7 @@ SCAN_LIMIT = 2**28   # tokens: up to here (0.2 s) a whole file's ids are checked
 class TokenBin:
     """One split of a dataset, read in blocks of block_size inputs and as many targets.
 
-    vocab_size is the model's: an id beyond it raises ValueError with its file and position.
+    vocab_size is the model's: an id beyond it raises UserError with its file and position.
     """
     def __init__(self, path, block_size, vocab_size, seed=0):
         self.path, self.block_size = Path(path), block_size
@@ -95,34 +97,34 @@ class TokenBin:
         if int(tokens.max()) < self.vocab_size:
             return
         at = int(np.argmax(tokens >= self.vocab_size))
-        raise ValueError(f"{self.path}: token {start + at} is {tokens[at]}, beyond the model's "
-                         f"vocabulary of {self.vocab_size}; the file was made with another "
-                         "tokenizer, or is damaged: run its prepare.py again")
+        raise UserError(f"{self.path}: token {start + at} is {tokens[at]}, beyond the model's "
+                        f"vocabulary of {self.vocab_size}; the file was made with another "
+                        "tokenizer, or is damaged: run its prepare.py again")
 
 
 def dataset_folder(dataset):
-    """data/DATASET, or DATASET itself where that is a path to a folder. ValueError without one."""
+    """data/DATASET, or DATASET itself where that is a path to a folder. UserError without one."""
     for folder in (Path("data") / dataset, Path(dataset)):
         if folder.is_dir():
             return folder
     known = sorted(str(p.parent.relative_to("data")) for p in Path("data").glob("**/train.bin"))
-    raise ValueError(f"the dataset folder data/{dataset} does not exist; "
-                     + how_to_prepare(Path("data") / dataset / "train.bin")
-                     + (f" (prepared already: {', '.join(known)})" if known else ""))
+    raise UserError(f"the dataset folder data/{dataset} does not exist; "
+                    + how_to_prepare(Path("data") / dataset / "train.bin")
+                    + (f" (prepared already: {', '.join(known)})" if known else ""))
 
 
 def open_tokens(path, block_size):
-    """The file as a read-only memory map; ValueError where it cannot serve."""
+    """The file as a read-only memory map; UserError where it cannot serve."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; " + how_to_prepare(path))
+        raise UserError(f"{path} does not exist; " + how_to_prepare(path))
     size = path.stat().st_size
     if size == 0 or size % 2:
         wrong = "is empty" if size == 0 else f"has an odd size, {size} bytes, for 2-byte tokens"
-        raise ValueError(f"{path} {wrong}; " + how_to_prepare(path))
+        raise UserError(f"{path} {wrong}; " + how_to_prepare(path))
     if size // 2 < block_size + 1:
         fits = f"use --block_size={size // 2 - 1} or less, or more text"
-        raise ValueError(f"{path} has {size // 2} tokens; block_size={block_size} needs "
-                         f"{block_size + 1}: {fits if size > 2 else 'it needs more text'}")
+        raise UserError(f"{path} has {size // 2} tokens; block_size={block_size} needs "
+                        f"{block_size + 1}: {fits if size > 2 else 'it needs more text'}")
     return np.memmap(path, dtype="<u2", mode="r")
 
 
@@ -132,9 +134,9 @@ def open_mask(path, length):
         return None
     size = mask_path.stat().st_size
     if size != length:
-        raise ValueError(f"{mask_path} has {size} entries for the {length} tokens of {path}: they "
-                         "are not of one run of prepare.py; run it again, or delete the mask to "
-                         "learn every token")
+        raise UserError(f"{mask_path} has {size} entries for the {length} tokens of {path}: they "
+                        "are not of one run of prepare.py; run it again, or delete the mask to "
+                        "learn every token")
     return np.memmap(mask_path, dtype=np.uint8, mode="r")
 
 

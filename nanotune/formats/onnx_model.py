@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import tokenizer as tokenizers
-from model import IGNORED, GPTConfig, stream
+from model import GPTConfig
+from nanotune.errors import UserError
+from nanotune.generation.generate import stream
+from nanotune.text.loader import IGNORED
+from nanotune.text.tokenizer import tokenizer_from_spec
 
 METADATA = "nanotune"  # the key in a file's metadata by which it is known as export.py's
 ALL = 2**31            # logits_to_keep: more than any context
@@ -104,8 +107,8 @@ class OnnxGPT:
 
     def crop_block_size(self, block_size):
         if block_size > self.config.block_size:
-            raise ValueError(f"block_size={block_size} is more than the {self.config.block_size} "
-                             "positions that the model was trained with; lower --block_size")
+            raise UserError(f"block_size={block_size} is more than the {self.config.block_size} "
+                            "positions that the model was trained with; lower --block_size")
         self.config = replace(self.config, block_size=block_size)
 
     def eval(self):
@@ -117,29 +120,29 @@ class OnnxGPT:
 
 
 def open_onnx(path, block_size=None):
-    """(OnnxGPT, tokenizer or None) of a file that export.py wrote; ValueError for any other."""
+    """(OnnxGPT, tokenizer or None) of a file that export.py wrote; UserError for any other."""
     try:
         import onnxruntime
     except ImportError:
-        raise ValueError(f"{path} needs onnxruntime: pip install -r requirements-export.txt"
-                         ) from None
+        raise UserError(f"{path} needs onnxruntime: pip install -r requirements-export.txt"
+                        ) from None
     if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist; export.py --format=onnx writes one")
+        raise UserError(f"{path} does not exist; export.py --format=onnx writes one")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors; they are raised as well
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime has a kind for each of its status codes
-        raise ValueError(f"{path} is damaged, incomplete or no ONNX file that onnxruntime "
-                         f"{onnxruntime.__version__} reads ({str(e).splitlines()[0][:200]}); "
-                         "export it again") from None
+        raise UserError(f"{path} is damaged, incomplete or no ONNX file that onnxruntime "
+                        f"{onnxruntime.__version__} reads ({str(e).splitlines()[0][:200]}); "
+                        "export it again") from None
     held = session.get_modelmeta().custom_metadata_map.get(METADATA)
     if held is None:
-        raise ValueError(f"{path} was not written by export.py: give one that was, or the folder "
-                         "of the model that it came from")
+        raise UserError(f"{path} was not written by export.py: give one that was, or the folder "
+                        "of the model that it came from")
     held = json.loads(held)
     model = OnnxGPT(session, GPTConfig(**held["config"]))
     if block_size is not None:
         model.crop_block_size(block_size)
-    return model, held["tokenizer"] and tokenizers.from_spec(held["tokenizer"])
+    return model, held["tokenizer"] and tokenizer_from_spec(held["tokenizer"])

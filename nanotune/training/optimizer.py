@@ -16,10 +16,12 @@ import math
 
 import torch
 
-from distributed import first_line, lacks_bfloat16, total_norm
+from nanotune.device import lacks_bfloat16
+from nanotune.errors import UserError, first_line
+from nanotune.training.distributed import total_norm
 
 NAMES = ("adamw", "adamw8bit")
-BLOCKS = (256, 128, 64)  # 8-bit moments share a scale among so many, the most that divide a tensor
+MOMENTS_PER_SCALE = (256, 128, 64)  # of 8-bit moments; the most that divides a tensor
 LEAST_8BIT = 4096        # elements; smaller tensors keep float32 moments, as in torchao
 CHUNK = 2**22            # elements that an update works on at a time: 16 MB each in float32
 
@@ -115,34 +117,34 @@ class LossScaler(torch.amp.GradScaler):
 # 8-bit moments
 
 def check_8bit(device):
-    """Raises ValueError where torchao is missing, or what compiles its update to machine code."""
+    """Raises UserError where torchao is missing, or what compiles its update to machine code."""
     # GPU kernels that a CPU cannot load; what torchao still does in torch's old way
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import torchao.optim  # noqa: F401
     except ImportError as e:
-        raise ValueError(f"--optimizer=adamw8bit needs torchao ({e}): pip install torchao, or use "
-                         "--optimizer=adamw") from None
+        raise UserError(f"--optimizer=adamw8bit needs torchao ({e}): pip install torchao, or use "
+                        "--optimizer=adamw") from None
     try:  # a toy first: the real ones come after the first gradient
         torch.compile(toy_update, fullgraph=True)(torch.ones(8, device=device))
     except Exception as e:  # Inductor, Triton and the C++ compiler each raise their own
         mend = ("a C++ compiler (on Debian and Ubuntu: apt install g++)" if device.type == "cpu"
                 else "Triton and a C compiler (on Debian and Ubuntu: apt install gcc)")
-        raise ValueError(f"--optimizer=adamw8bit compiles its update, which failed here "
-                         f"({first_line(e)}): it needs {mend}; or use --optimizer=adamw") from None
+        raise UserError(f"--optimizer=adamw8bit compiles its update, which failed here "
+                        f"({first_line(e)}): it needs {mend}; or use --optimizer=adamw") from None
 
 
 def toy_update(x):
     return x * 2 + 1
 
 
-def block_size(numel):
+def moments_per_scale(numel):
     """How many 8-bit moments of a tensor share a scale; None where it keeps float32. gpt2-xl's
     50257 x 1600 embedding is no multiple of 256, torchao's own size, and takes 64."""
     if numel < LEAST_8BIT:
         return None
-    return next((block for block in BLOCKS if numel % block == 0), None)
+    return next((block for block in MOMENTS_PER_SCALE if numel % block == 0), None)
 
 
 def make_8bit(groups, lr, betas, in_float32=False):
@@ -155,7 +157,7 @@ def make_8bit(groups, lr, betas, in_float32=False):
 
     class FittedAdamW8bit(AdamW8bit):
         def _new_buffer(self, p, signed):
-            block = block_size(p.numel())
+            block = moments_per_scale(p.numel())
             if block is None:
                 return torch.zeros_like(p, dtype=torch.float32)
             return OptimState8bit.zeros(p.shape, signed, block, p.device, dtype=p.dtype)
@@ -202,13 +204,13 @@ def plain_state(state):
 
 @torch.no_grad()
 def fill_state(optimizer, p, plain):
-    """Gives a parameter the state that plain_state made. Raises ValueError where it is another
+    """Gives a parameter the state that plain_state made. Raises UserError where it is another
     optimizer's."""
     eight_bit = hasattr(optimizer, "_new_buffer")
     names = {name.removesuffix(".codes") for name in plain if not name.endswith(".scale")}
     if names != {"step", "exp_avg", "exp_avg_sq"}:
-        raise ValueError(f"the optimizer state holds {', '.join(sorted(names))}, which is not "
-                         "AdamW's")
+        raise UserError(f"the optimizer state holds {', '.join(sorted(names))}, which is not "
+                        "AdamW's")
     state = {"step": plain["step"].clone()}
     for name in ("exp_avg", "exp_avg_sq"):
         quantised = f"{name}.codes" in plain
@@ -217,8 +219,8 @@ def fill_state(optimizer, p, plain):
         else:
             value = torch.zeros_like(p, dtype=torch.float32)
         if quantised != hasattr(value, "codes"):
-            raise ValueError("the optimizer state is of --optimizer="
-                             f"{NAMES[quantised]}: resume with that")
+            raise UserError("the optimizer state is of --optimizer="
+                            f"{NAMES[quantised]}: resume with that")
         if quantised:
             value.codes.copy_(plain[f"{name}.codes"])
             value.scale.copy_(plain[f"{name}.scale"])

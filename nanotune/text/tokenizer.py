@@ -6,16 +6,20 @@ Three classes with one small interface:
     encode(text)  -> list of ids; <|endoftext|> in the text is that token
     decode(ids)   -> text
     n_bytes(ids)  -> how many bytes of text (UTF-8) they spell; end-of-text spells none
-    spec          plain data to keep in a checkpoint; from_spec() makes the tokenizer again
+    spec          plain data to keep in a checkpoint; tokenizer_from_spec() is the way back
+    to_json()     -> the content of a tokenizer.json that transformers loads
 Two tokenizers are the same if and only if their `identity` is.
 """
 import hashlib
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
+from nanotune.errors import UserError
+
 EOT = "<|endoftext|>"
-GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, as it is and padded to a multiple of 64
+GPT2_VOCAB_SIZES = (50257, 50304)  # GPT-2's vocabulary, as it is and padded to a multiple of 64
 # sha256 of canonical() of GPT-2's vocabulary: a tokenizer.json or vocab.json with it is GPT-2's
 GPT2_IDENTITY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
 
@@ -34,7 +38,7 @@ class GPT2Tokenizer:
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as e:  # whatever requests, urllib3 or the file system raise
-                raise ValueError(
+                raise UserError(
                     f"tiktoken cannot fetch GPT-2's vocabulary ({type(e).__name__}); on a machine "
                     "with network run `TIKTOKEN_CACHE_DIR=tiktoken python -c \"import tiktoken; "
                     "tiktoken.get_encoding('gpt2')\"`, copy that folder here, and set "
@@ -49,6 +53,9 @@ class GPT2Tokenizer:
 
     def n_bytes(self, ids):
         return len(self.load().decode_bytes([i for i in ids if i != self.eot]))
+
+    def to_json(self):
+        return gpt2_json(self)
 
 
 class CharTokenizer:
@@ -65,8 +72,8 @@ class CharTokenizer:
     def encode(self, text):
         unknown = next((c for c in text if c not in self.stoi), None)
         if unknown is not None:
-            raise ValueError(f"the character {unknown!r} is not in the model's vocabulary of "
-                             f"{self.n_vocab}: {''.join(self.itos)!r}")
+            raise UserError(f"the character {unknown!r} is not in the model's vocabulary of "
+                            f"{self.n_vocab}: {''.join(self.itos)!r}")
         return [self.stoi[c] for c in text]
 
     def decode(self, ids):
@@ -74,6 +81,9 @@ class CharTokenizer:
 
     def n_bytes(self, ids):
         return len(self.decode(ids).encode())
+
+    def to_json(self):
+        return characters_json(self)
 
 
 class JsonTokenizer:
@@ -85,7 +95,7 @@ class JsonTokenizer:
         try:
             self.tokenizer = Tokenizer.from_str(text)
         except Exception as e:  # the library raises a bare Exception
-            raise ValueError(f"{where} is no tokenizer.json ({e})") from None
+            raise UserError(f"{where} is no tokenizer.json ({e})") from None
         vocab = self.tokenizer.get_vocab()
         self.n_vocab = max(vocab.values()) + 1
         self.eot = vocab.get(EOT)
@@ -105,6 +115,9 @@ class JsonTokenizer:
             return sum(len(self.tokenizer.id_to_token(i)) for i in ids)
         return len(self.decode(ids).encode())
 
+    def to_json(self):
+        return self.spec["json"]
+
 
 def canonical(vocab):
     """A vocabulary, {token: id}, as one string."""
@@ -115,7 +128,7 @@ def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def from_spec(spec):
+def tokenizer_from_spec(spec):
     """The tokenizer that a checkpoint's plain data describes."""
     kind = spec.get("kind") if isinstance(spec, dict) else None
     if kind == "gpt2":
@@ -124,36 +137,42 @@ def from_spec(spec):
         return CharTokenizer(spec["itos"])
     if kind == "json":
         return JsonTokenizer(spec["json"])
-    raise ValueError(f"the checkpoint's tokenizer is of an unknown kind, {kind!r}")
+    raise UserError(f"the checkpoint's tokenizer is of an unknown kind, {kind!r}")
 
 
-def of_folder(folder):
-    """The tokenizer whose file lies in a dataset or model folder, or None where there is none:
-    meta.pkl (characters), tokenizer.json, or vocab.json with merges.txt (GPT-2's old layout)."""
+# the two files of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's own
+VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+def tokenizer_of_folder(folder):
+    """The tokenizer whose file lies in a dataset or model folder, or None if there is none:
+    meta.pkl (characters), tokenizer.json, or one of VOCAB_AND_MERGES."""
     folder = Path(folder)
     if (folder / "meta.pkl").is_file():
         return CharTokenizer(read_meta(folder / "meta.pkl"))
+    pairs = [(folder / vocab, folder / merges) for vocab, merges in VOCAB_AND_MERGES]
+    pair = next((pair for pair in pairs if all(file.is_file() for file in pair)), None)
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json_tokenizer(folder / "tokenizer.json")
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokenizer = from_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
+    elif pair is not None:
+        tokenizer = from_vocab_and_merges(*pair)
     else:
         return None
     return GPT2Tokenizer() if tokenizer.identity == GPT2_IDENTITY else tokenizer
 
 
-def of_dataset(folder):
+def tokenizer_of_dataset(folder):
     """A dataset folder's tokenizer: without a tokenizer file it is GPT-2's BPE."""
-    return of_folder(folder) or GPT2Tokenizer()
+    return tokenizer_of_folder(folder) or GPT2Tokenizer()
 
 
-def check_same(model_tokenizer, data_tokenizer, source, folder):
-    """Raises ValueError where a model and a dataset do not share a tokenizer."""
+def check_same_tokenizer(model_tokenizer, data_tokenizer, source, folder):
+    """Raises UserError where a model and a dataset do not share a tokenizer."""
     if model_tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer file, and its vocabulary is not of GPT-2's "
-                         "size; put its tokenizer.json into the folder")
+        raise UserError(f"{source} has no tokenizer file, and its vocabulary is not of GPT-2's "
+                        "size; put its tokenizer.json into the folder")
     if model_tokenizer.identity != data_tokenizer.identity:
-        raise ValueError(
+        raise UserError(
             f"{source} reads {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), {folder} "
             f"was made with {data_tokenizer.name} ({data_tokenizer.n_vocab}): prepare the text "
             "again with the model's tokenizer")
@@ -163,7 +182,7 @@ def read_json_tokenizer(path):
     try:
         return JsonTokenizer(path.read_text(encoding="utf-8"), path)
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is no tokenizer.json ({e})") from None
+        raise UserError(f"{path} is no tokenizer.json ({e})") from None
 
 
 def from_vocab_and_merges(vocab, merges):
@@ -171,7 +190,7 @@ def from_vocab_and_merges(vocab, merges):
     try:
         tokenizer = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
     except Exception as e:  # the library raises a bare Exception
-        raise ValueError(f"{vocab} and {merges.name} are no vocabulary ({e})") from None
+        raise UserError(f"{vocab} and {merges.name} are no vocabulary ({e})") from None
     tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
     return JsonTokenizer(tokenizer.to_str(), vocab)
 
@@ -189,5 +208,50 @@ def read_meta(path):
             itos = PlainUnpickler(f).load()["itos"]
         return ["" + itos[i] for i in range(len(itos))]  # TypeError for what is no text
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
-                         "again") from None
+        raise UserError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
+                        "again") from None
+
+
+# -----------------------------------------------------------------------------
+# as the tokenizer.json of the tokenizers library
+
+def gpt2_json(tokenizer):
+    """GPT-2's tokenizer.json out of tiktoken's ranks: a token's rank is its id, and the merge that
+    makes a token is of the two parts that the merges before it leave of its bytes."""
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
+    encoding, letters = tokenizer.load(), byte_letters()
+    ranks = {encoding.decode_single_token_bytes(i): i for i in range(tokenizer.eot)}
+    spell = {token: "".join(letters[b] for b in token) for token in ranks}
+    merges = [tuple(spell[part] for part in parts_of(token, ranks))
+              for token in ranks if len(token) > 1]
+    made = ByteLevelBPETokenizer({spell[token]: rank for token, rank in ranks.items()}, merges)
+    made.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
+    return made.to_str()
+
+
+def byte_letters():
+    """The letter that GPT-2's vocabulary writes for each byte: itself where it is printable, and
+    else the next code point from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def parts_of(token, ranks):
+    """The two parts of a token of several bytes that byte pair encoding joins last."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+        at = pairs.index(min(pairs))
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def characters_json(tokenizer):
+    """A character vocabulary as tokenizer.json. Like encode(), it refuses a character that is not
+    in it, since it has no token for the unknown."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    made = Tokenizer(models.WordLevel(tokenizer.stoi))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
+    return made.to_str()

@@ -1,4 +1,4 @@
-"""import_tf.py on checkpoints that TensorFlow itself writes here, named as OpenAI's are."""
+"""formats/tf.py on checkpoints that TensorFlow itself writes here, named as OpenAI's are."""
 import json
 import sys
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_json
-from tiny import run_script
+from conftest import TEXT, tiny_json
+from tiny import arguments, run_script
 
-import import_tf
-from checkpoint import load_model
-from tokenizer import JsonTokenizer
+import export
+import train
+from nanotune.formats.checkpoint import load_model
+from nanotune.text.tokenizer import JsonTokenizer
 
 HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
 
@@ -86,11 +87,6 @@ def write_vocabulary(folder):
     return JsonTokenizer(tiny_json())
 
 
-def run_import(folder, out_dir):
-    import_tf.main([f"--tf_dir={folder}", f"--out_dir={out_dir}"])
-    return load_model(str(out_dir))
-
-
 @torch.no_grad()
 def check_logits(model, arrays):
     ids = np.random.RandomState(1).randint(HPARAMS["n_vocab"], size=16)
@@ -100,37 +96,65 @@ def check_logits(model, arrays):
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
-def test_logits_and_tokenizer(write_tf, tmp_path):
+def test_logits_and_tokenizer(write_tf):
     arrays = variables(HPARAMS)
     folder = write_tf(arrays)
     tokenizer = write_vocabulary(folder)
-    model, found = run_import(folder, tmp_path / "hf")
+    model, found = load_model(str(folder))
     check_logits(model.eval(), arrays)
     assert found.identity == tokenizer.identity
     text = "Line 7: what's more,\n\n it <|endoftext|> ends"
     assert found.encode(text) == tokenizer.encode(text)
 
 
-def test_optimizer_slots_are_ignored(write_tf, tmp_path, capsys):
+def test_optimizer_slots_are_ignored(write_tf):
     arrays = variables(HPARAMS)
     slots = {f"{name}/{slot}": np.zeros_like(a) for name, a in arrays.items()
              for slot in ("Adam", "Adam_1")}
     counters = {"beta1_power": np.float32(0.9), "beta2_power": np.float32(1),
                 "global_step": np.int64(1000)}
     folder = write_tf(arrays | slots | counters)
-    model, _ = run_import(folder, tmp_path / "hf")
+    model, tokenizer = load_model(str(folder))
     check_logits(model.eval(), arrays)
-    assert "no tokenizer files" in capsys.readouterr().out
+    assert tokenizer is None  # no encoder.json, and a vocabulary that is not GPT-2's
 
 
-def test_a_folder_that_has_moved(write_tf, tmp_path):
+def test_a_folder_that_has_moved(write_tf):
     """The file `checkpoint` may name a path of the machine that trained, or be missing."""
     folder = write_tf(variables(HPARAMS))
-    for i, path in enumerate(("/content/checkpoint/run1/model-1000", r"C:\run1\model-1000")):
+    for path in ("/content/checkpoint/run1/model-1000", r"C:\run1\model-1000"):
         (folder / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
-        run_import(folder, tmp_path / f"hf{i}")
+        load_model(str(folder))
     (folder / "checkpoint").unlink()
-    run_import(folder, tmp_path / "hf2")
+    load_model(str(folder))
+
+
+def test_every_script_takes_the_folder(write_tf, tmp_path, capsys):
+    """Exported and trained on, by all weights and by adapters; planned without TensorFlow."""
+    arrays = variables(HPARAMS)
+    folder = write_tf(arrays)
+    tokenizer = write_vocabulary(folder)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "tokenizer.json").write_text(tiny_json())
+    ids = np.array(tokenizer.encode(TEXT), dtype="<u2")
+    for split in ("train", "val"):
+        ids.tofile(data / f"{split}.bin")
+    export.main([f"--init_from={folder}", "--format=hf", f"--export_dir={tmp_path / 'hf'}"])
+    exported, _ = load_model(str(tmp_path / "hf"))
+    rows = exported.transformer.wte.weight.detach().numpy()
+    assert np.array_equal(rows, arrays["model/wte"][:tokenizer.n_vocab])
+    for name, rank in (("whole", 0), ("lora", 2)):
+        argv = arguments(data, tmp_path / name, init_from=folder, lora_rank=rank, max_iters=2,
+                         n_layer=None, n_head=None, n_embd=None)
+        train.main([*argv, "--dry_run=True"])
+        assert "model: 0.0" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            train.main(argv)
+        trained, found = load_model(str(tmp_path / name))
+        assert found.identity == tokenizer.identity
+        moved = trained.transformer.h[0].mlp.c_fc.weight.detach().numpy()
+        assert not np.array_equal(moved, arrays["model/h0/mlp/c_fc/w"][0].T)
 
 
 # -----------------------------------------------------------------------------
@@ -138,11 +162,11 @@ def test_a_folder_that_has_moved(write_tf, tmp_path):
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
-    """refused(folder) imports it; returns the one line of error."""
+    """refused(folder) exports it; returns the one line of error."""
     def run(folder):
-        argv = [f"--tf_dir={folder}", f"--out_dir={tmp_path / 'refused'}"]
-        status, _, err = run_script(monkeypatch, capsys, import_tf.main, argv)
-        assert status == 1 and err.count("error: ") == 1
+        argv = [f"--init_from={folder}", "--format=hf", f"--export_dir={tmp_path / 'refused'}"]
+        status, _, err = run_script(monkeypatch, capsys, export.main, argv)
+        assert status == 1 and err.count("error: ") == err.count("\n") == 1
         assert not (tmp_path / "refused").exists()
         return err
     return run
@@ -150,10 +174,13 @@ def refused(monkeypatch, capsys, tmp_path):
 
 def test_files_that_are_missing(refused, tmp_path):
     """Found before TensorFlow is loaded."""
-    assert "is no folder" in refused(tmp_path / "nowhere")
+    assert "does not exist" in refused(tmp_path / "nowhere")
     folder = tmp_path / "run1"
     folder.mkdir()
+    assert "nor hparams.json" in refused(folder)
+    (folder / "hparams.json").write_text("{}")
     assert "0 .index files" in refused(folder)
+    (folder / "hparams.json").unlink()
     (folder / "model-9.index").touch()
     assert "lacks model-9.data-00000-of-00001" in refused(folder)
     (folder / "model-9.data-00001-of-00003").touch()

@@ -24,7 +24,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_model import ALL, METADATA
+from nanotune.errors import UserError
+from nanotune.formats.onnx_model import ALL, METADATA
 
 OPSET, IR_VERSION = 23, 10  # the first opset with Attention; onnxruntime 1.23 reads both
 MICROSOFT = "com.microsoft"
@@ -38,7 +39,7 @@ INLINE_LIMIT = 1.9e9        # bytes; protobuf takes 2 GB, weights of more go int
 
 def write_onnx(model, path, quantize="none", tokenizer_spec=None):
     """Writes the GPT at `path`, and path.data beside it where it is over 2 GB. The file's metadata
-    holds the config and the tokenizer's spec, so that it is complete by itself. Raises ValueError
+    holds the config and the tokenizer's spec, so that it is complete by itself. Raises UserError
     where the scheme does not take the model's sizes."""
     bytes_per_param = 4 if quantize == "none" else 1.04  # with the scales; int4 has less
     external = model.num_params() * bytes_per_param > INLINE_LIMIT
@@ -219,8 +220,8 @@ def block_of(width, most):
     """The largest power of two up to `most` that divides a row's width."""
     block = math.gcd(width, most)
     if block < 16:
-        raise ValueError(f"a width of {width} cannot be quantized: onnxruntime wants a multiple of "
-                         "16; export with --quantize=none")
+        raise UserError(f"a width of {width} cannot be quantized: onnxruntime wants a multiple of "
+                        "16; export with --quantize=none")
     return block
 
 

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import lora
-from checkpoint import MODEL_FILE, STATE_FILE
-from distributed import first_line, share
 from model import GPT
+from nanotune import files
+from nanotune.errors import UserError, first_line
+from nanotune.formats import checkpoint
+from nanotune.formats.checkpoint import MODEL_FILE, STATE_FILE
+from nanotune.training import lora, state_dicts
+from nanotune.training.distributed import share
 
 RUN_FILE = "run.json"
 
@@ -80,18 +82,18 @@ def state_files(out_dir):
 def barely_begun(out_dir):
     """Whether all that a folder holds is the ckpt.pt of step 0: killed before its first state."""
     try:
-        return checkpoint.load(Path(out_dir) / MODEL_FILE)["iter_num"] == 0
-    except (ValueError, KeyError):
+        return files.load(Path(out_dir) / MODEL_FILE)["iter_num"] == 0
+    except (UserError, KeyError):
         return False
 
 
 def load_start(out_dir, dropout, dtype, any_run=False):
     """The Start that the newest sound state of the folder's own run makes; `any_run` takes that of
-    another too. Raises ValueError where there is none, which says what can still be had."""
+    another too. Raises UserError where there is none, which says what can still be had."""
     paths = state_files(out_dir) or [Path(out_dir) / MODEL_FILE]
     if not paths[0].is_file():
-        raise ValueError(f"--init_from=resume: {out_dir} holds no checkpoint; check --out_dir, or "
-                         "begin with another --init_from")
+        raise UserError(f"--init_from=resume: {out_dir} holds no checkpoint; check --out_dir, or "
+                        "begin with another --init_from")
     last = read_run_file(out_dir)
     reasons = []
     for path in paths:
@@ -100,11 +102,11 @@ def load_start(out_dir, dropout, dtype, any_run=False):
             if not any_run:
                 check_run_id(start, last)
             break
-        except ValueError as e:
+        except UserError as e:
             reasons.append(str(e))
     else:
-        raise ValueError(reasons[0] if paths[0].name == MODEL_FILE
-                         else nothing_left(out_dir, reasons))
+        raise UserError(reasons[0] if paths[0].name == MODEL_FILE
+                        else nothing_left(out_dir, reasons))
     start.passed_over = tuple(paths[:len(reasons)])
     start.warnings = (*tell_losses(start, reasons, last, reached_step(out_dir)),
                       *check_model_file(start.progress, Path(out_dir) / MODEL_FILE))
@@ -112,16 +114,16 @@ def load_start(out_dir, dropout, dtype, any_run=False):
 
 
 def read_start(path, dropout, dtype=torch.float32):
-    """A state file, or a nanoGPT ckpt.pt, which holds its optimizer, as a Start. ValueError for
+    """A state file, or a nanoGPT ckpt.pt, which holds its optimizer, as a Start. UserError for
     one that is not whole: each part is read here, so that an older state can serve instead."""
-    saved = checkpoint.load(path)
+    saved = files.load(path)
     if "optimizer" not in saved:
-        raise ValueError(f"--init_from=resume: {path} holds a model, but no state.pt to go on from "
-                         "lies beside it; begin a new run with its weights by "
-                         f"--init_from={path.parent} --out_dir=ANOTHER")
-    with checkpoint.made_by_nobody(path):
+        raise UserError(f"--init_from=resume: {path} holds a model, but no state.pt to go on from "
+                        "lies beside it; begin a new run with its weights by "
+                        f"--init_from={path.parent} --out_dir=ANOTHER")
+    with files.checked_parse(path):
         model = checkpoint.model_from(saved, path, dropout, dtype)
-        optimizer = checkpoint.checked_optimizer_state(model, saved["optimizer"], path)
+        optimizer = state_dicts.checked_optimizer_state(model, saved["optimizer"], path)
         return Start(model, progress_of(saved), bool(optimizer), optimizer,
                      saved.get("scaler") or None, path, config_of(saved),
                      checkpoint.tokenizer_from(saved), saved.get("lora"), "progress" in saved)
@@ -138,26 +140,26 @@ def config_of(saved):
 
 
 def check_same_run(cfg, start):
-    """Raises ValueError where a resumed run would read other data than the one it continues."""
+    """Raises UserError where a resumed run would read other data than the one it continues."""
     then = {"optimizer": "adamw", "lora_rank": 0} | start.config
     for key in ("optimizer", "lora_rank"):
         if getattr(cfg, key) != then[key]:
-            raise ValueError(f"{start.path} is of a run with {key}={then[key]}: give "
-                             f"--{key}={then[key]}, or begin a new run with its model by "
-                             f"--init_from={start.path.parent} --out_dir=ANOTHER")
+            raise UserError(f"{start.path} is of a run with {key}={then[key]}: give "
+                            f"--{key}={then[key]}, or begin a new run with its model by "
+                            f"--init_from={start.path.parent} --out_dir=ANOTHER")
     now = asdict(cfg) | {"block_size": cfg.block_size or then["block_size"],
                          "global batch": cfg.batch_size * cfg.gradient_accumulation_steps}
     differ = [f"{key} was {then[key]}, now {now[key]}"
               for key in ("seed", "dataset", "block_size", "global batch")
               if key in then and then[key] != now[key]]
     if differ and not cfg.force_resume:
-        raise ValueError(f"{start.path} is of another run: {'; '.join(differ)}; give the old "
-                         "values, or --force_resume=True to go on with the new ones")
+        raise UserError(f"{start.path} is of another run: {'; '.join(differ)}; give the old "
+                        "values, or --force_resume=True to go on with the new ones")
 
 
 def spread(start, world, dtype=torch.float32):
     """Rank 0's Start on all ranks: the facts, and a model yet to be filled (parallelize does that,
-    and checkpoint.load_optimizer_state). The other ranks give None."""
+    and state_dicts.load_optimizer_state). The other ranks give None."""
     facts = share(world, start and replace(
         start, model=start.model.config, optimizer={}, tokenizer=None))
     if start is None:
@@ -184,11 +186,11 @@ def progress_of(saved):
 
 
 def check_run_id(start, last):
-    """Raises ValueError for a state that was copied into the folder of another run."""
+    """Raises UserError for a state that was copied into the folder of another run."""
     ours, theirs = last.get("run_id"), start.progress.run_id
     if ours and start.ours and theirs != ours:
-        raise ValueError(f"{start.path} is of run {theirs}, this folder's is {ours}: move it to a "
-                         "folder of its own, or take it by --force_resume=True")
+        raise UserError(f"{start.path} is of run {theirs}, this folder's is {ours}: move it to a "
+                        "folder of its own, or take it by --force_resume=True")
 
 
 def check_model_file(progress, path):
@@ -209,10 +211,10 @@ def nothing_left(out_dir, reasons):
     """The error where no state can serve: why, and whether the weights at least are whole."""
     path = Path(out_dir) / MODEL_FILE
     try:
-        step = checkpoint.load(path)["iter_num"]
+        step = files.load(path)["iter_num"]
         rest = (f"{path} is whole, with the weights of step {step}: begin a new run with them by "
                 f"--init_from={out_dir} --out_dir=ANOTHER")
-    except (ValueError, KeyError):
+    except (UserError, KeyError):
         rest = f"{path} cannot be read either: begin anew with --overwrite=True"
     return f"no state in {out_dir} can be resumed ({' | '.join(reasons)}); {rest}"
 
@@ -261,8 +263,8 @@ def write_run_file(out_dir, progress, status, saved_step=None):
             "host": socket.gethostname(), "saved_step": saved_step}
     path, content = Path(out_dir) / RUN_FILE, json.dumps(data).encode()
     try:
-        checkpoint.write_atomic(path, lambda f: f.write(content))
-    except checkpoint.WriteError:
+        files.write_atomic(path, lambda f: f.write(content))
+    except files.WriteError:
         with contextlib.suppress(OSError), open(path, "r+b") as f:
             f.write(content)
             f.truncate()

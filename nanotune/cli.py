@@ -1,0 +1,100 @@
+"""How a script ends: one line for what a user can fix, a traceback for a bug.
+
+    if __name__ == "__main__":
+        run(main)
+
+torch is looked at only if the script has imported it: the data scripts run without.
+"""
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from nanotune.errors import UserError, out_of_memory
+
+PIPE_CLOSED = 128 + 13  # what a shell reports for a process that SIGPIPE ended
+
+
+def run(main: Callable[[list[str]], object]) -> None:
+    """Calls main(argv) and ends the process.
+
+    UserError, lack of memory and a lost rank end as one line on stderr and status 1. Any other
+    exception is a bug and keeps its traceback. A reader of stdout that went away (`| head`) ends
+    the script without a word. Under torchrun rank 0 prints; the others print after 5 s, if it has
+    not ended the job by then.
+    """
+    sys.stdout.reconfigure(errors="replace")  # a Windows console's code page lacks most characters
+    status = 0
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except SystemExit as end:
+        status = end.code or 0
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = PIPE_CLOSED
+        close_stdout()
+    except Exception as e:
+        status, line = 1, last_line(e)
+        if line is None and not in_process_group():
+            raise
+        if line is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    if in_process_group():
+        end_now(status)
+    if status:
+        sys.exit(status)
+
+
+def close_stdout() -> None:
+    """Sends what is still buffered nowhere: Python would complain about it at its end."""
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file, in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def in_process_group() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
+def end_now(status: int) -> None:
+    """Ends a process of a group without running destructors: DDP's, in torch 2.13 with gloo, can
+    wait forever for a thread that waits for Python's lock. After an error it does not wait for
+    lost ranks either."""
+    if status == 0:
+        sys.modules["torch.distributed"].destroy_process_group()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def last_line(e: Exception) -> str | None:
+    """The line to end with, or None for a bug; waits where rank 0 is to print first."""
+    if not isinstance(e, UserError):
+        return out_of_memory(e) or lost_rank(e)
+    if int(os.environ.get("RANK", 0)) != 0:
+        time.sleep(5)
+    return str(e)
+
+
+def lost_rank(e: Exception) -> str | None:
+    """The line to print if the exception means that another process is gone or silent; else
+    None."""
+    text = " ".join(str(e).split())
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
+             "Connection refused", "timed out", "Timed out", "No route to host", "store")
+    dist = sys.modules.get("torch.distributed")
+    from_torch = dist is not None and (isinstance(e, dist.DistError) or "gloo" in text)
+    sign = next((sign for sign in signs if sign in text), None)
+    if not from_torch or sign is None:
+        return None
+    rank, size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
+    return (f"process {rank} of {size}: another process is gone or did not answer in time "
+            f"({text[text.index(sign):][:80]}); its own message, if it had any, is above or in its "
+            "terminal. The states on disk are good: start the job again with --auto_resume=True")

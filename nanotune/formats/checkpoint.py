@@ -1,0 +1,235 @@
+"""The one door through which every script gets a model, and what ckpt.pt holds.
+
+    model, tokenizer = load_model(source)
+    source     a run's out_dir, a Hugging Face folder, a hub id, a TensorFlow checkpoint folder
+
+    out_dir/ckpt.pt    the model to ship: weights, model_args, iter_num, best_val_loss, config
+                       (nanoGPT's keys) and the tokenizer
+    out_dir/state.pt   the latest step, whole: what --init_from=resume goes on from
+
+A LoRA run's files hold only the adapters, with the name and the hash of their base. What nanoGPT
+wrote as ckpt.pt samples, evaluates and resumes here.
+"""
+import hashlib
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from nanotune import files
+from nanotune.device import DTYPES
+from nanotune.errors import UserError
+from nanotune.formats import hf, hub, tf
+from nanotune.formats.onnx_model import open_onnx
+from nanotune.text.tokenizer import (
+    GPT2_VOCAB_SIZES,
+    GPT2Tokenizer,
+    tokenizer_from_spec,
+    tokenizer_of_folder,
+)
+from nanotune.training import lora
+
+MODEL_FILE, STATE_FILE = "ckpt.pt", "state.pt"
+
+
+def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
+               device: str | torch.device = "cpu", with_onnx: bool = False,
+               dtype: torch.dtype = torch.float32):
+    """(model, tokenizer or None) of a run's out_dir, a Hugging Face folder, a hub id, or a folder
+    with a TensorFlow checkpoint; with with_onnx also of an exported .onnx file. The model is a GPT
+    in training mode, or an OnnxGPT.
+
+    The matrices are in `dtype`, the vectors in float32. A LoRA run's model comes merged. A smaller
+    block_size crops the context. Raises UserError that says what to do if the source is none of
+    these, or damaged.
+    """
+    folder = Path(source)
+    if folder.suffix == ".onnx":
+        if not with_onnx:
+            raise UserError(f"{source} can only be sampled from and evaluated; give the run or the "
+                            "folder that it was exported from")
+        return open_onnx(source, block_size)
+    if (folder / MODEL_FILE).is_file():
+        model, tokenizer = load_run(folder / MODEL_FILE, dropout, device, dtype)
+    elif tf.is_tf_checkpoint(folder):
+        model = tf.read_model(folder, dropout, device, dtype)
+        tokenizer = tf.read_tokenizer(folder, model.config.vocab_size) or (
+            gpt2_by_size(model.config.vocab_size))
+    else:
+        check_can_be_pretrained(source)
+        model = GPT.from_pretrained(source, None, dropout, device, dtype)
+        tokenizer = tokenizer_of_pretrained(source, model.config.vocab_size)
+    if block_size is not None:
+        model.crop_block_size(block_size)
+    return model, tokenizer
+
+
+def load_run(path, dropout, device, dtype):
+    """(GPT, tokenizer or None) of a ckpt.pt; adapters are merged."""
+    data = files.load(path)
+    with files.checked_parse(path):
+        model = model_from(data, path, dropout, dtype)
+        tokenizer = tokenizer_from(data)
+    model.to(device)
+    lora.merge_lora(model)
+    model.tie_head()
+    return model, tokenizer
+
+
+def check_can_be_pretrained(source):
+    """Raises UserError for what is neither a Hugging Face folder nor can be a hub id."""
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{source} holds neither {MODEL_FILE} (a run's out_dir) nor config.json "
+                        "(a Hugging Face folder) nor hparams.json (a TensorFlow checkpoint)")
+    if not folder.exists() and (source.count("/") > 1 or source.startswith((".", "/", "out"))):
+        raise UserError(f"{source} does not exist; give a run's out_dir, a Hugging Face folder, "
+                        "or a hub id such as gpt2")
+
+
+def model_from(data, path, dropout=0.0, dtype=torch.float32):
+    """The GPT of a loaded checkpoint, ours or nanoGPT's; takes the tensors over without a copy
+    where they are of that dtype. A LoRA run's has its adapters beside its matrices."""
+    if data.get("lora"):
+        return adapted_from(data, path, dropout, dtype)
+    args = dict(data["model_args"])
+    args.setdefault("activation", "gelu")  # nanoGPT's; its checkpoints do not say
+    unknown = args.keys() - {f.name for f in fields(GPTConfig)}
+    if unknown:
+        raise UserError(f"{path}: model_args has unknown fields: {', '.join(sorted(unknown))}")
+    weights = {plain_key(key): tensor.to(dtype if tensor.dim() >= 2 else torch.float32)
+               for key, tensor in data["model"].items()
+               if not hf.BUFFERS.search(key) or tensor.dim() == 1}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**args | {"dropout": dropout}))
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as e:
+        raise UserError(f"{path}: its weights do not fit its model_args "
+                        f"({' '.join(str(e).split())[:200]})") from None
+    for param in model.parameters():
+        param.requires_grad_(True)
+    model.tie_head()
+    return model
+
+
+def history_of(source):
+    """How a run got to the model in its out_dir, {"iter_num", "best_val_loss", "config"}, its
+    weights left on disk; {} where the source is no run."""
+    path = Path(source, MODEL_FILE)
+    if not path.is_file():
+        return {}
+    data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
+
+
+def model_config(source):
+    """The GPTConfig that load_model's model would have, without its weights."""
+    for path in (Path(source) / name for name in (MODEL_FILE, STATE_FILE)):
+        if path.is_file():
+            try:
+                data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception:  # torch.load raises many kinds; files.load says what to do
+                data = files.load(path)
+            return GPTConfig(**{"activation": "gelu"} | data["model_args"])
+    if tf.is_tf_checkpoint(Path(source)):
+        return tf.read_config(Path(source))
+    return GPTConfig(**hf.config_from_hf(hub.find_config(source), source))
+
+
+def adapted_from(data, path, dropout, dtype):
+    """The base that a LoRA checkpoint names, with its adapters. Raises UserError where the base
+    cannot be had or is no longer the one they were trained beside."""
+    spec = data["lora"]
+    try:
+        changed = hash_of(spec["base"]) != spec["hash"]
+    except UserError as e:
+        raise UserError(f"{path} holds LoRA adapters of {spec['base']}, which cannot be had: "
+                        f"{e}") from None
+    if changed:
+        raise UserError(f"{path} holds LoRA adapters of {spec['base']}, but what is there now is "
+                        "not what they were trained beside (its hash differs): put the old one "
+                        "back")
+    # as it was in training, rounding included
+    model, _ = load_model(spec["base"], data["model_args"]["block_size"], dropout,
+                          dtype=DTYPES[spec["weights"]])
+    model.set_dtype(dtype)
+    lora.add_lora(model, spec["rank"])
+    params, saved = lora.adapters(model), data["model"]
+    if {name: p.shape for name, p in params.items()} != {n: t.shape for n, t in saved.items()}:
+        raise UserError(f"{path}: its adapters do not fit {spec['base']}")
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(saved[name])
+    return model
+
+
+def weight_files(source):
+    """The files that hold a source's weights."""
+    if (Path(source) / MODEL_FILE).is_file():
+        return [Path(source) / MODEL_FILE]
+    if tf.is_tf_checkpoint(Path(source)):
+        return tf.weight_files(Path(source))
+    return hub.find_pretrained(source)[1]
+
+
+def hash_of(source):
+    """SHA-256 of the weight files of a run's out_dir, a Hugging Face folder, a hub id or a
+    TensorFlow checkpoint."""
+    digest = hashlib.sha256()
+    for file in weight_files(source):
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
+def plain_key(key):
+    """A parameter's name without what torch.compile or DDP put before it."""
+    return key.removeprefix("_orig_mod.").removeprefix("module.")
+
+
+def tokenizer_from(data):
+    """The tokenizer that a checkpoint holds; nanoGPT's holds none, but names its dataset."""
+    if "tokenizer" in data:
+        return data["tokenizer"] and tokenizer_from_spec(data["tokenizer"])
+    dataset = data.get("config", {}).get("dataset")
+    found = dataset and tokenizer_of_folder(Path("data") / dataset)
+    return found or gpt2_by_size(data["model_args"].get("vocab_size"))
+
+
+def tokenizer_of_pretrained(source, vocab_size):
+    if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"):
+        return GPT2Tokenizer()
+    folder = Path(source)
+    if not folder.is_dir():  # a hub id: the files that there are, into the hub's cache
+        folder = Path(hub.hub_file(source, "config.json")).parent
+        if hub.hub_file(source, "tokenizer.json") is None:
+            hub.hub_file(source, "vocab.json")
+            hub.hub_file(source, "merges.txt")
+    return tokenizer_of_folder(folder) or gpt2_by_size(vocab_size)
+
+
+def gpt2_by_size(vocab_size):
+    return GPT2Tokenizer() if vocab_size in GPT2_VOCAB_SIZES else None
+
+
+def saved_weights(model):
+    """{name: tensor} that a file holds of a model that is not sharded, references to its own; of
+    a LoRA run's only the adapters."""
+    return ({name: param.detach() for name, param in lora.adapters(model).items()}
+            or dict(model.state_dict()))
+
+
+def model_data(model, iter_num, best_val_loss, config, tokenizer, weights=None, run_id=None,
+               lora_spec=None):
+    """What ckpt.pt holds; `weights` where the model's own are not whole (sharded). lora_spec of a
+    LoRA run: its rank, the base's name and hash, and the dtype that its weights were kept in."""
+    data = {"model": dict(weights or saved_weights(model)), "model_args": asdict(model.config),
+            "iter_num": iter_num, "best_val_loss": best_val_loss, "config": config,
+            "tokenizer": tokenizer.spec, "run_id": run_id}
+    return data | {"lora": lora_spec} if lora_spec else data
+
+
+# -----------------------------------------------------------------------------
+# the same file whatever wrote it: whole tensors, optimizer state by parameter name

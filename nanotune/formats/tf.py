@@ -1,0 +1,147 @@
+"""Reads an OpenAI or gpt-2-simple TensorFlow checkpoint as a GPT.
+
+    python export.py --init_from=checkpoint/run1 --format=hf --export_dir=run1-hf
+    python train.py config/finetune_shakespeare.py --init_from=checkpoint/run1
+
+The folder holds what those programs write: checkpoint, model-N.index, model-N.data-*,
+hparams.json; and encoder.json with vocab.bpe, the tokenizer. Only this file needs TensorFlow:
+pip install -r requirements-tf.txt
+"""
+import json
+import os
+import re
+from pathlib import Path, PureWindowsPath
+
+import torch
+
+from model import GPT, GPTConfig
+from nanotune.errors import UserError
+from nanotune.text.tokenizer import tokenizer_of_folder
+
+HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "block_size", "n_embd": "n_embd", "n_head": "n_head",
+           "n_layer": "n_layer"}
+# what training leaves beside the weights: an optimizer's slots, its powers, counters
+SLOT = re.compile(r"(.*)/(Adam|Adam_1|AdamW|AdamW_1|Momentum|Adagrad|RMSProp|RMSProp_1)")
+COUNTER = re.compile(r"(.*/)?(beta[12]_power|global_step)(_\d+)?")
+
+
+def is_tf_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like one: it has hparams.json or a .index file, and no config.json."""
+    return (folder.is_dir() and not (folder / "config.json").is_file()
+            and ((folder / "hparams.json").is_file() or any(folder.glob("*.index"))))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The index and the data files of its checkpoint."""
+    prefix = find_prefix(folder)
+    return sorted(p for p in folder.iterdir() if p.name.startswith(f"{prefix.name}."))
+
+
+def read_config(folder):
+    """The GPTConfig that hparams.json describes."""
+    path = folder / "hparams.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; it came with the pretrained model: copy it from "
+                        "that model's folder")
+    try:
+        hparams = json.loads(path.read_text(encoding="utf-8"))
+        return GPTConfig(**{ours: int(hparams[theirs]) for theirs, ours in HPARAMS.items()})
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{path} does not give {', '.join(HPARAMS)} ({e}); copy it anew") from None
+
+
+def find_prefix(folder):
+    """The checkpoint's path without its endings: the one that the file `checkpoint` names (it may
+    have moved since), or the only one. Raises UserError where a file of it is missing."""
+    indexes = [p.with_suffix("") for p in sorted(folder.glob("*.index"))]
+    if (folder / "checkpoint").is_file():
+        text = (folder / "checkpoint").read_text(encoding="utf-8")
+        named = re.search(r'^model_checkpoint_path: "(.*)"', text, re.MULTILINE)
+        if named:  # a path on the machine that trained, with either kind of slash
+            indexes = [folder / PureWindowsPath(named[1]).name]
+    if len(indexes) != 1:
+        raise UserError(f"{folder} has no file `checkpoint` that names a checkpoint, and "
+                        f"{len(indexes)} .index files; give the folder of one run")
+    prefix = indexes[0]
+    shards = sorted(p.name for p in folder.glob(f"{prefix.name}.data-*-of-*"))
+    total = int(shards[0].rpartition("-of-")[2]) if shards else 1
+    wanted = [f"{prefix.name}.data-{i:05}-of-{total:05}" for i in range(total)]
+    missing = [name for name in [f"{prefix.name}.index", *wanted]
+               if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}; copy the whole folder anew")
+    return prefix
+
+
+def tf_names(config):
+    """{TensorFlow's name: our parameter's}, in the order of the model."""
+    names = {"model/wte": "transformer.wte.weight", "model/wpe": "transformer.wpe.weight"}
+    norms = [("ln_f", "ln_f")]
+    for layer in range(config.n_layer):
+        theirs, ours = f"h{layer}", f"h.{layer}"
+        norms += [(f"{theirs}/ln_{i}", f"{ours}.ln_{i}") for i in (1, 2)]
+        for module in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
+            for tf, kind in (("w", "weight"), ("b", "bias")):
+                names[f"model/{theirs}/{module}/{tf}"] = (
+                    f"transformer.{ours}.{module.replace('/', '.')}.{kind}")
+    for theirs, ours in norms:
+        names |= {f"model/{theirs}/g": f"transformer.{ours}.weight",
+                  f"model/{theirs}/b": f"transformer.{ours}.bias"}
+    return names
+
+
+def check_names(found, wanted, prefix):
+    """Raises UserError for a variable that is missing, or that is neither the model's nor an
+    optimizer's."""
+    foreign = sorted(name for name in found - wanted if not COUNTER.fullmatch(name)
+                     and not ((slot := SLOT.fullmatch(name)) and slot[1] in wanted))
+    if foreign:
+        raise UserError(f"{prefix} holds variables that are not GPT-2's: {', '.join(foreign[:3])}"
+                        + (f" and {len(foreign) - 3} more" if foreign[3:] else ""))
+    missing = sorted(wanted - found)
+    if missing:
+        raise UserError(f"{prefix} lacks {', '.join(missing[:3])}"
+                        + (f" and {len(missing) - 3} more" if missing[3:] else "")
+                        + "; is hparams.json that of this model?")
+
+
+@torch.no_grad()
+def read_model(folder: Path, dropout: float = 0.0, device: str | torch.device = "cpu",
+               dtype: torch.dtype = torch.float32) -> GPT:
+    """The GPT with each variable of the checkpoint in its place, its matrices in `dtype`. Raises
+    UserError if a file is missing or damaged, or TensorFlow is not installed."""
+    prefix, config = find_prefix(folder), read_config(folder)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no notices about instruction sets
+    try:
+        import tensorflow as tf
+    except ImportError:
+        raise UserError(f"{folder} is a TensorFlow checkpoint; to read it, run: "
+                        "pip install -r requirements-tf.txt") from None
+    config.dropout = dropout
+    names, model = tf_names(config), GPT.empty(config, device, dtype)
+    params = dict(model.named_parameters())
+    try:
+        reader = tf.train.load_checkpoint(str(prefix))
+        check_names(set(reader.get_variable_to_shape_map()), set(names), prefix)
+        for theirs, ours in names.items():
+            tensor = torch.from_numpy(reader.get_tensor(theirs)).float()
+            if theirs.endswith("/w"):  # (1, in, out), where a Linear holds (out, in)
+                tensor = tensor.squeeze(0).t()
+            if tensor.shape != params[ours].shape:
+                raise UserError(f"{prefix}: {theirs} is {tuple(tensor.shape)} where hparams.json "
+                                f"means {tuple(params[ours].shape)}")
+            params[ours].copy_(tensor)
+    except (tf.errors.OpError, RuntimeError, IndexError) as e:  # the reader's, for a torn file
+        raise UserError(f"{prefix} is damaged ({str(e).splitlines()[0][:200]}); copy it again"
+                        ) from None
+    return model
+
+
+def read_tokenizer(folder: Path, vocab_size: int):
+    """The tokenizer of encoder.json and vocab.bpe, or None if they are not there. Raises UserError
+    if it does not fit the model."""
+    tokenizer = tokenizer_of_folder(folder)
+    if tokenizer is not None and tokenizer.n_vocab > vocab_size:
+        raise UserError(f"{folder / 'encoder.json'} has {tokenizer.n_vocab} tokens, hparams.json "
+                        f"{vocab_size}; they are of two models")
+    return tokenizer

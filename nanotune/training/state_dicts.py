@@ -1,0 +1,111 @@
+"""Weights and optimizer state by parameter name: the same, whole tensors, whatever wrote them.
+
+One process, DDP, FSDP and nanoGPT keep them differently; a checkpoint holds them as below.
+"""
+import torch
+
+from nanotune.errors import UserError
+from nanotune.formats.checkpoint import plain_key, saved_weights
+from nanotune.training import optimizer as optimizers
+from nanotune.training.distributed import is_sharded, share
+
+
+def whole_weights(model):
+    """{name: tensor}: references to the model's own, of a LoRA run's the adapters alone; of a
+    sharded one, which all ranks must ask together, a full copy in rank 0's CPU memory, and {} on
+    the others."""
+    if not is_sharded(model):
+        return saved_weights(model)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    weights = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if weights and model.config.tied_head:  # came twice: one tensor again, as unsharded
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return weights
+
+
+def optimizer_state(model, optimizer):
+    """{parameter name: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}; references or, of a
+    sharded model, copies as whole_weights makes them. {} before the first step."""
+    if not is_sharded(model):
+        names = {p: name for name, p in model.named_parameters()}
+        return {names[p]: optimizers.plain_state(state) for p, state in optimizer.state.items()}
+    if not optimizer.state:  # asked now, the helper would take a step to make one
+        return {}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True)).get("state", {})
+
+
+def checked_optimizer_state(model, state, path):
+    """A saved optimizer state, ours or nanoGPT's list, by the names of an unsharded model's
+    parameters; {} before the first step. Raises UserError where it is not of them."""
+    if {"state", "param_groups"} <= state.keys():
+        state = by_name(model, state, path)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if state and state.keys() != params.keys():
+        wrong = sorted(state.keys() ^ params.keys())
+        raise UserError(f"{path}: its optimizer state is of other parameters ({wrong[0]}, ...)")
+    for name, held in state.items():
+        p = params[name]
+        held = {key: v for key, v in held.items() if not key.endswith(".scale")}
+        if any(v.dim() and (v.shape[1:] != p.shape[1:] or len(v) < len(p)) for v in held.values()):
+            raise UserError(f"{path}: its optimizer state does not fit {name}, {tuple(p.shape)}")
+    return state
+
+
+def load_optimizer_state(model, optimizer, state, path, world=None):
+    """Fills an optimizer that has not stepped with a saved state. On several ranks rank 0 gives
+    it, the others give {}, and each takes what its share of the model needs."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if world is None or world.is_main:
+        state = state if is_sharded(model) else checked_optimizer_state(model, state, path)
+        state = {name: cropped(held, params[name]) for name, held in state.items()}
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return fill_optimizer(params, optimizer, state, path, world)
+    names = {p: name for name, p in params.items()}
+    if world is not None and world.size > 1:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_optimizer_state_dict,
+        )
+        groups = [group | {"params": [names[p] for p in group["params"]]}
+                  for group in optimizer.param_groups]
+        whole = {"state": state, "param_groups": groups} if world.is_main else {}
+        set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True))
+    elif state:
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        # the optimizer's own loader casts and moves what it takes
+        optimizer.load_state_dict({
+            "state": {i: state[names[p]] for i, p in enumerate(order)},
+            "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def cropped(state, param):
+    """One parameter's state, its moments cut to as many rows as a cropped wpe has."""
+    return {key: value[:len(param)] if value.dim() and not key.endswith(".scale") else value
+            for key, value in state.items()}
+
+
+def fill_optimizer(params, optimizer, state, path, world):
+    """load_optimizer_state for the optimizers of optimizer.py: a parameter at a time, so that no
+    rank holds the whole twice."""
+    for name, param in params.items():
+        held = state.get(name)
+        if world is not None:
+            held = share(world, held)
+        try:
+            optimizers.fill_state(optimizer, param, held)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
+
+
+def by_name(model, state, path):
+    """nanoGPT numbers its parameters: matrices in the model's order, then vectors."""
+    named = list(model.named_parameters())
+    names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
+    if len(state["state"]) != len(names):
+        raise UserError(f"{path}: its optimizer state has {len(state['state'])} parameters, "
+                        f"the model {len(names)}")
+    return {plain_key(name): state["state"][i] for i, name in enumerate(names)}
