@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from model import GPT, GPTConfig
 from nanotune import files
 from nanotune.formats import checkpoint
-from nanotune.text import tokenizer as tokenizers
+from nanotune.text.tokenizer import EOT, tokenizer_of_dataset
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEXT = "".join(f"Line {i}: what's more, it ends.\n" for i in range(60))
@@ -51,12 +51,22 @@ def gpt2_vocabulary(shared, monkeypatch):
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("data/tiktoken")))
 
 
+@pytest.fixture
+def ranks(monkeypatch):
+    """ranks(rank, size) sets what torchrun sets."""
+    def pretend(rank, size):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size),
+                            ("LOCAL_WORLD_SIZE", size)):
+            monkeypatch.setenv(name, str(value))
+    return pretend
+
+
 def tiny_json(text=TEXT, vocab_size=300):
     """A tokenizer.json, as text: a byte-level BPE trained on `text`, with an end-of-text token."""
     from tokenizers import ByteLevelBPETokenizer
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([text], vocab_size=vocab_size, show_progress=False,
-                                  special_tokens=[tokenizers.EOT])
+                                  special_tokens=[EOT])
     return tokenizer.to_str()
 
 
@@ -69,7 +79,7 @@ def write_tokenizer(folder, kind, text=TEXT):
         (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     elif kind == "json":
         (folder / "tokenizer.json").write_text(tiny_json(text), encoding="utf-8")
-    return tokenizers.tokenizer_of_dataset(folder)
+    return tokenizer_of_dataset(folder)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 WARM = ["train", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg",
         "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torchao.optim"]
@@ -21,6 +23,8 @@ def server():
     """The context whose processes are forks of a warm one."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     os.environ["OMP_NUM_THREADS"] = "1"
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no forkserver here, as on Windows")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(WARM)
     return context

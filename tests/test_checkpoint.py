@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import random
-import resource
 import shutil
 import zipfile
 
@@ -101,6 +100,7 @@ def test_a_disk_that_is_full_is_one_line_and_loses_nothing(tmp_path, limit):
     path = tmp_path / "ckpt.pt"
     files.save(path, data(1.0))
     big = data() | {"model": {"w": torch.ones(512, 512)}}  # 1,048,576 bytes of weights
+    resource = pytest.importorskip("resource", reason="limits on files are POSIX's")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:

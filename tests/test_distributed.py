@@ -1,4 +1,4 @@
-"""Where a run computes: the picks, sums over ranks, and two processes against one."""
+"""One run on many processes: sums over ranks, and two processes against one."""
 import json
 import os
 import subprocess
@@ -10,109 +10,11 @@ from tiny import REPO, arguments, losses, read_metrics, run_script, run_train, w
 
 import evaluate
 import train
-from nanotune import device as devices
 from nanotune import files
-from nanotune.device import pick_compile, pick_device, pick_dtype
-from nanotune.errors import UserError
 from nanotune.training import distributed
 from nanotune.training.distributed import read_world, sum_over_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-@pytest.fixture
-def cards(monkeypatch):
-    """cards(n, capability) makes this a machine with n such GPUs."""
-    def pretend(n, capability=(8, 0)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    return pretend
-
-
-@pytest.fixture
-def ranks(monkeypatch):
-    """ranks(rank, size) sets what torchrun sets."""
-    def pretend(rank, size):
-        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size),
-                            ("LOCAL_WORLD_SIZE", size)):
-            monkeypatch.setenv(name, str(value))
-    return pretend
-
-
-# -----------------------------------------------------------------------------
-# picks
-
-def test_auto_takes_the_gpu_where_there_is_one(cards, monkeypatch):
-    cards(2)
-    assert pick_device() == CUDA
-    cards(0)
-    assert pick_device() == CPU
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device() == torch.device("mps")
-
-
-def test_each_process_has_a_card_of_its_own(cards, ranks):
-    cards(2)
-    assert pick_device("cuda:1") == torch.device("cuda", 1)
-    ranks(1, 2)
-    assert pick_device("cuda", local_rank=1) == torch.device("cuda", 1)
-    with pytest.raises(UserError, match=r"cuda:2 .* has 2 GPU.*--nproc_per_node"):
-        pick_device("auto", local_rank=2)
-
-
-def test_a_card_that_is_not_there(cards):
-    cards(1)
-    with pytest.raises(UserError, match=r"cuda:3 .* has 1 GPU"):
-        pick_device("cuda:3")
-
-
-@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16),
-                                               ((9, 0), torch.bfloat16)])
-def test_auto_dtype_on_a_gpu_is_what_it_computes_itself(cards, monkeypatch, capability, dtype):
-    cards(1, capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # emulated: no guide
-    assert pick_dtype("auto", CUDA) == dtype
-
-
-@pytest.mark.parametrize("amx, avx512", [(False, False), (True, False), (False, True)])
-def test_auto_dtype_on_a_cpu(monkeypatch, amx, avx512):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
-    assert pick_dtype("auto", CPU) == (torch.bfloat16 if amx or avx512 else torch.float32)
-
-
-def test_a_dtype_that_is_asked_for():
-    assert pick_dtype("float16", CPU) == torch.float16
-    assert pick_dtype("auto", torch.device("mps")) == torch.float32
-    with pytest.raises(UserError, match="--dtype=half: use auto, float32, bfloat16, float16"):
-        pick_dtype("half", CPU)
-
-
-def test_what_was_cast_is_not_kept_for_the_rest_of_a_pass():
-    for fields, kept in (({}, False), ({"cache": True}, True)):
-        with devices.autocast(CPU, torch.bfloat16, **fields):
-            assert torch.is_autocast_enabled("cpu")
-            assert torch.is_autocast_cache_enabled() == kept
-
-
-def test_compile_is_picked_where_it_works(cards, monkeypatch):
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: object())
-    cards(1, (7, 0))
-    assert pick_compile("auto", CUDA) is True
-    assert pick_compile("auto", CPU) is False
-    assert pick_compile(False, CUDA) is False
-    assert pick_compile(True, CPU) is True
-    cards(1, (7, 5))
-    assert pick_compile("auto", CUDA, weights=torch.bfloat16) is False
-    assert pick_compile(True, CUDA, weights=torch.bfloat16) is True
-    cards(1, (6, 1))
-    assert pick_compile("auto", CUDA) is False
-    cards(1, (8, 0))
-    assert pick_compile("auto", CUDA, weights=torch.bfloat16) is True
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
-    assert pick_compile("auto", CUDA) is False
 
 
 def test_one_process_needs_no_group():
@@ -122,39 +24,6 @@ def test_one_process_needs_no_group():
     distributed.barrier()
     assert not torch.distributed.is_initialized()
     assert sum_over_ranks(1, torch.tensor(2.5), True, device="cpu") == [1.0, 2.5, 1.0]
-
-
-# -----------------------------------------------------------------------------
-# run: what ends as one line
-
-def test_a_user_error_is_one_line(monkeypatch, capsys):
-    def main(argv):
-        train.check_config(train.Config(batch_size=0), read_world("cpu"), torch.float32)
-
-    assert run_script(monkeypatch, capsys, main, []) == (
-        1, "", "error: --batch_size=0 must be at least 1\n")
-
-
-def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
-    with pytest.raises(json.JSONDecodeError):  # a ValueError, but a library's
-        run_script(monkeypatch, capsys, lambda argv: json.loads("{"), [])
-
-
-def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
-    def main(argv):
-        raise KeyboardInterrupt
-
-    assert run_script(monkeypatch, capsys, main, []) == (130, "", "")
-
-
-def test_other_ranks_let_the_first_speak(monkeypatch, capsys, ranks):
-    waits = []
-    monkeypatch.setattr(distributed.time, "sleep", waits.append)
-    for rank in (0, 1):
-        ranks(rank, 2)
-        status, _, err = run_script(monkeypatch, capsys, train.main, ["--nonsense=1"])
-        assert status == 1 and err.startswith("error: --nonsense")
-        assert len(waits) == rank
 
 
 @pytest.mark.parametrize("steps, size, use", [(3, 2, 2), (40, 3, 39), (1, 4, 4)])

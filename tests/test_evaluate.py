@@ -182,9 +182,9 @@ def test_another_tokenizers_text(run, make_dataset):
 
 def test_a_real_model(shared, gpt2_vocabulary, tmp_path, capsys):
     """On a page of real text it predicts far better than chance, as its README says."""
-    from nanotune.text import tokenizer as tokenizers
+    from nanotune.text.tokenizer import GPT2Tokenizer
     text = shared("data/tinyshakespeare/input.txt").read_text(encoding="utf-8")[:4000]
-    ids = tokenizers.GPT2Tokenizer().encode(text)
+    ids = GPT2Tokenizer().encode(text)
     np.array(ids, dtype="<u2").tofile(tmp_path / "val.bin")
     folder = shared("models/gutenberg-17m")
     main([f"--init_from={folder}", f"--dataset={tmp_path}", "--device=cpu", "--dtype=float32"])

@@ -1,5 +1,4 @@
 """export.py as a user runs it: what transformers makes of the folder, and what is refused."""
-import resource
 import subprocess
 import sys
 
@@ -15,8 +14,7 @@ from nanotune import files
 from nanotune.formats import checkpoint, hf
 from nanotune.formats.checkpoint import load_model
 from nanotune.generation.generate import stream
-from nanotune.text import tokenizer as tokenizers
-from nanotune.text.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
+from nanotune.text.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer, tokenizer_of_folder
 
 CHARS, JSON = CharTokenizer(sorted(set(TEXT))), JsonTokenizer(tiny_json())
 NEO = dict(local_window=5, attn_scale=1.0, qkv_bias=False, n_layer=3, block_size=24)
@@ -103,7 +101,7 @@ def test_gpt2s_vocabulary_out_of_tiktoken(gpt2_vocabulary, tmp_path):
     pre-tokenizer, bytes without a character, and the end-of-text token."""
     ours = GPT2Tokenizer()
     hf.write_tokenizer(tmp_path, ours, 1024)
-    assert tokenizers.tokenizer_of_folder(tmp_path).identity == ours.identity
+    assert tokenizer_of_folder(tmp_path).identity == ours.identity
     from transformers import AutoTokenizer
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = TEXT + " it's 123  \n\n\t x\u00e9\u65e5\u672c \U0001f600 !!?<|endoftext|> unseen \x00"
@@ -223,6 +221,7 @@ def test_a_disk_that_fills(make_run, refused, tmp_path, form):
     argv = (f"--out_dir={out_dir}", f"--format={form}", f"--export_dir={tmp_path / 'new'}")
     old = export_hf(out_dir, tmp_path / "old", format=form)
     before = {p.name: p.read_bytes() for p in old.iterdir()}
+    resource = pytest.importorskip("resource", reason="limits on files are POSIX's")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:

@@ -12,7 +12,7 @@ import train
 from nanotune import files
 from nanotune.errors import UserError
 from nanotune.formats import checkpoint
-from nanotune.text import tokenizer as tokenizers
+from nanotune.text.tokenizer import tokenizer_of_dataset
 from nanotune.training import distributed
 
 FIELDS = dict(dropout=0.0, gradient_accumulation_steps=4, max_iters=6,
@@ -218,7 +218,7 @@ def test_separate_documents_go_with(make, tmp_path, size, fields):
     words = write_dataset(tmp_path / "words")
     (words / "meta.pkl").unlink()
     write_tokenizer(words, "json")
-    eot = tokenizers.tokenizer_of_dataset(words).eot
+    eot = tokenizer_of_dataset(words).eot
     for split in ("train", "val"):
         ids = np.fromfile(words / f"{split}.bin", "<u2")
         ids[::10] = eot

@@ -101,7 +101,7 @@ def test_any_step_will_do(whole, out, monkeypatch, first):
     """A stop between evaluations; what stands behind it in metrics.jsonl is written once."""
     dataset, expected = whole
     with monkeypatch.context() as patch:
-        at_step(patch, first - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(patch, first - 1, lambda: signal.raise_signal(signal.SIGTERM))
         assert run_train(dataset, out, **FIELDS) == 143
     for name in ("state.pt", "ckpt.pt"):
         assert files.load(out / name)["iter_num"] == first
@@ -115,7 +115,7 @@ def test_a_signal_saves_and_prints_a_command_that_works(whole, out, monkeypatch,
     dataset, expected = whole
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        at_step(patch, 3, lambda: signal.raise_signal(number))
         assert run_train(dataset, out, **FIELDS, overwrite=True) == status
     assert signal.getsignal(number) is before
     command = capsys.readouterr().out.splitlines()[-1].strip()

@@ -2,7 +2,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 from pathlib import Path
@@ -356,6 +355,7 @@ def test_a_best_model_that_was_not_written_is_not_the_best(dataset, tmp_path, mo
 
 def no_file_above_60_kb(rank):
     """state.pt takes 100 kB, ckpt.pt 40."""
+    import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
@@ -451,6 +451,7 @@ def test_a_run_file_that_says_nothing(dataset, out, monkeypatch, capsys, content
 
 def little_memory(rank):
     """300 MB more than the process has mapped."""
+    import resource
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 300_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

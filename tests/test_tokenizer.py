@@ -9,14 +9,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanotune.errors import UserError
-from nanotune.text import tokenizer as tokenizers
 from nanotune.text.tokenizer import (
     EOT,
     CharTokenizer,
     GPT2Tokenizer,
     JsonTokenizer,
     check_same_tokenizer,
+    from_vocab_and_merges,
     tokenizer_from_spec,
+    tokenizer_of_dataset,
+    tokenizer_of_folder,
 )
 
 # tiktoken's own files are those of OpenAI's: the ones that transformers calls by these names
@@ -58,19 +60,19 @@ def test_gpt2(gpt2_vocabulary):
 def test_gpt2_is_recognised(gpt2_folder, gpt2_vocabulary, tmp_path):
     """In vocab.json with merges.txt and in a tokenizer.json; one token more makes it another."""
     from tokenizers import Tokenizer
-    same(tokenizers.tokenizer_of_folder(gpt2_folder), GPT2Tokenizer())
-    theirs = tokenizers.from_vocab_and_merges(gpt2_folder / "vocab.json",
+    same(tokenizer_of_folder(gpt2_folder), GPT2Tokenizer())
+    theirs = from_vocab_and_merges(gpt2_folder / "vocab.json",
                                               gpt2_folder / "merges.txt")
     assert isinstance(theirs, JsonTokenizer)
     text = f"Hello, world!{EOT}naïve 日本語 🙂\r\n  x"
     assert theirs.encode(text) == GPT2Tokenizer().encode(text)
     assert theirs.decode(theirs.encode(text)) == text
     (tmp_path / "tokenizer.json").write_text(theirs.spec["json"], encoding="utf-8")
-    same(tokenizers.tokenizer_of_folder(tmp_path), GPT2Tokenizer())
+    same(tokenizer_of_folder(tmp_path), GPT2Tokenizer())
     more = Tokenizer.from_str(theirs.spec["json"])
     more.add_special_tokens(["<|pad|>"])
     (gpt2_folder / "tokenizer.json").write_text(more.to_str(), encoding="utf-8")
-    found = tokenizers.tokenizer_of_folder(gpt2_folder)
+    found = tokenizer_of_folder(gpt2_folder)
     assert isinstance(found, JsonTokenizer) and found.n_vocab == 50258
     with pytest.raises(UserError, match="prepare the text again"):
         check_same_tokenizer(found, GPT2Tokenizer(), "out", "data/x")
@@ -133,12 +135,12 @@ def test_a_vocabulary_without_end_of_text():
 # folders
 
 def test_the_tokenizer_of_a_folder(tmp_path):
-    assert tokenizers.tokenizer_of_folder(tmp_path) is None
-    assert isinstance(tokenizers.tokenizer_of_dataset(tmp_path), GPT2Tokenizer)
+    assert tokenizer_of_folder(tmp_path) is None
+    assert isinstance(tokenizer_of_dataset(tmp_path), GPT2Tokenizer)
     chars = write_tokenizer(tmp_path / "chars", "chars")
     assert isinstance(chars, CharTokenizer) and chars.itos == sorted(set(TEXT))
     same(write_tokenizer(tmp_path / "json", "json"), JSON)
-    same(tokenizers.tokenizer_of_folder(tmp_path / "chars"), chars)
+    same(tokenizer_of_folder(tmp_path / "chars"), chars)
 
 
 def test_identity_is_what_decides():
@@ -156,7 +158,7 @@ def test_identity_is_what_decides():
 def test_nanogpts_meta(itos, protocol, tmp_path):
     meta = {"vocab_size": 3, "itos": itos, "stoi": {"a": 0, "é": 1, "\n": 2}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-    assert tokenizers.tokenizer_of_folder(tmp_path).itos == ["a", "é", "\n"]
+    assert tokenizer_of_folder(tmp_path).itos == ["a", "é", "\n"]
 
 
 class Code:
@@ -173,7 +175,7 @@ def test_a_meta_that_carries_code_is_refused_and_not_run(protocol, tmp_path):
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
         with pytest.raises(UserError, match=r"meta.pkl is no plain character vocabulary \(it "
                                              r"refers to \w+.open\); run its prepare.py again"):
-            tokenizers.tokenizer_of_folder(tmp_path)
+            tokenizer_of_folder(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
@@ -185,21 +187,21 @@ def test_a_meta_that_carries_code_is_refused_and_not_run(protocol, tmp_path):
 def test_a_damaged_meta(content, tmp_path):
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(UserError, match=r"meta.pkl is no plain character vocabulary"):
-        tokenizers.tokenizer_of_folder(tmp_path)
+        tokenizer_of_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1", b"\xff\xfe"])
 def test_a_damaged_tokenizer_json(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer.json is no tokenizer.json"):
-        tokenizers.tokenizer_of_folder(tmp_path)
+        tokenizer_of_folder(tmp_path)
 
 
 def test_a_damaged_vocab_json(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(UserError, match=r"vocab.json and merges.txt are no vocabulary"):
-        tokenizers.tokenizer_of_folder(tmp_path)
+        tokenizer_of_folder(tmp_path)
 
 
 @pytest.mark.parametrize("spec", [{}, {"kind": "words"}, None, "gpt2"])
