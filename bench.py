@@ -30,10 +30,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import AtLeast1, configure
 from nanotune.errors import UserError
 from nanotune.formats.hub import GPT2_SHAPES
 
@@ -45,21 +46,21 @@ N_VOCAB = {"tiny": 257}  # of the others 50257
 
 @dataclass
 class Config:
-    model: str = "gpt2"          # gpt2, gpt2-medium, gpt2-large, gpt2-xl: the shape
-    against: str = "transformers"  # or the path of a nanoGPT checkout; none: ours alone
-    repeats: int = 3             # processes a case
-    only: str = ""               # the cases whose names contain this
-    steps: int = 4               # train: timed steps of a process, after 2 to warm up
-    batch_size: int = 1          # train
-    block_size: int = 1024       # train, memory
-    num_samples: int = 1         # sample: generated together
-    max_new_tokens: int = 300    # sample
-    init_from: str | None = None  # sample --exported: a model of yours, not random weights
-    dataset: str | None = None   # sample --exported: what its perplexity is measured on
-    exported: bool = False       # sample: PyTorch in two dtypes and the ONNX forms, side by side
-    device: str = "auto"         # auto, cpu, cuda
-    dtype: str = "auto"          # ours: auto, float32, bfloat16; rivals run in all that serve
-    compiled: bool = True        # train: each once more, compiled: a minute more for each
+    model: str = "gpt2"               # gpt2, gpt2-medium, gpt2-large, gpt2-xl: the shape
+    against: str = "transformers"     # or the path of a nanoGPT checkout; none: ours alone
+    repeats: AtLeast1 = 3             # processes a case
+    only: str = ""                    # the cases whose names contain this
+    steps: AtLeast1 = 4               # train: timed steps of a process, after 2 to warm up
+    batch_size: AtLeast1 = 1          # train
+    block_size: AtLeast1 = 1024       # train, memory
+    num_samples: AtLeast1 = 1         # sample: generated together
+    max_new_tokens: AtLeast1 = 300    # sample
+    init_from: str | None = None      # sample --exported: a model of yours, not random weights
+    dataset: str | None = None        # sample --exported: what its perplexity is measured on
+    exported: bool = False  # sample: PyTorch in two dtypes and the ONNX forms, side by side
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto, cpu, cuda
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # ours; rivals run in all that serve
+    compiled: bool = True             # train: each once more, compiled: a minute more for each
     out: str = "bench.json"
 
 

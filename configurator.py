@@ -3,7 +3,8 @@
     @dataclass
     class Config:
         # optimizer
-        learning_rate: float = 6e-4  # highest learning rate
+        learning_rate: NonNegative = 6e-4  # highest learning rate
+        parallel: Literal["ddp", "fsdp"] = "ddp"
 
     cfg = configure(Config, sys.argv[1:])
 
@@ -17,27 +18,55 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import sys
 import types
-import typing
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 from nanotune.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """The numbers from low to high; a round bracket leaves that end out. None holds NaN."""
+    low: float
+    high: float = math.inf
+    ends: str = "[)"
+
+    def holds(self, x: float) -> bool:
+        above = x > self.low if self.ends[0] == "(" else x >= self.low
+        return above and (x < self.high if self.ends[1] == ")" else x <= self.high)
+
+    def __str__(self):
+        if self.high == math.inf:
+            return f"{'above' if self.ends[0] == '(' else 'at least'} {self.low}"
+        return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
+
+
+AtLeast1 = Annotated[int, Interval(1)]
+AtLeast0 = Annotated[int, Interval(0)]
+NonNegative = Annotated[float, Interval(0)]
+AboveZero = Annotated[float, Interval(0, ends="()")]
+Fraction = Annotated[float, Interval(0, 1)]  # below 1
+Probability = Annotated[float, Interval(0, 1, "(]")]
+Seed = Annotated[int, Interval(0, 2**32)]    # what torch and numpy take
 
 BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
 
-def configure(cls, argv):
+def configure(cls: type, argv: list[str]):
     """Returns cls() filled from argv, a list of config file paths and `--key=value` strings.
 
-    Raises UserError with one line that says what is wrong and what to do. `--help` prints the
-    fields, their defaults and comments, and exits.
+    Raises UserError for an unknown field, a value of another type, a number outside the field's
+    Interval, and a text that is not among its Literal's. `--help` prints the fields, their defaults
+    and comments, and exits.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls))
         sys.exit(0)
     cfg = cls()
-    hints = typing.get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     for arg in argv:
         if not arg.startswith("-"):
             for name, value in run_config_file(arg).items():
@@ -49,6 +78,8 @@ def configure(cls, argv):
         if not equals:
             raise UserError(f"--{name} has no value: write --{name}=VALUE")
         setattr(cfg, name, parse(kind, text, f"--{name}"))
+    for name, kind in hints.items():
+        check_value(kind, getattr(cfg, name), name)
     return cfg
 
 
@@ -89,9 +120,31 @@ def nearest(name, names):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def members(kind):
+    """int | None -> (int, None's type); any other hint stands alone."""
+    return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+
+
 def choices(kind):
-    """The plain types that a hint allows: int | None -> (int, NoneType)."""
-    return typing.get_args(kind) or (kind,)
+    """The plain types that a hint allows: AtLeast1 | None -> (int, NoneType)."""
+    def plain(member):
+        origin = get_origin(member)
+        return get_args(member)[0] if origin is Annotated else str if origin is Literal else member
+    return tuple(map(plain, members(kind)))
+
+
+def check_value(kind, value, name):
+    """Raises UserError for a number outside its Interval, or a text not among its Literal's."""
+    for member in members(kind):
+        if get_origin(member) is Literal and isinstance(value, str):
+            options = [*get_args(member), *(["True", "False"] if bool in members(kind) else [])]
+            if value not in options:
+                raise UserError(f"--{name}={value}: use {', '.join(options[:-1])} or {options[-1]}")
+        elif get_origin(member) is Annotated and value is not None:
+            interval = get_args(member)[1]
+            if not interval.holds(value):
+                wanted = interval if math.isfinite(value) else "a finite number"
+                raise UserError(f"--{name}={value} must be {wanted}")
 
 
 def spell(kind):

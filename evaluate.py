@@ -15,13 +15,14 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from configurator import configure
+from configurator import AtLeast0, AtLeast1, configure
 from nanotune.cli import run
-from nanotune.device import autocast, pick_dtype
+from nanotune.device import DtypeName, autocast, pick_dtype
 from nanotune.errors import UserError
 from nanotune.evaluation import perplexity, tasks
 from nanotune.files import write_atomic
@@ -35,32 +36,26 @@ from nanotune.training.distributed import join, read_world, sum_over_ranks
 @dataclass
 class Config:
     # what
-    task: str = "perplexity"     # perplexity, classify, lambada
-    out_dir: str = "out"         # the run whose ckpt.pt is read; predictions.jsonl goes there
-    init_from: str = "resume"    # resume: out_dir's; or a hub id, a folder, a run, an .onnx file
-    dataset: str = "openwebtext"  # a folder below data/, or a path
-    split: str = "val"           # of perplexity: train or val
-    input: str | None = None     # a file in the dataset's place; for lambada lines {"text"}
+    task: Literal["perplexity", "classify", "lambada"] = "perplexity"
+    out_dir: str = "out"              # the run whose ckpt.pt is read; predictions.jsonl goes there
+    init_from: str = "resume"  # resume: out_dir's; or a hub id, a folder, a run, an .onnx file
+    dataset: str = "openwebtext"      # a folder below data/, or a path
+    split: str = "val"  # of perplexity: train or val
+    input: str | None = None          # a file in the dataset's place; for lambada lines {"text"}
     # how
-    eval_iters: int = 0          # perplexity: batches, evenly spaced; 0: the whole split
-    stride: int | None = None    # perplexity: tokens between windows; None: block_size, no overlap
-    detokenize: bool = False     # perplexity: --input is WikiText, whose inserted spaces go first
-    method: str = "generate"     # classify: generate the label, or by likelihood
-    max_new_tokens: int | None = None  # classify: None: the longest label and end-of-text
-    batch_size: int | None = None  # None: 8 windows, or 32 prompts
-    block_size: int | None = None  # None: the model's own
-    device: str = "auto"         # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"          # auto, float32, bfloat16, float16
+    eval_iters: AtLeast0 = 0          # perplexity: batches, evenly spaced; 0: the whole split
+    stride: AtLeast1 | None = None  # perplexity: tokens between windows; None: block_size
+    detokenize: bool = False  # perplexity: --input is WikiText, whose inserted spaces go first
+    method: Literal["generate", "likelihood"] = "generate"  # classify: how to choose
+    max_new_tokens: AtLeast1 | None = None  # classify: None: the longest label and end-of-text
+    batch_size: AtLeast1 | None = None  # None: 8 windows, or 32 prompts
+    block_size: AtLeast1 | None = None  # None: the model's own
+    device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
+    dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16
 
 
 def check_config(cfg, world):
     """Raises UserError for fields that do not go together."""
-    for name, allowed in (("task", list(RUN)), ("method", ["generate", "likelihood"])):
-        if getattr(cfg, name) not in allowed:
-            raise UserError(f"--{name}={getattr(cfg, name)}: use {', '.join(allowed)}")
-    for name, least in (("eval_iters", 0), ("batch_size", 1), ("stride", 1), ("max_new_tokens", 1)):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be at least {least}")
     if cfg.input is not None and not Path(cfg.input).is_file():
         raise UserError(f"--input={cfg.input}: no such file")
     if cfg.eval_iters and (cfg.input or cfg.stride):
@@ -96,19 +91,16 @@ def run_perplexity(cfg, model, tokenizer, source, world):
     if stride > block_size:
         raise UserError(f"--stride={stride} is more than the windows' {block_size} tokens: some "
                         "would never be read")
+    name, words, path, tokens = f"{cfg.dataset} {cfg.split}", None, None, None
     if cfg.input is None:
-        name, words = f"{cfg.dataset} {cfg.split}", None
-        data = TokenBin(dataset_folder(cfg.dataset) / f"{cfg.split}.bin", block_size,
-                        model.config.vocab_size)
-        tokens, mask = data.tokens, data.mask
+        path = dataset_folder(cfg.dataset) / f"{cfg.split}.bin"
     else:
-        name, mask, (tokens, words) = cfg.input, None, read_input(cfg, tokenizer)
-    if cfg.eval_iters:  # the windows that training looks at
-        windows = [(start, 0) for start in data.windows(cfg.eval_iters * batch_size)]
-    else:
-        windows = perplexity.sliding_windows(len(tokens), block_size, stride)
-    sums = perplexity.perplexity_sums(model, tokens, mask, windows, block_size, batch_size,
-                                 tokenizer.n_bytes, world, world.is_main)
+        name, path, (tokens, words) = cfg.input, cfg.input, read_input(cfg, tokenizer)
+    data = TokenBin(path, block_size, model.config.vocab_size, tokens=tokens)
+    # with eval_iters the windows that training looks at
+    windows = data.windows(cfg.eval_iters * batch_size, stride)
+    sums = perplexity.perplexity_sums(model, data, windows, batch_size, world, tokenizer.n_bytes,
+                                      world.is_main)
     r = perplexity.perplexity_of_sums(sum_over_ranks(*sums, device=world.device))
     if not world.is_main:
         return
@@ -136,14 +128,14 @@ def run_classify(cfg, model, tokenizer, source, world):
     began = time.perf_counter()
     if cfg.method == "likelihood":
         scores = tasks.score_labels(model, prompts, list(labels.values()), tokenizer.eot,
-                                    batch_size, world.device, progress=True)
+                                    batch_size, progress=True)
         predicted = answers = [names[i] for i in scores.argmax(1).tolist()]
     else:
         # the last new token is not read: so many fit behind the longest prompt
         room = model.config.block_size - max(map(len, prompts)) + 1
         wanted = cfg.max_new_tokens or max(map(len, labels.values())) + 1
         new = tasks.answer(model, prompts, min(wanted, room), tokenizer.eot, tokenizer.n_vocab,
-                           batch_size, world.device, progress=True)
+                           batch_size, progress=True)
         answers = [tokenizer.decode(ids) for ids in new]
         predicted = [tasks.parse_label(text, names) for text in answers]
     seconds = time.perf_counter() - began

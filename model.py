@@ -8,9 +8,9 @@ References: GPT-2, Radford et al. 2019 and https://github.com/openai/gpt-2; GPT-
 2021; the modules' names are GPT-2's and nanoGPT's, so that their files load.
 """
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -19,28 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nanotune.errors import UserError
 from nanotune.formats import hf, hub
-from nanotune.generation.generate import stream
+from nanotune.generation.generate import read_prompts, stream
+from nanotune.head_loss import head_bytes, head_chunk, head_loss
 from nanotune.text.loader import IGNORED
-
-
-class HeadChunk(NamedTuple):
-    """How much the head works on at a time."""
-    rows: int          # of logits that exist at once, in float32; in half precision twice as many
-    softmax_rows: int  # of those together through the softmax's passes: a CPU's cache holds them
-    ids: int           # of the vocabulary in one matrix product
-
-
-ALL = 2**31  # more than there are
-# on a CPU 256 * V * 4 bytes = 51 MB for GPT-2; on a GPU, of whichever make, as many as keep it busy
-HEAD_CHUNK = {"cpu": HeadChunk(256, 16, 2048), "cuda": HeadChunk(1024, ALL, ALL)}
-
-
-def head_chunk(device_type, dtype):
-    rows, softmax_rows, ids = HEAD_CHUNK.get(device_type, HEAD_CHUNK["cuda"])
-    if torch.compiler.is_compiling():  # Inductor makes one pass of several
-        softmax_rows = ids = ALL
-    return HeadChunk(rows * 4 // dtype.itemsize, softmax_rows, ids)
-
 
 ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's and GPT-Neo's
@@ -70,11 +51,10 @@ class GPTConfig:
 class KVCache:
     """Keys and values of every layer for one batch, filled from position 0.
 
-    `pos` is the number of tokens that stand in it. Reset it to start over without allocating.
-    `pad`, where it is set, (B,), is how many of a row's first tokens are filling, which nothing
-    looks at: so prompts of several lengths, flush right, go through as one batch.
+    `pos` is the number of tokens in it. `pad`, if set, (B,), is how many of a row's first tokens
+    are padding, which is masked: so prompts of several lengths are read as one batch.
     """
-    to_the_end = True  # what append() returns ends with the tokens that it was given
+    to_the_end = True  # the new tokens are the last T columns that append() returns
 
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         length = min(length or config.block_size, config.block_size)
@@ -83,6 +63,20 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.pos, self.pad = 0, None
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another token."""
+        return self.pos == self.k.size(3)
+
+    def rewind(self, pos: int) -> None:
+        """Drops what comes after the first `pos` tokens; nothing is allocated again."""
+        self.pos = pos
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Makes row i continue what row rows[i] holds, rows (B,): a beam that goes on."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.pad = None if self.pad is None else self.pad[rows]
 
     def columns(self, T):
         """The columns that the next T tokens go to, (T,), and how many are looked at then, S."""
@@ -215,91 +209,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies of x @ weight.T, a few rows of logits at a time.
-
-    The gradients are worked out while a chunk's logits are at hand, (p - 1[target]) times the
-    other factor, so that the logits of all rows, the largest tensor of a small GPT by far, never
-    exist and no softmax is computed twice. The idea is that of Liger Kernel, Hsu et al. 2024.
-    """
-    @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_grad):  # x (N, C), weight (V, C), targets (N,)
-        size = head_chunk(x.device.type, dtype)
-        # weights kept in less than dtype are cast in parts, where it goes by parts, each time anew
-        in_parts = weight.dtype.itemsize < dtype.itemsize and len(weight) > size.ids
-        w = weight if in_parts else weight.to(dtype)
-        loss = torch.zeros((), device=x.device)
-        dx = torch.empty_like(x) if with_grad else None
-        dw = (torch.zeros_like(weight, dtype=torch.float32)
-              if with_grad and ctx.needs_input_grad[1] else None)  # none where it is frozen
-        for begin in range(0, len(x), size.rows):
-            rows = slice(begin, begin + size.rows)
-            xc = x[rows].to(dtype)                # (n, C)
-            logits = times_head(xc, w, size.ids)  # (n, V)
-            for some, target in zip(logits.split(size.softmax_rows),
-                                    targets[rows].split(size.softmax_rows)):
-                loss += cross_entropy_(some, target, with_grad)
-            if with_grad:  # they are p - 1[target] now
-                dx[rows] = times_head_back(logits, w, size.ids)
-            if dw is not None:
-                add_product(dw, logits, xc, size.ids)
-        ctx.dx, ctx.dw = dx, dw
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        assert ctx.dx is not None, "a second backward of one loss"
-        dx, dw = ctx.dx.mul_(grad), None if ctx.dw is None else ctx.dw.mul_(grad)
-        ctx.dx = ctx.dw = None  # scaled in place, for want of memory: good for one backward
-        return dx, dw, None, None, None
-
-
-def cross_entropy_(logits, targets, with_grad):
-    """logits (n, V), targets (n,) -> the sum of their cross-entropies, worked out in float32;
-    with_grad leaves its gradient, p - 1[target], in the place of the logits."""
-    counts = (targets != IGNORED).float()[:, None]
-    targets = targets.clamp(min=0)[:, None]
-    p = logits.float()
-    highest, at_target = p.amax(-1, keepdim=True), p.gather(-1, targets)
-    p = p.sub_(highest).exp_()
-    total = p.sum(-1, keepdim=True)
-    if with_grad:
-        p.mul_(counts / total).scatter_add_(-1, targets, -counts)
-        if p.dtype != logits.dtype:
-            logits.copy_(p)
-    return ((total.log() + highest - at_target) * counts).sum()
-
-
-def times_head(x, w, span):
-    """x (n, C) @ w.T -> (n, V), in the dtype of x, `span` ids at a time: so a w (V, C) of another
-    dtype need not be cast whole, and MKL is faster than with all of them."""
-    if len(w) <= span:
-        return x @ w.t()
-    out = x.new_empty(len(x), len(w))
-    for columns, part in zip(out.split(span, 1), w.split(span)):
-        columns.copy_(x @ part.to(x.dtype).t())
-    return out
-
-
-def times_head_back(p, w, span):
-    """p (n, V) @ w -> (n, C), likewise where the dtypes differ."""
-    if w.dtype == p.dtype:
-        return p @ w
-    return sum(some @ part.to(p.dtype) for some, part in zip(p.split(span, 1), w.split(span)))
-
-
-def add_product(dw, p, x, span):
-    """dw (V, C) += p.T @ x, where dw is in float32; for p and x in half precision `span` ids at a
-    time, since PyTorch makes a float32 copy of what it adds to a float32."""
-    if p.dtype == dw.dtype:
-        dw.addmm_(p.t(), x)
-        return
-    scale = 16 if p.dtype == torch.float16 else 1  # sums over rows beyond 65504 would overflow
-    x = x / scale
-    for part, some in zip(dw.split(span), p.split(span, 1)):
-        part.add_(some.t() @ x, alpha=scale)
-
-
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -319,6 +228,24 @@ class GPT(nn.Module):
         if not self.lm_head.weight.is_meta:  # else the weights come from a file
             self.apply(self.init_weights)
 
+    @property
+    def family(self) -> str:
+        """What it is called."""
+        return "GPT-2" if self.config.local_window is None else "GPT-Neo"
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether attention in training gets a mask beside causality."""
+        return self.config.doc_end is not None or self.config.local_window is not None
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, alike in size: what is sharded, and recomputed, one at a time."""
+        return self.transformer.h
+
+    def tied_names(self) -> dict[str, str]:
+        """{name: the name of the same parameter elsewhere}."""
+        return {"lm_head.weight": "transformer.wte.weight"} if self.config.tied_head else {}
+
     def tie_head(self):
         """Makes the head the token embedding, again too where a change of device split them."""
         if self.config.tied_head:
@@ -334,15 +261,23 @@ class GPT(nn.Module):
             for proj in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) -> logits (B, T, V); with targets (B, T) the loss *summed* over those that
-        are not -1; with a cache the logits of the last position, (B, V), and the cache filled."""
-        x = self.hidden(idx, cache)
-        if cache is not None:
-            return self.lm_head(x[:, -1]).float()
-        if targets is None:
-            return self.lm_head(x)
-        return self.head_loss(x.flatten(0, 1), targets.flatten())
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """idx, targets (B, T) -> the loss in nats, *summed* over the targets that are not -1."""
+        x = self.hidden(idx).flatten(0, 1)
+        return head_loss(x, self.lm_head.weight, targets.flatten(), self.compute_dtype)
+
+    def logits(self, idx: torch.Tensor) -> torch.Tensor:
+        """idx (B, T) -> logits of all positions, (B, T, V): the largest tensor of a small GPT."""
+        return self.lm_head(self.hidden(idx))
+
+    def start(self, prompts: list[list[int]], room: int, cache: KVCache | None = None):
+        """(cache, logits (B, V)) after B prompts; the cache has room for `room` tokens more, as far
+        as the context goes. One that is given is used again."""
+        return read_prompts(self, prompts, room, cache)
+
+    def step(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """idx (B, T), the next tokens of each row -> logits (B, V) after the last of them."""
+        return self.lm_head(self.hidden(idx, cache)[:, -1]).float()
 
     def hidden(self, idx, cache=None):
         """idx (B, T) -> what the head reads, (B, T, C); the cache, if there is one, is filled."""
@@ -376,23 +311,12 @@ class GPT(nn.Module):
             cache.advance(T)
         return self.transformer.ln_f(x)
 
-    def head_loss(self, x, targets):
-        """x (N, C), targets (N,) -> the loss summed over the targets that are not -1."""
-        device = x.device.type
-        # elsewhere the indexing is a sync point, and compiled graphs want fixed shapes
-        if device == "cpu" and not torch.compiler.is_compiling():
-            counts = targets != IGNORED  # of a prompt and its short answer, a tenth may count:
-            x, targets = x[counts], targets[counts]  # the head, most of a small GPT, skips the rest
-        dtype = self.compute_dtype
-        with torch.autocast(device, enabled=False):  # the dtype is said, chunk by chunk
-            return HeadLoss.apply(x, self.lm_head.weight, targets, dtype, torch.is_grad_enabled())
-
-    def logits_at(self, idx, where):
-        """idx, where (B, T) -> logits of the positions where it is True, in order, (n, V) float32:
-        yielded some rows at a time, since B x T x V of them would be the largest tensor by far."""
-        x = self.hidden(idx)[where]
-        for rows in x.split(head_chunk(x.device.type, torch.float32).rows):
-            yield self.lm_head(rows).float()
+    def logits_at(self, idx: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Tensor]:
+        """idx, targets (B, T) -> logits of the positions whose target is not -1, in order, (n, V)
+        float32: yielded some rows at a time."""
+        x = self.hidden(idx)[targets != IGNORED]
+        rows = head_chunk(x.device.type, torch.float32).rows
+        return (self.lm_head(part).float() for part in x.split(rows))
 
     def num_params(self):
         """The number of parameters, a tied head counted once."""
@@ -406,6 +330,36 @@ class GPT(nn.Module):
         if not c.tied_head:  # a tied one serves as the head, where it is a product
             n -= self.transformer.wte.weight.numel()
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def activation_bytes(self, batch_size: int, device_type: str,
+                         dtype: torch.dtype) -> tuple[int, int]:
+        """(bytes that the forward pass keeps for the backward, bytes that it works in besides).
+
+        Of a token in a block, with width C, inner width I and e bytes per number, it keeps the
+        inputs of two norms in float32; their outputs, q, k, v and attention's output, e each; the
+        MLP's inner layer before and after the activation. Dropout adds its masks, and autocast the
+        matrices in the dtype of the products. With recompute only the inputs of the blocks are
+        kept, and one block at a time is there as a whole.
+        """
+        c, e = self.config, dtype.itemsize
+        inner, tokens = c.n_inner or 4 * c.n_embd, batch_size * c.block_size
+        token = 2 * 4 * c.n_embd + 6 * e * c.n_embd + 2 * e * inner
+        if c.dropout and device_type == "cpu":  # attention then writes out all pairs, thrice
+            token += 4 * e * c.n_embd + 12 * c.n_head * c.block_size
+        elif c.dropout:
+            token += 2 * c.n_embd
+        cast = sum(p.numel() * e for p in self.transformer.h[0].parameters()
+                   if p.dim() >= 2 and p.dtype != dtype)
+        # gradients on their way through a block
+        backward = tokens * (2 * e * inner + 2 * 4 * c.n_embd)
+        if self.recompute:
+            return c.n_layer * 4 * c.n_embd * tokens, token * tokens + cast + backward
+        return c.n_layer * (token * tokens + cast), backward
+
+    def head_bytes(self, batch_size: int, device_type: str, dtype: torch.dtype) -> tuple[int, int]:
+        """(bytes while the loss is computed, bytes at the end of the backward) for the head."""
+        rows = batch_size * self.config.block_size
+        return head_bytes(self.lm_head.weight, rows, device_type, dtype)
 
     def param_groups(self, weight_decay):
         """AdamW's two groups: decay for matrices and embeddings, none for biases and gains."""
@@ -426,14 +380,26 @@ class GPT(nn.Module):
                                   requires_grad=wpe.weight.requires_grad)
         wpe.num_embeddings = block_size
 
-    def new_cache(self, batch_size, length=None):
-        device = self.transformer.ln_f.weight.device
-        return KVCache(self.config, batch_size, length, device, self.compute_dtype)
+    def crop_vocab(self, n_vocab: int) -> None:
+        """Keeps the first n_vocab tokens: cuts the padding of a vocabulary."""
+        self.config = replace(self.config, vocab_size=n_vocab)
+        for module in (self.transformer.wte, self.lm_head):
+            module.weight = nn.Parameter(module.weight.detach()[:n_vocab].clone())
+        self.transformer.wte.num_embeddings = self.lm_head.out_features = n_vocab
+        self.tie_head()
 
-    def generate(self, idx, max_new_tokens, **options):
-        """idx (B, T) and what follows it, (B, T + new); options as for stream()."""
-        new = list(stream(self, idx, max_new_tokens, **options))
+    def new_cache(self, batch_size, length=None):
+        return KVCache(self.config, batch_size, length, self.device, self.compute_dtype)
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, **options) -> torch.Tensor:
+        """idx (B, T) and what follows it, (B, T + new), as nanoGPT's; options as for stream()."""
+        new = stream(self, idx.tolist(), max_new_tokens, temperature, top_k, **options)
         return torch.cat([idx] + [token[:, None] for token in new], dim=1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.ln_f.weight.device
 
     @property
     def stream_dtype(self):
@@ -443,9 +409,8 @@ class GPT(nn.Module):
     @property
     def compute_dtype(self):
         """What products are computed in: autocast's dtype where it is on, else the stream's."""
-        device = self.transformer.ln_f.weight.device.type
-        autocast = torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if autocast else self.stream_dtype
+        autocast = torch.is_autocast_enabled(self.device.type)
+        return torch.get_autocast_dtype(self.device.type) if autocast else self.stream_dtype
 
     def set_dtype(self, dtype):
         """Keeps the matrices and embeddings in `dtype`. The vectors, a thousandth of the whole,

@@ -8,36 +8,39 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from configurator import configure
+from configurator import AboveZero, AtLeast0, AtLeast1, NonNegative, Probability, configure
 from nanotune.cli import run
-from nanotune.device import autocast, pick_compile, pick_device, pick_dtype
+from nanotune.device import DtypeName, autocast, pick_compile, pick_device, pick_dtype
 from nanotune.errors import UserError
 from nanotune.formats.checkpoint import load_model
 from nanotune.generation.fast import for_generation
-from nanotune.generation.generate import Writer, stream
+from nanotune.generation.generate import TextPieces, stream
+from nanotune.text.tokenizer import EOT
 
 
 @dataclass
 class Config:
     # model
-    out_dir: str = "out"         # the run whose ckpt.pt is read
-    init_from: str = "resume"    # resume: out_dir's; or a hub id, a folder, a run, an .onnx file
+    out_dir: str = "out"              # the run whose ckpt.pt is read
+    init_from: str = "resume"  # resume: out_dir's; or a hub id, a folder, a run, an .onnx file
     # text
-    start: str = "\n"            # the prompt, or FILE:path of a file that holds it
-    num_samples: int = 10        # generated together
-    max_new_tokens: int = 500    # of each sample
-    temperature: float = 0.8     # 0: the likeliest token; below 1 less random, above more
-    top_k: int = 200             # only the likeliest so many tokens; 0: all
-    top_p: float = 1.0           # only the fewest tokens that hold this much probability
-    stop: str = "<|endoftext|>"  # a sample ends before this text; end-of-text ends it always
-    seed: int = 1337
+    start: str = "\n"                 # the prompt, or FILE:path of a file that holds it
+    num_samples: AtLeast1 = 10        # generated together
+    max_new_tokens: AtLeast1 = 500    # of each sample
+    temperature: NonNegative = 0.8    # 0: the likeliest token; below 1 less random, above more
+    top_k: AtLeast0 = 200             # only the likeliest so many tokens; 0: all
+    top_p: Probability = 1.0          # keep the fewest tokens that hold this much probability
+    repetition_penalty: AboveZero = 1.0  # above 1: tokens already in the text become less likely
+    stop: str = "<|endoftext|>"       # a sample ends before this text; end-of-text ends it always
+    seed: AtLeast0 = 1337
     # system
-    device: str = "auto"         # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"          # auto, float32, bfloat16, float16
-    compile: bool | str = False  # a step of one token: minutes first, faster then; auto: on a GPU
+    device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
+    dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16
+    compile: bool | Literal["auto"] = False  # auto: on a GPU; a minute before the first token
 
 
 def read_prompt(start):
@@ -51,15 +54,6 @@ def read_prompt(start):
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
-
-
-def check_config(cfg):
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0),
-                        ("top_k", 0), ("seed", 0)):
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be at least {least}")
-    if not 0 < cfg.top_p <= 1:
-        raise UserError(f"--top_p={cfg.top_p} must be in (0, 1]")
 
 
 def encode_prompt(tokenizer, text, block_size):
@@ -76,7 +70,6 @@ def encode_prompt(tokenizer, text, block_size):
 
 def main(argv):
     cfg = configure(Config, argv)
-    check_config(cfg)
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     prompt = read_prompt(cfg.start)
@@ -88,30 +81,30 @@ def main(argv):
     model.eval()
     model = for_generation(model, device, dtype, pick_compile(cfg.compile, device))
 
-    shown_ids = ids if prompt else []  # an empty prompt's end-of-text is not shown
-    writers = [Writer(tokenizer, shown_ids, cfg.stop) for _ in range(cfg.num_samples)]
+    pieces = [TextPieces(tokenizer, ids, "" if cfg.stop == EOT else cfg.stop)  # eot always ends it
+              for _ in range(cfg.num_samples)]
     live = cfg.num_samples == 1 and sys.stdout.isatty()
-    shown, times = 0, [time.perf_counter()]
+    shown = tokenizer.decode(ids if prompt else [])  # of an empty prompt not its end-of-text
+    texts = [[shown] for _ in pieces]
+    if live:
+        print(shown, end="", flush=True)
+    times = [time.perf_counter()]
     with autocast(device, dtype, cache=True):
         tokens = stream(
-            model, torch.tensor([ids] * cfg.num_samples, device=device), cfg.max_new_tokens,
-            temperature=cfg.temperature, top_k=cfg.top_k or None, top_p=cfg.top_p,
+            model, [ids] * cfg.num_samples, cfg.max_new_tokens, temperature=cfg.temperature,
+            top_k=cfg.top_k or None, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,
             stop_token=tokenizer.eot, n_vocab=tokenizer.n_vocab,
             generator=torch.Generator(device).manual_seed(cfg.seed))
         for token in tokens:
-            for writer, id in zip(writers, token.tolist()):
-                writer.add(id)
+            for text, piece, id in zip(texts, pieces, token.tolist()):
+                text.append(piece.add(id))
             times.append(time.perf_counter())
             if live:
-                shown = show_new(writers[0], shown, len(cfg.stop))
-            if all(writer.done for writer in writers):
+                print(texts[0][-1], end="", flush=True)
+            if all(piece.done for piece in pieces):
                 break
-    if live:
-        print(writers[0].text()[shown:])
-    else:
-        for writer in writers:
-            print(writer.text())
-            print("-" * 15)
+    for text, piece in zip(texts, pieces):
+        print(piece.rest() if live else "".join([*text, piece.rest(), "\n", "-" * 15]))
     print(speed(times, cfg.num_samples), file=sys.stderr)
 
 
@@ -125,16 +118,6 @@ def speed(times, num_samples):
         rate = (len(later) - 1) * num_samples / (later[-1] - later[0])
         told += f" (the later half at {rate:,.1f})"
     return told
-
-
-def show_new(writer, shown, held_back):
-    """Prints what a sample has grown by, but for what may yet turn out to be a stop text or half
-    a character; returns how much stands printed."""
-    text = writer.text()
-    ready = len(text) if writer.done else max(shown, len(text) - held_back)
-    ready = len(text[:ready].rstrip("\ufffd"))
-    print(text[shown:ready], end="", flush=True)
-    return max(shown, ready)
 
 
 if __name__ == "__main__":

@@ -10,43 +10,30 @@ A step takes gradient_accumulation_steps * batch_size samples, shared among the 
 computes depends on the seed and the step alone: so a stopped run resumes exactly.
 """
 import math
-import os
-import shlex
 import signal
 import sys
-import tempfile
 import time
-import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configurator import configure
-from model import GPT, GPTConfig
+from configurator import AtLeast0, AtLeast1, Fraction, NonNegative, Seed, configure
 from nanotune import files
-from nanotune.cli import run
-from nanotune.device import (
-    DTYPES,
-    autocast,
-    matmul_peak,
-    peak_memory,
-    pick_compile,
-    pick_dtype,
-    tune_malloc,
-)
+from nanotune.cli import StopSignals, resume_command, run
+from nanotune.device import DtypeName, autocast, matmul_peak, peak_memory
 from nanotune.errors import NonFiniteLoss, UserError
 from nanotune.evaluation.perplexity import evaluate_loss
 from nanotune.formats import checkpoint
 from nanotune.generation.generate import stream
-from nanotune.text.loader import TokenBin, dataset_folder, open_tokens
-from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
-from nanotune.training import distributed, logbook, lora, plan, resume, state_dicts
+from nanotune.training import distributed, logbook, resume, state_dicts
 from nanotune.training import optimizer as optimizers
-from nanotune.training.distributed import read_world, share, sum_over_ranks
+from nanotune.training.distributed import share, sum_over_ranks
+from nanotune.training.plan import tell_plan
+from nanotune.training.run import dry_run, set_up
 
 MAX_SKIPPED = 10  # fp16 steps in a row that the scaler may skip
 # not cuDNN's, which plans anew, for longer than a token takes, for each length of a cache
@@ -57,222 +44,62 @@ ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 class Config:
     # I/O
     out_dir: str = "out"
-    eval_interval: int = 2000    # steps between evaluations; also at step 0 and at the last
-    log_interval: int = 1
-    eval_iters: int = 200        # batches of batch_size windows an evaluation; 0: the whole split
-    eval_only: bool = False      # evaluate once and stop; writes nothing
-    dry_run: bool = False        # print the plan, memory included, and stop; loads no weights
+    eval_interval: AtLeast1 = 2000    # steps between evaluations; also at step 0 and at the last
+    log_interval: AtLeast1 = 1
+    eval_iters: AtLeast0 = 200  # batches of batch_size windows an evaluation; 0: the whole split
+    eval_only: bool = False           # evaluate once and stop; writes nothing
+    dry_run: bool = False             # print the plan, memory included, and stop; loads no weights
     always_save_checkpoint: bool = True  # ckpt.pt at each evaluation; False: only the best so far
-    init_from: str = "scratch"   # scratch, resume, gpt2*, a hub id, a Hugging Face folder, a run
-    overwrite: bool = False      # begin a new run in an out_dir that holds one
-    auto_resume: bool = False    # resume where out_dir holds a state, else begin as init_from says
-    force_resume: bool = False   # resume although seed, dataset, block_size or global batch differ
-    save_interval: int | None = None  # steps between saves of state.pt; None: at each evaluation
-    keep_states: int = 2         # states that stay on disk: a damaged one falls back to the last
-    sample_interval: int = 0     # show a sample at every so many evaluations; 0: never
-    sample_start: str = "\n"     # the sample's prompt
+    init_from: str = "scratch"  # scratch, resume, gpt2*, a hub id, a Hugging Face folder, a run
+    overwrite: bool = False           # begin a new run in an out_dir that holds one
+    auto_resume: bool = False  # resume where out_dir holds a state, else begin as init_from says
+    force_resume: bool = False  # resume although seed, dataset, block_size or global batch differ
+    save_interval: AtLeast1 | None = None  # steps between saves of state.pt; None: eval_interval
+    keep_states: AtLeast1 = 2  # states that stay on disk: a damaged one falls back to the last
+    sample_interval: AtLeast0 = 0     # show a sample at every so many evaluations; 0: never
+    sample_start: str = "\n"          # the sample's prompt
     # wandb
     wandb_log: bool = False
     wandb_project: str = "nanotune"
     wandb_run_name: str = "gpt2"
     # data
-    dataset: str = "openwebtext"  # a folder below data/, or a path
-    gradient_accumulation_steps: int = 5 * 8  # micro-steps a step, over all processes
-    batch_size: int = 12         # samples a micro-step
-    block_size: int | None = None  # None: the model's own, 1024 from scratch; less crops it
+    dataset: str = "openwebtext"      # a folder below data/, or a path
+    gradient_accumulation_steps: AtLeast1 = 5 * 8  # micro-steps a step, over all processes
+    batch_size: AtLeast1 = 12         # samples a micro-step
+    block_size: AtLeast1 | None = None  # None: the model's own, 1024 from scratch; less crops it
     separate_documents: bool = False  # tokens see their own document only, up to its end-of-text
     # model (from scratch; a pretrained one brings its own, and takes the dropout)
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0         # for pretraining 0 is good, for finetuning try 0.1
-    bias: bool = False           # biases in LayerNorms and Linears
+    n_layer: AtLeast1 = 12
+    n_head: AtLeast1 = 12
+    n_embd: AtLeast1 = 768
+    dropout: Fraction = 0.0           # for pretraining 0 is good, for finetuning try 0.1
+    bias: bool = False                # biases in LayerNorms and Linears
     # optimizer
-    learning_rate: float = 6e-4  # the highest
-    max_iters: int = 600000      # steps in all
-    weight_decay: float = 1e-1   # on matrices and embeddings only
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0       # largest norm of the gradient; 0: no clipping
-    patience: int = 0            # stop after so many evaluations without a better one; 0: never
+    learning_rate: NonNegative = 6e-4  # the highest
+    max_iters: AtLeast0 = 600000      # steps in all
+    weight_decay: NonNegative = 1e-1  # on matrices and embeddings only
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    grad_clip: NonNegative = 1.0      # largest norm of the gradient; 0: no clipping
+    patience: AtLeast0 = 0  # stop after so many evaluations without a better one; 0: never
     # memory
-    weights: str = "float32"     # bfloat16: half of it for weights and gradients
-    optimizer: str = "adamw"     # adamw8bit: moments in 2 bytes a weight, not 8 (needs torchao)
-    recompute: bool = False      # work activations out again in the backward pass: 4/3 of the time
-    lora_rank: int = 0           # train adapters of this rank beside frozen weights; 0: all weights
+    weights: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half of weights and gradients
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: 2 bytes of moments, not 8
+    recompute: bool = False  # work activations out again in the backward pass: 4/3 of the time
+    lora_rank: AtLeast0 = 0  # train adapters of this rank beside frozen weights; 0: all weights
     # learning rate
-    decay_lr: bool = True        # cosine decay after warmup; False: constant
-    warmup_iters: int = 2000
-    lr_decay_iters: int | None = None  # None: max_iters
-    min_lr: float | None = None  # None: learning_rate / 10
+    decay_lr: bool = True             # cosine decay after warmup; False: constant
+    warmup_iters: AtLeast0 = 2000
+    lr_decay_iters: AtLeast0 | None = None  # None: max_iters
+    min_lr: NonNegative | None = None  # None: learning_rate / 10
     # system
-    parallel: str = "ddp"        # on several processes: ddp copies the model, fsdp shares it out
-    backend: str = "auto"        # auto, nccl, gloo
-    timeout: int = 600           # seconds to wait for a process that does not answer
-    device: str = "auto"         # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"          # auto, float32, bfloat16, float16 (with a GradScaler)
-    compile: bool | str = "auto"  # auto: where torch.compile is known to work
-    seed: int = 1337             # of weights, data order and dropout
-
-
-# -----------------------------------------------------------------------------
-# setup: what one process can check comes before the processes join; rank 0 alone reads and writes
-# out_dir and init_from, so that machines need no common disk
-
-def check_config(cfg, world, dtype):
-    """Raises UserError for fields that do not go together."""
-    accumulation = cfg.gradient_accumulation_steps
-    for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval",
-                 "n_layer", "n_head", "n_embd", "block_size", "save_interval", "keep_states",
-                 "timeout"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 1")
-    for name in ("eval_iters", "max_iters", "learning_rate", "weight_decay", "grad_clip",
-                 "warmup_iters", "patience", "sample_interval", "lora_rank"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be at least 0")
-    for name in ("dropout", "beta1", "beta2"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise UserError(f"--{name}={getattr(cfg, name)} must be in [0, 1)")
-    if not 0 <= cfg.seed < 2**32:
-        raise UserError(f"--seed={cfg.seed} must be in [0, 2**32)")
-    if accumulation % world.size:
-        lower = accumulation - accumulation % world.size
-        raise UserError(
-            f"--gradient_accumulation_steps={accumulation} does not divide among {world.size} "
-            f"processes; use a multiple, such as {lower or world.size}")
-    if cfg.parallel not in ("ddp", "fsdp"):
-        raise UserError(f"--parallel={cfg.parallel}: use ddp or fsdp")
-    if cfg.auto_resume and cfg.overwrite:
-        raise UserError("--auto_resume=True goes on with what --overwrite=True would replace at "
-                        "each restart: give one of them")
-    for name, known in (("weights", ("float32", "bfloat16")), ("optimizer", optimizers.NAMES)):
-        if getattr(cfg, name) not in known:
-            raise UserError(f"--{name}={getattr(cfg, name)}: use {' or '.join(known)}")
-    if cfg.lora_rank and cfg.init_from == "scratch":
-        raise UserError("--lora_rank leaves the weights as they are, and --init_from=scratch "
-                        "draws them at random: give a pretrained --init_from, or --lora_rank=0")
-    if cfg.lora_rank and cfg.init_from != "resume" and (
-            Path(cfg.init_from).resolve() == Path(cfg.out_dir).resolve()):
-        raise UserError(f"--out_dir={cfg.out_dir} is the base of this LoRA run too, which its "
-                        "adapters would replace; choose another --out_dir")
-    distributed.check_pairs(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
-                            optimizer=cfg.optimizer, lora="yes" if cfg.lora_rank else "no")
-    if cfg.optimizer == "adamw8bit" and not cfg.dry_run:
-        optimizers.check_8bit(world.device)
-    if cfg.wandb_log:
-        logbook.check_wandb()
-
-
-def check_out_dir(cfg):
-    """Raises UserError where out_dir cannot be written or holds a run that would be lost."""
-    out_dir = Path(cfg.out_dir)
-    held = [f.name for f in (out_dir / checkpoint.MODEL_FILE, *resume.state_files(out_dir))
-            if f.exists()]
-    if held and not resume.resumes(cfg) and not cfg.overwrite and not (
-            cfg.auto_resume and resume.barely_begun(out_dir)):
-        raise UserError(f"{out_dir} holds a run already ({', '.join(held)}): go on with it by "
-                        "--init_from=resume, replace it by --overwrite=True, or choose another "
-                        "--out_dir")
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as e:
-        raise UserError(f"--out_dir={out_dir} cannot be written ({e.strerror}); choose "
-                        "another") from None
-
-
-def load_start(cfg, tokenizer, folder):
-    """The resume.Start that the run begins with, as init_from says."""
-    weights = DTYPES[cfg.weights]
-    if resume.resumes(cfg):
-        start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
-        resume.check_same_run(cfg, start)
-        check_same_tokenizer(start.tokenizer, tokenizer, cfg.out_dir, folder)
-        if cfg.block_size is not None:
-            start.model.crop_block_size(cfg.block_size)
-        return start
-    if cfg.init_from == "scratch":
-        torch.manual_seed(cfg.seed)
-        model = GPT(scratch_config(cfg, tokenizer))
-        model.set_dtype(weights)
-        return resume.Start(model)
-    model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout, dtype=weights)
-    check_same_tokenizer(held, tokenizer, cfg.init_from, folder)
-    if not cfg.lora_rank:
-        return resume.Start(model)
-    lora.add_lora(model, cfg.lora_rank, cfg.seed)
-    return resume.Start(model, lora=dict(
-        rank=cfg.lora_rank, base=cfg.init_from, hash=checkpoint.hash_of(cfg.init_from),
-        weights=cfg.weights))
-
-
-def scratch_config(cfg, tokenizer):
-    return GPTConfig(
-        block_size=cfg.block_size or 1024,
-        vocab_size=50304 if tokenizer.n_vocab == 50257 else tokenizer.n_vocab,
-        n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout,
-        bias=cfg.bias)
-
-
-def open_data(cfg, folder, model, world):
-    """{split: TokenBin}. Raises UserError where this machine's files are not rank 0's."""
-    data = {split: TokenBin(folder / f"{split}.bin", model.config.block_size,
-                            model.config.vocab_size, cfg.seed) for split in ("train", "val")}
-    for split in data.values():
-        mine = len(split), zlib.crc32(split.tokens[:2**20])
-        if share(world, mine) != mine:
-            raise UserError(f"{split.path.absolute()} of process {world.rank} differs from that "
-                            "of process 0: copy the folder to each machine")
-    return data
-
-
-def set_up(cfg, argv):
-    """Everything that the loop works on, in one namespace."""
-    world = read_world(cfg.device)
-    dtype = pick_dtype(cfg.dtype, world.device)
-    check_config(cfg, world, dtype)
-    if world.device.type == "cpu":
-        tune_malloc(lean=cfg.recompute)
-    folder = dataset_folder(cfg.dataset)
-    for split in ("train", "val"):
-        open_tokens(folder / f"{split}.bin", cfg.block_size or 1)
-    if world.is_main and not cfg.eval_only:
-        check_out_dir(cfg)
-    tokenizer = tokenizer_of_dataset(folder)
-    if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
-        raise UserError("--sample_start is empty; give it at least a character")
-    if cfg.separate_documents and tokenizer.eot is None:
-        raise UserError("--separate_documents needs end-of-text between the documents, and "
-                        f"{folder} with {tokenizer.name} has none; leave it out")
-    start = load_start(cfg, tokenizer, folder) if world.is_main else None
-
-    distributed.join(world, cfg.backend, cfg.timeout)
-    start = resume.spread(start, world, DTYPES[cfg.weights])
-    model, progress = start.model, start.progress
-    model.config = replace(
-        model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
-    if model.config.doc_end is not None or model.config.local_window is not None:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN under masks: pytorch issue 196678
-    data = open_data(cfg, folder, model, world)
-    model.recompute = cfg.recompute
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
-    forward, compiled = distributed.parallelize(
-        model, world, cfg.parallel, dtype, cfg.compile, data["train"].batch(0, cfg.batch_size))
-    optimizer = optimizers.make_optimizer(
-        cfg.optimizer, model.param_groups(cfg.weight_decay), cfg.learning_rate,
-        (cfg.beta1, cfg.beta2), world.device)
-    if start.stepped:
-        state_dicts.load_optimizer_state(model, optimizer, start.optimizer, start.path, world)
-    scaler = optimizers.LossScaler(world.device.type, enabled=dtype == torch.float16)
-    if start.scaler:
-        scaler.load_state_dict(start.scaler)
-    start.model = start.optimizer = None  # a sharded run holds its share alone from here on
-    return SimpleNamespace(
-        cfg=cfg, argv=argv, world=world, dtype=dtype, compiled=compiled, model=model,
-        forward=forward, optimizer=optimizer, scaler=scaler, tokenizer=tokenizer, data=data,
-        start=start, progress=progress, tried_step=progress.step if start.path else None,
-        not_saved={})
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: each process holds a part of the model
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto, nccl, gloo
+    timeout: AtLeast1 = 600           # seconds to wait for a process that does not answer
+    device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
+    dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16 (with a GradScaler)
+    compile: bool | Literal["auto"] = "auto"  # auto: where torch.compile is known to work
+    seed: Seed = 1337                 # of weights, data order and dropout
 
 
 # -----------------------------------------------------------------------------
@@ -391,8 +218,9 @@ def evaluate_and_save(r):
 
 
 def evaluate_splits(r):
-    return [evaluate_loss(r.model, r.data[split], r.cfg.eval_iters, r.cfg.batch_size, r.world,
-                          r.dtype) for split in ("train", "val")]
+    count, size = r.cfg.eval_iters * r.cfg.batch_size, r.cfg.batch_size
+    return [evaluate_loss(r.model, data, data.windows(count), size, r.world, r.dtype)
+            for data in (r.data["train"], r.data["val"])]
 
 
 def save(r, name):
@@ -430,8 +258,8 @@ def show_sample(r, length=120):
     # a compiled model would be compiled again, for these shapes
     with (torch.compiler.set_stance("force_eager"), sdpa_kernel(ANY_LENGTH),
           autocast(r.world.device, r.dtype, cache=True)):
-        new = stream(r.model, torch.tensor([ids], device=r.world.device), length, temperature=0.8,
-                     top_k=200, n_vocab=r.tokenizer.n_vocab, generator=generator)
+        new = stream(r.model, [ids], length, temperature=0.8, top_k=200,
+                     n_vocab=r.tokenizer.n_vocab, generator=generator)
         ids = ids + [int(token) for token in new]
     r.model.train()
     r.log.say("--- sample ---\n" + r.tokenizer.decode(ids) + "\n--------------")
@@ -439,23 +267,6 @@ def show_sample(r, length=120):
 
 # -----------------------------------------------------------------------------
 # the loop
-
-class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop at the end of the step. A second Ctrl-C stops at once, but
-    under torchrun, which sends its own signal after the terminal's."""
-    def __enter__(self):
-        self.received = 0
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, number, frame):
-        if self.received and number == signal.SIGINT and "RANK" not in os.environ:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def __exit__(self, *exc):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def train(r, signals):
@@ -500,78 +311,6 @@ def train(r, signals):
             log.say(f"stopped by a signal after step {step}; go on with:\n"
                     f"  {resume_command(r.argv)}")
             return 128 + int(signals.received or signal.SIGTERM)
-
-
-def resume_command(argv):
-    argv = [arg for arg in argv if not arg.startswith(("--init_from=", "--overwrite="))]
-    size = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = f"torchrun --standalone --nproc_per_node={size}" if size else "python"
-    return f"{launcher} train.py {shlex.join([*argv, '--init_from=resume'])}"
-
-
-def plan_lines(cfg, config, world, dtype, compiled, train_tokens, val_tokens):
-    """(What the run will take, as lines of text; whether it fits into memory)."""
-    model = plan.meta_model(config, cfg)
-    lines = plan.describe(
-        model.num_params(), cfg.gradient_accumulation_steps * cfg.batch_size * config.block_size,
-        cfg.max_iters, train_tokens, val_tokens, world, dtype, compiled, cfg.dataset)
-    if cfg.lora_rank:
-        trained = sum(p.numel() for p in lora.adapters(model).values())
-        lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M of them are trained")
-    sharded = world.size > 1 and cfg.parallel == "fsdp"
-    lines += plan.describe_saves(model.num_params(), cfg.out_dir, cfg.keep_states,
-                                 world.size if sharded else 1, plan.save_bytes(model, cfg))
-    told, fits = plan.describe_memory(config, cfg, world.device, dtype, world.size)
-    return lines + told, fits
-
-
-def dry_run(cfg):
-    """Prints the plan of a run; reads its data's size and its model's, and no weights."""
-    world = read_world(cfg.device)
-    dtype = pick_dtype(cfg.dtype, world.device)
-    check_config(cfg, world, dtype)
-    folder = dataset_folder(cfg.dataset)
-    if cfg.init_from == "scratch":
-        config = scratch_config(cfg, tokenizer_of_dataset(folder))
-    else:
-        config = checkpoint.model_config(cfg.out_dir if resume.resumes(cfg) else cfg.init_from)
-        config = replace(config, block_size=cfg.block_size or config.block_size)
-    tokens = [len(open_tokens(folder / f"{split}.bin", config.block_size))
-              for split in ("train", "val")]
-    compiled = pick_compile(cfg.compile, world.device,
-                                        weights=DTYPES[cfg.weights])
-    lines, _ = plan_lines(cfg, config, world, dtype, compiled, *tokens)
-    if world.is_main:
-        print("\n".join(lines))
-
-
-def tell_plan(r):
-    """The plan, and what in it looks like a mistake."""
-    cfg, p = r.cfg, r.progress
-    if not r.world.is_main:
-        return
-    for line in r.start.warnings:
-        r.log.warn(line)
-    lines, fits = plan_lines(cfg, r.model.config, r.world, r.dtype, r.compiled,
-                             *(len(r.data[split]) for split in ("train", "val")))
-    for line in lines:
-        r.log.say(line)
-    if not fits:
-        r.log.warn("the memory may not suffice, see above; should the run be killed, that is why")
-    data = r.data["train"]
-    if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
-        long, examples = data.count_long(r.tokenizer.eot)
-        if long:
-            r.log.warn(f"{long:,} of {examples:,} examples are longer than block_size="
-                       f"{data.block_size}: no window holds one whole, and the end of one is "
-                       "learnt without its beginning; raise --block_size or shorten them")
-    if p.step:
-        r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
-    if p.step >= cfg.max_iters and p.evaluated == p.step:
-        r.log.warn(f"the run is at step {p.step} already: raise --max_iters to train on")
-    if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
-        r.log.warn(f"warmup_iters={cfg.warmup_iters} is no less than max_iters={cfg.max_iters}: "
-                   "the learning rate never reaches its height")
 
 
 def tell_end(r):

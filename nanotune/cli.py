@@ -7,6 +7,8 @@ torch is looked at only if the script has imported it: the data scripts run with
 """
 import contextlib
 import os
+import shlex
+import signal
 import sys
 import time
 import traceback
@@ -98,3 +100,28 @@ def lost_rank(e: Exception) -> str | None:
     return (f"process {rank} of {size}: another process is gone or did not answer in time "
             f"({text[text.index(sign):][:80]}); its own message, if it had any, is above or in its "
             "terminal. The states on disk are good: start the job again with --auto_resume=True")
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask for a stop at the end of the step. A second Ctrl-C stops at once, but
+    under torchrun, which sends its own signal after the terminal's."""
+    def __enter__(self):
+        self.received = 0
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number, frame):
+        if self.received and number == signal.SIGINT and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *exc):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def resume_command(argv):
+    argv = [arg for arg in argv if not arg.startswith(("--init_from=", "--overwrite="))]
+    size = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --standalone --nproc_per_node={size}" if size else "python"
+    return f"{launcher} train.py {shlex.join([*argv, '--init_from=resume'])}"

@@ -1,28 +1,37 @@
-"""The device: which one, its dtype, whether to compile, its memory and its speed."""
+"""Picks the device, its dtype and whether to compile; measures its memory and speed."""
 import ctypes
 import importlib.util
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from nanotune.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def autocast(device, dtype, cache=False):
-    """Matrix products in `dtype`. The cache keeps each matrix that was cast until the context's
-    end: good for many tokens, and a loss of memory for one pass, with recompute above all."""
+def autocast(device: torch.device, dtype: torch.dtype, cache: bool = False) -> torch.autocast:
+    """Returns a context in which matrix products run in `dtype`; float32 disables it.
+
+    `cache` keeps each cast matrix until the context ends. It saves time over many tokens; for a
+    single pass it only takes memory, most of all with recompute.
+    """
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 
 
-def pick_device(name="auto", local_rank=None):
-    """'auto' is the GPU if there is one. Under torchrun, which gives a local_rank, cuda means this
-    process's own card."""
+def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
+    """Returns the device of that name; 'auto' is the GPU if there is one, else the CPU.
+
+    Under torchrun pass `local_rank`: cuda then means cuda:local_rank. Raises UserError if the name
+    is unknown or this machine has no such device.
+    """
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -39,25 +48,27 @@ def pick_device(name="auto", local_rank=None):
                         "install the CUDA build of torch and NVIDIA's driver")
     index = (device.index or 0) if local_rank is None else local_rank
     if index >= torch.cuda.device_count():
-        raise UserError(f"cuda:{index} is asked for, but this machine has "
+        raise UserError(f"cuda:{index} does not exist: this machine has "
                         f"{torch.cuda.device_count()} GPU(s); lower --nproc_per_node or --device")
     return torch.device("cuda", index)
 
 
-def lacks_bfloat16(device):
-    """Whether it is a GPU before Ampere, capability 8, such as a T4: PyTorch stores and casts
-    bfloat16 there, but has no fast products of it and does not compile it.
-    (torch.cuda.is_bf16_supported counts emulation.)"""
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Returns whether the device is a GPU older than Ampere (capability 8), such as a T4.
+
+    PyTorch stores and casts bfloat16 there, but does not multiply it fast or compile it.
+    torch.cuda.is_bf16_supported returns True there, since it counts emulation.
+    """
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
 
 
-def pick_dtype(name, device):
-    """The dtype that matrix products run in. 'auto' is bfloat16 only where it is native: on a
-    GPU of capability 8 and up, on a CPU with AMX or avx512_bf16; float16 on older GPUs; float32
-    elsewhere."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype that matrix products run in; `name` is auto or a key of DTYPES.
+
+    'auto' is bfloat16 if the hardware has it (a GPU of capability 8 and up, a CPU with AMX or
+    avx512_bf16), float16 on older GPUs, else float32.
+    """
     if name != "auto":
-        if name not in DTYPES:
-            raise UserError(f"--dtype={name}: use auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.float16 if lacks_bfloat16(device) else torch.bfloat16
@@ -69,14 +80,17 @@ def pick_dtype(name, device):
     return torch.float32
 
 
-def pick_compile(choice, device, sharded=False, weights=torch.float32):
-    """'auto' compiles where that is known to work: CUDA of capability 7 and up, with Triton, not
-    sharded, with weights in a dtype that the GPU knows."""
+def pick_compile(choice: str | bool, device: torch.device, sharded: bool = False,
+                 weights: torch.dtype = torch.float32) -> bool:
+    """Returns whether to call torch.compile; `choice` is auto, True or False, and `weights` the
+    dtype of the parameters.
+
+    'auto' compiles if that is known to work: on a GPU of capability 7 and up, with Triton, not
+    sharded, and not bfloat16 weights on a GPU that lacks it.
+    """
     if choice != "auto":
-        if not isinstance(choice, bool):
-            raise UserError(f"--compile={choice}: use auto, True or False")
         return choice
-    if weights == torch.bfloat16 and lacks_bfloat16(device):  # minutes, and then nothing
+    if weights == torch.bfloat16 and lacks_bfloat16(device):  # fails after minutes
         return False
     return (not sharded and device.type == "cuda"
             and torch.cuda.get_device_capability(device)[0] >= 7
@@ -87,26 +101,31 @@ def pick_compile(choice, device, sharded=False, weights=torch.float32):
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
-def tune_malloc(lean):
-    """What glibc does with freed memory; other C libraries have no such switch, and nothing is
-    done. By default it gives large blocks back, and the system clears pages for each new one."""
+def tune_malloc(lean: bool) -> None:
+    """Sets what glibc does with freed memory: `lean` returns it to the system, else it is kept.
+
+    By default glibc returns large blocks, and the system clears the pages of each new one. Does
+    nothing with other C libraries, which have no such switch.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl; Windows
         return
-    if lean:  # all of a megabyte and more goes back: else holes in the heap are a third of what a
-        # lean run of GPT-2 holds; that took 3 and 34 % more time in two runs on a virtual machine
+    if lean:  # returns blocks of 1 MB and more: else a third of a lean GPT-2 run's memory is heap
+        # holes. Cost 3 % and 34 % more time in two runs on a virtual machine.
         mallopt(M_MMAP_THRESHOLD, 2**20)
-        mallopt(M_MMAP_MAX, 2**16)  # this and the next are glibc's own, which the other run changed
+        mallopt(M_MMAP_MAX, 2**16)  # here and below: glibc's defaults, to undo an earlier call
         mallopt(M_TRIM_THRESHOLD, 2**17)
-    else:  # none does: the next micro-step takes the same again, and needs a tenth less time
+    else:  # returns nothing: the next micro-step reuses it and takes a tenth less time
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def device_memory(device):
-    """Bytes of memory that the device has: of a GPU what it has in all, of a CPU what the machine
-    has, or the container it runs in; None where that cannot be learnt."""
+def device_memory(device: torch.device) -> int | None:
+    """Returns the device's total memory in bytes, or None if unknown.
+
+    For a CPU that is the machine's memory, or the container's limit if that is lower.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
@@ -120,9 +139,11 @@ def device_memory(device):
     return min([whole, *(int(text) for text in held if text.isdigit())])
 
 
-def peak_memory(device):
-    """The most bytes so far: allocated by torch on a GPU, resident in the process on a CPU; None
-    where the system does not tell."""
+def peak_memory(device: torch.device) -> int | None:
+    """Returns the peak memory so far in bytes, or None if unknown.
+
+    On a GPU that is what torch allocated, on a CPU the resident memory of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu" or importlib.util.find_spec("resource") is None:  # Windows
@@ -133,11 +154,12 @@ def peak_memory(device):
 
 
 @lru_cache(maxsize=1)
-def matmul_peak(device, dtype):
-    """Floating-point operations a second that a matrix product of this dtype reaches on the
-    device, the best of some measured on the spot: what MFU is a share of. The product grows until
-    it takes 10 ms, since a CPU may take seconds where it has no instructions for the dtype
-    (float16)."""
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Measures and returns the FLOP/s of a matrix product: MFU is a fraction of this.
+
+    The size doubles until a product takes 10 ms, since a CPU without instructions for the dtype
+    (float16) may need seconds for a large one. The best of the sizes counts.
+    """
     peak, size, seconds = 0.0, 256, 0.0
     while seconds < 0.01 and size <= 8192:
         a = torch.ones(size, size, device=device, dtype=dtype)
@@ -148,8 +170,11 @@ def matmul_peak(device, dtype):
     return peak
 
 
-def least_seconds(call, device, times=3):
-    """The shortest of some calls: something else may have had the processor in the others."""
+def least_seconds(call: Callable[[], object], device: torch.device, times: int = 3) -> float:
+    """Calls `times` times and returns the shortest duration in seconds.
+
+    Another process may have slowed down the longer ones.
+    """
     taken = []
     for _ in range(times):
         synchronize(device)
@@ -160,6 +185,7 @@ def least_seconds(call, device, times=3):
     return min(taken)
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
+    """Waits for the work queued on a GPU; does nothing for a CPU."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()

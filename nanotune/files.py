@@ -1,17 +1,19 @@
-"""Files that are whole or not there: atomic writes, checked reads.
+"""Writes files and folders atomically; checks checkpoint files as it reads them.
 
-What is written goes to a temporary file or folder, is synced, and is renamed: a crash leaves the
-old one. What torch.save wrote is checked bit by bit before use, and read as plain data: no code in
-it is run.
+A write goes to a temporary file or folder, which is synced and then renamed: after a crash the old
+file is intact. Loading checks the CRC of each entry of a torch.save file, and reads plain data
+only: it runs no code from the file.
 """
 import os
 import pickle
 import shutil
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -19,14 +21,14 @@ from nanotune.errors import UserError, first_line, out_of_memory
 
 
 class WriteError(UserError):
-    """The disk did not take a file; what stood there before is untouched."""
+    """Writing a file failed; the previous file at that path is intact."""
 
 
-def write_atomic(path, write, keep=1):
-    """Calls write(file) on a temporary file beside `path`, syncs it and renames it to `path`. With
-    `keep` above 1 what stood there becomes NAME.1.pt, and so on: that many stay in all.
+def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object], keep: int = 1) -> None:
+    """Calls write(file) on a temporary file beside `path`, syncs it and renames it to `path`.
 
-    Raises WriteError where the disk does not take it; what stood at `path` is then still there.
+    With `keep` above 1 the previous file becomes NAME.1.pt, the one before NAME.2.pt and so on,
+    `keep` files in all. Raises WriteError if writing fails; the previous file is then intact.
     """
     temporary = f"{path}.tmp"
     try:
@@ -38,18 +40,20 @@ def write_atomic(path, write, keep=1):
             make_older(Path(path), keep)
             os.replace(temporary, path)
             sync_folder(os.path.dirname(path) or ".")
-        finally:  # a second Ctrl-C in the middle leaves no half file either
+        finally:  # also after a second Ctrl-C
             Path(temporary).unlink(missing_ok=True)
     except (OSError, RuntimeError) as e:  # RuntimeError: torch's zip writer, over an OSError
         reasons = [getattr(error, "strerror", None) for error in (e, e.__context__)]
         raise WriteError(f"cannot write {path} ({next(filter(None, reasons), first_line(e))}); "
-                         "what stood there before is untouched: free space or choose another "
+                         "the previous file is untouched: free space or choose another "
                          "--out_dir") from e
 
 
 def make_older(path, keep):
-    """Shifts NAME.1.pt to NAME.2.pt and so on; a second name for `path` becomes NAME.1.pt, so that
-    there is no moment without a file at `path`."""
+    """Renames NAME.1.pt to NAME.2.pt and so on, and links `path` to NAME.1.pt.
+
+    It links rather than renames so that a file exists at `path` at all times.
+    """
     def aged(age):
         return path.with_suffix(f".{age}{path.suffix}")
 
@@ -62,25 +66,25 @@ def make_older(path, keep):
         aged(1).unlink(missing_ok=True)
         try:
             os.link(path, aged(1))
-        except OSError:  # a file system without hard links: then there is such a moment
+        except OSError:  # no hard links: for a moment there is no file at `path`
             os.replace(path, aged(1))
 
 
 def sync_folder(folder):
-    """Makes a rename in the folder survive a power cut; Windows has no such call."""
+    """Syncs the folder, so that a rename in it survives a power cut; no such call on Windows."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
 
 
-def write_folder(path, write, replaceable, overwrite=False):
-    """Calls write(folder) on a temporary folder beside `path` and renames it to `path`: so that it
-    is there whole or not at all.
+def write_folder(path: str | Path, write: Callable[[Path], object], replaceable: Sequence[str],
+                 overwrite: bool = False) -> None:
+    """Calls write(folder) on a temporary folder beside `path`, syncs it and renames it to `path`.
 
-    A folder that stands at `path` and is not empty is replaced only with `overwrite`, and only if
-    each file in it is named by one of the patterns of `replaceable`. Raises UserError for one
-    that must stay, and where the disk does not take the new one: the old one is then untouched.
+    A folder at `path` that is not empty is replaced only with `overwrite`, and only if each file
+    name in it matches a pattern of `replaceable` (fnmatch's). Raises UserError if it must not be
+    replaced or writing fails; the previous folder is then intact.
     """
     path = Path(path)
     check_replaceable(path, replaceable, overwrite)
@@ -100,14 +104,15 @@ def write_folder(path, write, replaceable, overwrite=False):
     except OSError as e:
         if old.exists() and not path.exists():
             old.rename(path)
-        raise UserError(f"cannot write {path} ({e.strerror or e}); nothing was left there or "
-                        "changed: free space or choose another folder") from e
+        raise UserError(f"cannot write {path} ({e.strerror or e}); nothing was changed "
+                        "there: free space or choose another folder") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_replaceable(path, replaceable, overwrite):
-    """Raises UserError where the folder at `path` holds what must not be replaced."""
+def check_replaceable(path: Path, replaceable: Sequence[str], overwrite: bool) -> None:
+    """Raises UserError if `path` is a file, is a folder that is not empty and `overwrite` is not
+    set, or holds a file whose name matches no pattern of `replaceable`."""
     if not path.exists():
         return
     held = sorted(p.name for p in path.iterdir()) if path.is_dir() else None
@@ -116,32 +121,39 @@ def check_replaceable(path, replaceable, overwrite):
     foreign = [name for name in held if not any(fnmatch(name, p) for p in replaceable)]
     if held and not overwrite:
         raise UserError(f"{path} is not empty ({held[0]}{', ...' if held[1:] else ''}); choose "
-                        "another folder, or replace it by --overwrite=True")
+                        "another folder, or replace it with --overwrite=True")
     if foreign:
-        raise UserError(f"{path} holds {foreign[0]}, which no export writes: it is not replaced, "
-                        "with --overwrite=True neither; choose another folder")
+        raise UserError(f"{path} holds {foreign[0]}, which no export writes: --overwrite=True does "
+                        "not replace it either; choose another folder")
 
 
-def save(path, data, keep=1):
-    """torch.save, atomically. Tensors go to disk one by one: the whole is never held twice."""
+def save(path: str | Path, data: dict, keep: int = 1) -> None:
+    """Calls torch.save through write_atomic; `keep` is as there.
+
+    Tensors are written one by one, so the data is never in memory twice. Raises WriteError if
+    writing fails.
+    """
     write_atomic(path, lambda f: torch.save(data, f), keep)
 
 
-def load(path):
-    """A checkpoint file as a dict of plain data and CPU tensors. Raises UserError for one that is
-    missing, damaged (a flipped bit too: torch.load alone lets that through) or carries code."""
+def load(path: str | Path) -> dict:
+    """Returns the content of a checkpoint file: a dict of plain data and CPU tensors.
+
+    Raises UserError if the file is missing, damaged, carries code, or lacks 'model' or
+    'model_args'. A flipped bit counts as damage; torch.load alone does not notice one.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the --out_dir of a run that has saved")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        with warnings.catch_warnings(action="ignore"):  # of odd pickles, which are refused
+        with warnings.catch_warnings(action="ignore"):  # of odd pickles: refused below
             if damaged is None:
                 data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} carries code or objects beside plain data; refused, none of it "
-                        "was run") from None
+        raise UserError(f"{path} carries code or objects beside plain data; it was refused and "
+                        "not run") from None
     except Exception as e:  # a damaged archive or pickle can raise nearly anything
         if out_of_memory(e):
             raise
@@ -156,8 +168,11 @@ def load(path):
 
 
 @contextmanager
-def checked_parse(path):
-    """Turns any exception while parsing a whole file's content into UserError."""
+def checked_parse(path: str | Path) -> Iterator[None]:
+    """A context for parsing the content of a file that loaded without error.
+
+    Raises UserError for any exception inside it; if memory ran out the exception passes through.
+    """
     try:
         yield
     except Exception as e:

@@ -107,6 +107,18 @@ def tiny_gpt(vocab_size, seed=0, **fields):
     return model
 
 
+def greedy_reference(model, idx, new):
+    """The docstring of stream(), written out: whole forwards, the window's later half kept."""
+    size, begin = model.config.block_size, max(0, idx.size(1) - model.config.block_size)
+    for _ in range(new):
+        if idx.size(1) - begin > size:
+            begin = idx.size(1) - max(1, size // 2)
+        with torch.no_grad():
+            logits = model.logits(idx[:, begin:])[:, -1]
+        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
+    return idx
+
+
 @pytest.fixture
 def make_run(tmp_path):
     """make_run(tokenizer) writes the ckpt.pt of a tiny model; returns (out_dir, model)."""

@@ -289,12 +289,12 @@ def test_load_model_from_an_out_dir(tmp_path):
     assert loaded.config.dropout == 0.25
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     idx = torch.arange(16)[None]
-    assert torch.equal(loaded.eval()(idx), model.eval()(idx))
+    assert torch.equal(loaded.eval().logits(idx), model.eval().logits(idx))
     assert all(p.requires_grad for p in loaded.parameters())
 
     cropped, _ = checkpoint.load_model(str(tmp_path / "run"), block_size=4)
     assert cropped.config.block_size == 4
-    assert torch.allclose(cropped.eval()(idx[:, :4]), model(idx)[:, :4], atol=1e-6)
+    assert torch.allclose(cropped.eval().logits(idx[:, :4]), model.logits(idx)[:, :4], atol=1e-6)
     with pytest.raises(UserError, match="block_size=17"):
         checkpoint.load_model(str(tmp_path / "run"), block_size=17)
 
@@ -415,7 +415,7 @@ def test_nanogpts_model(tmp_path, bias, compiled):
     model, _ = checkpoint.load_model(str(tmp_path / "run"))
     idx = torch.arange(16)[None]
     with torch.no_grad():
-        difference = model.eval()(idx) - exact_gelu_logits(held, idx)
+        difference = model.eval().logits(idx) - exact_gelu_logits(held, idx)
     assert difference.abs().max() < 1e-5  # the tanh GELU would be off by 1e-3
     assert model.lm_head.weight is model.transformer.wte.weight
 
@@ -427,7 +427,7 @@ def test_nanogpts_mask_buffers_are_no_weights(tmp_path):
     torch.save(held, tmp_path / "run" / "ckpt.pt")
     model, _ = checkpoint.load_model(str(tmp_path / "run"))
     idx = torch.arange(16)[None]
-    assert (model.eval()(idx) - exact_gelu_logits(held, idx)).abs().max() < 1e-5
+    assert (model.eval().logits(idx) - exact_gelu_logits(held, idx)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -8,14 +8,14 @@ import torch
 from tiny import REPO, run_script
 
 import train
+from configurator import configure
 from nanotune import cli
 from nanotune.errors import NonFiniteLoss, UserError, first_line, out_of_memory
-from nanotune.training.distributed import read_world
 
 
 def test_a_user_error_is_one_line(monkeypatch, capsys):
     def main(argv):
-        train.check_config(train.Config(batch_size=0), read_world("cpu"), torch.float32)
+        configure(train.Config, ["--batch_size=0"])
 
     assert run_script(monkeypatch, capsys, main, []) == (
         1, "", "error: --batch_size=0 must be at least 1\n")

@@ -1,16 +1,19 @@
 """Arguments and config files onto a dataclass: round trips, and each mistake told in one line."""
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bench
 import evaluate
+import export
 import sample
 import train
-from configurator import configure, help_text
+from configurator import Interval, configure, help_text, members
 from nanotune.errors import UserError
 
 
@@ -292,3 +295,48 @@ def test_help_text():
     line = next(line for line in text if "--learning_rate" in line)
     assert line.split() == ["--learning_rate=6e-4", "the", "highest"]
     assert next(line for line in text if "--block_size" in line) == "  --block_size=None"
+
+
+# -----------------------------------------------------------------------------
+# values outside their bounds
+
+@pytest.mark.parametrize("script, arg, said", [
+    (train, "--min_lr=-0.1", "--min_lr=-0.1 must be at least 0"),
+    (train, "--lr_decay_iters=-1", "--lr_decay_iters=-1 must be at least 0"),
+    (train, "--learning_rate=1e999", "--learning_rate=inf must be a finite number"),
+    (train, "--beta2=1.0", "--beta2=1.0 must be in [0, 1)"),
+    (train, "--seed=4294967296", "--seed=4294967296 must be in [0, 4294967296)"),
+    (train, "--save_interval=0", "--save_interval=0 must be at least 1"),
+    (train, "--backend=mpi", "--backend=mpi: use auto, nccl or gloo"),
+    (train, "--compile=fast", "--compile=fast: use auto, True or False"),
+    (sample, "--top_p=0.0", "--top_p=0.0 must be in (0, 1]"),
+    (sample, "--repetition_penalty=0", "--repetition_penalty=0.0 must be above 0"),
+    (evaluate, "--stride=0", "--stride=0 must be at least 1"),
+])
+def test_a_value_outside_its_bounds(script, arg, said):
+    with pytest.raises(UserError) as info:
+        configure(script.Config, [arg])
+    assert str(info.value) == said
+
+
+def test_bounds_hold_in_a_config_file_too(tmp_path):
+    (tmp_path / "c.py").write_text("min_lr = -0.1\n")
+    with pytest.raises(UserError, match=r"--min_lr=-0\.1 must be at least 0"):
+        configure(train.Config, [str(tmp_path / "c.py")])
+    assert configure(train.Config, [str(tmp_path / "c.py"), "--min_lr=0"]).min_lr == 0
+
+
+@pytest.mark.parametrize("ends, inside, outside", [
+    ("[)", [0, 0.5], [1, -1e-9]), ("(]", [0.5, 1], [0]), ("()", [0.5], [0, 1]),
+    ("[]", [0, 1], [2])])
+def test_an_interval(ends, inside, outside):
+    interval = Interval(0, 1, ends)
+    assert all(map(interval.holds, inside))
+    assert not any(map(interval.holds, [*outside, math.nan, math.inf, -math.inf]))
+
+
+@pytest.mark.parametrize("script", [train, sample, evaluate, export, bench])
+def test_every_number_has_bounds(script):
+    for name, kind in typing.get_type_hints(script.Config, include_extras=True).items():
+        assert not {int, float} & set(members(kind)), f"{script.__name__}.{name} has no bounds"
+

@@ -29,7 +29,8 @@ def val_bin(tmp_path):
 
 
 def loss_of(model, data, eval_iters=0, batch_size=3, world=ALONE, dtype=torch.float32):
-    return evaluate_loss(model, data, eval_iters, batch_size, world, dtype)
+    windows = data.windows(eval_iters * batch_size)
+    return evaluate_loss(model, data, windows, batch_size, world, dtype)
 
 
 @torch.no_grad()

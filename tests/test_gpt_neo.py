@@ -36,7 +36,7 @@ def windows(config):
 
     for block in model.transformer.h:
         block.attn.register_forward_pre_hook(look)
-    model(torch.zeros(1, 300, dtype=torch.long))
+    model.logits(torch.zeros(1, 300, dtype=torch.long))
     return seen
 
 
@@ -91,7 +91,7 @@ def test_finetuned_cropped_and_resumed(block_size, neo_folder, make_dataset, tmp
     start, _ = checkpoint.load_model(str(folder), block_size)
     idx = torch.tensor([tokenizer.encode(TEXT[:block_size])])
     with torch.no_grad():
-        torch.testing.assert_close(start.eval()(idx), theirs(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(start.eval().logits(idx), theirs(idx).logits, atol=1e-4, rtol=0)
     capsys.readouterr()
     sample.main([f"--out_dir={tmp_path / 'whole'}", "--start=line", "--max_new_tokens=30",
                  "--num_samples=1", "--temperature=0", "--device=cpu", "--dtype=float32"])

@@ -3,14 +3,15 @@ import math
 
 import pytest
 import torch
-from conftest import hf_model, tiny_gpt
+from conftest import greedy_reference, hf_model, tiny_gpt
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_module
-from model import GPT, GPTConfig, HeadChunk
+from model import GPT, GPTConfig
+from nanotune import head_loss
 from nanotune.errors import UserError
 from nanotune.generation.generate import sample_token, stream
+from nanotune.head_loss import HeadChunk
 
 NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5, n_layer=3)
 
@@ -41,7 +42,7 @@ def test_logits_are_those_of_transformers(fields, write_hf):
     ours = GPT.from_pretrained(write_hf(theirs)).eval()
     idx = ids(2, ours.config.block_size)
     with torch.no_grad():
-        expected, logits = theirs(idx).logits, ours(idx)
+        expected, logits = theirs(idx).logits, ours.logits(idx)
     assert expected.std() > 0.3  # or nothing would be compared
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
@@ -56,7 +57,7 @@ def test_without_biases_is_with_zero_ones():
         for name, param in biased.named_parameters():
             if name in missing:
                 param.zero_()
-        torch.testing.assert_close(plain(ids(2, 16)), biased(ids(2, 16)))
+        torch.testing.assert_close(plain.logits(ids(2, 16)), biased.logits(ids(2, 16)))
 
 
 def test_initial_weights():
@@ -100,13 +101,13 @@ def test_dropout_is_drawn_in_training_only():
     model = tiny_gpt(61, dropout=0.5)
     idx = ids(2, 16)
     with torch.no_grad():
-        assert torch.equal(model(idx), model(idx))
+        assert torch.equal(model.logits(idx), model.logits(idx))
         model.train()
         torch.manual_seed(3)
-        first = model(idx)
-        second = model(idx)
+        first = model.logits(idx)
+        second = model.logits(idx)
         torch.manual_seed(3)
-        again = model(idx)
+        again = model.logits(idx)
     assert torch.equal(first, again) and not torch.allclose(first, second)
 
 
@@ -125,12 +126,12 @@ def test_dropout_is_applied_where_gpt2_does(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy_attention)
     monkeypatch.setattr(F, "dropout", spy_dropout)
     model = tiny_gpt(61, dropout=0.25).train()
-    model(ids(1, 4))
+    model.logits(ids(1, 4))
     # embeddings once; per layer attention's weights, its projection, the MLP's
     assert rates == [("residual", 0.25)] + 2 * [("attention", 0.25), ("residual", 0.25),
                                                 ("residual", 0.25)]
     rates.clear()
-    model.eval()(ids(1, 4))
+    model.eval().logits(ids(1, 4))
     assert {rate for _, rate in rates} == {0.0}
 
 
@@ -147,9 +148,9 @@ def test_crop():
     model = tiny_gpt(61)
     idx = ids(2, 7)
     with torch.no_grad():
-        whole = model(idx)
+        whole = model.logits(idx)
         model.crop_block_size(7)
-        torch.testing.assert_close(model(idx), whole)
+        torch.testing.assert_close(model.logits(idx), whole)
     assert model.config.block_size == 7 and model.transformer.wpe.weight.shape == (7, 16)
     assert model.transformer.wpe.weight.requires_grad
     with pytest.raises(UserError, match="block_size=8 is more than the 7 positions"):
@@ -178,14 +179,14 @@ def loss_and_gradients(model, loss):
 
 
 def reference_loss(model, idx, targets):
-    return F.cross_entropy(model(idx).float().flatten(0, 1), targets.flatten(), ignore_index=-1,
-                           reduction="sum")
+    return F.cross_entropy(model.logits(idx).float().flatten(0, 1), targets.flatten(),
+                           ignore_index=-1, reduction="sum")
 
 
 @pytest.mark.parametrize("rows", [1, 5, 7, 21, 512])
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients(rows, tied, monkeypatch):
-    monkeypatch.setitem(model_module.HEAD_CHUNK, "cpu", HeadChunk(rows, 2, 8))
+    monkeypatch.setitem(head_loss.HEAD_CHUNK, "cpu", HeadChunk(rows, 2, 8))
     model, idx, targets = tiny_gpt(61, tied_head=tied), ids(3, 7), targets_with_gaps(3, 7)
     expected, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
     loss, ours = loss_and_gradients(model, model(idx, targets))
@@ -227,7 +228,7 @@ def test_loss_with_a_frozen_head():
 
 def test_loss_of_weights_kept_in_half_precision(monkeypatch):
     """They are cast a part at a time, to the same numbers as whole."""
-    monkeypatch.setitem(model_module.HEAD_CHUNK, "cpu", HeadChunk(5, 2, 8))
+    monkeypatch.setitem(head_loss.HEAD_CHUNK, "cpu", HeadChunk(5, 2, 8))
     model, idx, targets = tiny_gpt(61, tied_head=False), ids(3, 7), targets_with_gaps(3, 7)
     model.set_dtype(torch.bfloat16)
     loss, ours = loss_and_gradients(model, model(idx, targets))
@@ -241,7 +242,7 @@ def test_loss_of_weights_kept_in_half_precision(monkeypatch):
 
 @pytest.mark.parametrize("rows", [5, 512])
 def test_loss_under_bf16_autocast(rows, monkeypatch):
-    monkeypatch.setitem(model_module.HEAD_CHUNK, "cpu", HeadChunk(rows, 2, 8))
+    monkeypatch.setitem(head_loss.HEAD_CHUNK, "cpu", HeadChunk(rows, 2, 8))
     model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
     exact, exact_gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
     with torch.autocast("cpu", torch.bfloat16):
@@ -262,7 +263,7 @@ def test_loss_under_bf16_autocast(rows, monkeypatch):
 def test_float16_products_do_not_overflow():
     """Before the GradScaler's factor comes in, which could not mend it."""
     dw = torch.zeros(3, 2)
-    model_module.add_product(dw, -torch.ones(512, 3).half(), 200 * torch.ones(512, 2).half(), 2)
+    head_loss.add_product(dw, -torch.ones(512, 3).half(), 200 * torch.ones(512, 2).half(), 2)
     assert torch.equal(dw, torch.full((3, 2), -512 * 200.0))
 
 
@@ -277,7 +278,7 @@ def test_loss_never_holds_all_logits(monkeypatch):
                     self.numel = max(self.numel, tensor.numel())
             return out
 
-    monkeypatch.setitem(model_module.HEAD_CHUNK, "cpu", HeadChunk(8, 2, 100))
+    monkeypatch.setitem(head_loss.HEAD_CHUNK, "cpu", HeadChunk(8, 2, 100))
     model, idx = tiny_gpt(500, n_embd=4, n_layer=1), ids(8, 16, vocab=500)
     with Largest() as seen:
         model(idx, idx).backward()
@@ -290,27 +291,13 @@ def test_loss_never_holds_all_logits(monkeypatch):
 # -----------------------------------------------------------------------------
 # generation
 
-def greedy_reference(model, idx, new):
-    """The docstring of stream(), written out: whole forwards, the window's later half kept."""
-    size, begin = model.config.block_size, max(0, idx.size(1) - model.config.block_size)
-    for _ in range(new):
-        if idx.size(1) - begin > size:
-            begin = idx.size(1) - max(1, size // 2)
-        with torch.no_grad():
-            logits = model(idx[:, begin:])[:, -1]
-        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
-    return idx
-
-
 @pytest.mark.parametrize("fields", [dict(), NEO, dict(block_size=1), dict(block_size=7)],
                          ids=["gpt2", "neo", "block 1", "block 7"])
 @pytest.mark.parametrize("prompt, new", [(1, 15), (5, 11), (5, 50), (16, 3), (40, 30)])
 def test_cached_is_uncached(fields, prompt, new):
     model, idx = tiny_gpt(61, **fields), ids(3, prompt)
     expected = greedy_reference(model, idx, new)
-    for use_cache in (True, False):
-        out = model.generate(idx, new, temperature=0, use_cache=use_cache)
-        assert torch.equal(out, expected)
+    assert torch.equal(model.generate(idx, new, temperature=0), expected)
     assert len(expected[:, prompt:].unique()) > 1 or new < 4  # no constant tail
 
 
@@ -320,9 +307,9 @@ def test_prefill_in_pieces(fields, pieces):
     model, idx = tiny_gpt(61, **fields), ids(2, 16)
     cache, end = model.new_cache(2), 0
     with torch.no_grad():
-        whole = model(idx)
+        whole = model.logits(idx)
         for piece in pieces:
-            logits = model(idx[:, end:end + piece], cache=cache)
+            logits = model.step(idx[:, end:end + piece], cache)
             end += piece
             assert cache.pos == end and logits.shape == (2, 61)
             torch.testing.assert_close(logits, whole[:, end - 1], atol=1e-5, rtol=1e-5)
@@ -333,9 +320,9 @@ def test_cache_starts_over():
     cache = model.new_cache(2, length=9)
     assert cache.k.shape == (2, 2, 2, 9, 8)
     with torch.no_grad():
-        model(ids(2, 9, seed=7), cache=cache)
-        cache.pos = 0
-        torch.testing.assert_close(model(idx, cache=cache), model(idx)[:, -1])
+        model.step(ids(2, 9, seed=7), cache)
+        cache.rewind(0)
+        torch.testing.assert_close(model.step(idx, cache), model.logits(idx)[:, -1])
 
 
 def test_cache_under_autocast():
@@ -343,10 +330,10 @@ def test_cache_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache = model.new_cache(2)
         assert cache.k.dtype == torch.bfloat16
-        model(idx[:, :8], cache=cache)
-        logits = [model(idx[:, i:i + 1], cache=cache) for i in range(8, 12)][-1]
+        model.step(idx[:, :8], cache)
+        logits = [model.step(idx[:, i:i + 1], cache) for i in range(8, 12)][-1]
         assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits, model(idx)[:, -1].float(), atol=0.1, rtol=0.1)
+        torch.testing.assert_close(logits, model.logits(idx)[:, -1].float(), atol=0.1, rtol=0.1)
 
 
 def reference_distribution(logits, temperature, top_k, top_p):
@@ -401,8 +388,8 @@ def test_a_stop_token_ends_its_row_alone():
 
     def draw(**options):
         generator = torch.Generator().manual_seed(4)
-        return torch.stack(list(stream(model, idx, 90, temperature=3.0, generator=generator,
-                                       **options)), dim=1)
+        return torch.stack(list(stream(model, idx.tolist(), 90, temperature=3.0,
+                                       generator=generator, **options)), dim=1)
     free = draw()                # (3, 90)
     stop = int(free[0, 3])
     first = [row.index(stop) for row in free.tolist()]
@@ -432,7 +419,53 @@ def test_masks_are_made_once_in_the_dtype_that_attention_adds(fields, dtype):
     for block in model.transformer.h:
         block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        model(torch.arange(16)[None] % 11)
+        model.logits(torch.arange(16)[None] % 11)
     masks = {id(mask): mask for mask in seen if mask is not None}
     assert len(seen) == 4 and len(masks) == 1
     assert {mask.dtype for mask in masks.values()} == {dtype}
+
+
+@pytest.mark.parametrize("penalty", [1.3, 2.0])
+@pytest.mark.parametrize("neo", [False, True])
+def test_a_repetition_penalty_is_that_of_transformers(neo, penalty, write_hf):
+    theirs = hf_model(neo=neo)
+    ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
+    for prompt in ([5, 9, 5], [1]):
+        expected = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None,
+            attention_mask=torch.ones(1, len(prompt)), pad_token_id=0, repetition_penalty=penalty)
+        new = stream(ours, [prompt], 16, temperature=0, repetition_penalty=penalty)
+        found = [*prompt, *map(int, new)]
+        assert found == expected[0].tolist()
+        plain = [*prompt, *map(int, stream(ours, [prompt], 16, temperature=0))]
+        assert found != plain
+
+
+def test_a_penalty_counts_each_row_alone():
+    model = tiny_gpt(61)
+    prompts = [[1, 2, 3], [4], [4, 4, 9, 8]]
+    options = dict(temperature=0, repetition_penalty=1.5)
+    together = torch.stack(list(stream(model, prompts, 12, **options)), 1)
+    for prompt, row in zip(prompts, together.tolist()):
+        assert row == [int(token) for token in stream(model, [prompt], 12, **options)]
+
+
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 4)])
+@torch.no_grad()
+def test_a_cache_is_rewound_and_reordered(lengths):
+    """Rows go on where another row was, as beams do; and begin again from an earlier place."""
+    model = tiny_gpt(61)
+    prompts = [row[:n] for row, n in zip(ids(3, 6).tolist(), lengths)]
+    cache, _ = model.start(prompts, 4)
+    assert not cache.full
+    cache.reorder(torch.tensor([2, 0, 2]))
+    token = torch.tensor([[7], [8], [9]])
+    found, rows = model.step(token, cache), [prompts[2], prompts[0], prompts[2]]
+    for logits, row, new in zip(found, rows, (7, 8, 9)):
+        torch.testing.assert_close(logits, model.logits(torch.tensor([[*row, new]]))[0, -1],
+                                   atol=1e-5, rtol=1e-5)
+    cache.rewind(6)
+    torch.testing.assert_close(model.step(token, cache), found, atol=1e-6, rtol=1e-6)
+    for _ in range(3):
+        model.step(token, cache)
+    assert cache.full

@@ -56,16 +56,19 @@ def test_logits_with_and_without_past(make_onnx, fields):
     """The prompt whole; and in pieces of 1 and more behind what came before, for three rows."""
     model, onnx_model, _ = make_onnx(**fields)
     idx = random_ids(3, 24)
-    wanted = model(idx)
+    wanted = model.logits(idx)
     assert wanted.abs().max() > 1
-    torch.testing.assert_close(onnx_model(idx), wanted, atol=1e-4, rtol=0)
-    cache, pos = onnx_model.new_cache(3), 0
-    for piece in idx.split([7, 1, 1, 12, 3], dim=1):
-        logits, pos = onnx_model(piece, cache=cache), pos + piece.size(1)
+    torch.testing.assert_close(onnx_model.logits(idx), wanted, atol=1e-4, rtol=0)
+    (cache, logits), pos = onnx_model.start(idx[:, :7].tolist(), 17), 7
+    torch.testing.assert_close(logits, wanted[:, 6], atol=1e-4, rtol=0)
+    for piece in idx[:, 7:].split([1, 1, 12, 3], dim=1):
+        logits, pos = onnx_model.step(piece, cache), pos + piece.size(1)
         assert cache.pos == pos
         torch.testing.assert_close(logits, wanted[:, pos - 1], atol=1e-4, rtol=0)
-    cache.pos = 0
-    torch.testing.assert_close(onnx_model(idx[:, :5], cache=cache), wanted[:, 4], atol=1e-4, rtol=0)
+    assert cache.full
+    cache.rewind(2)
+    torch.testing.assert_close(onnx_model.step(idx[:, 2:5], cache), wanted[:, 4],
+                               atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 1)])
@@ -76,15 +79,29 @@ def test_tasks_take_it_as_they_take_a_gpt(make_onnx, lengths):
     model, onnx_model, _ = make_onnx()
     prompts = [row[:n] for row, n in zip(random_ids(3, 9).tolist(), lengths)]
     labels = [[1, 2, 3], [4, 5], [6]]
-    ours, theirs = (tasks.score_labels(m, prompts, labels, None, 3, "cpu")
+    ours, theirs = (tasks.score_labels(m, prompts, labels, None, 3)
                     for m in (model, onnx_model))
     torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=0)
-    ours, theirs = (tasks.answer(m, prompts, 40, None, 61, 3, "cpu") for m in (model, onnx_model))
+    ours, theirs = (tasks.answer(m, prompts, 40, None, 61, 3) for m in (model, onnx_model))
     assert ours == theirs
     pairs = [(prompt, label) for prompt, label in zip(prompts, labels)]
     for ours, theirs in zip(*(tasks.lambada(m, pairs, [7, 8], 2, "cpu")
                               for m in (model, onnx_model))):
         torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 4)])
+@torch.no_grad()
+def test_a_cache_is_reordered(make_onnx, lengths):
+    model, onnx_model, _ = make_onnx()
+    prompts = [row[:n] for row, n in zip(random_ids(3, 6).tolist(), lengths)]
+    caches = [m.start(prompts, 3)[0] for m in (model, onnx_model)]
+    for order in ([2, 0, 2], [1, 1, 0]):
+        for cache in caches:
+            cache.reorder(torch.tensor(order))
+        ours, theirs = (m.step(torch.tensor([[7], [8], [9]]), cache)
+                        for m, cache in zip((model, onnx_model), caches))
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -102,15 +119,17 @@ def test_loss_is_the_sum_over_targets_that_count(make_onnx):
 def test_generation_is_that_of_the_gpt(make_onnx, options):
     """Longer than the context: the window slides, and the cache starts over."""
     model, onnx_model, _ = make_onnx()
-    ours, theirs = (m.generate(random_ids(2, 5), 60, generator=torch.Generator().manual_seed(1),
-                               **options) for m in (model, onnx_model))
+    ours, theirs = (
+        torch.stack(list(stream(m, random_ids(2, 5).tolist(), 60,
+                                generator=torch.Generator().manual_seed(1), **options)))
+        for m in (model, onnx_model))
     assert torch.equal(ours, theirs)
 
 
 def test_a_stop_token_ends_the_stream(make_onnx):
     model, onnx_model, _ = make_onnx()
     stop = int(model.generate(random_ids(1, 5), 4, temperature=0)[0, -1])
-    ours, theirs = (list(stream(m, random_ids(1, 5), 20, temperature=0, stop_token=stop))
+    ours, theirs = (list(stream(m, random_ids(1, 5).tolist(), 20, temperature=0, stop_token=stop))
                     for m in (model, onnx_model))
     assert ours == theirs and len(ours) <= 4
 
@@ -129,7 +148,7 @@ def test_weights_beside_the_graph(make_onnx, monkeypatch, tmp_path):
     model, onnx_model, path = make_onnx()
     assert (tmp_path / "model.onnx").stat().st_size < 4 * model.num_params() / 2
     assert (tmp_path / "model.onnx.data").stat().st_size > 4 * model.num_params() * 0.9
-    torch.testing.assert_close(onnx_model(random_ids(2, 9)), model(random_ids(2, 9)),
+    torch.testing.assert_close(onnx_model.logits(random_ids(2, 9)), model.logits(random_ids(2, 9)),
                                atol=1e-4, rtol=0)
     (tmp_path / "model.onnx.data").unlink()
     with pytest.raises(UserError, match="incomplete"):
@@ -186,8 +205,8 @@ def test_a_quantized_graph_computes_with_the_quantized_weights(make_onnx, quanti
             block = onnx_graph.block_of(param.size(1), most)
             param.copy_(torch.from_numpy(dequantized(param.numpy().copy(), bits, block)))
     idx = random_ids(2, 24)
-    wanted = model(idx)
-    apart = onnx_model(idx) - wanted
+    wanted = model.logits(idx)
+    apart = onnx_model.logits(idx) - wanted
     assert 0 < apart.std() < 0.06 * wanted.std()
 
 

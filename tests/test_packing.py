@@ -15,14 +15,14 @@ NEO = dict(local_window=4, attn_scale=1.0, qkv_bias=False)
 def test_packed_is_plain(fields):
     model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
     with torch.no_grad():
-        whole = model(idx)
+        whole = model.logits(idx)
         new = model.generate(idx[:, :5], 30, temperature=0)
         fast.pack(model, CPU, torch.float32)
         assert not any(isinstance(module, Linear) for module in model.modules())
-        torch.testing.assert_close(model(idx), whole, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.logits(idx), whole, atol=1e-4, rtol=1e-4)
         cache = model.new_cache(2)
         for part in idx.split([7, 1, 1, 3], dim=1):
-            logits = model(part, cache=cache)
+            logits = model.step(part, cache)
         torch.testing.assert_close(logits, whole[:, -1], atol=1e-4, rtol=1e-4)
         assert isinstance(cache, KVCache)
         assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
@@ -33,13 +33,13 @@ def test_packed_is_plain(fields):
 def test_cast_is_autocast(fields, dtype):
     model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
     with torch.no_grad(), torch.autocast("cpu", dtype):
-        whole, loss = model(idx), model(idx, idx)
+        whole, loss = model.logits(idx), model(idx, idx)
         new = model.generate(idx[:, :5], 30, temperature=0)
         fast.pack(model, CPU, dtype)
         matrices = [module for module in model.modules() if isinstance(module, Linear)]
         assert len(matrices) == 9 and all(layer.weight.dtype == dtype for layer in matrices)
         assert model.transformer.wte.weight.dtype == torch.float32
-        assert torch.equal(model(idx), whole) and torch.equal(model(idx, idx), loss)
+        assert torch.equal(model.logits(idx), whole) and torch.equal(model(idx, idx), loss)
         assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
 
 

@@ -9,11 +9,12 @@ from ranks import run_ranks
 from tiny import arguments, losses, write_dataset
 
 import train
+from configurator import configure
 from nanotune import files
 from nanotune.errors import UserError
 from nanotune.formats import checkpoint
 from nanotune.text.tokenizer import tokenizer_of_dataset
-from nanotune.training import distributed
+from nanotune.training import distributed, run
 
 FIELDS = dict(dropout=0.0, gradient_accumulation_steps=4, max_iters=6,
               eval_iters=0, keep_states=1)
@@ -27,13 +28,13 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(dataset, tmp_path_factory):
     """make(name, size, **fields) is the out_dir of a run on so many ranks, which ended well."""
-    def run(name, size, seconds=120, **fields):
+    def train_on(name, size, seconds=120, **fields):
         out = tmp_path_factory.getbasetemp() / "parallel" / name
         argv = arguments(dataset, out, **FIELDS | fields)
         statuses, said = run_ranks(size, argv, out.with_suffix(f".log{size}"), seconds=seconds)
         assert statuses == [0] * size, said
         return out
-    return run
+    return train_on
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,6 @@ def test_fsdp_in_bfloat16_follows_ddp(make):
     assert {t.dtype for t in state["model"].values()} == {torch.float32}
 
 
-@pytest.mark.slow
 def test_fsdp_samples_and_keeps_the_best(make):
     out = make("fsdp-samples", 2, parallel="fsdp", sample_interval=1, always_save_checkpoint=False,
                save_interval=2)
@@ -238,21 +238,21 @@ def test_untested_pairs_are_refused():
 
     cfg = train.Config(parallel="fsdp", gradient_accumulation_steps=2)
     with pytest.raises(UserError, match=r"parallel=fsdp and dtype=float16 .*--dtype=bfloat16"):
-        train.check_config(cfg, world(2), torch.float16)
-    train.check_config(cfg, world(1), torch.float16)  # one process shares nothing
-    train.check_config(cfg, world(2), torch.bfloat16)
+        run.check_config(cfg, world(2), torch.float16)
+    run.check_config(cfg, world(1), torch.float16)  # one process shares nothing
+    run.check_config(cfg, world(2), torch.bfloat16)
     mps = distributed.World(0, 2, 0, torch.device("mps"))
     with pytest.raises(UserError, match="device=mps and processes=many"):
-        train.check_config(cfg, mps, torch.float32)
+        run.check_config(cfg, mps, torch.float32)
     with pytest.raises(UserError, match="--parallel=zero3: use ddp or fsdp"):
-        train.check_config(train.Config(parallel="zero3"), world(1), torch.float32)
+        configure(train.Config, ["--parallel=zero3"])
 
 
 def other_data(rank):
     """Rank 1's machine has another version of the data."""
     if rank == 1:
-        crc32 = train.zlib.crc32
-        train.zlib.crc32 = lambda data: crc32(data) + 1
+        crc32 = run.zlib.crc32
+        run.zlib.crc32 = lambda data: crc32(data) + 1
 
 
 def test_machines_with_other_data_are_told(tmp_path, dataset):

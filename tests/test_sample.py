@@ -1,5 +1,4 @@
 """sample.py as a user runs it, on tiny runs: what it prints, and what it refuses."""
-import io
 import os
 import re
 from contextlib import redirect_stdout
@@ -11,9 +10,9 @@ from hypothesis import strategies as st
 
 import sample
 from nanotune.errors import UserError
-from nanotune.generation.generate import Writer
+from nanotune.generation.generate import TextPieces
 from nanotune.text.tokenizer import EOT, CharTokenizer, JsonTokenizer
-from sample import main, show_new
+from sample import main
 
 RULE = "\n" + "-" * 15 + "\n"
 
@@ -139,7 +138,7 @@ def read_or_end(handle):
         return b""
 
 
-class Pieces:
+class Cut:
     """A tokenizer whose tokens are pieces of bytes, cut anywhere."""
     eot = None
 
@@ -159,17 +158,27 @@ class Pieces:
 def test_a_growing_sample_is_printed_once(prompt, new, stop, cut):
     data = b"".join(new)
     pieces = [prompt.encode()] + [data[i:i + cut] for i in range(0, len(data), cut)]
-    writer, shown, printed = Writer(Pieces(pieces), [0], stop), 0, ""
+    text, printed = TextPieces(Cut(pieces), [0], stop), prompt
     whole = data.decode("utf-8", "replace")
     expected = prompt + (whole.partition(stop)[0] if stop else whole)
     for token in range(1, len(pieces)):
-        writer.add(token)
-        with redirect_stdout(io.StringIO()) as out:
-            shown = show_new(writer, shown, len(stop))
-        printed += out.getvalue()
-        assert expected.startswith(printed) and len(printed) == shown
-    assert writer.text() == expected
-    assert printed + writer.text()[shown:] == expected
+        printed += text.add(token)
+        assert expected.startswith(printed)
+    assert printed + text.rest() == expected
+
+
+def test_decoding_costs_the_new_tokens_alone():
+    """Each token is decoded with a few before it, however long the text has grown."""
+    lengths = []
+
+    class Counted(Cut):
+        def decode(self, ids):
+            lengths.append(len(ids))
+            return super().decode(ids)
+
+    text = TextPieces(Counted([b"one "] * 1000), [0] * 500)
+    assert "".join(text.add(i) for i in range(1000)) + text.rest() == "one " * 1000
+    assert max(lengths) <= TextPieces.CONTEXT + 1
 
 
 # -----------------------------------------------------------------------------

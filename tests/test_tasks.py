@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import hf_model, tiny_gpt
+from conftest import greedy_reference, hf_model, tiny_gpt
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from model import GPT
 from nanotune.errors import UserError
 from nanotune.evaluation import perplexity, tasks
 from nanotune.generation.generate import stream
+from nanotune.text.loader import TokenBin
 from nanotune.training.distributed import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -33,6 +34,10 @@ def ids(n, seed=0, vocab=61):
     return np.random.RandomState(seed).randint(1, vocab, n)
 
 
+def data_of(tokens, block_size, vocab_size=61):
+    return TokenBin("a text", block_size, vocab_size, tokens=tokens)
+
+
 def one_byte(ids):
     return len(ids)
 
@@ -47,8 +52,8 @@ def run(*argv):
 @given(st.integers(2, 200), st.integers(1, 40), st.data())
 def test_each_token_is_a_target_once(n, block_size, data):
     stride = data.draw(st.integers(1, block_size))
-    windows = perplexity.sliding_windows(n, block_size, stride)
-    x, y = perplexity.sliding_batch(np.arange(n), None, windows, block_size)
+    bin = data_of(np.arange(n), block_size, vocab_size=n)
+    x, y = bin.read(bin.windows(stride=stride))
     rows, columns = (y >= 0).nonzero(as_tuple=True)
     assert sorted(y[rows, columns].tolist()) == list(range(1, n))
     assert torch.equal(x[rows, columns] + 1, y[rows, columns])
@@ -77,20 +82,20 @@ def test_perplexity_is_that_of_transformers(neo, stride, write_hf):
     theirs, tokens = hf_model(neo=neo), ids(170)
     ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
     expected = strided_loop(theirs, tokens, 24, stride)
-    windows = perplexity.sliding_windows(len(tokens), 24, stride)
-    sums = perplexity.perplexity_sums(ours, tokens, None, windows, 24, 3, one_byte, ALONE)
-    r = perplexity.perplexity_of_sums(sums)
+    data = data_of(tokens, 24)
+    windows = data.windows(stride=stride)
+    r = perplexity.perplexity_of_sums(
+        perplexity.perplexity_sums(ours, data, windows, 3, ALONE, one_byte))
     assert r["loss"] == pytest.approx(np.mean(expected), abs=1e-4)
     assert r["tokens"] == 169 and r["windows"] == len(windows)
     assert r["bits_per_byte"] == pytest.approx(np.mean(expected) / math.log(2), abs=1e-4)
 
 
 def test_ranks_share_the_windows():
-    model, tokens = tiny_gpt(61), ids(200)
-    windows = perplexity.sliding_windows(200, 16, 7)
-    whole = perplexity.perplexity_sums(model, tokens, None, windows, 16, 2, one_byte, ALONE)
-    shares = [perplexity.perplexity_sums(model, tokens, None, windows, 16, 2, one_byte,
-                                    World(rank, 3, 0, ALONE.device)) for rank in range(3)]
+    model, data = tiny_gpt(61), data_of(ids(200), 16)
+    whole, *shares = [
+        perplexity.perplexity_sums(model, data, data.windows(stride=7), 2, world, one_byte)
+        for world in (ALONE, *(World(rank, 3, 0, ALONE.device) for rank in range(3)))]
     np.testing.assert_allclose(np.sum(shares, 0), whole, rtol=1e-6)
 
 
@@ -110,7 +115,9 @@ def test_standard_error_is_that_of_the_jackknife():
 def test_a_mask_leaves_targets_out():
     tokens, mask = ids(60), np.zeros(60, dtype=np.uint8)
     mask[[7, 20, 41]] = 1
-    _, y = perplexity.sliding_batch(tokens, mask, perplexity.sliding_windows(60, 16, 5), 16)
+    data = data_of(tokens, 16)
+    data.mask = mask
+    _, y = data.read(data.windows(stride=5))
     assert sorted(y[y >= 0].tolist()) == sorted(tokens[[7, 20, 41]].tolist())
     with pytest.raises(UserError, match="no target counts"):
         perplexity.perplexity_of_sums([0, 0, 0, 0, 0, 0, 0])
@@ -125,8 +132,9 @@ def test_perplexity_of_a_file(make_dataset, make_run, tmp_path, capsys):
     run(f"--out_dir={out_dir}", f"--input={tmp_path / 'f.txt'}", "--stride=1")
     out = capsys.readouterr().out
     tokens = torch.tensor(tokenizer.encode(text))
-    nats = sum(F.cross_entropy(model(tokens[None, max(0, t - 16):t])[0, -1], tokens[t]).item()
-               for t in range(1, len(tokens)))
+    nats = sum(
+        F.cross_entropy(model.logits(tokens[None, max(0, t - 16):t])[0, -1], tokens[t]).item()
+        for t in range(1, len(tokens)))
     n = len(text) - 1
     assert f"loss {nats / n:.4f} nats a token, perplexity {math.exp(nats / n):.2f}, " in out
     assert f"{nats / n / math.log(2):.4f} bits per byte; {n} tokens counted" in out
@@ -164,10 +172,9 @@ def test_batched_answers_are_those_of_one_prompt(fields, batch_size):
     prompts = [ids(n, seed=n).tolist() for n in [3, 17, 9, 3, 1, 12, 8]]
     alone = []
     for prompt in prompts:
-        new = [int(t) for t in stream(model, torch.tensor([prompt]), 7, temperature=0,
-                                      use_cache=False)]
+        new = greedy_reference(model, torch.tensor([prompt]), 7)[0, len(prompt):].tolist()
         alone.append(new[:new.index(5)] if 5 in new else new)
-    assert tasks.answer(model, prompts, 7, 5, 61, batch_size, "cpu") == alone
+    assert tasks.answer(model, prompts, 7, 5, 61, batch_size) == alone
     assert len({tuple(a) for a in alone}) > 3  # they are not all the same
 
 
@@ -176,7 +183,7 @@ def test_answers_are_those_of_transformers(neo, write_hf):
     theirs = hf_model(neo=neo)
     ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
     prompts = [ids(n, seed=n).tolist() for n in [3, 14, 9, 2]]
-    for prompt, new in zip(prompts, tasks.answer(ours, prompts, 8, None, 61, 4, "cpu")):
+    for prompt, new in zip(prompts, tasks.answer(ours, prompts, 8, None, 61, 4)):
         expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False,
                                    attention_mask=torch.ones(1, len(prompt)), eos_token_id=None,
                                    pad_token_id=0)
@@ -186,10 +193,9 @@ def test_answers_are_those_of_transformers(neo, write_hf):
 def test_the_window_slides_under_filling():
     """A full context drops the filling with what it drops, and goes on."""
     model = tiny_gpt(61, block_size=8)
-    x, pad = tasks.flush_right([ids(6).tolist(), ids(2, 1).tolist()], "cpu")
-    assert x[1].tolist()[:4] == [0] * 4 and pad.tolist() == [0, 4]
-    new = torch.stack(list(stream(model, x, 9, temperature=0, pad=pad)), 1)
-    alone = torch.stack(list(stream(model, x[:1], 9, temperature=0)), 1)
+    prompts = [ids(6).tolist(), ids(2, 1).tolist()]
+    new = torch.stack(list(stream(model, prompts, 9, temperature=0)), 1)
+    alone = torch.stack(list(stream(model, prompts[:1], 9, temperature=0)), 1)
     assert torch.equal(new[:1], alone) and new.max() < 61
 
 
@@ -201,11 +207,11 @@ def test_label_scores(fields):
     prompts = [ids(n, seed=n).tolist() for n in [3, 17, 9, 1]]
 
     def plain(prompt, label):
-        logp = model(torch.tensor([prompt + label])).log_softmax(-1)[0]
+        logp = model.logits(torch.tensor([prompt + label])).log_softmax(-1)[0]
         return sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(label))
 
     for labels, ends in (([[4], [7, 8, 9]], []), ([[4], [4, 9]], [5])):
-        scores = tasks.score_labels(model, prompts, labels, 5, 3, "cpu")
+        scores = tasks.score_labels(model, prompts, labels, 5, 3)
         expected = [[plain(prompt, label + ends) for label in labels] for prompt in prompts]
         np.testing.assert_allclose(scores, expected, atol=1e-4)
 
@@ -293,8 +299,8 @@ def test_no_test_file_and_another_tokenizer(task, make_dataset):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--task=bleu"], "--task=bleu: use perplexity, classify, lambada"),
-    (["--task=classify", "--method=beam"], "--method=beam: use generate, likelihood"),
+    (["--task=bleu"], "--task=bleu: use perplexity, classify or lambada"),
+    (["--task=classify", "--method=beam"], "--method=beam: use generate or likelihood"),
     (["--task=lambada"], "--task=lambada needs --input=FILE"),
     (["--detokenize=True"], "--detokenize needs the text"),
     (["--input=gone.txt"], "--input=gone.txt: no such file"),
@@ -326,13 +332,14 @@ def test_lambada():
     rng = np.random.RandomState(3)
     pairs = [(rng.randint(0, 61, n).tolist(), rng.randint(0, 61, m).tolist())
              for n, m in [(5, 1), (9, 2), (20, 4), (1, 1)]]
-    best = [model(torch.tensor([context]))[0, -1].topk(2).indices.tolist() for context, _ in pairs]
+    best = [model.logits(torch.tensor([context]))[0, -1].topk(2).indices.tolist()
+            for context, _ in pairs]
     stop = [best[0][0], best[1][0]]
     # what it says itself, and what it says next to that
     pairs += [(context, [token]) for (context, _), two in zip(pairs, best) for token in two]
     losses, hits, filtered = tasks.lambada(model, pairs, stop, 3, "cpu")
     for i, (context, word) in enumerate(pairs):
-        logits = model(torch.tensor([context + word]))[0, len(context) - 1:-1]
+        logits = model.logits(torch.tensor([context + word]))[0, len(context) - 1:-1]
         assert losses[i] == pytest.approx(F.cross_entropy(
             logits, torch.tensor(word), reduction="sum").item(), abs=1e-4)
         assert bool(hits[i]) == (logits.argmax(-1).tolist() == word)

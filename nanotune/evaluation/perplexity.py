@@ -1,12 +1,15 @@
 """The loss of a text under a model: training's evaluation, and evaluate.py's perplexity.
 
-    evaluate_loss(model, data, ...)          the mean loss of evenly spaced windows of a TokenBin
-    perplexity_sums(model, tokens, ...)      sliding windows; perplexity_of_sums() gives loss,
-                                             standard error and bits per byte
-    detokenize_wikitext(text)                WikiText as it was before it was cut into words
+    evaluate_loss(model, data, windows, ...)    the mean loss
+    perplexity_sums(model, data, windows, ...)  its standard error and bits per byte besides, by
+                                                perplexity_of_sums()
+    detokenize_wikitext(text)                   WikiText as it was before it was cut into words
+
+Both read the windows of a dataset (text/loader.py); ranks share them and add up what they found.
 """
 import math
 import re
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
@@ -15,32 +18,40 @@ from tqdm import tqdm
 from nanotune.device import autocast
 from nanotune.errors import UserError
 from nanotune.text.loader import IGNORED
-from nanotune.training.distributed import sum_over_ranks
+from nanotune.training.distributed import World, is_compiled, sum_over_ranks
 
 
-@torch.no_grad()
-def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=False):
-    """The mean loss, nats a token, of eval_iters * batch_size fixed windows evenly spaced over a
-    TokenBin, or of all of it with eval_iters = 0. Every rank reads its share; all get the sum.
+def rank_batches(model, data, windows: list, batch_size: int, world: World,
+                 progress: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's share of the windows as inputs and targets, (B, T) each, on its device.
 
-    Draws nothing at random and leaves the model in the mode that it found it in.
+    All ranks get as many batches, since those of a sharded model go forward together, and all
+    batches of a compiled model have one shape: what is added has no target that counts.
     """
-    starts = data.windows(eval_iters * batch_size)
-    batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
-    was_training = model.training
-    model.eval()
-    loss, count = 0.0, 0
-    # a sharded model's ranks must go forward together: the last round is run by all
+    batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
     for first in tqdm(range(0, len(batches), world.size), leave=False,
                       disable=None if progress else True):
         mine = first + world.rank
-        x, y = fixed_size_batch(model, data, batches[min(mine, len(batches) - 1)], batch_size)
-        x, y = x.to(world.device), y.to(world.device)
+        batch = batches[min(mine, len(batches) - 1)]
+        missing = batch_size - len(batch) if is_compiled(model) else 0
+        x, y = data.read(batch + batch[:1] * missing)
+        y[len(batch) if mine < len(batches) else 0:] = IGNORED
+        yield x.to(world.device), y.to(world.device)
+
+
+@torch.no_grad()
+def evaluate_loss(model, data, windows: list, batch_size: int, world: World, dtype: torch.dtype,
+                  progress: bool = False) -> float:
+    """The mean loss of these windows, in nats per token; the same on all ranks. Draws nothing at
+    random and leaves the model in the mode that it was in. Raises UserError if no target counts."""
+    was_training = model.training
+    model.eval()
+    loss, count = 0.0, 0
+    for x, y in rank_batches(model, data, windows, batch_size, world, progress):
         with autocast(world.device, dtype):
             batch_loss = model(x, y)
-        if mine < len(batches):
-            loss += float(batch_loss)  # note: a CPU-GPU sync point
-            count += int((y != IGNORED).sum())
+        loss += float(batch_loss)  # note: a CPU-GPU sync point
+        count += int((y != IGNORED).sum())
     model.train(was_training)
     loss, count = sum_over_ranks(loss, count, device=world.device)
     if count == 0:
@@ -49,77 +60,38 @@ def evaluate_loss(model, data, eval_iters, batch_size, world, dtype, progress=Fa
     return loss / count
 
 
-def fixed_size_batch(model, data, starts, batch_size):
-    """The windows from these positions, inputs and targets; for a compiled model, which would be
-    compiled again for a smaller batch, filled up with a window whose targets do not count."""
-    missing = batch_size - len(starts) if model._compiled_call_impl else 0
-    x, y = data.read(starts + starts[:1] * missing)
-    y[len(starts):] = IGNORED
-    return x, y
-
-
-def sliding_windows(n_tokens, block_size, stride):
-    """[(start, first), ...]: each window reads up to block_size inputs from `start`, and its
-    targets from the first-th on count; so each token but the very first is a target once, with
-    at least block_size - stride tokens before it, the text's beginning aside."""
-    windows, end = [], 0
-    for start in range(0, n_tokens - 1, stride):
-        windows.append((start, end - start))
-        end = min(start + block_size, n_tokens - 1)
-        if end == n_tokens - 1:
-            break
-    return windows
-
-
-def sliding_batch(tokens, mask, windows, block_size):
-    """Inputs and targets, (B, T) int64 each, of (start, first) windows; IGNORED is no target."""
-    x = torch.zeros(len(windows), block_size, dtype=torch.int64)
-    y = torch.full_like(x, IGNORED)
-    for row, (start, first) in enumerate(windows):
-        block = torch.as_tensor(tokens[start:start + block_size + 1].astype("int64"))
-        x[row, :len(block) - 1] = block[:-1]
-        y[row, first:len(block) - 1] = block[first + 1:]
-        if mask is not None:
-            keep = torch.as_tensor(mask[start + 1:start + len(block)].astype(bool))
-            y[row, :len(keep)][~keep] = IGNORED
-    return x, y
-
-
 @torch.no_grad()
-def target_losses(model, x, y):
-    """x, y (B, T) on the model's device -> -log p of each target that counts, in order, (n,)."""
-    counts = y != IGNORED
-    losses, targets = [y.new_zeros(0, dtype=torch.float32)], y[counts]
-    for logits in model.logits_at(x, counts):
+def row_losses(model, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x, y (B, T) -> the loss summed over each row's targets, (B,) float64 on the CPU. Packed
+    models and ONNX files have no other loss than that of their logits."""
+    row, targets = (y != IGNORED).nonzero()[:, 0].cpu(), y[y != IGNORED]
+    losses = [y.new_zeros(0, dtype=torch.float32)]
+    for logits in model.logits_at(x, y):
         losses.append(F.cross_entropy(logits, targets[:len(logits)], reduction="none"))
         targets = targets[len(logits):]
-    return torch.cat(losses)
+    total = torch.zeros(len(x), dtype=torch.float64)
+    return total.index_add_(0, row, torch.cat(losses).double().cpu())
 
 
 @torch.no_grad()
-def perplexity_sums(model, tokens, mask, windows, block_size, batch_size, n_bytes, world,
-                    progress=False):
-    """Sums over this rank's share of the windows, as a list: windows, targets n, loss l, l * l,
-    l * n, n * n, bytes of the targets. Each sum can be added up over ranks."""
+def perplexity_sums(model, data, windows: list, batch_size: int, world: World,
+                    n_bytes: Callable[[list[int]], int], progress: bool = False) -> list[float]:
+    """Sums over this rank's windows: windows, targets n, loss l, l * l, l * n, n * n, bytes of the
+    targets. Each sum can be added up over ranks."""
     sums = torch.zeros(7, dtype=torch.float64)
-    batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
-    for batch in tqdm(batches[world.rank::world.size], leave=False,
-                      disable=None if progress else True):
-        x, y = sliding_batch(tokens, mask, batch, block_size)
-        counts = y != IGNORED
-        losses = target_losses(model, x.to(world.device), y.to(world.device)).double().cpu()
-        n = counts.sum(1).double()
-        loss = torch.zeros(len(batch), dtype=torch.float64)
-        loss.index_add_(0, counts.nonzero()[:, 0], losses)
+    for x, y in rank_batches(model, data, windows, batch_size, world, progress):
+        loss = row_losses(model, x, y)
+        n = (y != IGNORED).sum(1).double().cpu()
         sums += torch.stack([(n > 0).double(), n, loss, loss * loss, loss * n, n * n,
                              torch.zeros_like(n)], 1).sum(0)
-        sums[-1] += n_bytes(y[counts].tolist())
+        sums[-1] += n_bytes(y[y != IGNORED].tolist())
     return sums.tolist()
 
 
-def perplexity_of_sums(sums):
-    """{loss in nats a token, standard_error, bits_per_byte, tokens, windows}. The error is that of
-    a ratio estimator over windows: tokens of one window are not independent (Cochran 1977, 6.4)."""
+def perplexity_of_sums(sums: list[float]) -> dict:
+    """{loss, standard_error, bits_per_byte, tokens, windows}, the loss in nats per token. The error
+    is that of a ratio estimator over windows, since tokens of one window are not independent
+    (Cochran 1977, 6.4). Raises UserError if no target counts."""
     windows, n, loss, loss2, loss_n, n2, n_bytes = sums
     if n == 0:
         raise UserError("no target counts in the loss here; look at the mask, or give more text")
@@ -131,7 +103,7 @@ def perplexity_of_sums(sums):
             "windows": int(windows)}
 
 
-def detokenize_wikitext(text):
+def detokenize_wikitext(text: str) -> str:
     """WikiText's text with the spaces taken out that its tokeniser put in. The GPT-2 paper
     evaluates so (section 3.1), since a model of plain text has never seen ' @-@ '."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)

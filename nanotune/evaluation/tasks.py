@@ -98,30 +98,20 @@ def batches_by_length(rows, batch_size):
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def flush_right(rows, device):
-    """Rows of ids of several lengths as (B, T), filled at the left, and how much, (B,); None where
-    they need no filling."""
-    length = max(map(len, rows))
-    pad = [length - len(row) for row in rows]
-    x = torch.tensor([[0] * n + row for n, row in zip(pad, rows)], device=device)
-    return x, torch.tensor(pad, device=device) if any(pad) else None
-
-
-def answer(model, prompts, max_new_tokens, eot, n_vocab, batch_size, device, progress=False):
+def answer(model, prompts, max_new_tokens, eot, n_vocab, batch_size, progress=False):
     """The greedy continuation of each prompt, a list of ids each, without the end-of-text that
     ended it. Batched, and yet what each prompt would get alone, rounding aside."""
     answers = [None] * len(prompts)
     for batch in bar(batches_by_length(prompts, batch_size), progress):
-        x, pad = flush_right([prompts[i] for i in batch], device)
-        new = stream(model, x, max_new_tokens, temperature=0, stop_token=eot, n_vocab=n_vocab,
-                     pad=pad)
+        new = stream(model, [prompts[i] for i in batch], max_new_tokens, temperature=0,
+                     stop_token=eot, n_vocab=n_vocab)
         for i, ids in zip(batch, torch.stack(list(new), 1).tolist()):
             answers[i] = ids[:ids.index(eot)] if eot in ids else ids
     return answers
 
 
 @torch.no_grad()
-def score_labels(model, prompts, labels, eot, batch_size, device, progress=False):
+def score_labels(model, prompts, labels, eot, batch_size, progress=False):
     """log p of each label (a list of ids each) behind each prompt, (N, labels) float32.
 
     Each prompt is read once. End-of-text counts as part of the labels only where one label is the
@@ -133,15 +123,14 @@ def score_labels(model, prompts, labels, eot, batch_size, device, progress=False
     scores = torch.zeros(len(prompts), len(labels))
     longest = max(map(len, labels))
     for batch in bar(batches_by_length(prompts, batch_size), progress):
-        x, pad = flush_right([prompts[i] for i in batch], device)
-        cache = model.new_cache(len(batch), x.size(1) + longest - 1)
-        cache.pad = pad
-        first = model(x, cache=cache).log_softmax(-1)
+        cache, logits = model.start([prompts[i] for i in batch], longest - 1)
+        first, end = logits.log_softmax(-1), cache.pos
         for column, label in enumerate(labels):
-            cache.pos = x.size(1)  # back to the end of the prompts
+            cache.rewind(end)
             score = first[:, label[0]]
             for token, following in itertools.pairwise(label):
-                logits = model(torch.full((len(batch), 1), token, device=device), cache=cache)
+                idx = torch.full((len(batch), 1), token, device=logits.device)
+                logits = model.step(idx, cache)
                 score = score + logits.log_softmax(-1)[:, following]
             scores[batch, column] = score.cpu()
     return scores
@@ -210,7 +199,7 @@ def lambada(model, pairs, stop_ids, batch_size, device, progress=False):
             y[row, len(context) - 1:len(rows[i]) - 1] = torch.tensor(word)
         counts = y != IGNORED
         row, targets = counts.nonzero()[:, 0], y[counts]
-        logits = torch.cat(list(model.logits_at(x.to(device), counts.to(device))))
+        logits = torch.cat(list(model.logits_at(x.to(device), y.to(device))))
         batch = torch.tensor(batch)
         loss = F.cross_entropy(logits, targets.to(device), reduction="none").cpu()
         losses[batch] = torch.zeros(len(batch)).index_add_(0, row, loss)

@@ -11,7 +11,7 @@ A LoRA run's files hold only the adapters, with the name and the hash of their b
 wrote as ckpt.pt samples, evaluates and resumes here.
 """
 import hashlib
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,44 @@ from nanotune.text.tokenizer import (
 from nanotune.training import lora
 
 MODEL_FILE, STATE_FILE = "ckpt.pt", "state.pt"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its classes, and the model_types of transformers that it reads."""
+    model: type
+    config: type
+    model_types: tuple[str, ...]
+
+
+FAMILIES = (Family(GPT, GPTConfig, ("gpt2", "gpt_neo")),)
+
+
+def model_class(config) -> type:
+    """The class of the model that a config belongs to."""
+    return next(family.model for family in FAMILIES if isinstance(config, family.config))
+
+
+def family_of(hf_config: dict, name: str) -> Family:
+    """The family of a config.json. Raises UserError if none reads its model_type."""
+    kind = hf_config.get("model_type")
+    found = next((family for family in FAMILIES if kind in family.model_types), None)
+    if found is None:
+        known = [kind for family in FAMILIES for kind in family.model_types]
+        raise UserError(f"{name} is a {kind!r} model; nanotune takes those of model_type "
+                        f"{' and '.join(known)}")
+    return found
+
+
+def config_from_args(args: dict, path: str | Path):
+    """The config of a checkpoint's model_args. nanoGPT's do not name the activation: exact GELU.
+    Raises UserError for fields that no family has."""
+    args = {"activation": "gelu"} | args
+    family = FAMILIES[0]
+    unknown = args.keys() - {f.name for f in fields(family.config)}
+    if unknown:
+        raise UserError(f"{path}: model_args has unknown fields: {', '.join(sorted(unknown))}")
+    return family.config(**args)
 
 
 def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
@@ -58,7 +96,8 @@ def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
             gpt2_by_size(model.config.vocab_size))
     else:
         check_can_be_pretrained(source)
-        model = GPT.from_pretrained(source, None, dropout, device, dtype)
+        family = family_of(hub.find_config(source), source)
+        model = family.model.from_pretrained(source, None, dropout, device, dtype)
         tokenizer = tokenizer_of_pretrained(source, model.config.vocab_size)
     if block_size is not None:
         model.crop_block_size(block_size)
@@ -93,16 +132,12 @@ def model_from(data, path, dropout=0.0, dtype=torch.float32):
     where they are of that dtype. A LoRA run's has its adapters beside its matrices."""
     if data.get("lora"):
         return adapted_from(data, path, dropout, dtype)
-    args = dict(data["model_args"])
-    args.setdefault("activation", "gelu")  # nanoGPT's; its checkpoints do not say
-    unknown = args.keys() - {f.name for f in fields(GPTConfig)}
-    if unknown:
-        raise UserError(f"{path}: model_args has unknown fields: {', '.join(sorted(unknown))}")
+    config = replace(config_from_args(data["model_args"], path), dropout=dropout)
     weights = {plain_key(key): tensor.to(dtype if tensor.dim() >= 2 else torch.float32)
                for key, tensor in data["model"].items()
                if not hf.BUFFERS.search(key) or tensor.dim() == 1}
     with torch.device("meta"):
-        model = GPT(GPTConfig(**args | {"dropout": dropout}))
+        model = model_class(config)(config)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as e:
@@ -132,10 +167,11 @@ def model_config(source):
                 data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception:  # torch.load raises many kinds; files.load says what to do
                 data = files.load(path)
-            return GPTConfig(**{"activation": "gelu"} | data["model_args"])
+            return config_from_args(data["model_args"], path)
     if tf.is_tf_checkpoint(Path(source)):
         return tf.read_config(Path(source))
-    return GPTConfig(**hf.config_from_hf(hub.find_config(source), source))
+    found = hub.find_config(source)
+    return family_of(found, source).config(**hf.config_from_hf(found, source))
 
 
 def adapted_from(data, path, dropout, dtype):

@@ -1,13 +1,13 @@
-"""Hugging Face's format, both ways: config.json, weight files, tokenizer files.
+"""Reads and writes Hugging Face's format: config.json, weight files, tokenizer files.
 
-    fields = config_from_hf(read_json(config_file), name)   # those of model.GPTConfig
-    fill_parameters(params, fields, weight_files)           # {our name: tensor}, each filled once
-    write_hf(folder, fields, params, tokenizer, dtype)      # the way back; read again and compared
+    fields = config_from_hf(read_json(config_file), name)   # the fields of model.GPTConfig
+    fill_parameters(params, fields, weight_files)           # params: {our name: tensor}
+    write_hf(folder, fields, params, tokenizer, dtype)      # then reads back and compares
 
-One Layout per model_type serves both directions. What the files of others may hold, and each is
-tested: OpenAI's gpt2 repositories have keys without the `transformer.` prefix and masks stored as
-buffers; finetuned models have the prefix, perhaps a head of their own; weights come in any dtype,
-whole or in shards, as safetensors or as pytorch_model.bin.
+One Layout per model_type serves both directions. It reads, and tests cover: OpenAI's gpt2
+repositories, whose keys lack the `transformer.` prefix and whose masks are stored as buffers;
+finetuned models, which have the prefix and may have an untied head; weights in any dtype, in one
+file or in shards, as safetensors or as pytorch_model.bin.
 """
 import json
 import pickle
@@ -22,25 +22,25 @@ import torch
 
 from nanotune.errors import UserError
 from nanotune.formats.hub import read_json
-from nanotune.text.tokenizer import EOT, tokenizer_of_folder
+from nanotune.text.tokenizer import EOT, AnyTokenizer, tokenizer_of_folder
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# numerics that our model does not have: key, and the one value that it does have
+# options that change the numerics: {key: the only value that GPT supports}
 REFUSED = {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
            "add_cross_attention": False}
-BUFFERS = re.compile(r"\.attn\.(attention\.)?(bias|masked_bias)$")  # masks, stored as if weights
+BUFFERS = re.compile(r"\.attn\.(attention\.)?(bias|masked_bias)$")  # masks stored as weights
 
 
 # -----------------------------------------------------------------------------
-# one table row per model_type
+# one Layout per model_type
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model_type names what GPT has."""
+    """The names of GPT's config fields and modules in one model_type."""
     architecture: str
-    fields: dict[str, str]             # our field: its key in config.json
-    defaults: dict[str, object]        # of keys that a config.json may leave out
-    modules: dict[str, tuple[str, ...]]  # our module: theirs; several where ours is split by rows
+    fields: dict[str, str]             # {our field: key in config.json}
+    defaults: dict[str, object]        # {key: value if config.json lacks it}
+    modules: dict[str, tuple[str, ...]]  # {our module: theirs, stacked by rows if several}
     transposed: tuple[str, ...]        # modules whose weights are stored as (in, out)
 
 
@@ -66,13 +66,13 @@ LAYOUTS = {
 
 
 def model_type_of(fields: dict) -> str:
-    """The model_type that a GPTConfig's fields are written as."""
+    """Returns the model_type that GPTConfig fields are written as."""
     return "gpt2" if fields["local_window"] is None else "gpt_neo"
 
 
 def keys_of(name: str, layout: Layout) -> tuple[list[str], bool]:
-    """The keys of the tensors that hold one of our parameters, one below the other; and whether
-    they are stored transposed."""
+    """Returns (the keys of the tensors that make up our parameter, stacked by rows; whether they
+    are stored transposed)."""
     block = re.fullmatch(r"(transformer\.h\.\d+)\.(.+)\.(weight|bias)", name)
     if block is None:
         return [name], False
@@ -86,15 +86,18 @@ def keys_of(name: str, layout: Layout) -> tuple[list[str], bool]:
 # config.json
 
 def config_from_hf(hf: dict, name: str) -> dict:
-    """The GPTConfig fields of a config.json. Raises UserError for numerics that GPT lacks."""
+    """Returns the GPTConfig fields of a config.json; `name` is the model's, for messages.
+
+    Raises UserError if the model_type or an option is not supported, or a key is missing.
+    """
     kind = hf.get("model_type")
     if kind not in LAYOUTS:
-        raise UserError(f"{name} is a {kind!r} model; nanotune takes those of model_type "
+        raise UserError(f"{name} is a {kind!r} model; nanotune supports model_type "
                         f"{' and '.join(LAYOUTS)}")
     for key, ours in REFUSED.items():
         if hf.get(key, ours) != ours:
-            raise UserError(f"{name}: its config.json has {key}={hf[key]}, whose numerics "
-                            f"nanotune does not have (only {key}={ours})")
+            raise UserError(f"{name}: its config.json has {key}={hf[key]}, but "
+                            f"nanotune supports only {key}={ours}")
     activation = hf.get("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
         raise UserError(f"{name}: its config.json has activation_function={activation}; nanotune "
@@ -118,12 +121,12 @@ def check_alternates(hf, n_layer, name):
     types = hf.get("attention_types", [[["global", "local"], 12]])
     layers = [kind for pattern, times in types for kind in pattern * times]
     if layers != (["global", "local"] * len(layers))[:n_layer]:
-        raise UserError(f"{name}: its config.json has attention_types={types}; nanotune "
-                        "alternates global and local, one a layer")
+        raise UserError(f"{name}: its config.json has attention_types={types}, but "
+                        "nanotune supports only global and local layers in turn")
 
 
 def config_to_hf(fields: dict) -> dict:
-    """The config.json that transformers reads as this GPTConfig, given as its fields."""
+    """Returns the config.json that transformers reads as these GPTConfig fields."""
     kind = model_type_of(fields)
     layout = LAYOUTS[kind]
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
@@ -140,14 +143,14 @@ def config_to_hf(fields: dict) -> dict:
 
 
 def check_hf_takes(fields: dict) -> None:
-    """Raises UserError for a GPTConfig that no model_type of transformers can be."""
+    """Raises UserError if no model_type of transformers can express these GPTConfig fields."""
     hf = config_to_hf(fields)
     back = {"qkv_bias": None} | config_from_hf(hf, "the model")
     fixed = ["attn_scale"] + (["qkv_bias"] if hf["model_type"] == "gpt_neo" else [])
     wrong = next((name for name in fixed if fields[name] != back[name]), None)
     if wrong:
         raise UserError(f"transformers' {hf['model_type']} has no {wrong}={fields[wrong]}; "
-                        "--format=onnx takes it")
+                        "use --format=onnx")
 
 
 # -----------------------------------------------------------------------------
@@ -162,35 +165,42 @@ def open_safetensors(file):
 
 
 def load_torch_bin(file):
-    """The state dict of a pytorch_model.bin, its pages read as they are used (all at once if
-    torch before 1.6 wrote it, which is no zip file); no code is run."""
+    """The state dict of a pytorch_model.bin, memory-mapped; runs no code from the file.
+
+    Files of torch before 1.6 are not zip archives and are read whole.
+    """
     try:
         return dict(torch.load(file, map_location="cpu", weights_only=True,
                                mmap=zipfile.is_zipfile(file)))
     except pickle.UnpicklingError:
         raise UserError(f"{file} carries code or objects beside plain weights, or is damaged; "
-                        "refused, none of it was run") from None
+                        "it was refused and not run") from None
     except Exception as e:  # torch.load raises many kinds for a damaged file
         raise UserError(f"{file} is damaged ({type(e).__name__}); fetch it again") from None
 
 
 def read_tensors(file: str, only: tuple[str, ...] = ("",)) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (key, tensor) of one weight file; `only` is what keys must end with. A safetensors
-    file is opened again for each tensor: its pages are mapped, and would else all stay resident
-    beside the model."""
+    """Yields (key, tensor) of one weight file, for keys that end with one of `only`.
+
+    A safetensors file is opened again for each tensor, else all its mapped pages stay resident
+    beside the model. Raises UserError if the file is damaged or carries code.
+    """
     if not file.endswith(".safetensors"):
         yield from ((k, t) for k, t in load_torch_bin(file).items() if k.endswith(only))
         return
     with open_safetensors(file) as f:
-        keys = [key for key in f.keys() if key.endswith(only)]  # noqa: SIM118 (no mapping)
+        keys = [key for key in f.keys() if key.endswith(only)]  # noqa: SIM118 (not a dict)
     for key in keys:
         with open_safetensors(file) as f:
             yield key, f.get_tensor(key)
 
 
 def head_is_tied(weight_files: list[str], tied: bool) -> bool:
-    """Whether the head is the token embedding: as config.json says (`tied`), except for finetuned
-    files whose head differs although their config says tied."""
+    """Returns whether the head is the token embedding; `tied` is what config.json says.
+
+    False also if the files hold a head that differs from the embedding: some finetuned models have
+    one although their config says tied. Raises UserError if a file is damaged.
+    """
     found = {}
     for file in weight_files:
         for key, tensor in read_tensors(file, only=("lm_head.weight", "wte.weight")):
@@ -203,9 +213,12 @@ def head_is_tied(weight_files: list[str], tied: bool) -> bool:
 @torch.no_grad()
 def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
                     weight_files: list[str]) -> None:
-    """Copies each tensor of the files into its parameter; `params` are a GPT's by name, `fields`
-    its GPTConfig's. Raises UserError unless each tensor is used once or is a known buffer, and
-    each parameter is filled once."""
+    """Copies the tensors of the files into `params`, {name: parameter} of a GPT with these
+    GPTConfig `fields`.
+
+    Raises UserError if a file is damaged, a shape differs, a tensor is neither a parameter nor a
+    known buffer, or a parameter is missing or comes twice.
+    """
     layout, places = LAYOUTS[model_type_of(fields)], {}
     for name in params:
         keys, transposed = keys_of(name, layout)
@@ -235,11 +248,14 @@ def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
 # -----------------------------------------------------------------------------
 # writing
 
-def write_hf(folder: Path, fields: dict, params: dict[str, torch.Tensor], tokenizer,
-             dtype: torch.dtype) -> None:
-    """Writes the files of a GPT (its GPTConfig's fields, its parameters by name) and of its
-    tokenizer (or None) into a folder, and reads them back. Raises UserError if the model does not
-    fit transformers or the dtype, or does not read back."""
+def write_hf(folder: Path, fields: dict, params: dict[str, torch.Tensor],
+             tokenizer: AnyTokenizer | None, dtype: torch.dtype) -> None:
+    """Writes a GPT (GPTConfig fields, {name: parameter}) and its tokenizer into a folder, as
+    `dtype`, and reads them back.
+
+    Raises UserError if transformers cannot express the model, a weight is not finite in `dtype`,
+    or what is read back differs; OSError if the disk is full.
+    """
     check_hf_takes(fields)
     params = with_biases(params, LAYOUTS[model_type_of(fields)])
     write_model(folder, fields, params, dtype, tokenizer and tokenizer.eot)
@@ -250,8 +266,7 @@ def write_hf(folder: Path, fields: dict, params: dict[str, torch.Tensor], tokeni
 
 @torch.no_grad()
 def check_written(folder, params, tokenizer, dtype):
-    """Raises UserError unless the folder holds these parameters, bit by bit, and this
-    tokenizer."""
+    """Raises UserError unless the folder holds exactly these parameters and this tokenizer."""
     fields = {"local_window": None} | config_from_hf(read_json(folder / "config.json"), folder)
     read = {name: torch.empty_like(param, dtype=torch.float32) for name, param in params.items()}
     fill_parameters(read, fields, [str(folder / "model.safetensors")])
@@ -263,8 +278,7 @@ def check_written(folder, params, tokenizer, dtype):
 
 
 def with_biases(params, layout):
-    """The parameters, and zeros for the biases that transformers' modules always have and this
-    model lacks."""
+    """The parameters, with zeros for biases that transformers' modules need and GPT lacks."""
     whole = {}
     for name, param in params.items():
         whole[name] = param.detach()
@@ -278,7 +292,8 @@ def with_biases(params, layout):
 
 def tensors_to_hf(fields: dict, params: dict[str, torch.Tensor],
                   dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """{key: tensor} as transformers stores these parameters; a tied head is not among them."""
+    """Returns {key: tensor in `dtype`} as transformers stores these parameters, without a tied
+    head."""
     layout, tensors = LAYOUTS[model_type_of(fields)], {}
     for name, param in params.items():
         keys, transposed = keys_of(name, layout)
@@ -289,15 +304,15 @@ def tensors_to_hf(fields: dict, params: dict[str, torch.Tensor],
 
 def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dtype: torch.dtype,
                 eot: int | None = None) -> None:
-    """Writes model.safetensors, config.json and generation_config.json; eot is the end-of-text id.
-    Raises UserError for weights that the dtype does not hold, OSError if the disk is full."""
+    """Writes model.safetensors, config.json and generation_config.json; `eot` is the end-of-text
+    id. Raises UserError if a weight is not finite in `dtype`, OSError if the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = tensors_to_hf(fields, params, dtype)
     worst = next((key for key, t in tensors.items() if not bool(t.isfinite().all())), None)
     if worst is not None:
         raise UserError(f"{worst} has values that are not finite in {dtype}; use bfloat16 or "
-                        "float32, and look at the model's loss")
+                        "float32, and check the model's loss")
     ends = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
     config = config_to_hf(fields) | ends | {"dtype": str(dtype).removeprefix("torch.")}
     for name, content in (("config.json", config), ("generation_config.json", ends)):
@@ -305,14 +320,14 @@ def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dty
     file = Path(folder, "model.safetensors")
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as e:  # what it raises for the operating system's errors too
+    except SafetensorError as e:  # also raised for errors of the file system
         raise OSError(str(e)) from e
-    shutil.copymode(Path(folder, "config.json"), file)  # save_file leaves it to the owner alone
+    shutil.copymode(Path(folder, "config.json"), file)  # save_file makes it private to the owner
 
 
-def write_tokenizer(folder: Path, tokenizer, max_length: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json; max_length, in tokens, is the model's
-    context."""
+def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, max_length: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json; `max_length` is the model's context in
+    tokens."""
     Path(folder, "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
               "clean_up_tokenization_spaces": False}

@@ -1,15 +1,15 @@
-"""Finds the files of a pretrained model: in a local folder, or in a repository of the hub.
+"""Finds the files of a pretrained model, in a local folder or in a repository of the hub.
 
     config_file, weight_files = find_pretrained("gpt2")
 
-A hub file comes from the cache on this machine; it is downloaded if it is not there.
+A hub file is read from this machine's cache, and downloaded if it is not there.
 """
 import json
 from pathlib import Path
 
 from nanotune.errors import UserError
 
-# layers, heads, width of OpenAI's models, so that a run can be planned before they are downloaded
+# (layers, heads, width) of OpenAI's models: a dry run needs no download
 GPT2_SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
                "gpt2-xl": (48, 25, 1600)}
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
@@ -17,8 +17,10 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
 
 
 def find_config(name: str) -> dict:
-    """The config.json of a local folder or a hub id. OpenAI's sizes need no download. Raises
-    UserError if there is none."""
+    """Returns the config.json of a local folder or a hub id; OpenAI's sizes need no download.
+
+    Raises UserError if there is none or the hub cannot be reached.
+    """
     if name in GPT2_SHAPES:
         n_layer, n_head, n_embd = GPT2_SHAPES[name]
         return dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_layer=n_layer,
@@ -30,8 +32,10 @@ def find_config(name: str) -> dict:
 
 
 def find_pretrained(name: str) -> tuple[str, list[str]]:
-    """(config.json, [weight files]) of a local folder or a hub id. Raises UserError that says what
-    is missing."""
+    """Returns the paths (config.json, [weight files]) of a local folder or a hub id.
+
+    Raises UserError if a file is missing or the hub cannot be reached.
+    """
     config = find_file(name, "config.json")
     if config is None:
         raise UserError(f"{name} has no config.json: no Hugging Face model")
@@ -49,14 +53,14 @@ def find_pretrained(name: str) -> tuple[str, list[str]]:
         return config, paths
     raise UserError(f"{name} has none of {', '.join(WEIGHT_FILES)}"
                     + ("" if Path(name).is_dir() else
-                      "; or the hub cannot be reached just now: try again"))
+                      "; or the hub cannot be reached now: try again"))
 
 
 def read_json(file: str | Path) -> dict:
-    """The JSON object in a file. Raises UserError if it holds none."""
+    """Returns the JSON object in a file. Raises UserError if it holds none."""
     try:
         data = json.loads(Path(file).read_bytes())
-    except ValueError as e:  # no JSON, or no UTF-8
+    except ValueError as e:  # not JSON, or not UTF-8
         raise UserError(f"{file} is damaged ({e}); fetch it again") from None
     if not isinstance(data, dict):
         raise UserError(f"{file} is damaged (no JSON object); fetch it again")
@@ -64,7 +68,7 @@ def read_json(file: str | Path) -> dict:
 
 
 def find_file(name: str, file: str) -> str | None:
-    """The path of a file of a local folder or of a hub id, or None if it lacks the file."""
+    """Returns the path of a file of a local folder or a hub id, or None if there is none."""
     if not Path(name).is_dir():
         return hub_file(name, file)
     path = Path(name, file)
@@ -72,7 +76,12 @@ def find_file(name: str, file: str) -> str | None:
 
 
 def hub_file(repo: str, file: str) -> str | None:
-    """The path of a hub repo's file, or None where the repo, or the cache offline, lacks it."""
+    """Returns the path of a hub repository's file in the cache, downloaded if it is not there.
+
+    Returns None if the repository lacks the file, or if the hub cannot be reached and the cache
+    lacks it. Raises UserError if the repository does not exist or is gated, or if config.json
+    cannot be reached.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -84,7 +93,7 @@ def hub_file(repo: str, file: str) -> str | None:
     try:
         return hf_hub_download(repo, file)
     except LocalEntryNotFoundError:  # no answer from the hub, and not in the cache
-        if file == "config.json":    # without which there is no model
+        if file == "config.json":    # each model has one
             raise UserError(hub_unreachable(repo)) from None
         return None
     except EntryNotFoundError:
@@ -95,11 +104,12 @@ def hub_file(repo: str, file: str) -> str | None:
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"{repo} is no folder on this machine and no model on the hub (or a "
                         "private one: then run `hf auth login`)") from None
-    except Exception as e:  # what the file system, or the HTTP library of the day, raises
+    except Exception as e:  # the file system and the HTTP library raise their own
         raise UserError(f"{hub_unreachable(repo)} ({type(e).__name__}: {e})") from None
 
 
 def hub_unreachable(repo: str) -> str:
+    """The message if the hub cannot be reached, with what to do."""
     return (f"the Hugging Face hub cannot be reached for {repo}, which is neither a folder nor in "
-            "the cache on this machine; on one with network run `hf download "
+            "the cache on this machine; on a machine with network run `hf download "
             f"{repo} --local-dir FOLDER`, copy FOLDER here, and give --init_from=FOLDER")

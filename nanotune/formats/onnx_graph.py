@@ -1,18 +1,18 @@
-"""A GPT as one ONNX graph, for a prompt and for decoding alike.
+"""Builds one ONNX graph of a GPT, for prompts and for decoding.
 
     inputs   input_ids (B, T) int64
-             past_key_values.N.key and .value (B, nh, P, hs) float32, of each layer; P may be 0
-             logits_to_keep (1,) int64, optional: logits of the last so many positions alone
+             past_key_values.N.key and .value (B, nh, P, hs) float32, for each layer N; P may be 0
+             logits_to_keep (1,) int64, optional: how many of the last positions get logits
     outputs  logits (B, T, V) float32
-             present.N.key and .value (B, nh, P + T, hs): the next call's past
+             present.N.key and .value (B, nh, P + T, hs): the past of the next call
 
-B, T and P are free; P + T is at most block_size. In float32 the graph is of ONNX's own operators
-(opset 23, whose Attention is fused and takes a past). Quantized it has two of onnxruntime's:
-MatMulNBits, whose kernel quantizes its input too, block by block, and multiplies in int8; and
-GatherBlockQuantized. Embedding and tied head are one tensor in every form.
+B, T and P are dynamic; P + T is at most block_size. In float32 the graph has only standard ONNX
+operators (opset 23, whose Attention is fused and takes a past). Quantized, it also has two of
+onnxruntime's: MatMulNBits, whose kernel quantizes its input too, by blocks, and multiplies in
+int8; and GatherBlockQuantized. The embedding and a tied head share one tensor in each form.
 
-It is built from the weights, operator by operator, rather than traced by torch's exporter: that
-is shorter than mending a traced graph (the past, the shared embedding, the quantized operators).
+The graph is built from the weights, operator by operator, rather than traced by torch's exporter:
+a traced graph would need longer code to fix (past, shared embedding, quantized operators).
 """
 import json
 import math
@@ -24,24 +24,29 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from model import GPT
 from nanotune.errors import UserError
 from nanotune.formats.onnx_model import ALL, METADATA
 
 OPSET, IR_VERSION = 23, 10  # the first opset with Attention; onnxruntime 1.23 reads both
 MICROSOFT = "com.microsoft"
-# bits of a weight and the most weights of a row that share a scale: in the layers, and in the
-# embedding with the head, which in 4 bits would cost as much perplexity as all layers together
+# (bits per weight, most weights of a row per scale) of the layers, and of embedding and head,
+# which in 4 bits would cost as much perplexity as all layers together
 SCHEMES = {"none": None, "int8": ((8, 128), (8, 128)), "int4": ((4, 32), (8, 128))}
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
-CLIPPED = (1, 0.95, 0.9, 0.85, 0.8)  # parts of a 4-bit block's range that are tried for its scale
-INLINE_LIMIT = 1.9e9        # bytes; protobuf takes 2 GB, weights of more go into a file beside
+CLIPPED = (1, 0.95, 0.9, 0.85, 0.8)  # fractions of a 4-bit block's range to try as its scale
+INLINE_LIMIT = 1.9e9        # bytes: protobuf's limit is 2 GB; more go to a second file
 
 
-def write_onnx(model, path, quantize="none", tokenizer_spec=None):
-    """Writes the GPT at `path`, and path.data beside it where it is over 2 GB. The file's metadata
-    holds the config and the tokenizer's spec, so that it is complete by itself. Raises UserError
-    where the scheme does not take the model's sizes."""
-    bytes_per_param = 4 if quantize == "none" else 1.04  # with the scales; int4 has less
+def write_onnx(model: GPT, path: str | Path, quantize: str = "none",
+               tokenizer_spec: dict | None = None) -> None:
+    """Writes a float32 GPT on the CPU to `path`, and to path.data if it is over 2 GB.
+
+    `quantize` is a key of SCHEMES. The file's metadata holds the config and `tokenizer_spec`, a
+    tokenizer's `spec`, so that sampling needs no other file. Raises UserError if the model's sizes
+    cannot be quantized.
+    """
+    bytes_per_param = 4 if quantize == "none" else 1.04  # scales included; int4 takes less
     external = model.num_params() * bytes_per_param > INLINE_LIMIT
     with open(f"{path}.data", "wb") if external else nullcontext() as file:
         tensors = Tensors(file)
@@ -57,17 +62,18 @@ def write_onnx(model, path, quantize="none", tokenizer_spec=None):
 
 
 class Tensors:
-    """The graph's constants: held for the graph's own file, or streamed to one beside it."""
+    """The graph's constants: kept for the graph's file, or written to the open `file`."""
     def __init__(self, file=None):
         self.protos, self.file = [], file
 
     def add(self, name, array):
+        """Adds an array under this name, which it returns."""
         if self.file is None or array.nbytes < 1024:
             self.protos.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
             return name
         proto = TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL,
                             data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
-        self.file.write(bytes(-self.file.tell() % 4096))  # whole pages, so that they can be mapped
+        self.file.write(bytes(-self.file.tell() % 4096))  # page-aligned, for mmap
         place = {"location": Path(self.file.name).name, "offset": self.file.tell(),
                  "length": array.nbytes}
         for key, value in place.items():
@@ -78,14 +84,14 @@ class Tensors:
 
 
 class Graph:
-    """Nodes, inputs and outputs of one GPT; names of values are those of the weights."""
+    """Nodes, inputs and outputs of one GPT; constants have the names of its weights."""
     def __init__(self, model, tensors, scheme):
         self.config, self.tensors, self.scheme = model.config, tensors, scheme
         self.weights = {name: p.detach().numpy() for name, p in model.state_dict().items()}
         self.nodes, self.inputs, self.outputs = [], [], []
 
     def op(self, kind, inputs, outputs=1, **attributes):
-        """Adds a node; returns the name of its output, or a list of several."""
+        """Adds a node; returns the name of its output, or a list of names."""
         name = f"{kind}_{len(self.nodes)}"
         if isinstance(outputs, int):
             outputs = [f"{name}_{i}" for i in range(outputs)]
@@ -112,7 +118,7 @@ class Graph:
         for layer in range(c.n_layer):
             x = self.transformer_block(x, f"transformer.h.{layer}", layer, local * (layer % 2))
         self.inputs.append(helper.make_tensor_value_info("logits_to_keep", TensorProto.INT64, [1]))
-        self.ints("logits_to_keep", ALL)  # an input with a value: a caller may leave it out
+        self.ints("logits_to_keep", ALL)  # an input with a default is optional
         x = self.op("Slice", [x, self.op("Neg", ["logits_to_keep"]), self.ints("to_end", ALL),
                               self.ints("axis_1", 1)])
         self.declare(self.outputs, "logits", TensorProto.FLOAT, ["B", "kept", c.vocab_size], 0)
@@ -133,7 +139,7 @@ class Graph:
         return self.op("Add", [x, h])
 
     def attention(self, qkv, layer, mask):
-        """(B, T, 3 C) -> (B, T, C), the layer's past read and its present written."""
+        """(B, T, 3 C) -> (B, T, C); reads the layer's past and outputs its present."""
         c = self.config
         hs = c.n_embd // c.n_head
         q, k, v = self.op("Split", [qkv], 3, axis=2, num_outputs=3)
@@ -147,7 +153,7 @@ class Graph:
                        scale=1 / math.sqrt(hs) if c.attn_scale is None else c.attn_scale)[0]
 
     def local_mask(self, first, end):
-        """(T, S) bool, True for the local_window tokens up to each: GPT-Neo's odd layers."""
+        """(T, S) bool, True for the last local_window tokens up to each: GPT-Neo's odd layers."""
         zero, one = self.tensors.add("zero", np.int64(0)), self.tensors.add("one", np.int64(1))
         first, end = (self.op("Squeeze", [n]) for n in (first, end))
         rows = self.op("Unsqueeze", [self.op("Range", [first, end, one]), self.ints("last", -1)])
@@ -160,7 +166,7 @@ class Graph:
         return self.op("LayerNormalization", [x, self.weight(f"{name}.weight"), *bias],
                        axis=-1, epsilon=self.config.norm_eps)
 
-    # what is quantized, and what it is without
+    # weights that can be quantized
 
     def linear(self, x, name):
         bias = [self.weight(f"{name}.bias")] if f"{name}.bias" in self.weights else []
@@ -187,7 +193,7 @@ class Graph:
         bits, block = self.coding(name)
         return self.op("MatMulNBits", [x, f"{name}.codes", f"{name}.scales", *more], outputs,
                        N=rows, K=width, bits=bits, block_size=block,
-                       accuracy_level=4)  # 4: the input in int8 too
+                       accuracy_level=4)  # 4: quantizes the input to int8 too
 
     def embedding(self):
         """input_ids (B, T) -> (B, T, C)."""
@@ -195,7 +201,7 @@ class Graph:
             return self.op("Gather", [self.weight(EMBEDDING), "input_ids"])
         self.quantized(EMBEDDING)
         bits, block = self.coding(EMBEDDING)
-        # the codes as the head has them, blocks apart: so that the two share them
+        # codes in the head's layout, (V, blocks, bytes), so that the two share one tensor
         scales = self.op("Unsqueeze", [f"{EMBEDDING}.scales", self.ints("scales_axis", 2)])
         x = self.op("GatherBlockQuantized", [f"{EMBEDDING}.codes", "input_ids", scales],
                     bits=bits, block_size=block, gather_axis=0, quantize_axis=2)
@@ -209,28 +215,29 @@ class Graph:
         if self.scheme:
             self.multiply(x, name, outputs=["logits"])
             return
-        # Gemm reads the embedding as it lies; a transposed one would be folded into a second copy
+        # Gemm reads the embedding in place; a Transpose node would be folded into a second copy
         shape = self.op("Concat", [self.op("Shape", [x], start=0, end=2), self.ints("minus_1", -1)],
                         axis=0)
         rows = self.op("Reshape", [x, self.ints("rows", -1, self.config.n_embd)])
         self.op("Reshape", [self.op("Gemm", [rows, name], transB=1), shape], ["logits"])
 
 
-def block_of(width, most):
-    """The largest power of two up to `most` that divides a row's width."""
+def block_of(width: int, most: int) -> int:
+    """The largest power of two up to `most` that divides a row's width. Raises UserError if it is
+    less than 16."""
     block = math.gcd(width, most)
     if block < 16:
-        raise UserError(f"a width of {width} cannot be quantized: onnxruntime wants a multiple of "
+        raise UserError(f"a width of {width} cannot be quantized: onnxruntime needs a multiple of "
                         "16; export with --quantize=none")
     return block
 
 
-def quantize_rows(weight, bits, block):
+def quantize_rows(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, K) float32 -> codes (N, K / block, block * bits / 8) uint8, scales (N, K / block).
 
-    A weight is about (code - 2^(bits - 1)) * scale; two 4-bit codes lie in a byte, the first in its
-    low half. In 4 bits the block's largest weight, whatever its sign, becomes -8, so that all of -8
-    to 7 are of use; or is clipped a little, where that brings the block's squared error down.
+    A weight is about (code - 2^(bits - 1)) * scale. A byte holds two 4-bit codes, the first in the
+    low half. In 4 bits the weight of largest magnitude becomes -8, whatever its sign, so that the
+    whole range -8 to 7 is used. It is clipped if that lowers the block's squared error.
     """
     rows = weight.reshape(len(weight), -1, block)
     middle = 2 ** (bits - 1)

@@ -1,13 +1,15 @@
 """An exported ONNX file behind GPT's interface: what sample.py and evaluate.py do with a GPT.
 
     model, tokenizer = open_onnx("shakespeare-int8/model.int8.onnx")
-    logits = model(idx)                     # (B, T, V)
     loss = model(idx, targets)              # summed over the targets that are not -1
-    logits = model(idx, cache=cache)        # of the last position; cache = model.new_cache(B)
+    cache, logits = model.start(prompts, room)
+    logits = model.step(idx, cache)         # (B, V), after the last token
 
 onnxruntime computes, on the CPU; torch tensors go in and come out.
 """
 import json
+from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from torch.nn import functional as F
 
 from model import GPTConfig
 from nanotune.errors import UserError
-from nanotune.generation.generate import stream
 from nanotune.text.loader import IGNORED
 from nanotune.text.tokenizer import tokenizer_from_spec
 
@@ -26,19 +27,33 @@ ALL = 2**31            # logits_to_keep: more than any context
 
 
 class OnnxCache:
-    """What each layer has seen, as onnxruntime's own tensors: they go from a call to the next
-    without a copy. Set pos back to drop what stands behind it. `pad` is as in KVCache; where it is
-    not 0, each row has a cache of its own, in `rows`."""
-    def __init__(self):
-        self.pos, self.past, self.pad, self.rows = 0, None, None, None
+    """What each row's layers have seen, as onnxruntime's own tensors: they go from a call to the
+    next without a copy. Prompts of one length share a past; else each row has a cache of its own,
+    in `rows`, since the graph has no mask for padding."""
+    def __init__(self, length, rows=()):
+        self.pos, self.past, self.length, self.rows = 0, None, length, list(rows)
 
-    def up_to_pos(self):
-        """The past, shorter where pos was set back."""
+    @property
+    def full(self) -> bool:
+        return self.pos == self.length
+
+    def rewind(self, pos: int) -> None:
+        for row in self.rows:
+            row.rewind(row.pos - (self.pos - pos))
+        if self.past is not None and pos < self.pos:
+            self.past = self.of_each(lambda array: array[:, :, :pos]) if pos else None
+        self.pos = pos
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        if self.rows:
+            self.rows = [copy(self.rows[i]) for i in rows.tolist()]
+        else:
+            self.past = self.of_each(lambda array: array[rows.numpy()])
+
+    def of_each(self, change):
         from onnxruntime import OrtValue
-        if self.pos == 0 or self.past[0].shape()[2] == self.pos:
-            return self.past if self.pos else None
-        return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v.numpy()[:, :, :self.pos]))
-                for v in self.past]
+        return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(change(value.numpy())))
+                for value in self.past]
 
 
 class OnnxGPT:
@@ -64,46 +79,40 @@ class OnnxGPT:
         logits = torch.from_numpy(found["logits"].numpy()).to(idx.device)
         return logits, [found[name] for name in self.present]
 
-    def __call__(self, idx, targets=None, cache=None):
-        if cache is not None:
-            return self.last_logits(idx, cache)
-        if targets is None:
-            return self.run(idx, None, ALL)[0]
-        where = targets != IGNORED
-        wanted = [row[marked] for row, marked in zip(targets, where) if marked.any()]
-        return sum(F.cross_entropy(logits, row, reduction="sum")
-                   for logits, row in zip(self.logits_at(idx, where), wanted))
+    def __call__(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """As GPT's: the loss summed over the targets that are not -1."""
+        logits = torch.cat(list(self.logits_at(idx, targets)))
+        return F.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
 
-    def last_logits(self, idx, cache):
-        """(B, V) of idx (B, T) behind what the cache holds, which it is added to."""
-        if cache.pad is not None and bool(cache.pad.any()):  # the graph has no mask for filling:
-            cache.rows = cache.rows or [OnnxCache() for _ in idx]  # each row alone, without it
-            logits = []
-            for row, own, pad in zip(idx, cache.rows, cache.pad.tolist()):
-                own.pos = max(0, cache.pos - pad)
-                logits.append(self.last_logits(row[None, max(0, pad - cache.pos):], own))
-            logits = torch.cat(logits)
-        else:
-            logits, cache.past = self.run(idx, cache.up_to_pos(), 1)
-            logits = logits[:, -1]
-        cache.pos += idx.size(1)
-        return logits
+    def logits(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.run(idx, None, ALL)[0]
 
-    def logits_at(self, idx, where):
+    def logits_at(self, idx: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Tensor]:
         """As GPT.logits_at, a row at a time, read to its last such position."""
-        for row, marked in zip(idx, where):
+        for row, marked in zip(idx, targets != IGNORED):
             at = marked.nonzero()[:, 0].tolist()
             if at:
                 logits, _ = self.run(row[None, :at[-1] + 1], None, at[-1] + 1 - at[0])
                 yield logits[0, marked[at[0]:at[-1] + 1]]
 
-    def new_cache(self, batch_size, length=None):
-        return OnnxCache()
+    def start(self, prompts: list[list[int]], room: int, cache: OnnxCache | None = None):
+        length = max(map(len, prompts))
+        cache = OnnxCache(min(length + room, self.config.block_size))
+        if min(map(len, prompts)) == length:
+            return cache, self.step(torch.tensor(prompts), cache)
+        starts = [self.start([ids], room) for ids in prompts]
+        cache.rows, cache.pos = [own for own, _ in starts], length
+        return cache, torch.cat([logits for _, logits in starts])
 
-    def generate(self, idx, max_new_tokens, **options):
-        """idx (B, T) and what follows it, (B, T + new); options as for model.stream()."""
-        new = list(stream(self, idx, max_new_tokens, **options))
-        return torch.cat([idx] + [token[:, None] for token in new], dim=1)
+    def step(self, idx: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
+        """idx (B, T), the next tokens of each row -> logits (B, V) after the last of them."""
+        if cache.rows:
+            logits = torch.cat([self.step(row[None], own) for row, own in zip(idx, cache.rows)])
+        else:
+            logits, cache.past = self.run(idx, cache.past, 1)
+            logits = logits[:, -1]
+        cache.pos += idx.size(1)
+        return logits
 
     def crop_block_size(self, block_size):
         if block_size > self.config.block_size:

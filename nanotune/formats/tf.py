@@ -3,8 +3,8 @@
     python export.py --init_from=checkpoint/run1 --format=hf --export_dir=run1-hf
     python train.py config/finetune_shakespeare.py --init_from=checkpoint/run1
 
-The folder holds what those programs write: checkpoint, model-N.index, model-N.data-*,
-hparams.json; and encoder.json with vocab.bpe, the tokenizer. Only this file needs TensorFlow:
+The folder holds what those programs write (checkpoint, model-N.index, model-N.data-*,
+hparams.json) and the tokenizer (encoder.json, vocab.bpe). Only this module needs TensorFlow:
 pip install -r requirements-tf.txt
 """
 import json
@@ -16,43 +16,44 @@ import torch
 
 from model import GPT, GPTConfig
 from nanotune.errors import UserError
-from nanotune.text.tokenizer import tokenizer_of_folder
+from nanotune.text.tokenizer import AnyTokenizer, tokenizer_of_folder
 
 HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "block_size", "n_embd": "n_embd", "n_head": "n_head",
            "n_layer": "n_layer"}
-# what training leaves beside the weights: an optimizer's slots, its powers, counters
+# variables beside the weights: the optimizer's slots and beta powers, the step
 SLOT = re.compile(r"(.*)/(Adam|Adam_1|AdamW|AdamW_1|Momentum|Adagrad|RMSProp|RMSProp_1)")
 COUNTER = re.compile(r"(.*/)?(beta[12]_power|global_step)(_\d+)?")
 
 
 def is_tf_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like one: it has hparams.json or a .index file, and no config.json."""
+    """Returns whether a folder has hparams.json or a .index file, and no config.json."""
     return (folder.is_dir() and not (folder / "config.json").is_file()
             and ((folder / "hparams.json").is_file() or any(folder.glob("*.index"))))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The index and the data files of its checkpoint."""
+    """Returns the index file and the data files of a folder's checkpoint. Raises UserError if the
+    folder has not exactly one checkpoint or a file is missing."""
     prefix = find_prefix(folder)
     return sorted(p for p in folder.iterdir() if p.name.startswith(f"{prefix.name}."))
 
 
-def read_config(folder):
-    """The GPTConfig that hparams.json describes."""
+def read_config(folder: Path) -> GPTConfig:
+    """Returns the GPTConfig of hparams.json. Raises UserError if it is missing or damaged."""
     path = folder / "hparams.json"
     if not path.is_file():
-        raise UserError(f"{path} does not exist; it came with the pretrained model: copy it from "
-                        "that model's folder")
+        raise UserError(f"{path} does not exist; copy it from the folder of the pretrained "
+                        "model that the run began with")
     try:
         hparams = json.loads(path.read_text(encoding="utf-8"))
         return GPTConfig(**{ours: int(hparams[theirs]) for theirs, ours in HPARAMS.items()})
     except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path} does not give {', '.join(HPARAMS)} ({e}); copy it anew") from None
+        raise UserError(f"{path} does not give {', '.join(HPARAMS)} ({e}); copy it again") from None
 
 
 def find_prefix(folder):
-    """The checkpoint's path without its endings: the one that the file `checkpoint` names (it may
-    have moved since), or the only one. Raises UserError where a file of it is missing."""
+    """The checkpoint's path without its suffix: the one that the file `checkpoint` names, which
+    may be a path on another machine, else the only one. Raises UserError if a file is missing."""
     indexes = [p.with_suffix("") for p in sorted(folder.glob("*.index"))]
     if (folder / "checkpoint").is_file():
         text = (folder / "checkpoint").read_text(encoding="utf-8")
@@ -69,12 +70,12 @@ def find_prefix(folder):
     missing = [name for name in [f"{prefix.name}.index", *wanted]
                if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}; copy the whole folder anew")
+        raise UserError(f"{folder} lacks {', '.join(missing)}; copy the whole folder again")
     return prefix
 
 
 def tf_names(config):
-    """{TensorFlow's name: our parameter's}, in the order of the model."""
+    """{TensorFlow's name: our parameter's name}, in the model's order."""
     names = {"model/wte": "transformer.wte.weight", "model/wpe": "transformer.wpe.weight"}
     norms = [("ln_f", "ln_f")]
     for layer in range(config.n_layer):
@@ -91,8 +92,7 @@ def tf_names(config):
 
 
 def check_names(found, wanted, prefix):
-    """Raises UserError for a variable that is missing, or that is neither the model's nor an
-    optimizer's."""
+    """Raises UserError if a variable is missing, or is neither the model's nor the optimizer's."""
     foreign = sorted(name for name in found - wanted if not COUNTER.fullmatch(name)
                      and not ((slot := SLOT.fullmatch(name)) and slot[1] in wanted))
     if foreign:
@@ -108,10 +108,13 @@ def check_names(found, wanted, prefix):
 @torch.no_grad()
 def read_model(folder: Path, dropout: float = 0.0, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32) -> GPT:
-    """The GPT with each variable of the checkpoint in its place, its matrices in `dtype`. Raises
-    UserError if a file is missing or damaged, or TensorFlow is not installed."""
+    """Returns the checkpoint as a GPT on `device`, its matrices in `dtype`.
+
+    Raises UserError if a file is missing or damaged, a variable does not fit the model, or
+    TensorFlow is not installed.
+    """
     prefix, config = find_prefix(folder), read_config(folder)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no notices about instruction sets
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides notices about instruction sets
     try:
         import tensorflow as tf
     except ImportError:
@@ -125,23 +128,23 @@ def read_model(folder: Path, dropout: float = 0.0, device: str | torch.device = 
         check_names(set(reader.get_variable_to_shape_map()), set(names), prefix)
         for theirs, ours in names.items():
             tensor = torch.from_numpy(reader.get_tensor(theirs)).float()
-            if theirs.endswith("/w"):  # (1, in, out), where a Linear holds (out, in)
+            if theirs.endswith("/w"):  # (1, in, out); a Linear has (out, in)
                 tensor = tensor.squeeze(0).t()
             if tensor.shape != params[ours].shape:
                 raise UserError(f"{prefix}: {theirs} is {tuple(tensor.shape)} where hparams.json "
                                 f"means {tuple(params[ours].shape)}")
             params[ours].copy_(tensor)
-    except (tf.errors.OpError, RuntimeError, IndexError) as e:  # the reader's, for a torn file
+    except (tf.errors.OpError, RuntimeError, IndexError) as e:  # TensorFlow's, for a damaged file
         raise UserError(f"{prefix} is damaged ({str(e).splitlines()[0][:200]}); copy it again"
                         ) from None
     return model
 
 
-def read_tokenizer(folder: Path, vocab_size: int):
-    """The tokenizer of encoder.json and vocab.bpe, or None if they are not there. Raises UserError
-    if it does not fit the model."""
+def read_tokenizer(folder: Path, vocab_size: int) -> AnyTokenizer | None:
+    """Returns the tokenizer of encoder.json and vocab.bpe, or None if they do not exist. Raises
+    UserError if it has more tokens than the model's vocabulary."""
     tokenizer = tokenizer_of_folder(folder)
     if tokenizer is not None and tokenizer.n_vocab > vocab_size:
         raise UserError(f"{folder / 'encoder.json'} has {tokenizer.n_vocab} tokens, hparams.json "
-                        f"{vocab_size}; they are of two models")
+                        f"{vocab_size}; they belong to different models")
     return tokenizer

@@ -22,6 +22,7 @@ import torch.nn as nn
 
 from model import Linear
 from nanotune.errors import first_line
+from nanotune.generation.generate import read_prompts
 
 ALIGNED = 16  # attention on a GPU wants masks of a multiple of so many columns, or copies them
 
@@ -107,7 +108,7 @@ class FixedCache:
         """Makes the next token go where it does in the cache."""
         self.column.fill_(cache.pos)
         if self.pad is not None:
-            self.pad.copy_(cache.pad)
+            self.pad.copy_(cache.pad) if cache.pad is not None else self.pad.zero_()
 
     def columns(self, T):
         return self.column, self.k.size(3)
@@ -134,12 +135,19 @@ class Decoder:
         self.capture, self.compiled = capture, compiled
         self.cache, self.play = None, None  # the cache that was recorded for, and its step
 
+    @property
+    def device(self):
+        return self.model.device
+
     def new_cache(self, batch_size, length=None):
         return self.model.new_cache(batch_size, length and -(-length // ALIGNED) * ALIGNED)
 
-    def __call__(self, idx, cache=None):
-        if cache is None or idx.size(1) > 1:
-            return self.model(idx, cache=cache)
+    def start(self, prompts, room, cache=None):
+        return read_prompts(self, prompts, room, cache)
+
+    def step(self, idx, cache):
+        if idx.size(1) > 1:
+            return self.model.step(idx, cache)
         if self.cache is not cache:
             self.cache, self.play = cache, self.record(idx, cache)
         logits = self.play(idx)
@@ -150,12 +158,12 @@ class Decoder:
         """The function idx (B, 1) -> logits (B, V) that plays a step back on the cache."""
         token, fixed = idx.clone(), FixedCache(cache)
         fixed.place(cache)
-        forward = self.model.forward
+        model_step = self.model.step
         if self.compiled:
-            forward = compiled_or_plain(forward, token, fixed)
+            model_step = compiled_or_plain(model_step, token, fixed)
 
         def step():
-            return forward(token, cache=fixed)
+            return model_step(token, fixed)
 
         replay = self.capture(step) if self.capture else step
 
@@ -166,15 +174,15 @@ class Decoder:
         return play
 
 
-def compiled_or_plain(forward, token, cache):
-    """forward compiled, tried by a step, which writes the very column that the real one writes
-    again; where that fails, says so and returns forward itself."""
-    compiled = torch.compile(forward)
+def compiled_or_plain(step, token, cache):
+    """`step` compiled, and tried once: it writes the same column that the real step then writes
+    again. If that fails, warns and returns `step` itself."""
+    compiled = torch.compile(step)
     try:
-        compiled(token, cache=cache)
+        compiled(token, cache)
     except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
         warn_of("torch.compile failed here", e)
-        return forward
+        return step
     return compiled
 
 

@@ -17,19 +17,25 @@ import torch
 from nanotune.errors import UserError
 
 IGNORED = -1         # the target that model.py's loss does not count
+SPLITS = ("train", "val")
 SCAN_LIMIT = 2**28   # tokens: up to here (0.2 s) a whole file's ids are checked at the start
 
 
 class TokenBin:
     """One split of a dataset, read in blocks of block_size inputs and as many targets.
 
-    vocab_size is the model's: an id beyond it raises UserError with its file and position.
+    vocab_size is the model's: an id beyond it raises UserError with its file and position. A text
+    in memory is given as `tokens`, its ids; `path` is then what it is called.
     """
-    def __init__(self, path, block_size, vocab_size, seed=0):
+    def __init__(self, path: str | Path, block_size: int, vocab_size: int, seed: int = 0,
+                 tokens: np.ndarray | None = None):
         self.path, self.block_size = Path(path), block_size
-        self.vocab_size, self.seed = vocab_size, seed
-        self.tokens = open_tokens(self.path, block_size)
-        self.mask = open_mask(self.path, len(self.tokens))
+        self.vocab_size, self.seed, self.mask = vocab_size, seed, None
+        if tokens is None:
+            self.tokens = open_tokens(self.path, block_size)
+            self.mask = open_mask(self.path, len(self.tokens))
+        else:
+            self.tokens = tokens
         if len(self.tokens) <= SCAN_LIMIT:
             self.check_ids(self.tokens, 0)
         targets = len(self.tokens) - 1
@@ -55,7 +61,7 @@ class TokenBin:
 
     def batch(self, first, size):
         """Samples first to first + size: inputs and targets, (size, T) int64 each."""
-        return self.read([self.position(n) for n in range(first, first + size)])
+        return self.read([(self.position(n), 0) for n in range(first, first + size)])
 
     def count_targets(self, first, size):
         """How many targets of these samples count in the loss; reads the mask alone."""
@@ -70,24 +76,33 @@ class TokenBin:
         ends = np.flatnonzero(self.tokens == eot)
         return int((np.diff(ends, prepend=-1) > self.block_size).sum()), len(ends)
 
-    def windows(self, count=0):
-        """Beginnings of `count` evenly spaced windows, the same at each call; with 0, or where
-        that many would overlap, of those that cover the whole split end to end."""
+    def windows(self, count: int = 0, stride: int | None = None) -> list[tuple[int, int]]:
+        """[(start, first), ...]: each window reads block_size inputs from `start`, and its targets
+        from the first-th on count. `count` of them lie evenly over the split, the same at each
+        call. With 0, or if that many would overlap, they cover all of it: each token but the first
+        is a target once, behind at least block_size - stride tokens, the beginning aside."""
         targets = len(self.tokens) - 1
-        if count == 0 or count * self.block_size >= targets:
-            return list(range(0, targets, self.block_size))
-        return [i * (targets - self.block_size) // max(1, count - 1) for i in range(count)]
+        if count and count * self.block_size < targets:
+            return [(i * (targets - self.block_size) // max(1, count - 1), 0)
+                    for i in range(count)]
+        windows, end, stride = [], 0, stride or self.block_size
+        for start in range(0, targets, stride):
+            windows.append((start, end - start))
+            end = min(start + self.block_size, targets)
+            if end == targets:
+                break
+        return windows
 
-    def read(self, starts):
-        """The blocks from these positions: inputs and targets, (B, T) int64 each. A last block
-        that the file's end cuts short is filled up with 0 and targets that do not count."""
-        x = np.zeros((len(starts), self.block_size), dtype=np.int64)
-        y = np.full((len(starts), self.block_size), IGNORED, dtype=np.int64)
-        for row, start in enumerate(starts):
+    def read(self, windows: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of these windows, (B, T) int64 each. Targets that do not count are -1;
+        a last block that the end of the file cuts short is padded with 0 and such targets."""
+        x = np.zeros((len(windows), self.block_size), dtype=np.int64)
+        y = np.full((len(windows), self.block_size), IGNORED, dtype=np.int64)
+        for row, (start, first) in enumerate(windows):
             block = self.tokens[start:start + self.block_size + 1]
             self.check_ids(block, start)
             x[row, :len(block) - 1] = block[:-1]
-            y[row, :len(block) - 1] = block[1:]
+            y[row, first:len(block) - 1] = block[first + 1:]
             if self.mask is not None:
                 keep = self.mask[start + 1:start + len(block)]
                 y[row, :len(keep)][keep == 0] = IGNORED
@@ -100,6 +115,13 @@ class TokenBin:
         raise UserError(f"{self.path}: token {start + at} is {tokens[at]}, beyond the model's "
                         f"vocabulary of {self.vocab_size}; the file was made with another "
                         "tokenizer, or is damaged: run its prepare.py again")
+
+
+def open_dataset(folder: Path, config, seed: int) -> dict[str, TokenBin]:
+    """{split: dataset} of a prepared folder, for a model with this config. The one place that
+    chooses the class."""
+    return {split: TokenBin(folder / f"{split}.bin", config.block_size, config.vocab_size, seed)
+            for split in SPLITS}
 
 
 def dataset_folder(dataset):

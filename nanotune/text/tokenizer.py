@@ -1,38 +1,45 @@
-"""Text to token ids and back: GPT-2's BPE, a character vocabulary, or a tokenizer.json.
+"""Converts text to token ids and back: GPT-2's BPE, a character vocabulary, or a tokenizer.json.
 
-Three classes with one small interface:
-    n_vocab       ids are below it
+Three classes with one interface, AnyTokenizer:
+    n_vocab       all ids are less than n_vocab
     eot           the end-of-text id, or None
-    encode(text)  -> list of ids; <|endoftext|> in the text is that token
+    name          what to call the tokenizer in a message
+    identity      a hash of the vocabulary: two tokenizers are the same if it is equal
+    encode(text)  -> list of ids; <|endoftext|> in the text becomes eot (if not None)
     decode(ids)   -> text
-    n_bytes(ids)  -> how many bytes of text (UTF-8) they spell; end-of-text spells none
-    spec          plain data to keep in a checkpoint; tokenizer_from_spec() is the way back
+    n_bytes(ids)  -> the UTF-8 bytes of text that the ids decode to; end-of-text counts 0
+    spec          plain data to keep in a checkpoint; tokenizer_from_spec() reads it
     to_json()     -> the content of a tokenizer.json that transformers loads
-Two tokenizers are the same if and only if their `identity` is.
+encode() of a CharTokenizer raises UserError for a character that is not in its vocabulary.
 """
 import hashlib
 import json
 import pickle
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 from nanotune.errors import UserError
 
 EOT = "<|endoftext|>"
-GPT2_VOCAB_SIZES = (50257, 50304)  # GPT-2's vocabulary, as it is and padded to a multiple of 64
-# sha256 of canonical() of GPT-2's vocabulary: a tokenizer.json or vocab.json with it is GPT-2's
+GPT2_VOCAB_SIZES = (50257, 50304)  # plain, and padded to a multiple of 64
+# sha256 of canonical() of GPT-2's vocabulary: tells whether a tokenizer.json is GPT-2's
 GPT2_IDENTITY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte pair encoding by tiktoken, which fetches the vocabulary once and caches it."""
+    """GPT-2's byte pair encoding, by tiktoken, which downloads the vocabulary once and caches it.
+
+    The first encode, decode, n_bytes or to_json raises UserError if it cannot be downloaded.
+    """
     n_vocab, eot, identity, name = 50257, 50256, GPT2_IDENTITY, "GPT-2's BPE"
     spec = {"kind": "gpt2"}  # noqa: RUF012
 
-    def __init__(self):
-        self.encoding = None  # loaded at first use: training needs none of it
+    def __init__(self) -> None:
+        self.encoding = None  # loaded at first use: training does not need it
 
     def load(self):
+        """Returns the tiktoken.Encoding. Raises UserError if it cannot be downloaded."""
         if self.encoding is None:
             import tiktoken
             try:
@@ -45,52 +52,55 @@ class GPT2Tokenizer:
                     "TIKTOKEN_CACHE_DIR to it") from None
         return self.encoding
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self.load().encode(text, allowed_special={EOT})
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return self.load().decode(list(ids))
 
-    def n_bytes(self, ids):
+    def n_bytes(self, ids: Iterable[int]) -> int:
         return len(self.load().decode_bytes([i for i in ids if i != self.eot]))
 
-    def to_json(self):
+    def to_json(self) -> str:
         return gpt2_json(self)
 
 
 class CharTokenizer:
-    """A vocabulary of single characters, as nanoGPT's meta.pkl holds it."""
+    """A vocabulary of single characters, as in nanoGPT's meta.pkl; `itos` lists them by id."""
     eot, name = None, "a character vocabulary"
 
-    def __init__(self, itos):
+    def __init__(self, itos: Iterable[str]) -> None:
         self.itos = list(itos)
         self.stoi = {c: i for i, c in enumerate(self.itos)}
         self.n_vocab = len(self.itos)
         self.spec = {"kind": "characters", "itos": self.itos}
         self.identity = digest(canonical(self.stoi))
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         unknown = next((c for c in text if c not in self.stoi), None)
         if unknown is not None:
             raise UserError(f"the character {unknown!r} is not in the model's vocabulary of "
                             f"{self.n_vocab}: {''.join(self.itos)!r}")
         return [self.stoi[c] for c in text]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.itos[i] for i in ids)
 
-    def n_bytes(self, ids):
+    def n_bytes(self, ids: Iterable[int]) -> int:
         return len(self.decode(ids).encode())
 
-    def to_json(self):
+    def to_json(self) -> str:
         return characters_json(self)
 
 
 class JsonTokenizer:
-    """A tokenizer.json of the `tokenizers` library: one's own, or a pretrained model's."""
+    """A tokenizer.json of the `tokenizers` library, given as text.
+
+    Raises UserError, which names the file `where`, if the text is no tokenizer.json.
+    """
     name = "a tokenizer.json"
 
-    def __init__(self, text, where="tokenizer.json"):
+    def __init__(self, text: str, where: str | Path = "tokenizer.json") -> None:
         from tokenizers import Tokenizer
         try:
             self.tokenizer = Tokenizer.from_str(text)
@@ -103,24 +113,27 @@ class JsonTokenizer:
         self.identity = digest(canonical(vocab))
         self.is_byte_level = "ByteLevel" in str(json.loads(text).get("decoder"))
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def n_bytes(self, ids):
+    def n_bytes(self, ids: Iterable[int]) -> int:
         ids = [i for i in ids if i != self.eot]
-        if self.is_byte_level:  # its tokens are written with a character a byte
+        if self.is_byte_level:  # its tokens have one character per byte
             return sum(len(self.tokenizer.id_to_token(i)) for i in ids)
         return len(self.decode(ids).encode())
 
-    def to_json(self):
+    def to_json(self) -> str:
         return self.spec["json"]
 
 
+AnyTokenizer = GPT2Tokenizer | CharTokenizer | JsonTokenizer
+
+
 def canonical(vocab):
-    """A vocabulary, {token: id}, as one string."""
+    """A vocabulary, {token: id}, as one string, sorted by id."""
     return json.dumps(sorted(vocab.items(), key=lambda item: item[1]))
 
 
@@ -128,8 +141,8 @@ def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tokenizer_from_spec(spec):
-    """The tokenizer that a checkpoint's plain data describes."""
+def tokenizer_from_spec(spec: dict) -> AnyTokenizer:
+    """Returns the tokenizer with this `spec`. Raises UserError if its kind is unknown."""
     kind = spec.get("kind") if isinstance(spec, dict) else None
     if kind == "gpt2":
         return GPT2Tokenizer()
@@ -137,16 +150,19 @@ def tokenizer_from_spec(spec):
         return CharTokenizer(spec["itos"])
     if kind == "json":
         return JsonTokenizer(spec["json"])
-    raise UserError(f"the checkpoint's tokenizer is of an unknown kind, {kind!r}")
+    raise UserError(f"the checkpoint's tokenizer has an unknown kind, {kind!r}")
 
 
-# the two files of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's own
+# file names of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's
 VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
-def tokenizer_of_folder(folder):
-    """The tokenizer whose file lies in a dataset or model folder, or None if there is none:
-    meta.pkl (characters), tokenizer.json, or one of VOCAB_AND_MERGES."""
+def tokenizer_of_folder(folder: str | Path) -> AnyTokenizer | None:
+    """Returns the tokenizer of a dataset or model folder, or None if the folder has none.
+
+    Reads meta.pkl (characters), tokenizer.json, or a pair of VOCAB_AND_MERGES, the first that
+    exists. Raises UserError if that file is damaged.
+    """
     folder = Path(folder)
     if (folder / "meta.pkl").is_file():
         return CharTokenizer(read_meta(folder / "meta.pkl"))
@@ -161,16 +177,20 @@ def tokenizer_of_folder(folder):
     return GPT2Tokenizer() if tokenizer.identity == GPT2_IDENTITY else tokenizer
 
 
-def tokenizer_of_dataset(folder):
-    """A dataset folder's tokenizer: without a tokenizer file it is GPT-2's BPE."""
+def tokenizer_of_dataset(folder: str | Path) -> AnyTokenizer:
+    """Returns the tokenizer of a dataset folder: GPT-2's BPE if it has no tokenizer file.
+
+    Raises UserError if the file is damaged.
+    """
     return tokenizer_of_folder(folder) or GPT2Tokenizer()
 
 
-def check_same_tokenizer(model_tokenizer, data_tokenizer, source, folder):
-    """Raises UserError where a model and a dataset do not share a tokenizer."""
+def check_same_tokenizer(model_tokenizer: AnyTokenizer | None, data_tokenizer: AnyTokenizer,
+                         source: str | Path, folder: str | Path) -> None:
+    """Raises UserError unless the model `source` and the dataset `folder` share a tokenizer."""
     if model_tokenizer is None:
-        raise UserError(f"{source} has no tokenizer file, and its vocabulary is not of GPT-2's "
-                        "size; put its tokenizer.json into the folder")
+        raise UserError(f"{source} has no tokenizer file, and its vocabulary does not have "
+                        "GPT-2's size; put its tokenizer.json into the folder")
     if model_tokenizer.identity != data_tokenizer.identity:
         raise UserError(
             f"{source} reads {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), {folder} "
@@ -196,28 +216,30 @@ def from_vocab_and_merges(vocab, merges):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads built-in containers, text and numbers; refuses whatever would call code."""
+    """Reads built-in containers, text and numbers; refuses anything that would run code."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def read_meta(path):
-    """The characters of a nanoGPT meta.pkl in the order of their ids; no code in it is run."""
+    """The characters of a nanoGPT meta.pkl by id; runs no code from the file."""
     try:
         with open(path, "rb") as f:
             itos = PlainUnpickler(f).load()["itos"]
-        return ["" + itos[i] for i in range(len(itos))]  # TypeError for what is no text
+        return ["" + itos[i] for i in range(len(itos))]  # TypeError if not text
     except Exception as e:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
                         "again") from None
 
 
 # -----------------------------------------------------------------------------
-# as the tokenizer.json of the tokenizers library
+# writing a tokenizer.json
 
 def gpt2_json(tokenizer):
-    """GPT-2's tokenizer.json out of tiktoken's ranks: a token's rank is its id, and the merge that
-    makes a token is of the two parts that the merges before it leave of its bytes."""
+    """GPT-2's tokenizer.json, made from tiktoken's ranks, which are the ids.
+
+    A token's merge joins the two parts that all earlier merges leave of its bytes.
+    """
     from tokenizers import AddedToken, ByteLevelBPETokenizer
     encoding, letters = tokenizer.load(), byte_letters()
     ranks = {encoding.decode_single_token_bytes(i): i for i in range(tokenizer.eot)}
@@ -230,15 +252,15 @@ def gpt2_json(tokenizer):
 
 
 def byte_letters():
-    """The letter that GPT-2's vocabulary writes for each byte: itself where it is printable, and
-    else the next code point from 256 on."""
+    """{byte: the character that GPT-2's vocabulary writes for it}: a printable byte is itself, the
+    others are the code points from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def parts_of(token, ranks):
-    """The two parts of a token of several bytes that byte pair encoding joins last."""
+    """The two parts that byte pair encoding joins last to make a token of several bytes."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
@@ -248,8 +270,8 @@ def parts_of(token, ranks):
 
 
 def characters_json(tokenizer):
-    """A character vocabulary as tokenizer.json. Like encode(), it refuses a character that is not
-    in it, since it has no token for the unknown."""
+    """A character vocabulary as tokenizer.json. It has no unknown token, so that encoding fails
+    for a character that is not in it, as with encode()."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     made = Tokenizer(models.WordLevel(tokenizer.stoi))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

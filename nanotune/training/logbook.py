@@ -1,13 +1,15 @@
-"""What one sees of a run: lines, a bar on a terminal, metrics.jsonl, loss.png, wandb.
+"""Logs a run: printed lines, a progress bar on a terminal, metrics.jsonl, loss.png, wandb.
 
-metrics.jsonl has a line an evaluation, {"step", "train_loss", "val_loss"}, and a line a logged
-iteration, {"iter", "loss", "lr", "ms", "tok_s", "mfu", "memory"}; losses in nats a token, memory
-the most bytes so far.
+metrics.jsonl has one line per evaluation, {"step", "train_loss", "val_loss"}, and one per logged
+iteration, {"iter", "loss", "lr", "ms", "tok_s", "mfu", "memory"}. Losses are in nats per token, mfu
+is a fraction, memory the peak so far in bytes.
 """
 import importlib.util
 import json
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,9 +17,13 @@ from nanotune.errors import UserError
 
 
 class Logbook:
-    """Writes nothing on ranks other than the first. `start` is the step that the run begins at:
-    what metrics.jsonl holds from there on, left by a run that was cut off later, is dropped."""
-    def __init__(self, out_dir, start, max_iters, is_main, wandb_run=None):
+    """Writes and prints on rank 0 only (`is_main`).
+
+    `start` is the step that the run begins at; entries of metrics.jsonl after it, from a run that
+    was stopped later, are dropped. `wandb_run` is what start_wandb returned.
+    """
+    def __init__(self, out_dir: str, start: int, max_iters: int, is_main: bool,
+                 wandb_run: Any = None) -> None:
         self.is_main, self.wandb_run, self.disk_failed = is_main, wandb_run, False
         self.metrics_path = os.path.join(out_dir, "metrics.jsonl")
         self.picture_path = os.path.join(out_dir, "loss.png")
@@ -27,13 +33,15 @@ class Logbook:
             self.entries = kept_entries(self.metrics_path, start)
             self.on_disk(rewrite, self.metrics_path, map(json.dumps, self.entries))
 
-    def say(self, text):
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
         if self.is_main:
             self.bar.clear()
             print(text, flush=True)
             self.bar.refresh()
 
-    def warn(self, text):
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
         self.say(f"warning: {text}")
 
     def record(self, entry, step):
@@ -45,23 +53,29 @@ class Logbook:
             self.wandb_run.log({k: v for k, v in entry.items() if v is not None}, step=step)
 
     def on_disk(self, write, *args):
-        """Metrics and pictures are not worth a run: a disk that does not take them is told once."""
+        """Calls write(*args). A failure must not stop the run: it warns, once."""
         try:
             write(*args)
         except OSError as e:
             if not self.disk_failed:
                 self.warn(f"cannot write to {os.path.dirname(self.metrics_path)} ({e.strerror}): "
-                          "metrics.jsonl and loss.png lack what follows")
+                          "metrics.jsonl and loss.png are incomplete from here on")
             self.disk_failed = True
 
-    def evaluation(self, step, train_loss, val_loss):
+    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
+        """Logs an evaluation, losses in nats per token, and draws loss.png again."""
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.record({"step": step, "train_loss": train_loss, "val_loss": val_loss}, step)
         if self.is_main:
             self.on_disk(draw, self.entries, self.picture_path)
 
-    def iteration(self, step, loss, lr, seconds, tokens, mfu=None, skipped=0, memory=None):
-        """One logged step; mfu is a fraction, or None where the device's peak is not known."""
+    def iteration(self, step: int, loss: float, lr: float, seconds: float, tokens: int,
+                  mfu: float | None = None, skipped: int = 0, memory: int | None = None) -> None:
+        """Logs a step: its loss (nats per token), learning rate, duration and number of tokens.
+
+        `mfu` is a fraction, None if unknown; `skipped` is how many steps the loss scaler skipped so
+        far; `memory` the peak in bytes, None if unknown.
+        """
         tok_s = tokens / seconds
         line = f"iter {step}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, tok/s {tok_s:,.0f}"
         line += "" if mfu is None else f", mfu {mfu:.2%}"
@@ -70,7 +84,8 @@ class Logbook:
                      "tok_s": round(tok_s, 1), "mfu": mfu and round(mfu, 4), "memory": memory},
                     step)
 
-    def close(self, status=0):
+    def close(self, status: int = 0) -> None:
+        """Closes the progress bar, and the wandb run with this exit status."""
         self.bar.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=status)
@@ -82,15 +97,15 @@ def write_line(path, line):
 
 
 def rewrite(path, lines):
-    """A kill in the middle leaves the old file: what it held is not computed again."""
+    """Writes the lines atomically: after a kill the old file is intact."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.writelines(line + "\n" for line in lines)
     os.replace(f"{path}.tmp", path)
 
 
-def kept_entries(path, start):
-    """The entries of a metrics file that a run from `start` on does not write again: its
-    evaluations up to `start`, its iterations before. A line cut short by a crash is dropped."""
+def kept_entries(path: str | Path, start: int) -> list[dict]:
+    """Returns the entries of a metrics file that a run from step `start` does not write again:
+    evaluations up to `start`, iterations before it. Drops a line cut short by a crash."""
     if not os.path.isfile(path):
         return []
     kept = []
@@ -106,7 +121,7 @@ def kept_entries(path, start):
 
 
 def draw(entries, path):
-    """loss.png: the loss of each logged step and of each evaluation, over the steps."""
+    """Draws loss.png: the losses of logged steps and of evaluations, by step."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
@@ -124,21 +139,21 @@ def draw(entries, path):
         axes.set_title(f"best validation loss {best['val_loss']:.4f} at step {best['step']}",
                        fontsize=10)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.2)
     axes.legend(frameon=False)
     figure.savefig(path)
 
 
-def check_wandb():
-    """Raises UserError where wandb is asked for and not installed: before training, not after."""
+def check_wandb() -> None:
+    """Raises UserError if wandb is not installed; call it before training."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb_log=True needs the wandb package: pip install wandb (or leave it "
-                        "off: metrics.jsonl and loss.png are written anyway)")
+                        "off: metrics.jsonl and loss.png do not need it)")
 
 
-def start_wandb(project, name, run_id, config, out_dir):
-    """Begins the wandb run, or goes on with the one of this id (WANDB_MODE=offline works)."""
+def start_wandb(project: str, name: str, run_id: str, config: dict, out_dir: str) -> Any:
+    """Returns a new wandb run, or the one with this id resumed. WANDB_MODE=offline works."""
     import wandb
     return wandb.init(project=project, name=name, id=run_id, resume="allow", config=config,
                       dir=out_dir)

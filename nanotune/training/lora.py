@@ -1,11 +1,11 @@
-"""LoRA: a frozen model learns by small matrices beside its own (Hu et al. 2021).
+"""LoRA: trains small matrices beside the frozen ones of a model (Hu et al. 2021).
 
-    add_lora(model, rank=16)     # from outside; the model knows nothing of it
+    add_lora(model, rank=16)     # replaces the layers; model.py does not change
     ...                          # train: only the adapters have gradients and moments
-    merge_lora(model)            # a plain GPT again, which computes the same
+    merge_lora(model)            # a plain GPT again, with the same output
 
-For a layer y = W x the adapter adds SCALE * B A x, A (rank, in) drawn at random, B (out, rank)
-zeros, so that training begins with the model as it was.
+For a layer y = W x the adapter adds SCALE * B A x. A (rank, in) is random and B (out, rank) is
+zero, so training begins with the output of the base model.
 """
 import math
 
@@ -13,37 +13,43 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-LAYERS = ("c_attn", "c_proj", "c_fc")  # of attention and MLP: all matrices of a block
-SCALE = 2.0  # LoRA's alpha / rank, at the usual alpha = 2 rank
+LAYERS = ("c_attn", "c_proj", "c_fc")  # all matrices of a block: attention and MLP
+SCALE = 2.0  # alpha / rank in the paper; alpha = 2 rank is usual
 
 
 class LoRALinear(nn.Module):
-    def __init__(self, base, rank):
+    """A frozen linear layer with an adapter; the adapter's matrices are float32."""
+    def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
         self.base = base
         like = dict(device=base.weight.device, dtype=torch.float32)
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_b = nn.Parameter(torch.empty(base.out_features, rank, **like))
 
-    def init_weights(self, generator):
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draws A uniformly and sets B to zero."""
         bound = 1 / math.sqrt(self.base.in_features)
         nn.init.uniform_(self.lora_a, -bound, bound, generator=generator)
         nn.init.zeros_(self.lora_b)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, in) -> (B, T, out)"""
         low = F.linear(x, self.lora_a.to(x.dtype))  # (B, T, rank)
         return self.base(x) + SCALE * F.linear(low, self.lora_b.to(low.dtype))
 
     @torch.no_grad()
-    def merged(self):
+    def merged(self) -> nn.Linear:
+        """Adds the adapter to the base layer in place and returns the layer."""
         weight = self.base.weight
         weight += (self.lora_b @ self.lora_a).mul_(SCALE).to(weight.dtype)
         return self.base
 
 
-def add_lora(model, rank, seed=0):
-    """Freezes the model and puts an adapter beside each matrix of its blocks, in place. The draws
-    depend on the seed alone."""
+def add_lora(model: nn.Module, rank: int, seed: int = 0) -> None:
+    """Freezes the model and adds an adapter to each matrix of its blocks, in place.
+
+    The initial values depend only on the seed; adapters on the meta device are not initialized.
+    """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent in list(model.modules()):
@@ -55,8 +61,8 @@ def add_lora(model, rank, seed=0):
                 setattr(parent, name, adapter)
 
 
-def merge_lora(model):
-    """Adds each adapter to its matrix and takes it away, in place; all weights train again."""
+def merge_lora(model: nn.Module) -> None:
+    """Adds each adapter to its matrix and removes it, in place; all weights train again."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LoRALinear):
@@ -64,7 +70,7 @@ def merge_lora(model):
     model.requires_grad_(True)
 
 
-def adapters(model):
-    """{name: parameter} of the adapters; empty for a model without."""
+def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns {name: parameter} of the adapters, {} for a model without adapters."""
     return {name: param for name, param in model.named_parameters()
             if name.endswith((".lora_a", ".lora_b"))}

@@ -1,15 +1,15 @@
-"""AdamW, whatever the weights and its moments are kept in.
+"""AdamW for float32 or bfloat16 weights, with float32 or 8-bit moments.
 
-    weights   optimizer    made by          bytes a parameter, gradient included
+    weights   optimizer    implementation   bytes per parameter: weight + gradient + moments
     float32   adamw        torch, fused     4 + 4 + 8   = 16
     float32   adamw8bit    torchao          4 + 4 + 2.1 = 10.1
     bfloat16  adamw        RoundedAdamW     2 + 2 + 8   = 12
     bfloat16  adamw8bit    torchao          2 + 2 + 2.1 = 6.1
 
-A bfloat16 has 8 significant bits: next to a weight of 0.1 an update of 1e-5 is far below half a
-unit in the last place, and rounding to the nearest would drop it each time. So updates are worked
-out in float32 and rounded up or down at random, with the probabilities that make the expectation
-exact (stochastic rounding); the draws are torch's, so that who seeds them repeats them.
+A bfloat16 has 8 significant bits: an update of 1e-5 to a weight of 0.1 is far below half a unit in
+the last place, and rounding to nearest would drop it at every step. So updates are computed in
+float32 and rounded stochastically: up or down at random, so that the expectation is exact. The
+random numbers are torch's; seeding torch makes them reproducible.
 """
 import logging
 import math
@@ -21,13 +21,18 @@ from nanotune.errors import UserError, first_line
 from nanotune.training.distributed import total_norm
 
 NAMES = ("adamw", "adamw8bit")
-MOMENTS_PER_SCALE = (256, 128, 64)  # of 8-bit moments; the most that divides a tensor
-LEAST_8BIT = 4096        # elements; smaller tensors keep float32 moments, as in torchao
-CHUNK = 2**22            # elements that an update works on at a time: 16 MB each in float32
+MOMENTS_PER_SCALE = (256, 128, 64)  # of 8-bit moments; the first that divides a tensor's size
+LEAST_8BIT = 4096        # elements; smaller tensors have float32 moments, as in torchao
+CHUNK = 2**22            # elements to update at a time: 16 MB per buffer in float32
 
 
-def make_optimizer(name, groups, lr, betas, device):
-    """The optimizer of a run on these parameter groups; check_8bit comes before."""
+def make_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float, float],
+                   device: torch.device) -> torch.optim.Optimizer:
+    """Returns AdamW (Loshchilov and Hutter 2019) on these parameter groups.
+
+    `name` is one of NAMES; for adamw8bit call check_8bit first. The dtype of the weights selects
+    the implementation, see the top of this file.
+    """
     if name == "adamw8bit":
         return make_8bit(groups, lr, betas, in_float32=lacks_bfloat16(device))
     if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
@@ -35,8 +40,8 @@ def make_optimizer(name, groups, lr, betas, device):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
 
 
-def set_rate(optimizer, lr):
-    """Sets the learning rate of all groups: torchao keeps it in a tensor, torch in a number."""
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups; torchao keeps it in a tensor, torch in a float."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
@@ -47,23 +52,25 @@ def set_rate(optimizer, lr):
 # -----------------------------------------------------------------------------
 # bfloat16 weights
 
-def round_stochastically(x):
-    """x (float32) as bfloat16, each element up or down with the probabilities that keep its
-    expectation. Works in x, which it spoils."""
+def round_stochastically(x: torch.Tensor) -> torch.Tensor:
+    """Returns float32 x as bfloat16, each element rounded up or down so that its expectation is
+    exact. Overwrites x."""
     bits = x.view(torch.int32)
-    bits += torch.empty_like(bits).random_(0, 1 << 16)  # carries into the upper half, or not
+    bits += torch.empty_like(bits).random_(0, 1 << 16)  # may carry into the upper half
     bits &= -1 << 16
     return x.bfloat16()
 
 
 class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) for weights in bfloat16: moments in float32, updates in
-    float32 with stochastic rounding. Its state has the names of torch's."""
-    def __init__(self, groups, lr, betas, eps=1e-8):
+    """AdamW (Loshchilov and Hutter 2019) for bfloat16 weights, with float32 moments and
+    stochastic rounding. Its state has the names of torch.optim.AdamW's."""
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float],
+                 eps: float = 1e-8) -> None:
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:
+        """Updates each parameter that has a gradient; `closure` is ignored."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -91,8 +98,8 @@ class RoundedAdamW(torch.optim.Optimizer):
 
 
 def put(weights, new):
-    """Gives weights in bfloat16 their new values, which are in float32 and spoilt. Of weights in
-    float32 `new` is the weights themselves."""
+    """Rounds the float32 values `new` into bfloat16 weights, and overwrites `new`. Does nothing for
+    float32 weights, of which `new` is a view."""
     if new.dtype == weights.dtype:
         return
     for part, values in zip(weights.view(-1).split(CHUNK), new.view(-1).split(CHUNK)):
@@ -100,8 +107,8 @@ def put(weights, new):
 
 
 class LossScaler(torch.amp.GradScaler):
-    """torch's, which with weights in bfloat16 has such gradients to unscale: its CUDA kernel does
-    not know them (pytorch issue 127176)."""
+    """GradScaler that also unscales bfloat16 gradients, for which torch's has no CUDA kernel
+    (pytorch issue 127176)."""
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]
                  if p.grad is not None]
@@ -116,9 +123,9 @@ class LossScaler(torch.amp.GradScaler):
 # -----------------------------------------------------------------------------
 # 8-bit moments
 
-def check_8bit(device):
-    """Raises UserError where torchao is missing, or what compiles its update to machine code."""
-    # GPU kernels that a CPU cannot load; what torchao still does in torch's old way
+def check_8bit(device: torch.device) -> None:
+    """Raises UserError if torchao or the compiler that its update needs is missing."""
+    # hides warnings: GPU kernels that a CPU cannot load, torchao's use of deprecated torch APIs
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -126,32 +133,36 @@ def check_8bit(device):
     except ImportError as e:
         raise UserError(f"--optimizer=adamw8bit needs torchao ({e}): pip install torchao, or use "
                         "--optimizer=adamw") from None
-    try:  # a toy first: the real ones come after the first gradient
+    try:  # a small function: the real one compiles only after the first gradient
         torch.compile(toy_update, fullgraph=True)(torch.ones(8, device=device))
     except Exception as e:  # Inductor, Triton and the C++ compiler each raise their own
-        mend = ("a C++ compiler (on Debian and Ubuntu: apt install g++)" if device.type == "cpu"
-                else "Triton and a C compiler (on Debian and Ubuntu: apt install gcc)")
+        needed = ("a C++ compiler (on Debian and Ubuntu: apt install g++)" if device.type == "cpu"
+                  else "Triton and a C compiler (on Debian and Ubuntu: apt install gcc)")
         raise UserError(f"--optimizer=adamw8bit compiles its update, which failed here "
-                        f"({first_line(e)}): it needs {mend}; or use --optimizer=adamw") from None
+                        f"({first_line(e)}): it needs {needed}; or use --optimizer=adamw") from None
 
 
 def toy_update(x):
     return x * 2 + 1
 
 
-def moments_per_scale(numel):
-    """How many 8-bit moments of a tensor share a scale; None where it keeps float32. gpt2-xl's
-    50257 x 1600 embedding is no multiple of 256, torchao's own size, and takes 64."""
+def moments_per_scale(numel: int) -> int | None:
+    """Returns how many 8-bit moments of a tensor share a scale, or None for float32 moments.
+
+    torchao's own 256 does not divide gpt2-xl's 50257 x 1600 embedding, which gets 64.
+    """
     if numel < LEAST_8BIT:
         return None
     return next((block for block in MOMENTS_PER_SCALE if numel % block == 0), None)
 
 
 def make_8bit(groups, lr, betas, in_float32=False):
-    """torchao's AdamW8bit, each tensor with the block size that divides it, or float32 moments;
-    in_float32 has bfloat16 weights updated as float32 ones, a tensor at a time, for GPUs that
-    bfloat16 is not compiled for. Dettmers et al. 2022, "8-bit Optimizers via Block-wise
-    Quantization"."""
+    """torchao's AdamW8bit (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"),
+    with the block size of moments_per_scale for each tensor.
+
+    in_float32 updates bfloat16 weights in float32, one tensor at a time: for GPUs on which
+    bfloat16 does not compile.
+    """
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 
@@ -168,7 +179,7 @@ def make_8bit(groups, lr, betas, in_float32=False):
                 return super().step(closure)
             from torchao.optim.adam import single_param_adam
             compiled = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
-            with torch._dynamo.utils.disable_cache_limit():  # a function for each shape
+            with torch._dynamo.utils.disable_cache_limit():  # one compiled function per shape
                 for group in self.param_groups:
                     for p in group["params"]:
                         if p.grad is not None:
@@ -182,17 +193,18 @@ def make_8bit(groups, lr, betas, in_float32=False):
             state["step"] += 1
             compiled(new, p.grad.float(), state["step"], state["exp_avg"], state["exp_avg_sq"],
                      None, group["lr"], *group["betas"], group["weight_decay"], group["eps"],
-                     True, False)  # AdamW; rounding comes next
+                     True, False)  # AdamW without rounding, which put does
             put(p.detach(), new)
 
     return FittedAdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
 
 
 # -----------------------------------------------------------------------------
-# state as plain tensors, which is what a checkpoint holds
+# optimizer state as plain tensors, for checkpoints
 
-def plain_state(state):
-    """One parameter's state for a file: an 8-bit moment as NAME.codes and NAME.scale."""
+def plain_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns one parameter's state as plain tensors, references to its own; an 8-bit moment
+    becomes NAME.codes and NAME.scale."""
     plain = {}
     for name, value in state.items():
         if hasattr(value, "codes"):
@@ -203,9 +215,12 @@ def plain_state(state):
 
 
 @torch.no_grad()
-def fill_state(optimizer, p, plain):
-    """Gives a parameter the state that plain_state made. Raises UserError where it is another
-    optimizer's."""
+def fill_state(optimizer: torch.optim.Optimizer, p: torch.Tensor,
+               plain: dict[str, torch.Tensor]) -> None:
+    """Copies what plain_state returned into the optimizer's state of parameter `p`.
+
+    Raises UserError if it is the state of another optimizer.
+    """
     eight_bit = hasattr(optimizer, "_new_buffer")
     names = {name.removesuffix(".codes") for name in plain if not name.endswith(".scale")}
     if names != {"step", "exp_avg", "exp_avg_sq"}:
@@ -213,15 +228,15 @@ def fill_state(optimizer, p, plain):
                         "AdamW's")
     state = {"step": plain["step"].clone()}
     for name in ("exp_avg", "exp_avg_sq"):
-        quantised = f"{name}.codes" in plain
+        quantized = f"{name}.codes" in plain
         if eight_bit:
             value = optimizer._new_buffer(p, signed=name == "exp_avg")
         else:
             value = torch.zeros_like(p, dtype=torch.float32)
-        if quantised != hasattr(value, "codes"):
+        if quantized != hasattr(value, "codes"):
             raise UserError("the optimizer state is of --optimizer="
-                            f"{NAMES[quantised]}: resume with that")
-        if quantised:
+                            f"{NAMES[quantized]}: resume with that optimizer")
+        if quantized:
             value.codes.copy_(plain[f"{name}.codes"])
             value.scale.copy_(plain[f"{name}.scale"])
         else:

@@ -4,8 +4,8 @@ from dataclasses import astuple, replace
 from functools import lru_cache
 from pathlib import Path
 
-from model import GPT, GPTConfig, head_chunk
 from nanotune.device import DTYPES, device_memory
+from nanotune.formats.checkpoint import model_class
 from nanotune.training.lora import adapters, add_lora
 from nanotune.training.optimizer import moments_per_scale
 
@@ -68,6 +68,54 @@ def spell_bytes(n):
 
 
 # -----------------------------------------------------------------------------
+# what train.py prints
+
+def plan_lines(cfg, config, world, dtype, compiled, train_tokens, val_tokens):
+    """(What the run will take, as lines of text; whether it fits into memory)."""
+    model = meta_model(config, cfg)
+    lines = describe(
+        model.num_params(), cfg.gradient_accumulation_steps * cfg.batch_size * config.block_size,
+        cfg.max_iters, train_tokens, val_tokens, world, dtype, compiled, cfg.dataset)
+    if cfg.lora_rank:
+        trained = sum(p.numel() for p in adapters(model).values())
+        lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M of them are trained")
+    sharded = world.size > 1 and cfg.parallel == "fsdp"
+    lines += describe_saves(model.num_params(), cfg.out_dir, cfg.keep_states,
+                                 world.size if sharded else 1, save_bytes(model, cfg))
+    told, fits = describe_memory(config, cfg, world.device, dtype, world.size)
+    return lines + told, fits
+
+
+def tell_plan(r) -> None:
+    """The plan, and what in it looks like a mistake."""
+    cfg, p = r.cfg, r.progress
+    if not r.world.is_main:
+        return
+    for line in r.start.warnings:
+        r.log.warn(line)
+    lines, fits = plan_lines(cfg, r.model.config, r.world, r.dtype, r.compiled,
+                             *(len(r.data[split]) for split in ("train", "val")))
+    for line in lines:
+        r.log.say(line)
+    if not fits:
+        r.log.warn("the memory may not suffice, see above; should the run be killed, that is why")
+    data = r.data["train"]
+    if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
+        long, examples = data.count_long(r.tokenizer.eot)
+        if long:
+            r.log.warn(f"{long:,} of {examples:,} examples are longer than block_size="
+                       f"{data.block_size}: no window holds one whole, and the end of one is "
+                       "learnt without its beginning; raise --block_size or shorten them")
+    if p.step:
+        r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
+    if p.step >= cfg.max_iters and p.evaluated == p.step:
+        r.log.warn(f"the run is at step {p.step} already: raise --max_iters to train on")
+    if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
+        r.log.warn(f"warmup_iters={cfg.warmup_iters} is no less than max_iters={cfg.max_iters}: "
+                   "the learning rate never reaches its height")
+
+
+# -----------------------------------------------------------------------------
 # memory
 
 USABLE = 0.95     # of a device's memory: the rest is the driver's, the system's, fragments
@@ -88,8 +136,8 @@ def memory(config, cfg, device_type, dtype, ranks=1):
     params = list(model.parameters())
     trained = [p for p in params if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
-    kept, block = activations(model, cfg, device_type, dtype)
-    during, after = head(model, cfg, device_type, dtype)
+    kept, block = model.activation_bytes(cfg.batch_size, device_type, dtype)
+    during, after = model.head_bytes(cfg.batch_size, device_type, dtype)
     whole = cfg.gradient_accumulation_steps // ranks > 1 or ranks > 1  # DDP has buckets for all
     shares = ranks if cfg.parallel == "fsdp" else 1
     parts = {
@@ -108,12 +156,16 @@ def memory(config, cfg, device_type, dtype, ranks=1):
 
 def meta_model(config, cfg):
     """The model of a run with all its shapes and dtypes, and no memory."""
-    return make_meta_model(astuple(config), cfg.weights, cfg.lora_rank)
+    model = make_meta_model(type(config), astuple(replace(config, dropout=cfg.dropout)),
+                            cfg.weights, cfg.lora_rank)
+    model.recompute = cfg.recompute
+    return model
 
 
-@lru_cache(maxsize=8)  # a third of a second for gpt2-xl, and advice asks often
-def make_meta_model(config, weights, lora_rank):
-    model = GPT.empty(GPTConfig(*config), "meta", DTYPES[weights])
+@lru_cache(maxsize=8)  # a third of a second for gpt2-xl, and advise() asks often
+def make_meta_model(config_class, fields, weights, lora_rank):
+    config = config_class(*fields)
+    model = model_class(config).empty(config, "meta", DTYPES[weights])
     if lora_rank:
         add_lora(model, lora_rank)
     return model
@@ -123,49 +175,6 @@ def moment_bytes(numel, optimizer):
     """Bytes of a tensor's two moments."""
     block = moments_per_scale(numel) if optimizer == "adamw8bit" else None
     return 8 * numel if block is None else 2 * numel + 8 * numel // block
-
-
-def activations(model, cfg, device_type, dtype):
-    """(bytes that the forward pass keeps for the backward, bytes that it works in besides).
-
-    A token's, in a block, of width C and inner width I, with e bytes a number: the inputs of two
-    norms in float32; their outputs, q, k, v, attention's output, e each; the MLP's inner layer
-    before and after the activation. Then dropout's masks, and matrices cast to the dtype they are
-    multiplied in. With recompute only a block's input is kept, and one block at a time whole.
-    """
-    c, e = model.config, dtype.itemsize
-    inner, tokens = c.n_inner or 4 * c.n_embd, cfg.batch_size * c.block_size
-    token = 2 * 4 * c.n_embd + 6 * e * c.n_embd + 2 * e * inner
-    if cfg.dropout and device_type == "cpu":  # attention then writes out all pairs, thrice
-        token += 4 * e * c.n_embd + 12 * c.n_head * c.block_size
-    elif cfg.dropout:
-        token += 2 * c.n_embd
-    cast = sum(p.numel() * e for p in model.transformer.h[0].parameters()
-               if p.dim() >= 2 and p.dtype != dtype)
-    backward = tokens * (2 * e * inner + 2 * 4 * c.n_embd)  # gradients on their way through a block
-    if cfg.recompute:
-        return c.n_layer * 4 * c.n_embd * tokens, token * tokens + cast + backward
-    return c.n_layer * (token * tokens + cast), backward
-
-
-def head(model, cfg, device_type, dtype):
-    """(bytes while the loss is worked out, bytes at the end of the backward pass) for the head: a
-    few rows of logits, the head in the dtype of the product, its gradient in float32; at the end
-    its gradient and that of the embedding, before they are one."""
-    c, e, weight = model.config, dtype.itemsize, model.lm_head.weight
-    size = head_chunk(device_type, dtype)
-    rows, ids = min(size.rows, cfg.batch_size * c.block_size), min(size.ids, c.vocab_size)
-    during = rows * c.vocab_size * e
-    if e < 4:
-        during += min(size.softmax_rows, rows) * c.vocab_size * 4
-    if weight.dtype != dtype:
-        during += (ids if weight.dtype.itemsize < e else c.vocab_size) * c.n_embd * e
-    if not weight.requires_grad:
-        return during, 0
-    during += weight.numel() * 4
-    if e < 4:
-        during += ids * c.n_embd * e
-    return during, 2 * weight.numel() * weight.element_size()
 
 
 def describe_memory(config, cfg, device, dtype, ranks=1):

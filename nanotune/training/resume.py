@@ -1,10 +1,10 @@
-"""A run's folder through crashes: its states, whose they are, how the last run ended.
+"""Resumes a run from its folder, also after a crash.
 
     state.pt      the latest state            state.1.pt   the one before (keep_states=2), ...
-    run.json      the run's id, the step of its latest state, and whether a process works on it
+    run.json      the run's id, the step of its latest state, and its status
 
-A state that is damaged, or of another run, is passed over for the one before. A run.json that
-still says "running" when a run is resumed was left by one that had no time for a last word.
+A state that is damaged or of another run is skipped for the one before. A run.json that still says
+"running" when a run is resumed means that the previous process was killed.
 """
 import contextlib
 import json
@@ -14,82 +14,90 @@ import socket
 import uuid
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from model import GPT
 from nanotune import files
 from nanotune.errors import UserError, first_line
 from nanotune.formats import checkpoint
 from nanotune.formats.checkpoint import MODEL_FILE, STATE_FILE
+from nanotune.text.tokenizer import AnyTokenizer
 from nanotune.training import lora, state_dicts
-from nanotune.training.distributed import share
+from nanotune.training.distributed import World, share
 
 RUN_FILE = "run.json"
 
 
 @dataclass
 class Progress:
-    """Where a run stands: what state.pt holds beside weights, optimizer and scaler."""
+    """A run's progress: what state.pt holds beside weights, optimizer and scaler. Losses are in
+    nats per token."""
     step: int = 0                # optimizer steps taken
-    evaluated: int = -1          # the step of the last evaluation
+    evaluated: int = -1          # step of the last evaluation
     best_val_loss: float = math.inf
     best_train_loss: float = math.inf  # of the same evaluation
     best_step: int = 0
-    worse: int = 0               # evaluations since then
-    warned: bool = False         # of overfitting, since then
-    skipped: int = 0             # fp16 steps that the scaler skipped, in all
+    worse: int = 0               # evaluations since best_step
+    warned: bool = False         # of overfitting, since best_step
+    skipped: int = 0             # float16 steps that the scaler skipped in total
     run_id: str = ""
 
 
-def new_progress():
+def new_progress() -> Progress:
+    """Returns the Progress of a new run, with a random run_id."""
     return Progress(run_id=uuid.uuid4().hex[:8])
 
 
 @dataclass
 class Start:
-    """What a run begins with. Rank 0 alone reads it from disk."""
-    model: object                  # a GPT; its GPTConfig on the way to the other ranks
+    """What a run begins with. Only rank 0 reads it from disk."""
+    model: object                  # its config on the way to the other ranks
     progress: Progress = field(default_factory=new_progress)
-    stepped: bool = False          # whether there is an optimizer's state
+    stepped: bool = False          # whether there is an optimizer state
     optimizer: dict = field(default_factory=dict)  # {parameter name: {"exp_avg": ..., ...}}
     scaler: dict | None = None
-    # of the state that it was read from
+    # of the state file that it was read from
     path: Path | None = None
-    config: dict = field(default_factory=dict)  # the run's, as it was then
-    tokenizer: object = None
-    lora: dict | None = None       # the rank, the base and its hash, of a LoRA run
+    config: dict = field(default_factory=dict)  # the run's config when it was saved
+    tokenizer: AnyTokenizer | None = None
+    lora: dict | None = None       # of a LoRA run: the rank, the base and its hash
     ours: bool = True              # False: nanoGPT's, which has no run id
-    passed_over: tuple = ()        # newer states that could not serve
-    warnings: tuple = ()
+    passed_over: tuple = ()        # paths of newer states that were skipped
+    warnings: tuple = ()           # lines to print
 
 
 # -----------------------------------------------------------------------------
 # resuming
 
-def resumes(cfg):
-    """Whether a run goes on with what out_dir holds."""
+def resumes(cfg: Any) -> bool:
+    """Returns whether a run with this train.Config resumes from its out_dir."""
     return cfg.init_from == "resume" or (cfg.auto_resume and bool(state_files(cfg.out_dir)))
 
 
-def state_files(out_dir):
-    """The states of a folder that exist, newest first."""
+def state_files(out_dir: str | Path) -> list[Path]:
+    """Returns the state files of a folder, newest first."""
     numbered = sorted(Path(out_dir).glob("state.[0-9]*.pt"),
                       key=lambda path: int(path.suffixes[0][1:]))
     return [path for path in (Path(out_dir) / STATE_FILE, *numbered) if path.is_file()]
 
 
-def barely_begun(out_dir):
-    """Whether all that a folder holds is the ckpt.pt of step 0: killed before its first state."""
+def barely_begun(out_dir: str | Path) -> bool:
+    """Returns whether ckpt.pt is of step 0. If there is no state either, the run was killed before
+    its first save, and nothing is lost."""
     try:
         return files.load(Path(out_dir) / MODEL_FILE)["iter_num"] == 0
     except (UserError, KeyError):
         return False
 
 
-def load_start(out_dir, dropout, dtype, any_run=False):
-    """The Start that the newest sound state of the folder's own run makes; `any_run` takes that of
-    another too. Raises UserError where there is none, which says what can still be had."""
+def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
+               any_run: bool = False) -> Start:
+    """Returns the Start of the newest usable state in a folder, its matrices in `dtype`.
+
+    Only a state of the folder's own run counts, with `any_run` also one of another. Raises
+    UserError if there is none, with what can still be used.
+    """
     paths = state_files(out_dir) or [Path(out_dir) / MODEL_FILE]
     if not paths[0].is_file():
         raise UserError(f"--init_from=resume: {out_dir} holds no checkpoint; check --out_dir, or "
@@ -114,8 +122,11 @@ def load_start(out_dir, dropout, dtype, any_run=False):
 
 
 def read_start(path, dropout, dtype=torch.float32):
-    """A state file, or a nanoGPT ckpt.pt, which holds its optimizer, as a Start. UserError for
-    one that is not whole: each part is read here, so that an older state can serve instead."""
+    """A state file as a Start, or a nanoGPT ckpt.pt, which also holds the optimizer.
+
+    Raises UserError if any part is damaged: all parts are read here, so that load_start can fall
+    back to an older state.
+    """
     saved = files.load(path)
     if "optimizer" not in saved:
         raise UserError(f"--init_from=resume: {path} holds a model, but no state.pt to go on from "
@@ -130,7 +141,7 @@ def read_start(path, dropout, dtype=torch.float32):
 
 
 def config_of(saved):
-    """The config that a state was saved with, with what check_same_run compares."""
+    """The config that a state was saved with, and the values that check_same_run compares."""
     config = dict(saved.get("config") or {})
     config["block_size"] = saved["model_args"].get("block_size")
     if "batch_size" in config:
@@ -139,8 +150,12 @@ def config_of(saved):
     return config
 
 
-def check_same_run(cfg, start):
-    """Raises UserError where a resumed run would read other data than the one it continues."""
+def check_same_run(cfg: Any, start: Start) -> None:
+    """Raises UserError if a run with this train.Config cannot resume the run of `start`.
+
+    The optimizer and lora_rank must be equal; seed, dataset, block_size and global batch too, since
+    other values mean other data, unless cfg.force_resume.
+    """
     then = {"optimizer": "adamw", "lora_rank": 0} | start.config
     for key in ("optimizer", "lora_rank"):
         if getattr(cfg, key) != then[key]:
@@ -157,20 +172,24 @@ def check_same_run(cfg, start):
                         "values, or --force_resume=True to go on with the new ones")
 
 
-def spread(start, world, dtype=torch.float32):
-    """Rank 0's Start on all ranks: the facts, and a model yet to be filled (parallelize does that,
-    and state_dicts.load_optimizer_state). The other ranks give None."""
+def spread(start: Start | None, world: World, dtype: torch.dtype = torch.float32) -> Start:
+    """Returns rank 0's Start on all ranks; the other ranks pass None. All ranks must call this.
+
+    The other ranks get an uninitialized model and no optimizer state, which parallelize and
+    state_dicts.load_optimizer_state fill.
+    """
     facts = share(world, start and replace(
         start, model=start.model.config, optimizer={}, tokenizer=None))
     if start is None:
-        start = replace(facts, model=GPT.empty(facts.model, dtype=dtype))
+        model = checkpoint.model_class(facts.model).empty(facts.model, dtype=dtype)
+        start = replace(facts, model=model)
         if facts.lora:
             lora.add_lora(start.model, facts.lora["rank"])
     return start
 
 
 def progress_of(saved):
-    """The Progress of a saved state, nanoGPT's too."""
+    """The Progress of a saved state, ours or nanoGPT's. Raises TypeError if a field is damaged."""
     if "progress" in saved:
         progress = Progress(**saved["progress"])
         for f in fields(Progress):
@@ -186,16 +205,16 @@ def progress_of(saved):
 
 
 def check_run_id(start, last):
-    """Raises UserError for a state that was copied into the folder of another run."""
+    """Raises UserError if the state is of another run than the folder's run.json."""
     ours, theirs = last.get("run_id"), start.progress.run_id
     if ours and start.ours and theirs != ours:
-        raise UserError(f"{start.path} is of run {theirs}, this folder's is {ours}: move it to a "
-                        "folder of its own, or take it by --force_resume=True")
+        raise UserError(f"{start.path} is of run {theirs}, but this folder is of run {ours}: move "
+                        "it to another folder, or resume it with --force_resume=True")
 
 
 def check_model_file(progress, path):
-    """Where ckpt.pt is missing or of another run, it is not the best so far that the state says it
-    is: then the next evaluation counts as the best. Reads no more than the file's index."""
+    """Resets the best loss, and yields a warning, if ckpt.pt is missing, damaged or of another run:
+    the next evaluation then counts as the best. Maps the file, so that no weights are read."""
     try:
         run_id = torch.load(path, mmap=True, weights_only=True).get("run_id")
         if run_id in (None, progress.run_id):
@@ -208,7 +227,7 @@ def check_model_file(progress, path):
 
 
 def nothing_left(out_dir, reasons):
-    """The error where no state can serve: why, and whether the weights at least are whole."""
+    """The message if no state can be resumed: why, and whether ckpt.pt can be used instead."""
     path = Path(out_dir) / MODEL_FILE
     try:
         step = files.load(path)["iter_num"]
@@ -220,7 +239,7 @@ def nothing_left(out_dir, reasons):
 
 
 def tell_losses(start, reasons, last, reached):
-    """Lines that say which states were passed over, how the last run ended, what is lost."""
+    """Yields warnings: which states were skipped, how the previous process ended, what is lost."""
     step = start.progress.step
     if reasons:
         newest = last.get("saved_step")
@@ -231,12 +250,12 @@ def tell_losses(start, reasons, last, reached):
         again = f": steps {step} to {reached} are done again" if reached > step else ""
         yield (f"the last run (process {last.get('pid')} on {last.get('host')}) ended without a "
                "word: killed from outside, as the system does when memory runs out (try a lower "
-               "--batch_size), or the machine went down, or the disk took nothing more; going on "
+               "--batch_size), or the machine went down, or the disk was full; going on "
                f"from step {step}{again}")
 
 
-def reached_step(out_dir):
-    """The steps that metrics.jsonl says were taken: 0 where it says nothing."""
+def reached_step(out_dir: str | Path) -> int:
+    """Returns how many steps were taken according to metrics.jsonl, 0 if it has no iteration."""
     try:
         lines = (Path(out_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return max((json.loads(line).get("iter", -1) for line in lines[-50:]
@@ -248,7 +267,8 @@ def reached_step(out_dir):
 # -----------------------------------------------------------------------------
 # run.json
 
-def read_run_file(out_dir):
+def read_run_file(out_dir: str | Path) -> dict:
+    """Returns the content of run.json, {} if it is missing or damaged."""
     try:
         data = json.loads((Path(out_dir) / RUN_FILE).read_text(encoding="utf-8"))
         return data if isinstance(data, dict) else {}
@@ -256,9 +276,14 @@ def read_run_file(out_dir):
         return {}
 
 
-def write_run_file(out_dir, progress, status, saved_step=None):
-    """status: running, done, stopped (by a signal), failed (with a message). On a full disk it is
-    written over the old one, whose room it has: at worst the hints that it gives are lost."""
+def write_run_file(out_dir: str | Path, progress: Progress, status: str,
+                   saved_step: int | None = None) -> None:
+    """Writes run.json; `saved_step` is the step of the latest state, None if there is none.
+
+    `status` is running, done, stopped (by a signal) or failed (with an error). On a full disk it
+    overwrites the old file in place, which needs no space but is not atomic. Errors are ignored:
+    the file only serves for warnings and check_run_id.
+    """
     data = {"run_id": progress.run_id, "status": status, "pid": os.getpid(),
             "host": socket.gethostname(), "saved_step": saved_step}
     path, content = Path(out_dir) / RUN_FILE, json.dumps(data).encode()
@@ -270,19 +295,22 @@ def write_run_file(out_dir, progress, status, saved_step=None):
             f.truncate()
 
 
-def begin(out_dir, start):
-    """Makes the folder that of this run, and says that a process works on it."""
+def begin(out_dir: str | Path, start: Start) -> None:
+    """Prepares the folder for a run and writes run.json with status running.
+
+    A new run removes the files of an old one; a resumed run renames skipped states to .refused.
+    """
     if start.path is None:
         clear(out_dir)
-    for path in start.passed_over:  # renamed, so that saves to come push no good one out
+    for path in start.passed_over:  # else later saves would rotate a good state out
         os.replace(path, path.with_suffix(".refused"))
-    for name in (STATE_FILE, MODEL_FILE, RUN_FILE):  # what a save that was cut off left
+    for name in (STATE_FILE, MODEL_FILE, RUN_FILE):  # left by an interrupted save
         Path(out_dir, f"{name}.tmp").unlink(missing_ok=True)
     write_run_file(out_dir, start.progress, "running", start.progress.step if start.path else None)
 
 
 def clear(out_dir):
-    """Removes a run that is to be replaced."""
+    """Removes the files of a run."""
     for path in (*state_files(out_dir), *(Path(out_dir) / name for name in (
             MODEL_FILE, RUN_FILE, "metrics.jsonl", "loss.png"))):
         path.unlink(missing_ok=True)

@@ -1,51 +1,65 @@
-"""Weights and optimizer state by parameter name: the same, whole tensors, whatever wrote them.
+"""Converts weights and optimizer state to and from what a checkpoint holds.
 
-One process, DDP, FSDP and nanoGPT keep them differently; a checkpoint holds them as below.
+A checkpoint holds whole tensors by parameter name. One process, DDP, FSDP2 and nanoGPT's files
+each have another layout.
 """
+from pathlib import Path
+
 import torch
+import torch.nn as nn
 
 from nanotune.errors import UserError
 from nanotune.formats.checkpoint import plain_key, saved_weights
 from nanotune.training import optimizer as optimizers
-from nanotune.training.distributed import is_sharded, share
+from nanotune.training.distributed import World, is_sharded, share
 
 
-def whole_weights(model):
-    """{name: tensor}: references to the model's own, of a LoRA run's the adapters alone; of a
-    sharded one, which all ranks must ask together, a full copy in rank 0's CPU memory, and {} on
-    the others."""
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns {name: tensor}, references to the model's weights; of a LoRA run only the adapters.
+
+    If the model is sharded all ranks must call this; rank 0 gets a full copy in CPU memory, the
+    others {}.
+    """
     if not is_sharded(model):
         return saved_weights(model)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     weights = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if weights and model.config.tied_head:  # came twice: one tensor again, as unsharded
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    if weights:  # two copies of a tied head: one tensor again, as unsharded
+        weights |= {name: weights[other] for name, other in model.tied_names().items()}
     return weights
 
 
-def optimizer_state(model, optimizer):
-    """{parameter name: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}; references or, of a
-    sharded model, copies as whole_weights makes them. {} before the first step."""
+def optimizer_state(model: nn.Module,
+                    optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns {parameter name: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}, {} before the
+    first step.
+
+    They are references; of a sharded model rank 0 gets full copies, as in whole_weights.
+    """
     if not is_sharded(model):
         names = {p: name for name, p in model.named_parameters()}
         return {names[p]: optimizers.plain_state(state) for p, state in optimizer.state.items()}
-    if not optimizer.state:  # asked now, the helper would take a step to make one
+    if not optimizer.state:  # get_optimizer_state_dict would take a step to make one
         return {}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
     return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(
         full_state_dict=True, cpu_offload=True)).get("state", {})
 
 
-def checked_optimizer_state(model, state, path):
-    """A saved optimizer state, ours or nanoGPT's list, by the names of an unsharded model's
-    parameters; {} before the first step. Raises UserError where it is not of them."""
+def checked_optimizer_state(model: nn.Module, state: dict,
+                            path: str | Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns a saved optimizer state, ours or nanoGPT's, as optimizer_state does.
+
+    The model must not be sharded; `path` is for messages. Raises UserError if the state does not
+    fit the model's parameters.
+    """
     if {"state", "param_groups"} <= state.keys():
         state = by_name(model, state, path)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if state and state.keys() != params.keys():
         wrong = sorted(state.keys() ^ params.keys())
-        raise UserError(f"{path}: its optimizer state is of other parameters ({wrong[0]}, ...)")
+        raise UserError(f"{path}: its optimizer state has other parameters ({wrong[0]}, ...)")
     for name, held in state.items():
         p = params[name]
         held = {key: v for key, v in held.items() if not key.endswith(".scale")}
@@ -54,9 +68,14 @@ def checked_optimizer_state(model, state, path):
     return state
 
 
-def load_optimizer_state(model, optimizer, state, path, world=None):
-    """Fills an optimizer that has not stepped with a saved state. On several ranks rank 0 gives
-    it, the others give {}, and each takes what its share of the model needs."""
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
+                         path: str | Path, world: World | None = None) -> None:
+    """Fills an optimizer that has not stepped with a saved state.
+
+    On several ranks all must call this, rank 0 with the state and the others with {}; each rank
+    keeps what its shard needs. `path` is for messages. Raises UserError if the state does not fit
+    the model, or is another optimizer's.
+    """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if world is None or world.is_main:
         state = state if is_sharded(model) else checked_optimizer_state(model, state, path)
@@ -76,21 +95,21 @@ def load_optimizer_state(model, optimizer, state, path, world=None):
             full_state_dict=True, broadcast_from_rank0=True))
     elif state:
         order = [p for group in optimizer.param_groups for p in group["params"]]
-        # the optimizer's own loader casts and moves what it takes
+        # load_state_dict casts the tensors and moves them to the device
         optimizer.load_state_dict({
             "state": {i: state[names[p]] for i, p in enumerate(order)},
             "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def cropped(state, param):
-    """One parameter's state, its moments cut to as many rows as a cropped wpe has."""
+    """One parameter's state, its moments cut to the rows of `param` (wpe may be cropped)."""
     return {key: value[:len(param)] if value.dim() and not key.endswith(".scale") else value
             for key, value in state.items()}
 
 
 def fill_optimizer(params, optimizer, state, path, world):
-    """load_optimizer_state for the optimizers of optimizer.py: a parameter at a time, so that no
-    rank holds the whole twice."""
+    """load_optimizer_state for the optimizers of optimizer.py: one parameter at a time, so that no
+    rank holds two copies of the state."""
     for name, param in params.items():
         held = state.get(name)
         if world is not None:
@@ -102,7 +121,7 @@ def fill_optimizer(params, optimizer, state, path, world):
 
 
 def by_name(model, state, path):
-    """nanoGPT numbers its parameters: matrices in the model's order, then vectors."""
+    """nanoGPT's numbered state by name: it numbers matrices in the model's order, then vectors."""
     named = list(model.named_parameters())
     names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
     if len(state["state"]) != len(names):

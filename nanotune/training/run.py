@@ -1,0 +1,197 @@
+"""What a run works on, made from its config: model, data, optimizer; or only its plan.
+
+Rank 0 alone reads and writes out_dir and init_from, so that machines need no common disk.
+"""
+import tempfile
+import zlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from nanotune.device import DTYPES, pick_compile, pick_dtype, tune_malloc
+from nanotune.errors import UserError
+from nanotune.formats import checkpoint
+from nanotune.text.loader import SPLITS, TokenBin, dataset_folder, open_dataset, open_tokens
+from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
+from nanotune.training import distributed, lora, plan, resume, state_dicts
+from nanotune.training import optimizer as optimizers
+from nanotune.training.distributed import World, read_world, share
+from nanotune.training.logbook import Logbook, check_wandb
+
+
+@dataclass
+class Run:
+    """What train.py's loop works on, on each rank."""
+    cfg: object                  # a train.Config
+    argv: list[str]
+    world: World
+    dtype: torch.dtype           # that matrix products run in
+    compiled: bool
+    model: GPT
+    forward: torch.nn.Module     # the model as it is called in training: DDP wraps it
+    optimizer: torch.optim.Optimizer
+    scaler: optimizers.LossScaler
+    tokenizer: object
+    data: dict[str, TokenBin]    # by split
+    start: resume.Start          # what it began with; its model and optimizer are let go
+    progress: resume.Progress
+    tried_step: int | None       # the step of the last state that was written, or should have been
+    not_saved: dict[str, str | None] = field(default_factory=dict)  # {file: why its save failed}
+    log: Logbook | None = None
+
+
+def check_config(cfg, world: World, dtype: torch.dtype) -> None:
+    """Raises UserError for fields that do not go together."""
+    accumulation = cfg.gradient_accumulation_steps
+    if accumulation % world.size:
+        lower = accumulation - accumulation % world.size
+        raise UserError(
+            f"--gradient_accumulation_steps={accumulation} does not divide among {world.size} "
+            f"processes; use a multiple, such as {lower or world.size}")
+    if cfg.auto_resume and cfg.overwrite:
+        raise UserError("--auto_resume=True goes on with what --overwrite=True would replace at "
+                        "each restart: give one of them")
+    if cfg.lora_rank and cfg.init_from == "scratch":
+        raise UserError("--lora_rank leaves the weights as they are, and --init_from=scratch "
+                        "draws them at random: give a pretrained --init_from, or --lora_rank=0")
+    if cfg.lora_rank and cfg.init_from != "resume" and (
+            Path(cfg.init_from).resolve() == Path(cfg.out_dir).resolve()):
+        raise UserError(f"--out_dir={cfg.out_dir} is the base of this LoRA run too, which its "
+                        "adapters would replace; choose another --out_dir")
+    distributed.check_pairs(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
+                            optimizer=cfg.optimizer, lora="yes" if cfg.lora_rank else "no")
+    if cfg.optimizer == "adamw8bit" and not cfg.dry_run:
+        optimizers.check_8bit(world.device)
+    if cfg.wandb_log:
+        check_wandb()
+
+
+def check_out_dir(cfg):
+    """Raises UserError where out_dir cannot be written or holds a run that would be lost."""
+    out_dir = Path(cfg.out_dir)
+    held = [f.name for f in (out_dir / checkpoint.MODEL_FILE, *resume.state_files(out_dir))
+            if f.exists()]
+    if held and not resume.resumes(cfg) and not cfg.overwrite and not (
+            cfg.auto_resume and resume.barely_begun(out_dir)):
+        raise UserError(f"{out_dir} holds a run already ({', '.join(held)}): go on with it by "
+                        "--init_from=resume, replace it by --overwrite=True, or choose another "
+                        "--out_dir")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as e:
+        raise UserError(f"--out_dir={out_dir} cannot be written ({e.strerror}); choose "
+                        "another") from None
+
+
+def load_start(cfg, tokenizer, folder):
+    """The resume.Start that the run begins with, as init_from says."""
+    weights = DTYPES[cfg.weights]
+    if resume.resumes(cfg):
+        start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
+        resume.check_same_run(cfg, start)
+        check_same_tokenizer(start.tokenizer, tokenizer, cfg.out_dir, folder)
+        if cfg.block_size is not None:
+            start.model.crop_block_size(cfg.block_size)
+        return start
+    if cfg.init_from == "scratch":
+        torch.manual_seed(cfg.seed)
+        model = GPT(scratch_config(cfg, tokenizer))
+        model.set_dtype(weights)
+        return resume.Start(model)
+    model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout, dtype=weights)
+    check_same_tokenizer(held, tokenizer, cfg.init_from, folder)
+    if not cfg.lora_rank:
+        return resume.Start(model)
+    lora.add_lora(model, cfg.lora_rank, cfg.seed)
+    return resume.Start(model, lora=dict(
+        rank=cfg.lora_rank, base=cfg.init_from, hash=checkpoint.hash_of(cfg.init_from),
+        weights=cfg.weights))
+
+
+def scratch_config(cfg, tokenizer):
+    return GPTConfig(
+        block_size=cfg.block_size or 1024,
+        vocab_size=50304 if tokenizer.n_vocab == 50257 else tokenizer.n_vocab,
+        n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, dropout=cfg.dropout,
+        bias=cfg.bias)
+
+
+def check_same_data(data, world):
+    """Raises UserError if this machine's files are not those of rank 0."""
+    for split in data.values():
+        mine = len(split), zlib.crc32(split.tokens[:2**20])
+        if share(world, mine) != mine:
+            raise UserError(f"{split.path.absolute()} of process {world.rank} differs from that "
+                            "of process 0: copy the folder to each machine")
+
+
+def set_up(cfg, argv: list[str]) -> Run:
+    """What a run works on, made from a train.Config; `argv` is its command line. What one process
+    can check is checked before the processes join."""
+    world = read_world(cfg.device)
+    dtype = pick_dtype(cfg.dtype, world.device)
+    check_config(cfg, world, dtype)
+    if world.device.type == "cpu":
+        tune_malloc(lean=cfg.recompute)
+    folder = dataset_folder(cfg.dataset)
+    for split in SPLITS:
+        open_tokens(folder / f"{split}.bin", cfg.block_size or 1)
+    if world.is_main and not cfg.eval_only:
+        check_out_dir(cfg)
+    tokenizer = tokenizer_of_dataset(folder)
+    if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
+        raise UserError("--sample_start is empty; give it at least a character")
+    if cfg.separate_documents and tokenizer.eot is None:
+        raise UserError("--separate_documents needs end-of-text between the documents, and "
+                        f"{folder} with {tokenizer.name} has none; leave it out")
+    start = load_start(cfg, tokenizer, folder) if world.is_main else None
+
+    distributed.join(world, cfg.backend, cfg.timeout)
+    start = resume.spread(start, world, DTYPES[cfg.weights])
+    model, progress = start.model, start.progress
+    model.config = replace(
+        model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
+    if model.is_masked:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN under masks: pytorch issue 196678
+    data = open_dataset(folder, model.config, cfg.seed)
+    check_same_data(data, world)
+    model.recompute = cfg.recompute
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
+    forward, compiled = distributed.parallelize(
+        model, world, cfg.parallel, dtype, cfg.compile, data["train"].batch(0, cfg.batch_size))
+    optimizer = optimizers.make_optimizer(
+        cfg.optimizer, model.param_groups(cfg.weight_decay), cfg.learning_rate,
+        (cfg.beta1, cfg.beta2), world.device)
+    if start.stepped:
+        state_dicts.load_optimizer_state(model, optimizer, start.optimizer, start.path, world)
+    scaler = optimizers.LossScaler(world.device.type, enabled=dtype == torch.float16)
+    if start.scaler:
+        scaler.load_state_dict(start.scaler)
+    start.model = start.optimizer = None  # a sharded run holds its share alone from here on
+    return Run(
+        cfg=cfg, argv=argv, world=world, dtype=dtype, compiled=compiled, model=model,
+        forward=forward, optimizer=optimizer, scaler=scaler, tokenizer=tokenizer, data=data,
+        start=start, progress=progress, tried_step=progress.step if start.path else None)
+
+
+def dry_run(cfg) -> None:
+    """Prints the plan of a train.Config. Reads the sizes of its data and its model, no weights."""
+    world = read_world(cfg.device)
+    dtype = pick_dtype(cfg.dtype, world.device)
+    check_config(cfg, world, dtype)
+    folder = dataset_folder(cfg.dataset)
+    if cfg.init_from == "scratch":
+        config = scratch_config(cfg, tokenizer_of_dataset(folder))
+    else:
+        config = checkpoint.model_config(cfg.out_dir if resume.resumes(cfg) else cfg.init_from)
+        config = replace(config, block_size=cfg.block_size or config.block_size)
+    tokens = [len(open_tokens(folder / f"{split}.bin", config.block_size))
+              for split in SPLITS]
+    compiled = pick_compile(cfg.compile, world.device,
+                                        weights=DTYPES[cfg.weights])
+    lines, _ = plan.plan_lines(cfg, config, world, dtype, compiled, *tokens)
+    if world.is_main:
+        print("\n".join(lines))
