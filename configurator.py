@@ -1,4 +1,4 @@
-"""Config files and --key=value arguments onto a typed dataclass.
+"""Fills a typed dataclass from config files and --key=value arguments.
 
     @dataclass
     class Config:
@@ -11,8 +11,8 @@
     $ python train.py config/finetune_shakespeare.py --learning_rate=1e-5
     $ python train.py --help
 
-A config file is plain Python that assigns fields; what it imports or names with a leading
-underscore stays its own. Files and arguments apply from left to right: the later one wins.
+A config file is plain Python that assigns fields; modules and names with a leading underscore are
+ignored. Files and arguments apply from left to right: the later one wins.
 """
 import ast
 import dataclasses
@@ -22,14 +22,16 @@ import math
 import os
 import sys
 import types
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nanotune.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """The numbers from low to high; a round bracket leaves that end out. None holds NaN."""
+    """The numbers from low to high; a round bracket excludes that end. NaN is in no interval."""
     low: float
     high: float = math.inf
     ends: str = "[)"
@@ -50,17 +52,15 @@ NonNegative = Annotated[float, Interval(0)]
 AboveZero = Annotated[float, Interval(0, ends="()")]
 Fraction = Annotated[float, Interval(0, 1)]  # below 1
 Probability = Annotated[float, Interval(0, 1, "(]")]
-Seed = Annotated[int, Interval(0, 2**32)]    # what torch and numpy take
+Seed = Annotated[int, Interval(0, 2**32)]    # what torch and numpy accept
 
 BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
 
-def configure(cls: type, argv: list[str]):
+def configure(cls: type[T], argv: list[str]) -> T:
     """Returns cls() filled from argv, a list of config file paths and `--key=value` strings.
-
-    Raises UserError for an unknown field, a value of another type, a number outside the field's
-    Interval, and a text that is not among its Literal's. `--help` prints the fields, their defaults
-    and comments, and exits.
+    `--help` prints all fields and exits. Raises UserError if a field is unknown, a value has
+    another type, a number is outside the field's Interval, or a string is none of its Literal's.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls))
@@ -84,7 +84,7 @@ def configure(cls: type, argv: list[str]):
 
 
 def run_config_file(path):
-    """Runs a config file in a namespace of its own; returns its public names, modules aside."""
+    """Runs a config file in its own namespace and returns {public name: value}, without modules."""
     if not os.path.isfile(path):
         raise UserError(f"config file {path} does not exist (a field is written --name=value)"
                         + nearest(path, sibling_configs(path)))
@@ -115,13 +115,13 @@ def field_type(hints, name, where):
 
 
 def nearest(name, names):
-    """' (did you mean X?)' for the closest of names, or nothing."""
+    """' (did you mean X?)' with the closest of names, or ''."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def members(kind):
-    """int | None -> (int, None's type); any other hint stands alone."""
+    """int | None -> (int, NoneType); any other hint -> (hint,)."""
     return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
 
 
@@ -134,7 +134,7 @@ def choices(kind):
 
 
 def check_value(kind, value, name):
-    """Raises UserError for a number outside its Interval, or a text not among its Literal's."""
+    """Raises UserError if a number is outside its Interval or a string none of its Literal's."""
     for member in members(kind):
         if get_origin(member) is Literal and isinstance(value, str):
             options = [*get_args(member), *(["True", "False"] if bool in members(kind) else [])]
@@ -152,17 +152,17 @@ def spell(kind):
 
 
 def check_type(kind, value, where):
-    """A value from a config file, checked against the field's type; an int becomes a float."""
+    """Returns a config file's value if the type fits; an int for a float field becomes a float."""
     allowed = choices(kind)
     if type(value) in allowed:
         return value
-    if float in allowed and type(value) is int:  # not isinstance: a bool is no number here
+    if float in allowed and type(value) is int:  # isinstance would accept a bool
         return float(value)
     raise UserError(f"{where} wants {spell(kind)}, not {value!r} ({type(value).__name__})")
 
 
 def parse(kind, text, where):
-    """A value from the command line. A str field takes the text as it stands, quotes and all."""
+    """Parses a value of the command line. A str field takes the text as it is, with its quotes."""
     allowed = choices(kind)
     if types.NoneType in allowed and text == "None":
         return None
@@ -177,8 +177,8 @@ def parse(kind, text, where):
         raise UserError(f"{where} wants {spell(kind)}, not {text!r}") from None
 
 
-def help_text(cls):
-    """The fields of a config class as its source shows them: section, name, default, comment."""
+def help_text(cls: type) -> str:
+    """The text of --help, read from the source of a config class: sections, fields, comments."""
     lines = [inspect.getmodule(cls).__doc__ or "", "Fields, given as --name=value:"]
     names = {f.name for f in dataclasses.fields(cls)}
     for line in inspect.getsource(cls).splitlines():

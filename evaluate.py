@@ -5,9 +5,9 @@
     python evaluate.py --task=classify --out_dir=out-twitter-sentiment --dataset=twitter_sentiment
     python evaluate.py --task=lambada --init_from=gpt2 --input=lambada_test.jsonl
 
-perplexity   of a dataset's split, or of a text file; the loss is the number that train.py logs
-classify     a dataset's test.jsonl: the label is generated, or with --method=likelihood chosen;
-             accuracy, macro F1, confusion matrix, and out_dir/predictions.jsonl
+perplexity   of a dataset's split or a text file; the loss is computed as in train.py
+classify     a dataset's test.jsonl: generates labels, or with --method=likelihood picks the most
+             likely; accuracy, macro F1, confusion matrix, and out_dir/predictions.jsonl
 lambada      the last word of each line {"text"}, with and without the stop-word filter
 """
 import json
@@ -37,25 +37,25 @@ from nanotune.training.distributed import join, read_world, sum_over_ranks
 class Config:
     # what
     task: Literal["perplexity", "classify", "lambada"] = "perplexity"
-    out_dir: str = "out"              # the run whose ckpt.pt is read; predictions.jsonl goes there
-    init_from: str = "resume"  # resume: out_dir's; or a hub id, a folder, a run, an .onnx file
-    dataset: str = "openwebtext"      # a folder below data/, or a path
-    split: str = "val"  # of perplexity: train or val
-    input: str | None = None          # a file in the dataset's place; for lambada lines {"text"}
+    out_dir: str = "out"              # the run whose ckpt.pt to read; gets predictions.jsonl
+    init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
+    dataset: str = "openwebtext"      # a folder in data/, or a path
+    split: str = "val"  # perplexity: train or val
+    input: str | None = None          # a file instead of a dataset; lambada: lines {"text"}
     # how
     eval_iters: AtLeast0 = 0          # perplexity: batches, evenly spaced; 0: the whole split
     stride: AtLeast1 | None = None  # perplexity: tokens between windows; None: block_size
-    detokenize: bool = False  # perplexity: --input is WikiText, whose inserted spaces go first
-    method: Literal["generate", "likelihood"] = "generate"  # classify: how to choose
-    max_new_tokens: AtLeast1 | None = None  # classify: None: the longest label and end-of-text
+    detokenize: bool = False  # perplexity: --input is WikiText; remove the spaces it inserts
+    method: Literal["generate", "likelihood"] = "generate"  # classify: how to pick a label
+    max_new_tokens: AtLeast1 | None = None  # classify; None: the longest label and end-of-text
     batch_size: AtLeast1 | None = None  # None: 8 windows, or 32 prompts
-    block_size: AtLeast1 | None = None  # None: the model's own
+    block_size: AtLeast1 | None = None  # tokens per window; None: the model's block_size
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
     dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16
 
 
 def check_config(cfg, world):
-    """Raises UserError for fields that do not go together."""
+    """Raises UserError if fields contradict each other or a file or package is missing."""
     if cfg.input is not None and not Path(cfg.input).is_file():
         raise UserError(f"--input={cfg.input}: no such file")
     if cfg.eval_iters and (cfg.input or cfg.stride):
@@ -72,7 +72,7 @@ def check_config(cfg, world):
 
 
 def read_input(cfg, tokenizer):
-    """(tokens, words) of the --input file; words are those between spaces in the file as it is."""
+    """(ids, number of words) of the --input file; words are separated by whitespace."""
     try:
         text = Path(cfg.input).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -89,15 +89,15 @@ def run_perplexity(cfg, model, tokenizer, source, world):
     block_size, batch_size = model.config.block_size, cfg.batch_size or 8
     stride = cfg.stride or block_size
     if stride > block_size:
-        raise UserError(f"--stride={stride} is more than the windows' {block_size} tokens: some "
-                        "would never be read")
+        raise UserError(f"--stride={stride} is more than the windows' {block_size} tokens, so it "
+                        "skips tokens; use --stride of at most that")
     name, words, path, tokens = f"{cfg.dataset} {cfg.split}", None, None, None
     if cfg.input is None:
         path = dataset_folder(cfg.dataset) / f"{cfg.split}.bin"
     else:
         name, path, (tokens, words) = cfg.input, cfg.input, read_input(cfg, tokenizer)
     data = TokenBin(path, block_size, model.config.vocab_size, tokens=tokens)
-    # with eval_iters the windows that training looks at
+    # with eval_iters: the windows that train.py evaluates
     windows = data.windows(cfg.eval_iters * batch_size, stride)
     sums = perplexity.perplexity_sums(model, data, windows, batch_size, world, tokenizer.n_bytes,
                                       world.is_main)
@@ -131,7 +131,7 @@ def run_classify(cfg, model, tokenizer, source, world):
                                     batch_size, progress=True)
         predicted = answers = [names[i] for i in scores.argmax(1).tolist()]
     else:
-        # the last new token is not read: so many fit behind the longest prompt
+        # + 1: the model does not read the last new token
         room = model.config.block_size - max(map(len, prompts)) + 1
         wanted = cfg.max_new_tokens or max(map(len, labels.values())) + 1
         new = tasks.answer(model, prompts, min(wanted, room), tokenizer.eot, tokenizer.n_vocab,
@@ -153,7 +153,7 @@ def run_classify(cfg, model, tokenizer, source, world):
 
 
 def print_confusion(names, confusion):
-    """The table: a row a true label, a column an answered one."""
+    """Prints a table: one row per true label, one column per answer."""
     columns = [*names, "no label"]
     width = max(map(len, ["label", *columns])) + 2
     print("label".ljust(width) + "answered".rjust(width))
@@ -167,10 +167,10 @@ def run_lambada(cfg, model, tokenizer, source, world):
     for number, fields in tasks.read_lines(Path(cfg.input), "text"):
         pair = tasks.split_last_word(fields["text"], tokenizer)
         if pair is None:
-            raise UserError(f"{cfg.input}, line {number}: wants two words or more, the last to be "
-                            "told from those before")
+            raise UserError(f"{cfg.input}, line {number}: wants two words or more: the last is "
+                            "predicted from those before; add words or drop the line")
         length = len(pair[0]) + len(pair[1])
-        if length - 1 > model.config.block_size:  # the last token is told, not read
+        if length - 1 > model.config.block_size:  # the model does not read the last token
             raise UserError(f"{cfg.input}, line {number}: has {length} tokens, the model reads "
                             f"{model.config.block_size}; shorten or drop it")
         pairs.append(pair)
@@ -186,12 +186,12 @@ def run_lambada(cfg, model, tokenizer, source, world):
 RUN = {"perplexity": run_perplexity, "classify": run_classify, "lambada": run_lambada}
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
     world = read_world(cfg.device)
     check_config(cfg, world)
     dtype = pick_dtype(cfg.dtype, world.device)
-    if cfg.input is None:  # what is missing is said before the model is fetched
+    if cfg.input is None:  # fails on missing data before it downloads the model
         folder = dataset_folder(cfg.dataset)
         if cfg.task == "perplexity":
             open_tokens(folder / f"{cfg.split}.bin", 1)

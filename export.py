@@ -1,9 +1,9 @@
-"""A trained model as files that other programs run: a Hugging Face folder, ONNX, int8 ONNX.
+"""Exports a model for other programs: as a Hugging Face folder, or as ONNX in float32, int8, int4.
 
     python export.py --out_dir=out-shakespeare --format=hf --export_dir=shakespeare-hf
     python export.py --init_from=gpt2 --format=onnx --quantize=int8 --export_dir=gpt2-int8
 
-The folder appears whole or not at all, and what was written is read back and compared first.
+The files are read back and compared before the folder gets its final name.
 """
 import importlib.util
 import math
@@ -24,7 +24,7 @@ from nanotune.formats.onnx_model import open_onnx
 from nanotune.training.logbook import kept_entries
 from nanotune.training.plan import spell_bytes
 
-# the names of what an export writes: a folder with any other file is never replaced
+# files that an export writes; a folder with any other file is never replaced
 WRITTEN = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
            "tokenizer_config.json", "README.md", "model*.onnx", "model*.onnx.data")
 
@@ -32,14 +32,14 @@ WRITTEN = ("model.safetensors", "config.json", "generation_config.json", "tokeni
 @dataclass
 class Config:
     # what
-    out_dir: str = "out"              # the run whose ckpt.pt is exported
-    init_from: str = "resume"         # resume: out_dir's; or a hub id, a Hugging Face folder, a run
+    out_dir: str = "out"              # the run whose ckpt.pt to export
+    init_from: str = "resume"         # resume: out_dir; else a hub id, a Hugging Face folder, a run
     # as what
     format: Literal["hf", "onnx"] = "hf"  # hf: a Hugging Face folder; onnx: a graph for onnxruntime
     export_dir: str = "export"        # the folder to write
-    overwrite: bool = False           # replace an earlier export there
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of hf's weights
-    quantize: Literal["none", "int8", "int4"] = "none"  # onnx's, embedding too
+    overwrite: bool = False           # replace an earlier export in export_dir
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # hf: dtype of the weights
+    quantize: Literal["none", "int8", "int4"] = "none"  # onnx: the matrices and the embedding
 
 
 def check_config(cfg):
@@ -64,7 +64,7 @@ def onnx_name(quantize):
 
 
 def write_onnx_folder(folder, model, tokenizer, quantize):
-    """The graph, read back and run; and tokenizer.json, for a program without nanotune."""
+    """Writes the graph, and tokenizer.json for programs without nanotune; then runs the graph."""
     from nanotune.formats.onnx_graph import write_onnx
     path = folder / onnx_name(quantize)
     write_onnx(model, str(path), quantize, tokenizer and tokenizer.spec)
@@ -75,8 +75,8 @@ def write_onnx_folder(folder, model, tokenizer, quantize):
 
 @torch.no_grad()
 def check_onnx(path, model, quantize):
-    """Raises UserError unless onnxruntime's logits are PyTorch's, with and without a past; of a
-    quantized model, unless they are finite. Prints how far apart they are."""
+    """Prints the largest difference between onnxruntime's and PyTorch's logits, with and without a
+    past. Raises UserError if it is too large; for a quantized model, if it is not finite."""
     read, _ = open_onnx(path)
     length = min(32, model.config.block_size)
     generator = torch.Generator().manual_seed(1337)
@@ -102,7 +102,7 @@ TOLD = ("init_from", "dataset", "max_iters", "batch_size", "gradient_accumulatio
 
 
 def card(cfg, source, model, facts, use):
-    """README.md: what the model is, how it was trained, its losses, how to use the files."""
+    """The text of README.md: the model, its training, its losses, how to use the files."""
     config = model.config
     lines = ["---", *(["library_name: transformers"] if cfg.format == "hf" else []),
              "pipeline_tag: text-generation", "---", "", f"# {Path(source).name}", "",
@@ -114,16 +114,16 @@ def card(cfg, source, model, facts, use):
 
 
 def training_lines(source, facts):
-    """The card's account of the run; of a pretrained model there is none but its name."""
+    """The card's lines about training; for a pretrained model only its name."""
     if not facts:
         return [f"Exported by nanotune from `{Path(source).name}` as it was."]
     config = facts["config"] or {}
     adapted = ["lora_rank"] if config.get("lora_rank") else []
-    told = [f"- {name}: {public_name(config[name])}" for name in [*TOLD, *adapted]
-            if name in config and config[name] not in ("resume", None)]
+    settings = [f"- {name}: {public_name(config[name])}" for name in [*TOLD, *adapted]
+                if name in config and config[name] not in ("resume", None)]
     best = facts["best_val_loss"]
     lines = ["## Training", "", f"Trained by nanotune for {facts['iter_num']} iterations.", "",
-             *told, f"- best validation loss: {float(best):.4f} nats a token"]
+             *settings, f"- best validation loss: {float(best):.4f} nats per token"]
     evaluations = [e for e in kept_entries(Path(source, "metrics.jsonl"), facts["iter_num"])
                    if "step" in e]
     if evaluations:
@@ -134,7 +134,7 @@ def training_lines(source, facts):
 
 
 def public_name(value):
-    """A value of the config as others may read it: of a path on this machine its last part."""
+    """A value of the config; an absolute path, which is private, is cut to its last part."""
     local = isinstance(value, str) and Path(value).is_absolute()
     return Path(value).name if local else value
 
@@ -178,7 +178,7 @@ print(tokenizer.decode(ids))
 """
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
     check_config(cfg)
     check_replaceable(Path(cfg.export_dir), WRITTEN, cfg.overwrite)
@@ -186,7 +186,7 @@ def main(argv):
     model, tokenizer = load_model(source)
     model.eval()
     if tokenizer is not None and tokenizer.n_vocab < model.config.vocab_size:
-        model.crop_vocab(tokenizer.n_vocab)  # the rows behind are padding, never drawn here
+        model.crop_vocab(tokenizer.n_vocab)  # other rows are padding: another program may draw them
 
     name = Path(cfg.export_dir).name
 

@@ -1,16 +1,17 @@
 """GPT-2 and GPT-Neo in one file: the model, its loss, its cache.
 
 Letters in the shape comments:
-    B batch   T time (tokens in a row)   S tokens seen so far, cache included
+    B batch   T new tokens in a row   S all tokens in a row, those in the cache included
     C channels (n_embd)   nh heads   hs head size (C / nh)   V vocabulary
 
 References: GPT-2, Radford et al. 2019 and https://github.com/openai/gpt-2; GPT-Neo, Black et al.
-2021; the modules' names are GPT-2's and nanoGPT's, so that their files load.
+2021. Modules have the names of GPT-2 and nanoGPT, so that their checkpoints load.
 """
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -25,7 +26,7 @@ from nanotune.text.loader import IGNORED
 
 ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's and GPT-Neo's
-    "gelu": F.gelu,                                    # exact: nanoGPT's own checkpoints have it
+    "gelu": F.gelu,                                    # exact: nanoGPT's own checkpoints
 }
 
 
@@ -41,22 +42,23 @@ class GPTConfig:
     activation: str = "gelu_tanh"
     n_inner: int | None = None        # width of the MLP; None: 4 * n_embd
     norm_eps: float = 1e-5
-    tied_head: bool = True            # the head is the token embedding
+    tied_head: bool = True            # the head shares the weights of the token embedding
     attn_scale: float | None = None   # None: 1 / sqrt(hs); GPT-Neo: 1
     qkv_bias: bool | None = None      # None: as bias; GPT-Neo: False
-    local_window: int | None = None   # GPT-Neo: odd layers see the last so many tokens
-    doc_end: int | None = None        # tokens see their own document only, which this id ends
+    local_window: int | None = None   # GPT-Neo: odd layers attend to this many last tokens
+    doc_end: int | None = None        # tokens attend to their own document, which this id ends
 
 
 class KVCache:
-    """Keys and values of every layer for one batch, filled from position 0.
+    """The keys and values of all layers for one batch, at most `length` tokens per row.
 
-    `pos` is the number of tokens in it. `pad`, if set, (B,), is how many of a row's first tokens
-    are padding, which is masked: so prompts of several lengths are read as one batch.
+    `pos` is the number of tokens in the cache. `pad` (B,), if not None, is the number of padding
+    tokens that each row begins with; they are masked.
     """
     to_the_end = True  # the new tokens are the last T columns that append() returns
 
-    def __init__(self, config, batch_size, length=None, device=None, dtype=None):
+    def __init__(self, config: GPTConfig, batch_size: int, length: int | None = None,
+                 device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         length = min(length or config.block_size, config.block_size)
         hs = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, length, hs)
@@ -66,27 +68,27 @@ class KVCache:
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for another token."""
+        """Returns whether there is no room for another token."""
         return self.pos == self.k.size(3)
 
     def rewind(self, pos: int) -> None:
-        """Drops what comes after the first `pos` tokens; nothing is allocated again."""
+        """Keeps the first `pos` tokens and drops the rest, without a copy."""
         self.pos = pos
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Makes row i continue what row rows[i] holds, rows (B,): a beam that goes on."""
+        """Replaces row i by row rows[i], rows (B,), as beam search does."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.pad = None if self.pad is None else self.pad[rows]
 
-    def columns(self, T):
-        """The columns that the next T tokens go to, (T,), and how many are looked at then, S."""
+    def columns(self, T: int) -> tuple[torch.Tensor, int]:
+        """Returns the columns of the next T tokens, (T,), and S, the tokens with them."""
         return torch.arange(self.pos, self.pos + T, device=self.k.device), self.pos + T
 
-    def advance(self, T):
+    def advance(self, T: int) -> None:
         self.pos += T
 
-    def append(self, layer, k, v):
-        """Writes (B, nh, T, hs) behind what is there; returns all, (B, nh, S, hs) each."""
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Writes the new k, v (B, nh, T, hs) of a layer; returns all, (B, nh, S, hs) each."""
         end = self.pos + k.size(2)
         self.k[layer, :, :, self.pos:end] = k
         self.v[layer, :, :, self.pos:end] = v
@@ -94,9 +96,9 @@ class KVCache:
 
 
 def attention_mask(row, S, seen=None, to_the_end=True, window=None):
-    """(T, S) bool, True where the tokens that stand in the columns `row` (T,) of S may look; with
-    `seen`, (B, 1, T, S) bool, only where that is True too; None where causal alone will do.
-    to_the_end says that they are the last T of S."""
+    """The mask of the tokens in columns `row` (T,): (T, S) bool, True if a token may attend to a
+    column, or None if is_causal does the same. Combined with `seen` (B, 1, T, S) bool, if given.
+    `to_the_end` means that `row` is the last T of S columns."""
     T = len(row)
     if window is not None and window >= S:
         window = None
@@ -109,23 +111,22 @@ def attention_mask(row, S, seen=None, to_the_end=True, window=None):
 
 
 def additive(mask, dtype):
-    """A bool mask as what attention adds: 0 where it is True, else -inf."""
+    """A bool mask as the one that attention adds: 0 if True, else -inf."""
     return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), -torch.inf)
 
 
 def beside_filling(pad, row, S):
-    """Rows with `pad` (B,) tokens of filling at their left, the tokens in the columns `row` (T,) of
-    each: their positions, (B, T), and what they may look at of S, (B, 1, T, S) bool."""
+    """(Positions (B, T), mask (B, 1, T, S)) of columns `row` (T,); pad (B,) is left-padding."""
     column = torch.arange(S, device=pad.device)
     seen = (column >= pad[:, None])[:, None, None]
-    # a filling token sees itself: a softmax over nothing would be NaN
+    # padding attends to itself: a softmax over nothing is NaN
     seen = seen | (column == row[:, None])
     return (row - pad[:, None]).clamp(min=0), seen
 
 
 def within_documents(idx, end):
-    """The same for packed rows, idx (B, T), whose tokens are to see their own document alone; the
-    token `end` is a document's last."""
+    """(Positions (B, T), mask (B, 1, T, T) bool) of packed rows idx (B, T), in which tokens attend
+    only to their own document; the token `end` is a document's last."""
     ends = idx == end
     document = ends.cumsum(1) - ends.long()
     column = torch.arange(idx.size(1), device=idx.device)
@@ -134,8 +135,8 @@ def within_documents(idx, end):
 
 
 class Linear(nn.Linear):
-    """Computes in the dtype of x, or in autocast's, whichever dtype its weights are kept in."""
-    def forward(self, x):
+    """Computes in the dtype of x, or in autocast's, whatever the dtype of its weights."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -143,14 +144,14 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Draws nothing without memory: PyTorch then imports its compiler, which takes 2 seconds."""
+    """Draws no weights on the meta device: PyTorch would import its compiler, 2 seconds."""
     def reset_parameters(self):
         if not self.weight.is_meta:
             super().reset_parameters()
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computes in the dtype of x, whichever dtype its gain and bias are in (with FSDP bfloat16)."""
+    """Computes in the dtype of x, whatever the dtype of its gain and bias (FSDP: bfloat16)."""
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
@@ -210,7 +211,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config):
+    """A decoder-only transformer. Raises UserError if the config is inconsistent."""
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if config.activation not in ACTIVATIONS:
             raise UserError(f"activation {config.activation!r}: use {' or '.join(ACTIVATIONS)}")
@@ -223,36 +225,36 @@ class GPT(nn.Module):
             ln_f=LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
         ))
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.recompute = False  # in the backward pass, a block at a time, instead of keeping all
+        self.recompute = False  # recompute activations in the backward pass, block by block
         self.tie_head()
         if not self.lm_head.weight.is_meta:  # else the weights come from a file
             self.apply(self.init_weights)
 
     @property
     def family(self) -> str:
-        """What it is called."""
+        """Returns the name of the model family."""
         return "GPT-2" if self.config.local_window is None else "GPT-Neo"
 
     @property
     def is_masked(self) -> bool:
-        """Whether attention in training gets a mask beside causality."""
+        """Returns whether attention in training has another mask than the causal one."""
         return self.config.doc_end is not None or self.config.local_window is not None
 
     def blocks(self) -> Sequence[nn.Module]:
-        """The layers, alike in size: what is sharded, and recomputed, one at a time."""
+        """Returns the layers, which are sharded and recomputed one at a time."""
         return self.transformer.h
 
     def tied_names(self) -> dict[str, str]:
-        """{name: the name of the same parameter elsewhere}."""
+        """Returns {parameter name: the name of the same parameter elsewhere}."""
         return {"lm_head.weight": "transformer.wte.weight"} if self.config.tied_head else {}
 
-    def tie_head(self):
-        """Makes the head the token embedding, again too where a change of device split them."""
+    def tie_head(self) -> None:
+        """Shares the token embedding's weights with the head; to() may have split them."""
         if self.config.tied_head:
             self.lm_head.weight = self.transformer.wte.weight
 
     def init_weights(self, module):
-        """N(0, 0.02); what adds to the residual stream is scaled by its depth (GPT-2, 2.3)."""
+        """N(0, 0.02); projections to the residual stream are scaled by depth (GPT-2, 2.3)."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -262,25 +264,25 @@ class GPT(nn.Module):
                 nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """idx, targets (B, T) -> the loss in nats, *summed* over the targets that are not -1."""
+        """idx, targets (B, T) -> the loss, in nats *summed* over the targets that are not -1."""
         x = self.hidden(idx).flatten(0, 1)
         return head_loss(x, self.lm_head.weight, targets.flatten(), self.compute_dtype)
 
     def logits(self, idx: torch.Tensor) -> torch.Tensor:
-        """idx (B, T) -> logits of all positions, (B, T, V): the largest tensor of a small GPT."""
+        """idx (B, T) -> the logits of all positions, (B, T, V), a small GPT's largest tensor."""
         return self.lm_head(self.hidden(idx))
 
-    def start(self, prompts: list[list[int]], room: int, cache: KVCache | None = None):
-        """(cache, logits (B, V)) after B prompts; the cache has room for `room` tokens more, as far
-        as the context goes. One that is given is used again."""
+    def start(self, prompts: Sequence[list[int]], room: int,
+              cache: KVCache | None = None) -> tuple[KVCache, torch.Tensor]:
+        """As generate.read_prompts: returns (cache, logits (B, V)) after B prompts."""
         return read_prompts(self, prompts, room, cache)
 
     def step(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """idx (B, T), the next tokens of each row -> logits (B, V) after the last of them."""
+        """idx (B, T), the next tokens of each row -> the logits after the last, (B, V) float32."""
         return self.lm_head(self.hidden(idx, cache)[:, -1]).float()
 
-    def hidden(self, idx, cache=None):
-        """idx (B, T) -> what the head reads, (B, T, C); the cache, if there is one, is filled."""
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """idx (B, T) -> the input of the head, (B, T, C); appends to the cache, if given."""
         T = idx.size(1)
         row, S = (torch.arange(T, device=idx.device), T) if cache is None else cache.columns(T)
         pos, seen = row, None
@@ -293,7 +295,7 @@ class GPT(nn.Module):
 
         def mask_for(window=None):
             mask = attention_mask(row, S, seen, to_the_end, window)
-            # of a bool mask attention makes an additive one, and training keeps it, in each layer
+            # given a bool mask, each layer would make an additive one and keep it in training
             return None if mask is None else additive(mask, dtype)
 
         whole = mask_for()
@@ -303,7 +305,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.transformer.h):
             mask = masks[layer % 2]
             if self.recompute and torch.is_grad_enabled():
-                # draws the same dropout again
+                # restores the random state: dropout is the same
                 x = checkpoint(block, x, cache, mask, use_reentrant=False)
             else:
                 x = block(x, cache, mask)
@@ -312,63 +314,59 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits_at(self, idx: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Tensor]:
-        """idx, targets (B, T) -> logits of the positions whose target is not -1, in order, (n, V)
-        float32: yielded some rows at a time."""
+        """idx, targets (B, T) -> chunks (n, V) float32 of the logits whose target is not -1."""
         x = self.hidden(idx)[targets != IGNORED]
         rows = head_chunk(x.device.type, torch.float32).rows
         return (self.lm_head(part).float() for part in x.split(rows))
 
-    def num_params(self):
-        """The number of parameters, a tied head counted once."""
+    def num_params(self) -> int:
+        """Returns the number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self):
-        """Floating-point operations of forward and backward for one token at full context:
-        6 N + 12 L C T, N without the position embeddings (PaLM, Chowdhery et al. 2022, app. B)."""
+    def flops_per_token(self) -> int:
+        """Returns the FLOPs of forward and backward per token at full context: 6 N + 12 L C T, N
+        without the position embeddings (PaLM, Chowdhery et al. 2022, app. B)."""
         c = self.config
         n = self.num_params() - self.transformer.wpe.weight.numel()
-        if not c.tied_head:  # a tied one serves as the head, where it is a product
+        if not c.tied_head:  # an embedding that is not the head costs no product
             n -= self.transformer.wte.weight.numel()
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     def activation_bytes(self, batch_size: int, device_type: str,
                          dtype: torch.dtype) -> tuple[int, int]:
-        """(bytes that the forward pass keeps for the backward, bytes that it works in besides).
+        """Returns (bytes that the forward pass keeps for the backward, bytes of temporaries).
 
-        Of a token in a block, with width C, inner width I and e bytes per number, it keeps the
-        inputs of two norms in float32; their outputs, q, k, v and attention's output, e each; the
-        MLP's inner layer before and after the activation. Dropout adds its masks, and autocast the
-        matrices in the dtype of the products. With recompute only the inputs of the blocks are
-        kept, and one block at a time is there as a whole.
+        Per token and block it keeps: the inputs of two norms, in float32; their outputs, q, k, v
+        and attention's output; the MLP's inner layer before and after the activation. Dropout adds
+        masks, autocast the cast matrices. With recompute it keeps only the inputs of the blocks.
         """
         c, e = self.config, dtype.itemsize
         inner, tokens = c.n_inner or 4 * c.n_embd, batch_size * c.block_size
         token = 2 * 4 * c.n_embd + 6 * e * c.n_embd + 2 * e * inner
-        if c.dropout and device_type == "cpu":  # attention then writes out all pairs, thrice
+        if c.dropout and device_type == "cpu":  # attention stores all pairs, three times
             token += 4 * e * c.n_embd + 12 * c.n_head * c.block_size
         elif c.dropout:
             token += 2 * c.n_embd
         cast = sum(p.numel() * e for p in self.transformer.h[0].parameters()
                    if p.dim() >= 2 and p.dtype != dtype)
-        # gradients on their way through a block
-        backward = tokens * (2 * e * inner + 2 * 4 * c.n_embd)
+        backward = tokens * (2 * e * inner + 2 * 4 * c.n_embd)  # gradients inside a block
         if self.recompute:
             return c.n_layer * 4 * c.n_embd * tokens, token * tokens + cast + backward
         return c.n_layer * (token * tokens + cast), backward
 
     def head_bytes(self, batch_size: int, device_type: str, dtype: torch.dtype) -> tuple[int, int]:
-        """(bytes while the loss is computed, bytes at the end of the backward) for the head."""
+        """As head_loss.head_bytes, for a batch of full rows."""
         rows = batch_size * self.config.block_size
         return head_bytes(self.lm_head.weight, rows, device_type, dtype)
 
-    def param_groups(self, weight_decay):
-        """AdamW's two groups: decay for matrices and embeddings, none for biases and gains."""
+    def param_groups(self, weight_decay: float) -> list[dict]:
+        """Returns AdamW's groups: decay for matrices and embeddings, none for biases and gains."""
         params = [p for p in self.parameters() if p.requires_grad]
         return [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
                 {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
 
-    def crop_block_size(self, block_size):
-        """Keeps the first block_size position embeddings: a shorter context takes less memory."""
+    def crop_block_size(self, block_size: int) -> None:
+        """Keeps the first block_size position embeddings. Raises UserError if there are fewer."""
         if block_size < 1:
             raise UserError(f"block_size={block_size} must be at least 1")
         if block_size > self.config.block_size:
@@ -381,19 +379,19 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     def crop_vocab(self, n_vocab: int) -> None:
-        """Keeps the first n_vocab tokens: cuts the padding of a vocabulary."""
+        """Keeps the first n_vocab rows of embedding and head: drops a vocabulary's padding."""
         self.config = replace(self.config, vocab_size=n_vocab)
         for module in (self.transformer.wte, self.lm_head):
             module.weight = nn.Parameter(module.weight.detach()[:n_vocab].clone())
         self.transformer.wte.num_embeddings = self.lm_head.out_features = n_vocab
         self.tie_head()
 
-    def new_cache(self, batch_size, length=None):
+    def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         return KVCache(self.config, batch_size, length, self.device, self.compute_dtype)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, **options) -> torch.Tensor:
-        """idx (B, T) and what follows it, (B, T + new), as nanoGPT's; options as for stream()."""
+                 top_k: int | None = None, **options: Any) -> torch.Tensor:
+        """idx (B, T) -> idx and its continuation, (B, T + new), as nanoGPT; options: stream()."""
         new = stream(self, idx.tolist(), max_new_tokens, temperature, top_k, **options)
         return torch.cat([idx] + [token[:, None] for token in new], dim=1)
 
@@ -402,30 +400,31 @@ class GPT(nn.Module):
         return self.transformer.ln_f.weight.device
 
     @property
-    def stream_dtype(self):
-        """The residual stream's: that of the vectors, which set_dtype leaves in float32."""
+    def stream_dtype(self) -> torch.dtype:
+        """Returns the dtype of the residual stream: float32, as set_dtype leaves the vectors."""
         return self.transformer.ln_f.weight.dtype
 
     @property
-    def compute_dtype(self):
-        """What products are computed in: autocast's dtype where it is on, else the stream's."""
+    def compute_dtype(self) -> torch.dtype:
+        """Returns the dtype of matrix products: autocast's if enabled, else stream_dtype."""
         autocast = torch.is_autocast_enabled(self.device.type)
         return torch.get_autocast_dtype(self.device.type) if autocast else self.stream_dtype
 
-    def set_dtype(self, dtype):
-        """Keeps the matrices and embeddings in `dtype`. The vectors, a thousandth of the whole,
-        stay in float32, since a norm's gain, near 1, would lose most of an update of 1e-5."""
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Casts the matrices and embeddings. The vectors, a thousandth of the parameters, stay in
+        float32: a norm's gain, near 1, would lose most of an update of 1e-5."""
         for param in self.parameters():
             if param.dim() >= 2:
                 param.data = param.data.to(dtype)
 
     @classmethod
-    def empty(cls, config, device="cpu", dtype=torch.float32):
-        """A GPT whose weights are allocated, not initialised: for what fills each of them."""
+    def empty(cls, config: GPTConfig, device: str | torch.device = "cpu",
+              dtype: torch.dtype = torch.float32) -> "GPT":
+        """Returns a GPT with uninitialised weights, its matrices in `dtype`."""
         with torch.device("meta"):
             model = cls(config)
         model.set_dtype(dtype)
-        for module in model.modules():  # not to_empty(), which imports sympy, a second
+        for module in model.modules():  # to_empty() would import sympy, 1 second
             for name, p in list(module.named_parameters(recurse=False)):
                 memory = torch.empty(p.shape, dtype=p.dtype, device=device)
                 setattr(module, name, nn.Parameter(memory))
@@ -433,14 +432,12 @@ class GPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, name, block_size=None, dropout=0.0, device="cpu",
-                        dtype=torch.float32):
-        """A GPT with the weights of a hub id ('gpt2', 'EleutherAI/gpt-neo-125m', ...) or of a
-        local Hugging Face folder, stored in any dtype, in training mode, its matrices in `dtype`.
-
-        A smaller block_size crops the position embeddings. Raises UserError where the files
-        cannot be had, hold another architecture, or do not fit it tensor for tensor.
-        """
+    def from_pretrained(cls, name: str, block_size: int | None = None, dropout: float = 0.0,
+                        device: str | torch.device = "cpu",
+                        dtype: torch.dtype = torch.float32) -> "GPT":
+        """Returns a GPT of a hub id ('gpt2', 'EleutherAI/gpt-neo-125m', ...) or a Hugging Face
+        folder, in training mode, its matrices in `dtype`; a smaller block_size crops the context.
+        Raises UserError if the files are not found, are of another architecture or do not fit."""
         config_file, weight_files = hub.find_pretrained(name)
         fields = hf.config_from_hf(hub.read_json(config_file), name)
         fields["tied_head"] = hf.head_is_tied(weight_files, fields["tied_head"])

@@ -1,4 +1,4 @@
-"""Text from a trained or pretrained model.
+"""Generates text from a trained or pretrained model.
 
     python sample.py --out_dir=out-shakespeare
     python sample.py --init_from=gpt2 --start="What is the answer?" --num_samples=5
@@ -25,22 +25,22 @@ from nanotune.text.tokenizer import EOT
 @dataclass
 class Config:
     # model
-    out_dir: str = "out"              # the run whose ckpt.pt is read
-    init_from: str = "resume"  # resume: out_dir's; or a hub id, a folder, a run, an .onnx file
+    out_dir: str = "out"              # the run whose ckpt.pt to read
+    init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
     # text
-    start: str = "\n"                 # the prompt, or FILE:path of a file that holds it
-    num_samples: AtLeast1 = 10        # generated together
-    max_new_tokens: AtLeast1 = 500    # of each sample
-    temperature: NonNegative = 0.8    # 0: the likeliest token; below 1 less random, above more
-    top_k: AtLeast0 = 200             # only the likeliest so many tokens; 0: all
-    top_p: Probability = 1.0          # keep the fewest tokens that hold this much probability
-    repetition_penalty: AboveZero = 1.0  # above 1: tokens already in the text become less likely
-    stop: str = "<|endoftext|>"       # a sample ends before this text; end-of-text ends it always
+    start: str = "\n"                 # the prompt, or FILE:path to read it from a file
+    num_samples: AtLeast1 = 10        # samples to generate as one batch
+    max_new_tokens: AtLeast1 = 500    # most tokens per sample
+    temperature: NonNegative = 0.8    # 0: the most likely token; below 1 less random, above 1 more
+    top_k: AtLeast0 = 200             # keep only the k most likely tokens; 0: all
+    top_p: Probability = 1.0          # keep the fewest tokens that have this much probability
+    repetition_penalty: AboveZero = 1.0  # above 1: make tokens already in the text less likely
+    stop: str = "<|endoftext|>"       # end a sample before this text; end-of-text always ends it
     seed: AtLeast0 = 1337
     # system
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
     dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16
-    compile: bool | Literal["auto"] = False  # auto: on a GPU; a minute before the first token
+    compile: bool | Literal["auto"] = False  # auto: on a GPU; takes a minute at the start
 
 
 def read_prompt(start):
@@ -57,7 +57,7 @@ def read_prompt(start):
 
 
 def encode_prompt(tokenizer, text, block_size):
-    """The prompt's ids; an empty prompt is end-of-text, after which GPT-2 begins a document."""
+    """The prompt's ids; an empty prompt becomes end-of-text, after which a document begins."""
     ids = tokenizer.encode(text)
     if not ids and tokenizer.eot is None:
         raise UserError("--start is empty, and the model's vocabulary has no end-of-text to begin "
@@ -68,7 +68,7 @@ def encode_prompt(tokenizer, text, block_size):
     return ids or [tokenizer.eot]
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
@@ -81,10 +81,10 @@ def main(argv):
     model.eval()
     model = for_generation(model, device, dtype, pick_compile(cfg.compile, device))
 
-    pieces = [TextPieces(tokenizer, ids, "" if cfg.stop == EOT else cfg.stop)  # eot always ends it
+    pieces = [TextPieces(tokenizer, ids, "" if cfg.stop == EOT else cfg.stop)
               for _ in range(cfg.num_samples)]
     live = cfg.num_samples == 1 and sys.stdout.isatty()
-    shown = tokenizer.decode(ids if prompt else [])  # of an empty prompt not its end-of-text
+    shown = tokenizer.decode(ids if prompt else [])  # hides the end-of-text of an empty prompt
     texts = [[shown] for _ in pieces]
     if live:
         print(shown, end="", flush=True)
@@ -108,16 +108,16 @@ def main(argv):
     print(speed(times, cfg.num_samples), file=sys.stderr)
 
 
-def speed(times, num_samples):
-    """How fast tokens came, whose times these are behind that of the start: in all, and in the
-    later half, when kernels are loaded, recorded or compiled."""
+def speed(times: list[float], num_samples: int) -> str:
+    """The text of tokens per second, in total and in the later half, which excludes loading,
+    recording and compiling kernels. `times`, in seconds: the start, then one per token."""
     new, seconds = (len(times) - 1) * num_samples, times[-1] - times[0]
-    told = f"{new:,} tokens in {seconds:.2f} s, {new / seconds:,.1f} a second"
+    text = f"{new:,} tokens in {seconds:.2f} s, {new / seconds:,.1f} a second"
     later = times[len(times) // 2:]
     if len(later) > 1:
         rate = (len(later) - 1) * num_samples / (later[-1] - later[0])
-        told += f" (the later half at {rate:,.1f})"
-    return told
+        text += f" (the later half at {rate:,.1f})"
+    return text
 
 
 if __name__ == "__main__":

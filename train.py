@@ -6,8 +6,8 @@
     python train.py config/finetune_shakespeare.py --init_from=resume
     torchrun --standalone --nproc_per_node=4 --max-restarts=3 train.py ... --auto_resume=True
 
-A step takes gradient_accumulation_steps * batch_size samples, shared among the processes. What it
-computes depends on the seed and the step alone: so a stopped run resumes exactly.
+A step takes gradient_accumulation_steps * batch_size samples, split among the processes. Its
+samples and random numbers depend only on the seed and the step, so a stopped run resumes exactly.
 """
 import math
 import signal
@@ -33,10 +33,10 @@ from nanotune.training import distributed, logbook, resume, state_dicts
 from nanotune.training import optimizer as optimizers
 from nanotune.training.distributed import share, sum_over_ranks
 from nanotune.training.plan import tell_plan
-from nanotune.training.run import dry_run, set_up
+from nanotune.training.run import Run, dry_run, set_up
 
-MAX_SKIPPED = 10  # fp16 steps in a row that the scaler may skip
-# not cuDNN's, which plans anew, for longer than a token takes, for each length of a cache
+MAX_SKIPPED = 10  # the run stops if the float16 scaler skips this many steps in a row
+# without cuDNN, which plans again for each cache length, longer than a token takes
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -44,69 +44,69 @@ ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 class Config:
     # I/O
     out_dir: str = "out"
-    eval_interval: AtLeast1 = 2000    # steps between evaluations; also at step 0 and at the last
-    log_interval: AtLeast1 = 1
-    eval_iters: AtLeast0 = 200  # batches of batch_size windows an evaluation; 0: the whole split
-    eval_only: bool = False           # evaluate once and stop; writes nothing
-    dry_run: bool = False             # print the plan, memory included, and stop; loads no weights
-    always_save_checkpoint: bool = True  # ckpt.pt at each evaluation; False: only the best so far
+    eval_interval: AtLeast1 = 2000    # steps between evaluations; also at the first and last step
+    log_interval: AtLeast1 = 1        # steps between printed losses
+    eval_iters: AtLeast0 = 200  # batches of batch_size windows per evaluation; 0: the whole split
+    eval_only: bool = False           # evaluate once and stop; write nothing
+    dry_run: bool = False             # print the plan with its memory and stop; load no weights
+    always_save_checkpoint: bool = True  # write ckpt.pt at each evaluation; False: only if better
     init_from: str = "scratch"  # scratch, resume, gpt2*, a hub id, a Hugging Face folder, a run
-    overwrite: bool = False           # begin a new run in an out_dir that holds one
-    auto_resume: bool = False  # resume where out_dir holds a state, else begin as init_from says
-    force_resume: bool = False  # resume although seed, dataset, block_size or global batch differ
+    overwrite: bool = False           # replace the run in out_dir by a new one
+    auto_resume: bool = False  # resume if out_dir has a state, else begin from init_from
+    force_resume: bool = False  # resume even if seed, dataset, block_size or global batch differ
     save_interval: AtLeast1 | None = None  # steps between saves of state.pt; None: eval_interval
-    keep_states: AtLeast1 = 2  # states that stay on disk: a damaged one falls back to the last
-    sample_interval: AtLeast0 = 0     # show a sample at every so many evaluations; 0: never
+    keep_states: AtLeast1 = 2  # states to keep: if the newest is damaged, resume from an older one
+    sample_interval: AtLeast0 = 0     # evaluations between printed samples; 0: none
     sample_start: str = "\n"          # the sample's prompt
     # wandb
     wandb_log: bool = False
     wandb_project: str = "nanotune"
     wandb_run_name: str = "gpt2"
     # data
-    dataset: str = "openwebtext"      # a folder below data/, or a path
-    gradient_accumulation_steps: AtLeast1 = 5 * 8  # micro-steps a step, over all processes
-    batch_size: AtLeast1 = 12         # samples a micro-step
-    block_size: AtLeast1 | None = None  # None: the model's own, 1024 from scratch; less crops it
-    separate_documents: bool = False  # tokens see their own document only, up to its end-of-text
-    # model (from scratch; a pretrained one brings its own, and takes the dropout)
+    dataset: str = "openwebtext"      # a folder in data/, or a path
+    gradient_accumulation_steps: AtLeast1 = 5 * 8  # micro-steps per step, of all processes
+    batch_size: AtLeast1 = 12         # samples per micro-step
+    block_size: AtLeast1 | None = None  # tokens per sample; None: the model's, 1024 from scratch
+    separate_documents: bool = False  # tokens attend only to their own document
+    # model (from scratch; a pretrained model only takes dropout)
     n_layer: AtLeast1 = 12
     n_head: AtLeast1 = 12
     n_embd: AtLeast1 = 768
     dropout: Fraction = 0.0           # for pretraining 0 is good, for finetuning try 0.1
     bias: bool = False                # biases in LayerNorms and Linears
     # optimizer
-    learning_rate: NonNegative = 6e-4  # the highest
-    max_iters: AtLeast0 = 600000      # steps in all
+    learning_rate: NonNegative = 6e-4  # the highest, after warmup
+    max_iters: AtLeast0 = 600000      # steps in total
     weight_decay: NonNegative = 1e-1  # on matrices and embeddings only
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
-    grad_clip: NonNegative = 1.0      # largest norm of the gradient; 0: no clipping
-    patience: AtLeast0 = 0  # stop after so many evaluations without a better one; 0: never
+    grad_clip: NonNegative = 1.0      # clip the gradient to this norm; 0: no clipping
+    patience: AtLeast0 = 0  # stop after this many evaluations without a better one; 0: never
     # memory
-    weights: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half of weights and gradients
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: 2 bytes of moments, not 8
-    recompute: bool = False  # work activations out again in the backward pass: 4/3 of the time
-    lora_rank: AtLeast0 = 0  # train adapters of this rank beside frozen weights; 0: all weights
+    weights: Literal["float32", "bfloat16"] = "float32"  # bfloat16 halves weights and gradients
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments of 2 bytes, not 8
+    recompute: bool = False  # recompute activations in the backward pass: 4/3 of the time
+    lora_rank: AtLeast0 = 0  # train only adapters of this rank; 0: train all weights
     # learning rate
     decay_lr: bool = True             # cosine decay after warmup; False: constant
     warmup_iters: AtLeast0 = 2000
     lr_decay_iters: AtLeast0 | None = None  # None: max_iters
     min_lr: NonNegative | None = None  # None: learning_rate / 10
     # system
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: each process holds a part of the model
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: shard the model over the processes
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto, nccl, gloo
     timeout: AtLeast1 = 600           # seconds to wait for a process that does not answer
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
     dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16 (with a GradScaler)
-    compile: bool | Literal["auto"] = "auto"  # auto: where torch.compile is known to work
+    compile: bool | Literal["auto"] = "auto"  # auto: if torch.compile is known to work
     seed: Seed = 1337                 # of weights, data order and dropout
 
 
 # -----------------------------------------------------------------------------
 # one step
 
-def learning_rate_at(cfg, step):
-    """The rate of a step: linear warmup, then cosine decay to min_lr, or constant."""
+def learning_rate_at(cfg: Config, step: int) -> float:
+    """The learning rate of a step: linear warmup, then cosine decay to min_lr; or constant."""
     if not cfg.decay_lr:
         return cfg.learning_rate
     min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
@@ -119,14 +119,14 @@ def learning_rate_at(cfg, step):
     return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (cfg.learning_rate - min_lr)
 
 
-def seed_draws(*numbers):
-    """Seeds torch's generators, on all devices, from a few numbers such as (seed, step)."""
+def seed_draws(*numbers: int) -> None:
+    """Seeds torch's generators on all devices from integers such as (seed, step)."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
 
 
-def forward_backward(r, step):
-    """Accumulates the gradients of this rank's micro-batches; returns their summed loss divided
-    by the targets of the *global* batch, so that the ranks' values add up to the mean loss."""
+def forward_backward(r: Run, step: int) -> torch.Tensor:
+    """Accumulates the gradients of this rank's micro-batches. Returns their summed loss divided by
+    the targets of the *global* batch: the sum over ranks is the mean loss, in nats per token."""
     cfg, world = r.cfg, r.world
     micro_steps = cfg.gradient_accumulation_steps
     first = step * micro_steps * cfg.batch_size
@@ -134,31 +134,32 @@ def forward_backward(r, step):
     total = 0.0
     for micro in range(world.rank, micro_steps, world.size):
         x, y = r.data["train"].batch(first + micro * cfg.batch_size, cfg.batch_size)
-        if world.device.type == "cuda":  # pinned memory lets the copy run beside the GPU's work
+        if world.device.type == "cuda":  # pinned memory: the copy overlaps with the GPU's work
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(world.device, non_blocking=True), y.to(world.device, non_blocking=True)
-        seed_draws(cfg.seed, step, 1 + micro)  # dropout: the same however ranks share the batch
+        seed_draws(cfg.seed, step, 1 + micro)  # the same dropout for any number of ranks
         last = micro + world.size >= micro_steps
         with distributed.gradient_sync(r.forward, last):
             with autocast(world.device, r.dtype):
                 loss = r.forward(x, y) / count
-            # DDP and FSDP take the mean over ranks, where the global batch wants the sum
+            # DDP and FSDP average over ranks; the global batch needs the sum
             r.scaler.scale(loss * world.size).backward()
         total = total + loss.detach()
     return total
 
 
-def gradient_norm(r):
-    """The norm of the whole gradient, a tensor, and as a float; note: this is a CPU-GPU sync."""
+def gradient_norm(r: Run) -> tuple[torch.Tensor, float]:
+    """The norm of the whole gradient as a tensor and as a float. A CPU-GPU sync point."""
     r.scaler.unscale_(r.optimizer)
     norm = distributed.total_norm([p.grad for p in r.model.parameters() if p.grad is not None])
     return norm, float(norm)
 
 
-def update(r, loss, norm, finite, step, skipped_in_a_row):
-    """Clips and steps; returns how many steps in a row the fp16 scaler has now skipped. Raises
-    NonFiniteLoss before the optimizer step where the loss or the gradient is not finite, on
-    whichever rank: `loss` and `finite` are alike on all."""
+def update(r: Run, loss: float, norm: torch.Tensor, finite: bool, step: int,
+           skipped_in_a_row: int) -> int:
+    """Clips the gradient and steps. Returns how many steps in a row the float16 scaler skipped.
+    Raises NonFiniteLoss before the step if loss or gradient is not finite; all ranks pass the same
+    `loss` and `finite`."""
     if not math.isfinite(loss) or not (finite or r.scaler.is_enabled()):
         what = "gradient norm is not finite" if math.isfinite(loss) else f"loss is {loss}"
         raise NonFiniteLoss(
@@ -168,7 +169,7 @@ def update(r, loss, norm, finite, step, skipped_in_a_row):
     if r.cfg.grad_clip > 0 and finite:
         params = [p for p in r.model.parameters() if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(params, r.cfg.grad_clip, norm)
-    seed_draws(r.cfg.seed, step, 0)  # alike on all ranks
+    seed_draws(r.cfg.seed, step, 0)  # for stochastic rounding: equal on all ranks
     r.scaler.step(r.optimizer)
     r.scaler.update()
     r.optimizer.zero_grad(set_to_none=True)
@@ -185,8 +186,9 @@ def update(r, loss, norm, finite, step, skipped_in_a_row):
 # -----------------------------------------------------------------------------
 # evaluation and saving
 
-def evaluate_and_save(r):
-    """Both splits' losses, a line, ckpt.pt where it is due, state.pt unless save_interval says."""
+def evaluate_and_save(r: Run) -> None:
+    """Evaluates both splits and logs the losses; writes ckpt.pt if due, and state.pt unless
+    save_interval is set. Raises NonFiniteLoss if the validation loss is not finite."""
     cfg, p, log = r.cfg, r.progress, r.log
     train_loss, val_loss = evaluate_splits(r)
     if not math.isfinite(val_loss):
@@ -207,26 +209,25 @@ def evaluate_and_save(r):
     log.evaluation(p.step, train_loss, val_loss)
     if improved or cfg.always_save_checkpoint:
         saved = save(r, checkpoint.MODEL_FILE)
-        if not (saved or cfg.always_save_checkpoint):  # the best on disk is still the one before
+        if not (saved or cfg.always_save_checkpoint):  # the best on disk is still the previous one
             p.best_val_loss, p.best_train_loss = before.best_val_loss, before.best_train_loss
             p.best_step = before.best_step
-    if cfg.save_interval is None:  # after the model: a kill in between repeats the evaluation
+    if cfg.save_interval is None:  # after ckpt.pt: if killed between, a resume evaluates again
         save(r, checkpoint.STATE_FILE)
     evaluations = p.step // cfg.eval_interval
     if cfg.sample_interval and evaluations % cfg.sample_interval == 0:
         show_sample(r)
 
 
-def evaluate_splits(r):
+def evaluate_splits(r: Run) -> list[float]:
     count, size = r.cfg.eval_iters * r.cfg.batch_size, r.cfg.batch_size
     return [evaluate_loss(r.model, data, data.windows(count), size, r.world, r.dtype)
             for data in (r.data["train"], r.data["val"])]
 
 
-def save(r, name):
-    """Writes ckpt.pt or state.pt; returns whether that went well, alike on all ranks. All come
-    here, since a sharded model is gathered; rank 0 writes. A disk that does not take it ends no
-    run: that is told, and what was there before stays."""
+def save(r: Run, name: str) -> bool:
+    """Writes ckpt.pt or state.pt on rank 0; all ranks must call it. Returns whether that succeeded;
+    if not, it warns, and the previous file is intact."""
     cfg, p, whole = r.cfg, r.progress, name == checkpoint.STATE_FILE
     weights = state_dicts.whole_weights(r.model)
     moments = state_dicts.optimizer_state(r.model, r.optimizer) if whole else None
@@ -240,7 +241,7 @@ def save(r, name):
             files.save(Path(cfg.out_dir) / name, data, cfg.keep_states if whole else 1)
         except files.WriteError as e:
             error = str(e)
-            r.log.warn(f"step {p.step}: {error}. The run goes on, and tries again at the next save")
+            r.log.warn(f"step {p.step}: {error}. The run goes on and tries again at the next save")
     r.not_saved[name] = error = share(r.world, error)
     if whole:
         r.tried_step = p.step
@@ -251,11 +252,11 @@ def save(r, name):
 
 @torch.no_grad()
 def show_sample(r, length=120):
-    """A sample of the model as it is; all ranks draw it, since a sharded one needs them all."""
+    """Prints a sample of `length` new tokens. All ranks must call it: a sharded model needs all."""
     r.model.eval()
     generator = torch.Generator(r.world.device).manual_seed(r.cfg.seed)
     ids = r.tokenizer.encode(r.cfg.sample_start)
-    # a compiled model would be compiled again, for these shapes
+    # eager: these shapes would be compiled again
     with (torch.compiler.set_stance("force_eager"), sdpa_kernel(ANY_LENGTH),
           autocast(r.world.device, r.dtype, cache=True)):
         new = stream(r.model, [ids], length, temperature=0.8, top_k=200,
@@ -269,7 +270,7 @@ def show_sample(r, length=120):
 # the loop
 
 
-def train(r, signals):
+def train(r: Run, signals: StopSignals) -> int:
     cfg, p, log = r.cfg, r.progress, r.log
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * r.model.config.block_size
     peak = matmul_peak(r.world.device, r.dtype)
@@ -292,7 +293,7 @@ def train(r, signals):
         optimizers.set_rate(r.optimizer, lr)
         loss = forward_backward(r, step)
         norm, norm_value = gradient_norm(r)
-        # all ranks learn together of a signal and of a NaN, though it were one rank's alone
+        # a signal or a NaN on one rank reaches all ranks at the same step
         loss, stop, bad = sum_over_ranks(loss, signals.received, not math.isfinite(norm_value),
                                          device=r.world.device)
         skipped = update(r, loss, norm, not bad, step, skipped)
@@ -324,9 +325,9 @@ def tell_end(r):
                    "or more data")
 
 
-def finish(r, status):
-    """The state of the last step, and where ckpt.pt is the latest that too, if they are not on
-    disk yet. Raises UserError where one could not be written."""
+def finish(r: Run, status: int) -> None:
+    """Writes the last step's state.pt, and ckpt.pt with always_save_checkpoint, unless they are
+    written already. Raises UserError if a file could not be written."""
     if r.tried_step != r.progress.step:
         if r.cfg.always_save_checkpoint and r.progress.evaluated != r.progress.step:
             save(r, checkpoint.MODEL_FILE)
@@ -337,7 +338,7 @@ def finish(r, status):
         tell_end(r)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
     if cfg.dry_run:
         return dry_run(cfg)

@@ -1,10 +1,9 @@
-"""What the prepare.py scripts share: get a text, split it, encode it, write it whole or not at all.
+"""Shared code of the prepare.py scripts: downloads, splits, encodes and writes a text.
 
-A dataset is a folder with train.bin and val.bin: token ids as little-endian uint16, one after the
-other, no header. Beside them lies what made the ids: meta.pkl (characters), tokenizer.json (the
-tokenizers library), or neither, which means GPT-2's byte pair encoding. Where only some tokens are
-to be learnt, train.mask.bin and val.mask.bin hold a byte a token, 1 or 0. What the user can fix
-is a UserError, which `run` prints as one line.
+A dataset is a folder with train.bin and val.bin: token ids as little-endian uint16, without a
+header. The tokenizer is beside them: meta.pkl (characters), tokenizer.json (the tokenizers
+library), or no file, which means GPT-2's byte pair encoding. If only some tokens count in the loss,
+train.mask.bin and val.mask.bin hold one byte per token, 1 or 0.
 """
 import argparse
 import contextlib
@@ -21,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -35,8 +34,8 @@ from nanotune.errors import UserError  # noqa: E402
 
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = "<|endoftext|>"
-MIN_TOKENS = 16                 # a split shorter than this is a mistake, not a dataset
-# what may lie beside the .bin files and speaks of them: none of it may outlive them
+MIN_TOKENS = 16                 # a shorter split is a mistake
+# files that describe the .bin files: deleted when those are replaced
 COMPANIONS = ("meta.pkl", "tokenizer.json", "train.mask.bin", "val.mask.bin", "test.jsonl")
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
@@ -48,7 +47,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 # the command line
 
 def parser(description: str, folder: Path, input_help: str = "") -> argparse.ArgumentParser:
-    """--out_dir (default: `folder`, the script's own) and, if it has a help text, --input."""
+    """Returns a parser with --out_dir (default: `folder`) and, if `input_help` is set, --input."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     if input_help:
@@ -59,8 +58,8 @@ def parser(description: str, folder: Path, input_help: str = "") -> argparse.Arg
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main(argv). What the user can fix is one line on stderr and exit status 1:
-    a UserError, and an error of the file system, such as a full disk."""
+    """Runs a script's main(argv). A UserError, or an error of the file system such as a full disk,
+    prints one line on stderr and ends with status 1."""
     def guarded(argv):
         try:
             main(argv)
@@ -79,11 +78,11 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None,
              timeout: float = 30.0) -> Path:
-    """Fetch `url` into `path`, unless it is there already; `path` is never half a file.
+    """Downloads `url` to `path`, unless it exists, and returns `path`; writes it atomically.
 
-    `timeout` is in seconds, for each wait and not for the whole. UserError if nothing comes, or an
-    error, a web page, or anything but `size` bytes of hash `sha256`; and if `path` holds something
-    else, since nanoGPT's users put texts of their own there.
+    `timeout` is in seconds for each read. Raises UserError if the download fails, is a web page, or
+    does not have `size` bytes and the hash `sha256`; also if an existing `path` does not, since
+    nanoGPT's users put their own texts there.
     """
     if path.exists():
         if problem := wrong_with(path, size, sha256):
@@ -107,14 +106,14 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
 
 
 def receive(url: str, part: Path, size: int | None, timeout: float) -> None:
-    """Stream `url` into `part` with a progress bar."""
+    """Streams `url` to `part` with a progress bar."""
     context = ssl.create_default_context()
-    with contextlib.suppress(ImportError):      # python.org's Python for macOS has none of its own
+    with contextlib.suppress(ImportError):      # python.org's Python for macOS has no certificates
         import certifi
         context.load_verify_locations(certifi.where())
     request = Request(url, headers={"User-Agent": "nanotune"})
     with urlopen(request, timeout=timeout, context=context) as answer:
-        # a login page or a proxy's notice comes with status 200 too
+        # a login page or a proxy's error page may have status 200
         if answer.headers.get_content_type() == "text/html":
             raise UserError("the answer is a web page, not the file")
         promised = int(answer.headers.get("Content-Length") or 0) or size
@@ -122,13 +121,13 @@ def receive(url: str, part: Path, size: int | None, timeout: float) -> None:
                                          unit_scale=True, disable=None) as bar:
             while block := answer.read(1 << 16):
                 bar.update(f.write(block))
-    # http.client takes a connection that closes early for the end of the file
+    # http.client takes a connection that closed early as the end of the file
     if promised and (came := part.stat().st_size) != promised:
         raise UserError(f"{came:,} of {promised:,} bytes came")
 
 
 def wrong_with(path: Path, size: int | None, sha256: str | None) -> str:
-    """What is wrong with a downloaded file, or "" if nothing is."""
+    """The problem with a downloaded file as text, or ""."""
     if size is not None and path.stat().st_size != size:
         return f"it has {path.stat().st_size:,} bytes, not {size:,}"
     with open(path, "rb") as f:
@@ -138,10 +137,8 @@ def wrong_with(path: Path, size: int | None, sha256: str | None) -> str:
 
 
 def read_text(path: Path) -> str:
-    r"""A UTF-8 file as text, without a byte order mark, and with \r\n as \n.
-
-    GPT-2 hardly saw a carriage return, and two kinds of line end would teach a model both.
-    """
+    r"""Returns a UTF-8 file as text, without a byte order mark, and with \r\n as \n: GPT-2's
+    training text has hardly any \r. Raises UserError if the file is missing or not UTF-8."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     content = path.read_bytes()
@@ -155,7 +152,8 @@ def read_text(path: Path) -> str:
 
 
 def shakespeare(source: Path | None, folder: Path) -> str:
-    """Tiny Shakespeare, from `source` or downloaded into `folder` (1,115,394 bytes)."""
+    """Returns Tiny Shakespeare, from `source` or downloaded to `folder` (1,115,394 bytes). Raises
+    UserError if it cannot be read or downloaded."""
     source = source or download(SHAKESPEARE, folder / "input.txt", 1_115_394, SHAKESPEARE_SHA256)
     text = read_text(source)
     if not text.strip():
@@ -164,23 +162,23 @@ def shakespeare(source: Path | None, folder: Path) -> str:
 
 
 # -----------------------------------------------------------------------------
-# a split is a list of pieces: (text, whether a document ends there)
+# a split is a list of pieces: (text, whether a document ends after it)
 
 Pieces = list[tuple[str, bool]]
 
 
 def split_text(text: str, val_fraction: float = 0.1) -> tuple[Pieces, Pieces]:
-    """One running text: its first part trains, its end validates, and no document ends."""
+    """Returns (train, val) of one continuous text: val is its end; no end-of-text is added."""
     cut = int(len(text) * (1 - val_fraction))
     return [(text[:cut], False)], [(text[cut:], False)]
 
 
 def split_documents(documents: Sequence[str], val_fraction: float = 0.1,
                     seed: int = 1337) -> tuple[Pieces, Pieces]:
-    """Whole documents, drawn by `seed`, validate: up to `val_fraction` of the characters.
+    """Returns (train, val); val gets random whole documents, up to val_fraction of the characters.
 
-    Where whole documents do not give half of that (there is one, or a few long ones), the longest
-    that trains gives up its end. Documents keep their order in both splits.
+    If they are less than half of that (one document, or a few long ones), val also gets the end of
+    the longest training document. Raises UserError if val_fraction is not between 0 and 1.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: must lie between 0 and 1")
@@ -204,19 +202,19 @@ def split_documents(documents: Sequence[str], val_fraction: float = 0.1,
 # encoding
 
 class Encoder(NamedTuple):
-    """How text becomes ids, and what is laid beside the .bin files to turn them back."""
-    batch: Callable[[list[str]], list[Sequence[int]]]   # several texts at once
+    """Encodes text, and has the tokenizer files to write beside the .bin files."""
+    batch: Callable[[list[str]], list[Sequence[int]]]   # the ids of several texts
     end: list[int]                                      # the ids after a document
     files: dict[str, bytes]                             # meta.pkl or tokenizer.json; none: GPT-2
-    sliceable: bool                                     # a long text may come in `slices`
+    sliceable: bool                                     # `slices` of a text have the same ids
 
 
-def gpt2():
-    """tiktoken's GPT-2 encoding; UserError that says what to do by hand if it cannot be had."""
+def gpt2() -> Any:
+    """Returns tiktoken's GPT-2 encoding. Raises UserError if it cannot be downloaded."""
     import tiktoken
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:      # requests', the disk's, or tiktoken's own check of what came
+    except Exception as error:      # from requests, the disk, or tiktoken's hash check
         bpe, vocab = (hashlib.sha1((GPT2_FILES + name).encode()).hexdigest()
                       for name in ("vocab.bpe", "encoder.json"))
         raise UserError(
@@ -227,17 +225,15 @@ def gpt2():
 
 
 def gpt2_encoder() -> Encoder:
-    """GPT-2's BPE; special tokens written in a text are plain text, as in nanoGPT."""
+    """Returns GPT-2's BPE, by tiktoken; special tokens in a text are plain text, as in nanoGPT."""
     encoding, threads = gpt2(), os.cpu_count() or 1
     return Encoder(lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads),
                    [encoding.eot_token], {}, True)
 
 
 def char_encoder(text: str) -> Encoder:
-    """An id for each distinct character of `text`, in sorted order; meta.pkl as nanoGPT's.
-
-    Characters have no end-of-text: a newline parts the documents, if the text has newlines.
-    """
+    """Returns an encoder with one id per distinct character, sorted; meta.pkl is as in nanoGPT. A
+    newline, if the text has one, ends a document. Raises UserError above 65,536 characters."""
     chars = sorted(set(text))
     check_ids(len(chars) - 1, "the text's characters")
     stoi = {c: i for i, c in enumerate(chars)}
@@ -253,10 +249,8 @@ def char_encoder(text: str) -> Encoder:
 
 
 def json_encoder(content: bytes, name: str = "tokenizer.json") -> Encoder:
-    """A tokenizer.json of the tokenizers library; `name` is what errors call it.
-
-    Where it has no <|endoftext|>, a newline parts the documents.
-    """
+    """Returns the encoder of a tokenizer.json, by the tokenizers library; without <|endoftext|> in
+    it, a newline ends a document. Raises UserError, with the file's `name`, if it is invalid."""
     from tokenizers import Tokenizer
     try:
         tokenizer = Tokenizer.from_str(content.decode("utf-8"))
@@ -264,10 +258,10 @@ def json_encoder(content: bytes, name: str = "tokenizer.json") -> Encoder:
         raise UserError(f"{name} is no file of the tokenizers library: {error}") from None
     vocab = tokenizer.get_vocab()
     check_ids(max(vocab.values()), name)
-    # the file may carry its model's limits, which would cut every document without a word
+    # the file may set limits that would silently truncate documents
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True      # as plain text, that is: see gpt2_encoder
+    tokenizer.encode_special_tokens = True      # as plain text: see gpt2_encoder
 
     def batch(texts):
         return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -277,14 +271,15 @@ def json_encoder(content: bytes, name: str = "tokenizer.json") -> Encoder:
 
 
 def check_ids(highest: int, name: str) -> None:
-    """UserError if an id does not fit a .bin file."""
+    """Raises UserError if an id does not fit a .bin file (uint16)."""
     if highest > np.iinfo(TOKEN).max:
         raise UserError(f"{name}: ids up to {highest:,} do not fit a .bin file, which holds those "
                         f"below 65,536 (uint16); use a smaller vocabulary")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Train a byte-level BPE, with end-of-text as id 0; the content of its tokenizer.json."""
+    """Trains a byte-level BPE with end-of-text as id 0; returns the content of its tokenizer.json.
+    Raises UserError if vocab_size is not between 257 and 65536."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     if not 257 <= vocab_size <= 65536:
         raise UserError(f"--vocab_size={vocab_size}: must lie between 257 (each byte, and "
@@ -300,9 +295,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def slices(text: str, length: int = 1 << 18) -> Iterator[str]:
-    """`text` in slices of about `length` characters, cut before a newline that follows a word.
+    """Yields `text` in slices of about `length` characters, cut before a newline after a word.
 
-    GPT-2's pattern joins no word to the whitespace after it, so that the ids stay the same.
+    GPT-2's pattern never joins a word to the whitespace after it, so the ids stay the same.
     """
     start = 0
     while start < len(text):
@@ -313,10 +308,8 @@ def slices(text: str, length: int = 1 << 18) -> Iterator[str]:
 
 
 def batches(pieces: Pieces, sliceable: bool, length: int = 1 << 22) -> Iterator[Pieces]:
-    """`pieces` in batches of about `length` characters, long texts sliced where that is allowed.
-
-    That is enough for every core, while a text of gigabytes never stands in memory as a list of
-    Python's integers.
+    """Yields `pieces` in batches of about `length` characters, with long texts in slices if
+    `sliceable`. This keeps all cores busy, and a long text is never a Python list of all its ids.
     """
     batch, waiting = [], 0
     for text, ends in pieces:
@@ -331,7 +324,7 @@ def batches(pieces: Pieces, sliceable: bool, length: int = 1 << 22) -> Iterator[
 
 
 def encode(encoder: Encoder, pieces: Pieces, name: str) -> Iterator[np.ndarray]:
-    """The ids of `pieces` as they come, end-of-text after each that ends a document."""
+    """Yields the ids of each piece, with end-of-text if a document ends there."""
     total = sum(len(text) for text, _ in pieces)
     with tqdm(desc=name, total=total, unit="char", unit_scale=True, disable=None) as bar:
         for batch in batches(pieces, encoder.sliceable):
@@ -342,19 +335,17 @@ def encode(encoder: Encoder, pieces: Pieces, name: str) -> Iterator[np.ndarray]:
 
 
 # -----------------------------------------------------------------------------
-# examples: a prompt, and the completion to be learnt
+# examples: a prompt and its completion
 
 class Example(NamedTuple):
-    prompt: str         # "" where the example is a plain text
+    prompt: str         # "" if the example is a plain text
     completion: str
 
 
 def read_rows(path: Path, content: str,
               strict: bool = True) -> Iterator[tuple[str, list[str]]]:
-    """('FILE, line N', the fields) of each row of a CSV; blank lines are passed over.
-
-    UserError where quotes do not match, if `strict`; N is the line that the row ends on.
-    """
+    """Yields ('FILE, line N', fields) for each row of a CSV except blank lines; N is the row's last
+    line. Raises UserError if the CSV is malformed; without `strict` quotes need not match."""
     csv.field_size_limit(2**31 - 1)     # a field may be a whole document
     rows = csv.reader(io.StringIO(content, newline=""), strict=strict)
     try:
@@ -368,35 +359,31 @@ def read_rows(path: Path, content: str,
 
 
 def check_fraction(name: str, value: float) -> None:
+    """Raises UserError if value is not in [0, 1)."""
     if not 0 <= value < 1:
         raise UserError(f"--{name}={value}: must be at least 0 and below 1")
 
 
 def encode_examples(examples: Sequence[Example], encoder: Encoder,
                     loss_on: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """(ids, mask, lengths): the examples end to end, end-of-text after each; a byte an id, 0 for
-    those of prompts with loss_on="completion"; how many ids each example has.
-
-    A prompt and its completion are encoded apart, as they will be when the prompt stands alone.
-    """
+    """Returns (ids of all examples, each with end-of-text; a mask, one byte per id, 0 for prompts
+    if loss_on is "completion"; the number of ids of each example). Encodes a prompt and its
+    completion separately, as in generation."""
     prompts = encoder.batch([example.prompt for example in examples])
     completions = encoder.batch([example.completion for example in examples])
     ids, mask, lengths = [], [], []
     for prompt, completion in zip(prompts, completions, strict=True):
-        learnt = [*completion, *encoder.end]
-        ids += [*prompt, *learnt]
-        mask += [int(loss_on == "all")] * len(prompt) + [1] * len(learnt)
-        lengths.append(len(prompt) + len(learnt))
+        target = [*completion, *encoder.end]
+        ids += [*prompt, *target]
+        mask += [int(loss_on == "all")] * len(prompt) + [1] * len(target)
+        lengths.append(len(prompt) + len(target))
     return np.array(ids, dtype=TOKEN), np.array(mask, dtype=np.uint8), lengths
 
 
 def write_examples(out_dir: Path, splits: dict[str, list[Example]], encoder: Encoder,
                    loss_on: str, block_size: int) -> None:
-    """Write train.bin and val.bin, their masks if only completions count, and test.jsonl.
-
-    Says how many examples are longer than `block_size` ids: they stay, but no window of that
-    length holds one of them whole.
-    """
+    """Writes train.bin and val.bin, their masks if loss_on is "completion", and test.jsonl. Prints
+    how many examples are longer than `block_size` ids, so that no window holds one whole."""
     files, lengths, tokens = dict(encoder.files), [], {}
     for split in ("train", "val"):
         tokens[split], mask, counts = encode_examples(splits[split], encoder, loss_on)
@@ -407,32 +394,32 @@ def write_examples(out_dir: Path, splits: dict[str, list[Example]], encoder: Enc
         files["test.jsonl"] = "".join(json.dumps(example._asdict(), ensure_ascii=False) + "\n"
                                       for example in splits["test"]).encode("utf-8")
     write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
-    learnt = "completions" if loss_on == "completion" else "all tokens"
+    targets = "completions" if loss_on == "completion" else "all tokens"
     print("examples: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "val", "test"))
-          + f"; {np.mean(lengths):.1f} tokens each, {max(lengths)} at most; loss on {learnt}")
+          + f"; {np.mean(lengths):.1f} tokens each, {max(lengths)} at most; loss on {targets}")
     long = sum(length > block_size for length in lengths)
     if long:
         print(f"note: {long:,} of {len(lengths):,} examples are longer than "
-              f"--block_size={block_size}: they stay, but no window holds one whole, and the end "
-              "of one is learnt without its beginning; shorten them, or train with a longer one")
+              f"--block_size={block_size}: they stay, but no window holds one whole, so the model "
+              "sees its end without its beginning; shorten them or raise --block_size")
 
 
 # -----------------------------------------------------------------------------
 # writing
 
 def encode_dataset(out_dir: Path, train: Pieces, val: Pieces, encoder: Encoder) -> tuple[int, int]:
-    """Encode both splits into `out_dir`, with what turns the ids back into text."""
+    """Encodes both splits and writes them to `out_dir` as write_dataset()."""
     return write_dataset(out_dir, encode(encoder, train, "train"), encode(encoder, val, "val"),
                          encoder.files)
 
 
 def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.ndarray],
                   files: dict[str, bytes]) -> tuple[int, int]:
-    """Write train.bin, val.bin and `files` (meta.pkl or tokenizer.json); returns both lengths.
+    """Writes train.bin, val.bin and `files` ({name: content}); returns both lengths in tokens.
 
-    Whole or not at all: all is first written and fsynced as NAME.part, so that an error leaves the
-    folder as it was. Only then the old files go, another run's tokenizer too, and the new ones
-    take their names; an error there leaves none of them.
+    It first writes and fsyncs all as NAME.part, so an error leaves the old files. Then it deletes
+    those, COMPANIONS included, and renames the new ones; an error then leaves no file. Raises
+    UserError if a split has less than MIN_TOKENS tokens.
     """
     names = ["train.bin", "val.bin", *files]
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -441,7 +428,7 @@ def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.n
         counts = write_part(out_dir, "train.bin", train), write_part(out_dir, "val.bin", val)
         if min(counts) < MIN_TOKENS:
             raise UserError(f"too little text: {counts[0]} tokens to train on and {counts[1]} to "
-                            f"validate on, where {MIN_TOKENS} is the least; give it more text")
+                            f"validate on; each needs {MIN_TOKENS} or more: give more text")
         for name, content in files.items():
             write_part(out_dir, name, [np.frombuffer(content, np.uint8)])
         for name in ("train.bin", "val.bin", *COMPANIONS):
@@ -461,7 +448,7 @@ def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.n
 
 
 def write_part(out_dir: Path, name: str, arrays: Iterable[np.ndarray]) -> int:
-    """Write arrays to NAME.part and through to the disk; returns the number of elements."""
+    """Writes arrays to NAME.part and syncs it; returns the number of elements."""
     count = 0
     with open(out_dir / f"{name}.part", "wb") as f:
         for array in arrays:
@@ -473,7 +460,7 @@ def write_part(out_dir: Path, name: str, arrays: Iterable[np.ndarray]) -> int:
 
 
 def dataset_name(out_dir: Path) -> str:
-    """What --dataset= calls a folder: its path below data/, or else the whole path."""
+    """Returns the value of --dataset for a folder: its path inside data/, or else its full path."""
     out_dir = out_dir.resolve()
     inside = out_dir.is_relative_to(DATA)
     return out_dir.relative_to(DATA).as_posix() if inside else str(out_dir)

@@ -103,9 +103,10 @@ def lost_rank(e: Exception) -> str | None:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop at the end of the step. A second Ctrl-C stops at once, but
-    under torchrun, which sends its own signal after the terminal's."""
-    def __enter__(self):
+    """While it is entered, Ctrl-C and SIGTERM ask for a stop at the end of the step: `received` is
+    the signal's number, or 0. A second Ctrl-C stops at once, except under torchrun, which sends a
+    signal of its own after the terminal's."""
+    def __enter__(self) -> "StopSignals":
         self.received = 0
         self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -120,7 +121,8 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def resume_command(argv):
+def resume_command(argv: list[str]) -> str:
+    """The command that goes on with a stopped run of train.py, given its arguments."""
     argv = [arg for arg in argv if not arg.startswith(("--init_from=", "--overwrite="))]
     size = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --standalone --nproc_per_node={size}" if size else "python"

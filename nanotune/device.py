@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from nanotune.errors import UserError
+from nanotune.torch_private import cpu_has_bfloat16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -72,11 +73,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.float16 if lacks_bfloat16(device) else torch.bfloat16
-    if device.type == "cpu":
-        probes = (getattr(torch.cpu, name, None)
-                  for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        if any(probe is not None and probe() for probe in probes):
-            return torch.bfloat16
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16
     return torch.float32
 
 

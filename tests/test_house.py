@@ -12,8 +12,9 @@ REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train", "sample", "evaluate", "export", "bench"}
 MODELS = {"model"}
 GROUND = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", "nanotune.files",
-          "nanotune.head_loss", "nanotune.text.tokenizer", "nanotune.text.loader",
-          "nanotune.formats.hub", "nanotune.formats.hf", "nanotune.generation.generate"}
+          "nanotune.head_loss", "nanotune.torch_private", "nanotune.text.tokenizer",
+          "nanotune.text.loader", "nanotune.formats.hub", "nanotune.formats.hf",
+          "nanotune.generation.generate"}
 # what the data scripts may use: no torch, and no model
 FOR_DATA = {"fetch", "nanotune.errors", "nanotune.cli", "nanotune.text.tokenizer",
             "nanotune.formats.hub"}

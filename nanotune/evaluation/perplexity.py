@@ -1,32 +1,34 @@
-"""The loss of a text under a model: training's evaluation, and evaluate.py's perplexity.
+"""Computes the loss of a text: for train.py's evaluation and evaluate.py's perplexity.
 
     evaluate_loss(model, data, windows, ...)    the mean loss
-    perplexity_sums(model, data, windows, ...)  its standard error and bits per byte besides, by
-                                                perplexity_of_sums()
-    detokenize_wikitext(text)                   WikiText as it was before it was cut into words
+    perplexity_sums(model, data, windows, ...)  sums for perplexity_of_sums(), which also returns
+                                                the standard error and bits per byte
+    detokenize_wikitext(text)                   undoes WikiText's tokenization
 
-Both read the windows of a dataset (text/loader.py); ranks share them and add up what they found.
+The windows are those of TokenBin.windows; ranks split them and add up their sums.
 """
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from model import GPT
 from nanotune.device import autocast
 from nanotune.errors import UserError
-from nanotune.text.loader import IGNORED
-from nanotune.training.distributed import World, is_compiled, sum_over_ranks
+from nanotune.formats.onnx_model import OnnxGPT
+from nanotune.text.loader import IGNORED, TokenBin
+from nanotune.torch_private import is_compiled
+from nanotune.training.distributed import World, sum_over_ranks
 
 
-def rank_batches(model, data, windows: list, batch_size: int, world: World,
-                 progress: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's share of the windows as inputs and targets, (B, T) each, on its device.
+def rank_batches(model, data, windows, batch_size, world, progress=False):
+    """Yields this rank's windows as inputs and targets, (B, T) each, on its device.
 
-    All ranks get as many batches, since those of a sharded model go forward together, and all
-    batches of a compiled model have one shape: what is added has no target that counts.
+    All ranks get equally many batches, since a sharded model needs all ranks in each forward pass,
+    and a compiled model gets batches of one shape: the windows added for this have no targets.
     """
     batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
     for first in tqdm(range(0, len(batches), world.size), leave=False,
@@ -40,10 +42,11 @@ def rank_batches(model, data, windows: list, batch_size: int, world: World,
 
 
 @torch.no_grad()
-def evaluate_loss(model, data, windows: list, batch_size: int, world: World, dtype: torch.dtype,
+def evaluate_loss(model: GPT | OnnxGPT, data: TokenBin, windows: list[tuple[int, int]],
+                  batch_size: int, world: World, dtype: torch.dtype,
                   progress: bool = False) -> float:
-    """The mean loss of these windows, in nats per token; the same on all ranks. Draws nothing at
-    random and leaves the model in the mode that it was in. Raises UserError if no target counts."""
+    """Returns the mean loss of the windows in nats per token, equal on all ranks. Uses no random
+    numbers and keeps the model's training mode. Raises UserError if no target counts."""
     was_training = model.training
     model.eval()
     loss, count = 0.0, 0
@@ -61,9 +64,9 @@ def evaluate_loss(model, data, windows: list, batch_size: int, world: World, dty
 
 
 @torch.no_grad()
-def row_losses(model, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x, y (B, T) -> the loss summed over each row's targets, (B,) float64 on the CPU. Packed
-    models and ONNX files have no other loss than that of their logits."""
+def row_losses(model, x, y):
+    """x, y (B, T) -> the loss summed over each row's targets, (B,) float64 on the CPU. Computed
+    from logits, since packed models and ONNX files have no head_loss()."""
     row, targets = (y != IGNORED).nonzero()[:, 0].cpu(), y[y != IGNORED]
     losses = [y.new_zeros(0, dtype=torch.float32)]
     for logits in model.logits_at(x, y):
@@ -74,10 +77,11 @@ def row_losses(model, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def perplexity_sums(model, data, windows: list, batch_size: int, world: World,
-                    n_bytes: Callable[[list[int]], int], progress: bool = False) -> list[float]:
-    """Sums over this rank's windows: windows, targets n, loss l, l * l, l * n, n * n, bytes of the
-    targets. Each sum can be added up over ranks."""
+def perplexity_sums(model: GPT | OnnxGPT, data: TokenBin, windows: list[tuple[int, int]],
+                    batch_size: int, world: World, n_bytes: Callable[[list[int]], int],
+                    progress: bool = False) -> list[float]:
+    """Returns sums over this rank's windows, to be added over ranks: the number of windows, targets
+    n, loss l in nats, l * l, l * n, n * n, bytes of the targets (by a tokenizer's n_bytes)."""
     sums = torch.zeros(7, dtype=torch.float64)
     for x, y in rank_batches(model, data, windows, batch_size, world, progress):
         loss = row_losses(model, x, y)
@@ -89,8 +93,8 @@ def perplexity_sums(model, data, windows: list, batch_size: int, world: World,
 
 
 def perplexity_of_sums(sums: list[float]) -> dict:
-    """{loss, standard_error, bits_per_byte, tokens, windows}, the loss in nats per token. The error
-    is that of a ratio estimator over windows, since tokens of one window are not independent
+    """Returns {loss, standard_error, bits_per_byte, tokens, windows}, the loss in nats per token.
+    The error is a ratio estimator's over windows, since tokens of one window are not independent
     (Cochran 1977, 6.4). Raises UserError if no target counts."""
     windows, n, loss, loss2, loss_n, n2, n_bytes = sums
     if n == 0:
@@ -104,8 +108,8 @@ def perplexity_of_sums(sums: list[float]) -> dict:
 
 
 def detokenize_wikitext(text: str) -> str:
-    """WikiText's text with the spaces taken out that its tokeniser put in. The GPT-2 paper
-    evaluates so (section 3.1), since a model of plain text has never seen ' @-@ '."""
+    """Returns WikiText without the spaces that its tokenizer inserted, as the GPT-2 paper evaluates
+    it (section 3.1): plain text never contains ' @-@ '."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)
     # = = Heading = = -> == Heading ==
     text = re.sub(r"(?m)^ ?((?:= ){1,6})(.*?)((?: =){1,6}) ?$",
@@ -118,4 +122,4 @@ def detokenize_wikitext(text: str) -> str:
     text = re.sub(r"([(\[{\u201c$£¥#]) ", r"\1", text)
     text = re.sub(r"(?<=\w) / (?=\w)", "/", text)
     text = re.sub(r"(?<=\d) (\u2013) (?=\d)", r"\1", text)     # 2006 en dash 07
-    return re.sub(r"(?m)^ | $", "", text)                     # each line stood in spaces
+    return re.sub(r"(?m)^ | $", "", text)                     # spaces at the ends of each line

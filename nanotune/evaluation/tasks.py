@@ -1,26 +1,29 @@
 """Tasks that evaluate.py scores by prompting: classification and LAMBADA.
 
     answer(model, prompts, ...)          greedy answers to prompts of any lengths, in batches
-    score_labels(model, prompts, ...)    the log-probability of each label behind each prompt
-    lambada(model, texts, ...)           the last word of each text
+    score_labels(model, prompts, ...)    the log-probability of each label after each prompt
+    lambada(model, pairs, ...)           the loss and accuracy of the last word of each text
 
-Teacher-forced numbers come from model.logits_at(), the logits of only the positions that count: a
-GPT and an exported .onnx file both have it.
+A model is a GPT or an OnnxGPT, in evaluation mode.
 """
 import itertools
 import json
 import math
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from model import GPT
 from nanotune.errors import UserError
+from nanotune.formats.onnx_model import OnnxGPT
 from nanotune.generation.generate import stream
 from nanotune.text.loader import IGNORED
+from nanotune.text.tokenizer import AnyTokenizer
 
 # Words that rarely end a sentence: articles, pronouns, prepositions, conjunctions, auxiliaries.
-# Radford et al. 2019, section 3.3, filter such words and do not print their list; this is ours.
+# Radford et al. 2019, section 3.3, filter such words but do not give their list; this is ours.
 STOP_WORDS = frozenset("""
 a about above across after again against all along also although always am among an and another any
 are around as at back be because been before behind being below between both but by can could did
@@ -36,16 +39,16 @@ yours yourself
 
 
 def bar(batches, shown):
-    """A progress bar, where it is to be shown and a terminal shows it."""
+    """A progress bar if `shown` is set and stderr is a terminal."""
     return tqdm(batches, leave=False, disable=None if shown else True)
 
 
 # -----------------------------------------------------------------------------
 # prompts
 
-def read_lines(path, *names):
-    """[(line number, fields), ...] of a .jsonl file whose lines hold these names as strings.
-    Raises UserError with the file and the line."""
+def read_lines(path: Path, *names: str) -> list[tuple[int, dict]]:
+    """Returns [(line number, fields), ...] of a .jsonl file. Raises UserError if the file is
+    missing or empty, or a line is no JSON object with strings of these names."""
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     lines = []
@@ -62,17 +65,15 @@ def read_lines(path, *names):
                             f"{' and '.join(names)} as strings")
         lines.append((number, fields))
     if not lines:
-        raise UserError(f"{path} is empty; it should hold a line an example, with "
+        raise UserError(f"{path} is empty; it should have one line per example, with "
                         f"{' and '.join(names)}")
     return lines
 
 
-def read_prompts(path, tokenizer, block_size):
-    """(prompts as ids, their labels as text, {label: its ids as a completion}) of a test.jsonl.
-
-    Raises UserError for less than two labels, and for a prompt that the context cannot hold
-    together with the longest label.
-    """
+def read_prompts(path: Path, tokenizer: AnyTokenizer,
+                 block_size: int) -> tuple[list[list[int]], list[str], dict[str, list[int]]]:
+    """Returns (ids of each prompt, label of each prompt, {label: ids}) of a test.jsonl. Raises
+    UserError for less than two labels, or if a prompt with the longest label exceeds block_size."""
     lines = read_lines(path, "prompt", "completion")
     completions = {fields["completion"].strip(): fields["completion"] for _, fields in lines}
     if len(completions) < 2:
@@ -92,15 +93,14 @@ def read_prompts(path, tokenizer, block_size):
 
 
 def batches_by_length(rows, batch_size):
-    """Indices of rows in batches, long ones first: little filling, and memory's worst comes at
-    once."""
+    """Indices of rows in batches, longest first: little padding, and the memory peaks at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def answer(model, prompts, max_new_tokens, eot, n_vocab, batch_size, progress=False):
-    """The greedy continuation of each prompt, a list of ids each, without the end-of-text that
-    ended it. Batched, and yet what each prompt would get alone, rounding aside."""
+def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, eot: int | None,
+           n_vocab: int, batch_size: int, progress: bool = False) -> list[list[int]]:
+    """Returns the ids of each prompt's greedy continuation, which ends before `eot`."""
     answers = [None] * len(prompts)
     for batch in bar(batches_by_length(prompts, batch_size), progress):
         new = stream(model, [prompts[i] for i in batch], max_new_tokens, temperature=0,
@@ -111,12 +111,10 @@ def answer(model, prompts, max_new_tokens, eot, n_vocab, batch_size, progress=Fa
 
 
 @torch.no_grad()
-def score_labels(model, prompts, labels, eot, batch_size, progress=False):
-    """log p of each label (a list of ids each) behind each prompt, (N, labels) float32.
-
-    Each prompt is read once. End-of-text counts as part of the labels only where one label is the
-    beginning of another, which would else never lose against it.
-    """
+def score_labels(model: GPT | OnnxGPT, prompts: list[list[int]], labels: list[list[int]],
+                 eot: int | None, batch_size: int, progress: bool = False) -> torch.Tensor:
+    """Returns log p in nats of each label after each prompt, (N, labels) float32. If one label is
+    the beginning of another, it would always win; then `eot` is appended to all labels."""
     begins = any(a != b and b[:len(a)] == a for a in labels for b in labels)
     if begins and eot is not None:
         labels = [[*label, eot] for label in labels]
@@ -136,14 +134,14 @@ def score_labels(model, prompts, labels, eot, batch_size, progress=False):
     return scores
 
 
-def parse_label(text, labels):
-    """The label that an answer's first line is, case and spaces aside; None if it is none."""
+def parse_label(text: str, labels: list[str]) -> str | None:
+    """Returns the label equal to an answer's first line, without case and outer spaces, or None."""
     line = text.strip().split("\n")[0].strip().casefold()
     return next((label for label in labels if label.casefold() == line), None)
 
 
-def check_sklearn():
-    """Raises UserError where scikit-learn is missing: before the model runs, not after."""
+def check_sklearn() -> None:
+    """Raises UserError if scikit-learn is not installed; call it before the model runs."""
     try:
         import sklearn.metrics  # noqa: F401
     except ImportError:
@@ -151,9 +149,10 @@ def check_sklearn():
                         "scikit-learn") from None
 
 
-def classification_scores(truth, predicted, labels):
-    """{accuracy, macro_f1, no_label, confusion}; a prediction of None is no label, and so wrong.
-    confusion[i][j]: prompts of label i answered by label j, or, in the last column, by none."""
+def classification_scores(truth: list[str], predicted: list[str | None],
+                          labels: list[str]) -> dict:
+    """Returns {accuracy, macro_f1, no_label, confusion}, by scikit-learn. A prediction of None is
+    wrong. confusion[i][j] counts prompts of label i with answer j; the last column is None."""
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
     none = "(no label)"
     named = [none if label is None else label for label in predicted]
@@ -167,33 +166,34 @@ def classification_scores(truth, predicted, labels):
 # -----------------------------------------------------------------------------
 # LAMBADA
 
-def split_last_word(text, tokenizer):
-    """(ids of what stands before, ids of the last word with the space before it); None where
-    there is nothing before."""
+def split_last_word(text: str, tokenizer: AnyTokenizer) -> tuple[list[int], list[int]] | None:
+    """Returns (ids of the context, ids of the last word with its space); None without a context."""
     context, space, word = text.rstrip().rpartition(" ")
     if not context.strip() or not space:
         return None
     return tokenizer.encode(context), tokenizer.encode(" " + word)
 
 
-def stop_word_ids(tokenizer):
-    """Ids of the stop words that are a single token behind a space, capitalised too."""
+def stop_word_ids(tokenizer: AnyTokenizer) -> list[int]:
+    """Returns the ids of stop words, also capitalised, that are one token with their space."""
     words = (tokenizer.encode(" " + form) for word in STOP_WORDS for form in (word, word.title()))
     return sorted({ids[0] for ids in words if len(ids) == 1})
 
 
 @torch.no_grad()
-def lambada(model, pairs, stop_ids, batch_size, device, progress=False):
-    """Three tensors (N,): -log p of the last word of each (context, word) pair of ids; whether
-    each of its tokens is the likeliest; and whether it is with the stop words left out of what
-    the word may begin with (Radford et al. 2019, section 3.3)."""
+def lambada(model: GPT | OnnxGPT, pairs: list[tuple[list[int], list[int]]], stop_ids: list[int],
+            batch_size: int, device: torch.device,
+            progress: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (losses, hits, filtered), (N,) each, for pairs of (context ids, last word's ids):
+    -log p of the word in nats; whether each of its tokens is the most likely one; the same if the
+    first token cannot be one of stop_ids (Radford et al. 2019, section 3.3)."""
     losses = torch.zeros(len(pairs))
     hits, filtered = torch.zeros(len(pairs), dtype=torch.bool), torch.zeros(len(pairs)).bool()
     rows = [context + word for context, word in pairs]
     for batch in bar(batches_by_length(rows, batch_size), progress):
         x = torch.zeros(len(batch), len(rows[batch[0]]) - 1, dtype=torch.int64)
         y = torch.full_like(x, IGNORED)
-        for row, i in enumerate(batch):  # filled at the right, where nothing looks
+        for row, i in enumerate(batch):  # pads at the right, which the causal mask hides
             context, word = pairs[i]
             x[row, :len(rows[i]) - 1] = torch.tensor(rows[i][:-1])
             y[row, len(context) - 1:len(rows[i]) - 1] = torch.tensor(word)
@@ -211,5 +211,5 @@ def lambada(model, pairs, stop_ids, batch_size, device, progress=False):
 
 
 def all_of_row(right, row, n_rows):
-    """right (N,) bool, row (N,) -> (n_rows,), whether all of a row are right."""
+    """right (N,) bool, row (N,) -> (n_rows,) bool: whether all entries of a row are right."""
     return torch.zeros(n_rows).index_add_(0, row, (~right).float()) == 0

@@ -1,14 +1,14 @@
-"""The one door through which every script gets a model, and what ckpt.pt holds.
+"""Loads a model from any source, and defines the content of ckpt.pt.
 
     model, tokenizer = load_model(source)
     source     a run's out_dir, a Hugging Face folder, a hub id, a TensorFlow checkpoint folder
 
-    out_dir/ckpt.pt    the model to ship: weights, model_args, iter_num, best_val_loss, config
-                       (nanoGPT's keys) and the tokenizer
-    out_dir/state.pt   the latest step, whole: what --init_from=resume goes on from
+    out_dir/ckpt.pt    the model: weights, model_args, iter_num, best_val_loss, config (nanoGPT's
+                       keys), tokenizer, run_id
+    out_dir/state.pt   the latest step for --init_from=resume: also optimizer, scaler, progress
 
-A LoRA run's files hold only the adapters, with the name and the hash of their base. What nanoGPT
-wrote as ckpt.pt samples, evaluates and resumes here.
+A LoRA run's files hold only the adapters, with the name and the hash of their base. nanoGPT's
+ckpt.pt can be sampled, evaluated and resumed.
 """
 import hashlib
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,9 +21,10 @@ from nanotune import files
 from nanotune.device import DTYPES
 from nanotune.errors import UserError
 from nanotune.formats import hf, hub, tf
-from nanotune.formats.onnx_model import open_onnx
+from nanotune.formats.onnx_model import OnnxGPT, open_onnx
 from nanotune.text.tokenizer import (
     GPT2_VOCAB_SIZES,
+    AnyTokenizer,
     GPT2Tokenizer,
     tokenizer_from_spec,
     tokenizer_of_folder,
@@ -35,7 +36,7 @@ MODEL_FILE, STATE_FILE = "ckpt.pt", "state.pt"
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its classes, and the model_types of transformers that it reads."""
+    """A model family: its classes, and the transformers model_types that it reads."""
     model: type
     config: type
     model_types: tuple[str, ...]
@@ -44,13 +45,13 @@ class Family:
 FAMILIES = (Family(GPT, GPTConfig, ("gpt2", "gpt_neo")),)
 
 
-def model_class(config) -> type:
-    """The class of the model that a config belongs to."""
+def model_class(config: GPTConfig) -> type[GPT]:
+    """Returns the model class of a config."""
     return next(family.model for family in FAMILIES if isinstance(config, family.config))
 
 
 def family_of(hf_config: dict, name: str) -> Family:
-    """The family of a config.json. Raises UserError if none reads its model_type."""
+    """Returns the family of a config.json. Raises UserError if none reads its model_type."""
     kind = hf_config.get("model_type")
     found = next((family for family in FAMILIES if kind in family.model_types), None)
     if found is None:
@@ -60,9 +61,9 @@ def family_of(hf_config: dict, name: str) -> Family:
     return found
 
 
-def config_from_args(args: dict, path: str | Path):
-    """The config of a checkpoint's model_args. nanoGPT's do not name the activation: exact GELU.
-    Raises UserError for fields that no family has."""
+def config_from_args(args: dict, path: str | Path) -> GPTConfig:
+    """Returns the config of a checkpoint's model_args; without an activation, as in nanoGPT, it is
+    exact GELU. Raises UserError if a field is unknown."""
     args = {"activation": "gelu"} | args
     family = FAMILIES[0]
     unknown = args.keys() - {f.name for f in fields(family.config)}
@@ -73,14 +74,12 @@ def config_from_args(args: dict, path: str | Path):
 
 def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
                device: str | torch.device = "cpu", with_onnx: bool = False,
-               dtype: torch.dtype = torch.float32):
-    """(model, tokenizer or None) of a run's out_dir, a Hugging Face folder, a hub id, or a folder
-    with a TensorFlow checkpoint; with with_onnx also of an exported .onnx file. The model is a GPT
-    in training mode, or an OnnxGPT.
+               dtype: torch.dtype = torch.float32) -> tuple[GPT | OnnxGPT, AnyTokenizer | None]:
+    """Returns (model, tokenizer) of a run's out_dir, a Hugging Face folder, a hub id or a folder
+    with a TensorFlow checkpoint; with `with_onnx` also of an exported .onnx file, as an OnnxGPT.
 
-    The matrices are in `dtype`, the vectors in float32. A LoRA run's model comes merged. A smaller
-    block_size crops the context. Raises UserError that says what to do if the source is none of
-    these, or damaged.
+    The model is in training mode, its matrices in `dtype`, with LoRA adapters merged; a smaller
+    block_size crops the context. Raises UserError if the source is missing, unknown or damaged.
     """
     folder = Path(source)
     if folder.suffix == ".onnx":
@@ -105,7 +104,7 @@ def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
 
 
 def load_run(path, dropout, device, dtype):
-    """(GPT, tokenizer or None) of a ckpt.pt; adapters are merged."""
+    """(GPT, tokenizer or None) of a ckpt.pt, with adapters merged."""
     data = files.load(path)
     with files.checked_parse(path):
         model = model_from(data, path, dropout, dtype)
@@ -117,7 +116,7 @@ def load_run(path, dropout, device, dtype):
 
 
 def check_can_be_pretrained(source):
-    """Raises UserError for what is neither a Hugging Face folder nor can be a hub id."""
+    """Raises UserError if `source` is not a Hugging Face folder and cannot be a hub id."""
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{source} holds neither {MODEL_FILE} (a run's out_dir) nor config.json "
@@ -127,9 +126,10 @@ def check_can_be_pretrained(source):
                         "or a hub id such as gpt2")
 
 
-def model_from(data, path, dropout=0.0, dtype=torch.float32):
-    """The GPT of a loaded checkpoint, ours or nanoGPT's; takes the tensors over without a copy
-    where they are of that dtype. A LoRA run's has its adapters beside its matrices."""
+def model_from(data: dict, path: str | Path, dropout: float = 0.0,
+               dtype: torch.dtype = torch.float32) -> GPT:
+    """Returns the GPT of a loaded checkpoint, nanoGPT's included, with LoRA adapters not merged.
+    Tensors of the wanted dtype are not copied. Raises UserError if they do not fit model_args."""
     if data.get("lora"):
         return adapted_from(data, path, dropout, dtype)
     config = replace(config_from_args(data["model_args"], path), dropout=dropout)
@@ -149,9 +149,9 @@ def model_from(data, path, dropout=0.0, dtype=torch.float32):
     return model
 
 
-def history_of(source):
-    """How a run got to the model in its out_dir, {"iter_num", "best_val_loss", "config"}, its
-    weights left on disk; {} where the source is no run."""
+def history_of(source: str) -> dict:
+    """Returns {"iter_num", "best_val_loss", "config"} of a run's ckpt.pt without reading weights,
+    or {} if the source is not a run's out_dir."""
     path = Path(source, MODEL_FILE)
     if not path.is_file():
         return {}
@@ -159,8 +159,8 @@ def history_of(source):
     return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
 
 
-def model_config(source):
-    """The GPTConfig that load_model's model would have, without its weights."""
+def model_config(source: str) -> GPTConfig:
+    """Returns the config of load_model's model without reading weights. Raises UserError as it."""
     for path in (Path(source) / name for name in (MODEL_FILE, STATE_FILE)):
         if path.is_file():
             try:
@@ -175,8 +175,8 @@ def model_config(source):
 
 
 def adapted_from(data, path, dropout, dtype):
-    """The base that a LoRA checkpoint names, with its adapters. Raises UserError where the base
-    cannot be had or is no longer the one they were trained beside."""
+    """The base of a LoRA checkpoint with its adapters, not merged. Raises UserError if the base is
+    not found, has changed since training, or does not fit the adapters."""
     spec = data["lora"]
     try:
         changed = hash_of(spec["base"]) != spec["hash"]
@@ -184,10 +184,9 @@ def adapted_from(data, path, dropout, dtype):
         raise UserError(f"{path} holds LoRA adapters of {spec['base']}, which cannot be had: "
                         f"{e}") from None
     if changed:
-        raise UserError(f"{path} holds LoRA adapters of {spec['base']}, but what is there now is "
-                        "not what they were trained beside (its hash differs): put the old one "
-                        "back")
-    # as it was in training, rounding included
+        raise UserError(f"{path} holds LoRA adapters of {spec['base']}, which has changed since "
+                        "they were trained (its hash differs): put the old one back")
+    # in the dtype of training: the weights are rounded the same
     model, _ = load_model(spec["base"], data["model_args"]["block_size"], dropout,
                           dtype=DTYPES[spec["weights"]])
     model.set_dtype(dtype)
@@ -202,7 +201,7 @@ def adapted_from(data, path, dropout, dtype):
 
 
 def weight_files(source):
-    """The files that hold a source's weights."""
+    """The paths of a source's weight files."""
     if (Path(source) / MODEL_FILE).is_file():
         return [Path(source) / MODEL_FILE]
     if tf.is_tf_checkpoint(Path(source)):
@@ -210,9 +209,9 @@ def weight_files(source):
     return hub.find_pretrained(source)[1]
 
 
-def hash_of(source):
-    """SHA-256 of the weight files of a run's out_dir, a Hugging Face folder, a hub id or a
-    TensorFlow checkpoint."""
+def hash_of(source: str) -> str:
+    """Returns the SHA-256 of the weight files of a run's out_dir, a Hugging Face folder, a hub id
+    or a TensorFlow checkpoint. Raises UserError if they are not found."""
     digest = hashlib.sha256()
     for file in weight_files(source):
         with open(file, "rb") as f:
@@ -221,12 +220,12 @@ def hash_of(source):
 
 
 def plain_key(key):
-    """A parameter's name without what torch.compile or DDP put before it."""
+    """A parameter's name without the prefix of torch.compile or DDP."""
     return key.removeprefix("_orig_mod.").removeprefix("module.")
 
 
-def tokenizer_from(data):
-    """The tokenizer that a checkpoint holds; nanoGPT's holds none, but names its dataset."""
+def tokenizer_from(data: dict) -> AnyTokenizer | None:
+    """Returns the tokenizer of a loaded checkpoint; nanoGPT's has none, but names its dataset."""
     if "tokenizer" in data:
         return data["tokenizer"] and tokenizer_from_spec(data["tokenizer"])
     dataset = data.get("config", {}).get("dataset")
@@ -238,7 +237,7 @@ def tokenizer_of_pretrained(source, vocab_size):
     if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"):
         return GPT2Tokenizer()
     folder = Path(source)
-    if not folder.is_dir():  # a hub id: the files that there are, into the hub's cache
+    if not folder.is_dir():  # a hub id: downloads the files into the hub's cache
         folder = Path(hub.hub_file(source, "config.json")).parent
         if hub.hub_file(source, "tokenizer.json") is None:
             hub.hub_file(source, "vocab.json")
@@ -250,22 +249,19 @@ def gpt2_by_size(vocab_size):
     return GPT2Tokenizer() if vocab_size in GPT2_VOCAB_SIZES else None
 
 
-def saved_weights(model):
-    """{name: tensor} that a file holds of a model that is not sharded, references to its own; of
-    a LoRA run's only the adapters."""
+def saved_weights(model: GPT) -> dict[str, torch.Tensor]:
+    """Returns {name: tensor} to save of a model that is not sharded, without copies; of a LoRA run
+    only the adapters."""
     return ({name: param.detach() for name, param in lora.adapters(model).items()}
             or dict(model.state_dict()))
 
 
-def model_data(model, iter_num, best_val_loss, config, tokenizer, weights=None, run_id=None,
-               lora_spec=None):
-    """What ckpt.pt holds; `weights` where the model's own are not whole (sharded). lora_spec of a
-    LoRA run: its rank, the base's name and hash, and the dtype that its weights were kept in."""
+def model_data(model: GPT, iter_num: int, best_val_loss: float, config: dict,
+               tokenizer: AnyTokenizer, weights: dict[str, torch.Tensor] | None = None,
+               run_id: str | None = None, lora_spec: dict | None = None) -> dict:
+    """Returns the content of ckpt.pt. Pass the whole `weights` if the model is sharded. `lora_spec`
+    of a LoRA run has its rank, the base, the base's hash and the dtype of its weights."""
     data = {"model": dict(weights or saved_weights(model)), "model_args": asdict(model.config),
             "iter_num": iter_num, "best_val_loss": best_val_loss, "config": config,
             "tokenizer": tokenizer.spec, "run_id": run_id}
     return data | {"lora": lora_spec} if lora_spec else data
-
-
-# -----------------------------------------------------------------------------
-# the same file whatever wrote it: whole tensors, optimizer state by parameter name

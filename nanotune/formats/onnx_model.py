@@ -1,17 +1,18 @@
-"""An exported ONNX file behind GPT's interface: what sample.py and evaluate.py do with a GPT.
+"""Runs an exported ONNX file, with the methods of a GPT that sample.py and evaluate.py use.
 
     model, tokenizer = open_onnx("shakespeare-int8/model.int8.onnx")
     loss = model(idx, targets)              # summed over the targets that are not -1
     cache, logits = model.start(prompts, room)
     logits = model.step(idx, cache)         # (B, V), after the last token
 
-onnxruntime computes, on the CPU; torch tensors go in and come out.
+onnxruntime computes on the CPU; inputs and outputs are torch tensors.
 """
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +21,16 @@ from torch.nn import functional as F
 from model import GPTConfig
 from nanotune.errors import UserError
 from nanotune.text.loader import IGNORED
-from nanotune.text.tokenizer import tokenizer_from_spec
+from nanotune.text.tokenizer import AnyTokenizer, tokenizer_from_spec
 
-METADATA = "nanotune"  # the key in a file's metadata by which it is known as export.py's
+METADATA = "nanotune"  # the key of export.py's entry in a file's metadata
 ALL = 2**31            # logits_to_keep: more than any context
 
 
 class OnnxCache:
-    """What each row's layers have seen, as onnxruntime's own tensors: they go from a call to the
-    next without a copy. Prompts of one length share a past; else each row has a cache of its own,
-    in `rows`, since the graph has no mask for padding."""
-    def __init__(self, length, rows=()):
+    """The keys and values of at most `length` tokens, in onnxruntime's tensors. Prompts of unequal
+    length have one cache each, in `rows`, since the graph has no mask for padding."""
+    def __init__(self, length: int, rows: Iterable["OnnxCache"] = ()) -> None:
         self.pos, self.past, self.length, self.rows = 0, None, length, list(rows)
 
     @property
@@ -57,15 +57,16 @@ class OnnxCache:
 
 
 class OnnxGPT:
+    """Has the methods of a GPT in evaluation mode, with the same shapes."""
     training = False
 
-    def __init__(self, session, config):
+    def __init__(self, session: Any, config: GPTConfig) -> None:
         self.session, self.config = session, config
         self.outputs = [o.name for o in session.get_outputs()]
         self.present = [name for name in self.outputs if name != "logits"]
 
     def run(self, idx, past, keep):
-        """(logits (B, min(keep, T), V) float32, present) of idx (B, T) behind a past."""
+        """(logits (B, min(keep, T), V) float32, present) of idx (B, T) after a past."""
         from onnxruntime import OrtValue
         c = self.config
         if past is None:
@@ -80,7 +81,7 @@ class OnnxGPT:
         return logits, [found[name] for name in self.present]
 
     def __call__(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """As GPT's: the loss summed over the targets that are not -1."""
+        """idx, targets (B, T) -> the loss, in nats *summed* over the targets that are not -1."""
         logits = torch.cat(list(self.logits_at(idx, targets)))
         return F.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
 
@@ -88,14 +89,16 @@ class OnnxGPT:
         return self.run(idx, None, ALL)[0]
 
     def logits_at(self, idx: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Tensor]:
-        """As GPT.logits_at, a row at a time, read to its last such position."""
+        """As GPT.logits_at, one chunk per row, computed up to the row's last such position."""
         for row, marked in zip(idx, targets != IGNORED):
             at = marked.nonzero()[:, 0].tolist()
             if at:
                 logits, _ = self.run(row[None, :at[-1] + 1], None, at[-1] + 1 - at[0])
                 yield logits[0, marked[at[0]:at[-1] + 1]]
 
-    def start(self, prompts: list[list[int]], room: int, cache: OnnxCache | None = None):
+    def start(self, prompts: Sequence[list[int]], room: int,
+              cache: OnnxCache | None = None) -> tuple[OnnxCache, torch.Tensor]:
+        """As GPT.start, always with a new cache."""
         length = max(map(len, prompts))
         cache = OnnxCache(min(length + room, self.config.block_size))
         if min(map(len, prompts)) == length:
@@ -105,7 +108,7 @@ class OnnxGPT:
         return cache, torch.cat([logits for _, logits in starts])
 
     def step(self, idx: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
-        """idx (B, T), the next tokens of each row -> logits (B, V) after the last of them."""
+        """idx (B, T), the next tokens of each row -> the logits after the last, (B, V) float32."""
         if cache.rows:
             logits = torch.cat([self.step(row[None], own) for row, own in zip(idx, cache.rows)])
         else:
@@ -114,22 +117,24 @@ class OnnxGPT:
         cache.pos += idx.size(1)
         return logits
 
-    def crop_block_size(self, block_size):
+    def crop_block_size(self, block_size: int) -> None:
+        """Raises UserError if block_size is more than the model's."""
         if block_size > self.config.block_size:
             raise UserError(f"block_size={block_size} is more than the {self.config.block_size} "
                             "positions that the model was trained with; lower --block_size")
         self.config = replace(self.config, block_size=block_size)
 
-    def eval(self):
+    def eval(self) -> "OnnxGPT":
         return self
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "OnnxGPT":
         assert not mode, "an ONNX file is not trained"
         return self
 
 
-def open_onnx(path, block_size=None):
-    """(OnnxGPT, tokenizer or None) of a file that export.py wrote; UserError for any other."""
+def open_onnx(path: str, block_size: int | None = None) -> tuple[OnnxGPT, AnyTokenizer | None]:
+    """Returns (model, tokenizer) of a file that export.py wrote. Raises UserError if the file is
+    missing, damaged or from another program, or onnxruntime is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -139,10 +144,10 @@ def open_onnx(path, block_size=None):
         raise UserError(f"{path} does not exist; export.py --format=onnx writes one")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors; they are raised as well
+    options.log_severity_level = 3  # errors only
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime has a kind for each of its status codes
+    except Exception as e:  # onnxruntime has one exception type per status code
         raise UserError(f"{path} is damaged, incomplete or no ONNX file that onnxruntime "
                         f"{onnxruntime.__version__} reads ({str(e).splitlines()[0][:200]}); "
                         "export it again") from None

@@ -1,36 +1,39 @@
-"""A model made fast for generation, from outside: packed matrices, one graph a token.
+"""Makes a model fast for generation: packs its matrices, runs one CUDA graph per token.
 
     model = for_generation(model, device, dtype, compiled=False)    # then stream(model, ...)
     pack(model, device, dtype)                                      # the matrices only
 
-Packing: a generated token multiplies each matrix by one row per sample, so that the time goes into
-reading the weights. In half precision they are cast once: half the bytes are kept and read. In
-float32 on an x86 CPU oneDNN lays them out in its own order, and reads them at the speed of memory;
-torch's default, MKL, reached half of it on an AMD Zen 3, and a sixth for 10 samples.
+Packing: a generated token multiplies each matrix by one row per sample, so most time goes into
+reading the weights. In half precision they are cast once, which halves the bytes. In float32 on an
+x86 CPU oneDNN stores them in its own order and reads them at the speed of memory; torch's default,
+MKL, reached half of that on an AMD Zen 3, and a sixth for 10 samples.
 
-Graphs: a step of one token has hundreds of kernels of a few microseconds each, which Python
-launches slower than a GPU runs them. Such a step always has the same shapes and the same memory: it
-is recorded once, as a CUDA graph, and from then on launched as a whole. torch.compile, if asked
-for, also fuses its kernels. The cost: each step reads the whole cache, empty columns too. The idea
-is that of gpt-fast (PyTorch team 2023).
+Graphs: a step of one token has hundreds of kernels of a few microseconds each, which a GPU runs
+faster than Python launches them. The step is recorded once as a CUDA graph and then launched as a
+whole, with fixed shapes and memory; torch.compile, if asked for, also fuses its kernels. The cost:
+each step reads the whole cache, with its empty columns. From gpt-fast (PyTorch team 2023).
 """
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn as nn
 
-from model import Linear
+from model import GPT, KVCache, Linear
 from nanotune.errors import first_line
+from nanotune.formats.onnx_model import OnnxGPT
 from nanotune.generation.generate import read_prompts
+from nanotune.torch_private import can_pack_linear, pack_linear, packed_linear
 
-ALIGNED = 16  # attention on a GPU wants masks of a multiple of so many columns, or copies them
+ALIGNED = 16  # attention on a GPU copies masks unless their columns are a multiple of this
 
 
-def for_generation(model, device, dtype, compiled):
-    """What stream() runs fastest on of a model in evaluation mode, which is changed in place and
-    never trains again: packed matrices, steps of one token recorded on a GPU, or compiled."""
-    if not isinstance(model, nn.Module):  # an ONNX file's
+def for_generation(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtype,
+                   compiled: bool) -> "GPT | OnnxGPT | Decoder":
+    """Returns the fastest form of a model for stream(): packed, and on a GPU recorded as a graph.
+    Changes the model, which must be in evaluation mode, in place; it cannot train afterwards."""
+    if not isinstance(model, nn.Module):  # an OnnxGPT
         return model
     if not compiled or dtype != torch.float32:  # Inductor has its own layout for float32
         pack(model, device, dtype)
@@ -46,41 +49,31 @@ def for_generation(model, device, dtype, compiled):
 class PackedLinear(nn.Module):
     def __init__(self, linear):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.packed = pack_linear(linear.weight.detach())
         self.bias = linear.bias
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return packed_linear(x, self.packed, self.bias)
 
 
 def cast(linear, dtype):
-    """The layer in the dtype that autocast would cast it to at each use."""
-    linear.weight = nn.Parameter(linear.weight.detach())  # a tied head's own from here on
+    """Casts a layer once, as autocast would at each use."""
+    linear.weight = nn.Parameter(linear.weight.detach())  # a tied head gets its own copy
     return linear.to(dtype)
 
 
-def can_pack(device, dtype):
-    """The two operators are those that torch.compile uses on x86; no public name leads to them,
-    and so they are looked for."""
-    return (device.type == "cpu" and dtype == torch.float32
-            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
-
-
 @torch.no_grad()
-def pack(model, device, dtype):
-    """Replaces the matrices of a GPT, one at a time, so that memory does not double: in half
-    precision (under autocast) by cast ones, in float32 on an x86 CPU by packed ones; leaves any
-    other as it is. A tied head is there twice then: the embedding looks its rows up in the old.
-    Switches cuDNN's attention off, for the whole process."""
-    if not isinstance(model, nn.Module):  # an ONNX file's
+def pack(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtype) -> None:
+    """Casts the matrices of a GPT if `dtype`, autocast's, is half precision; packs them by oneDNN
+    in float32 on an x86 CPU. Replaces one at a time, so memory does not double; a tied head gets
+    its own copy. Disables cuDNN's attention for the whole process."""
+    if not isinstance(model, nn.Module):  # an OnnxGPT
         return
-    # cuDNN plans anew, for longer than a token takes, for each length that a cache comes to
+    # cuDNN plans again for each cache length, which takes longer than a token
     torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype != torch.float32:
         made = partial(cast, dtype=dtype)
-    elif can_pack(device, dtype):
+    elif device.type == "cpu" and can_pack_linear():
         made = PackedLinear
     else:
         return
@@ -93,19 +86,19 @@ def pack(model, device, dtype):
 # one step as one graph
 
 class FixedCache:
-    """A KVCache as a step of one token sees it, with shapes that stay: the column that the token
-    goes to is a tensor, and what it looks at is the whole cache under a mask."""
+    """A view of a KVCache with fixed shapes for steps of one token: the token's column is a tensor,
+    and attention sees the whole cache under a mask."""
     to_the_end = False
 
     def __init__(self, cache):
         self.k = cache.k
-        # views: a slice that is taken of the whole in a compiled step copies the whole
+        # a slice taken inside a compiled step would copy the whole cache
         self.layers = list(zip(cache.k, cache.v))
         self.column = torch.zeros(1, dtype=torch.long, device=cache.k.device)
         self.pad = None if cache.pad is None else cache.pad.clone()
 
     def place(self, cache):
-        """Makes the next token go where it does in the cache."""
+        """Makes the next token go to the cache's next column."""
         self.column.fill_(cache.pos)
         if self.pad is not None:
             self.pad.copy_(cache.pad) if cache.pad is not None else self.pad.zero_()
@@ -114,38 +107,38 @@ class FixedCache:
         return self.column, self.k.size(3)
 
     def advance(self, T):
-        """Nothing: the cache itself moves on, outside of what is recorded."""
+        """Does nothing: Decoder.step advances the cache itself, outside the graph."""
 
     def append(self, layer, k, v):
-        """Writes (B, nh, 1, hs) into the column; returns the whole, (B, nh, S, hs) each."""
+        """Writes k, v (B, nh, 1, hs) into the column; returns all, (B, nh, S, hs) each."""
         for whole, new in zip(self.layers[layer], (k, v)):
             whole.index_copy_(2, self.column, new.to(whole.dtype))
         return self.layers[layer]
 
 
 class Decoder:
-    """A GPT for stream(). Its calls of one token are recorded at the first of them, for each cache
-    anew, and played back from then on; all others are the model's own.
-
-    capture(step) is a function that does what step() does, on the same memory: cuda_graph; None
-    leaves the step as it is. compiled has torch.compile make one function of it before.
-    """
-    def __init__(self, model, capture=None, compiled=False):
+    """A GPT for stream() that records the first step of one token on each cache and replays it for
+    the next ones. `capture` is cuda_graph, or None to record nothing; with `compiled` torch.compile
+    compiles the step first."""
+    def __init__(self, model: GPT, capture: Callable[[Callable], Callable] | None = None,
+                 compiled: bool = False) -> None:
         self.model, self.config = model, model.config
         self.capture, self.compiled = capture, compiled
-        self.cache, self.play = None, None  # the cache that was recorded for, and its step
+        self.cache, self.play = None, None  # the cache of the recorded step, and the step
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.model.device
 
-    def new_cache(self, batch_size, length=None):
+    def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         return self.model.new_cache(batch_size, length and -(-length // ALIGNED) * ALIGNED)
 
-    def start(self, prompts, room, cache=None):
+    def start(self, prompts: Sequence[list[int]], room: int,
+              cache: KVCache | None = None) -> tuple[KVCache, torch.Tensor]:
         return read_prompts(self, prompts, room, cache)
 
-    def step(self, idx, cache):
+    def step(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """As GPT.step: idx (B, T) -> the logits after the last token, (B, V) float32."""
         if idx.size(1) > 1:
             return self.model.step(idx, cache)
         if self.cache is not cache:
@@ -155,7 +148,7 @@ class Decoder:
         return logits
 
     def record(self, idx, cache):
-        """The function idx (B, 1) -> logits (B, V) that plays a step back on the cache."""
+        """A function idx (B, 1) -> logits (B, V) that replays a step on the cache."""
         token, fixed = idx.clone(), FixedCache(cache)
         fixed.place(cache)
         model_step = self.model.step
@@ -170,13 +163,13 @@ class Decoder:
         def play(idx):
             token.copy_(idx)
             fixed.place(cache)
-            return replay().clone()  # the next logits come where these are
+            return replay().clone()  # the next replay overwrites these logits
         return play
 
 
 def compiled_or_plain(step, token, cache):
-    """`step` compiled, and tried once: it writes the same column that the real step then writes
-    again. If that fails, warns and returns `step` itself."""
+    """Compiles `step` and tries it, which writes the column that the real step then overwrites. If
+    that fails, warns and returns `step`."""
     compiled = torch.compile(step)
     try:
         compiled(token, cache)
@@ -191,17 +184,17 @@ def warn_of(what, error):
           file=sys.stderr)
 
 
-def cuda_graph(step):
-    """A CUDA graph of step(), as a function that launches it and returns what step() did. Where
-    there is none to be had, says so and returns step itself."""
+def cuda_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Records step() as a CUDA graph; returns a function that launches it and returns its result.
+    If recording fails, warns and returns `step`."""
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries allocate at first calls
+    with torch.cuda.stream(side):  # warms up: libraries allocate at the first calls
         for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(side)
     try:
-        # the outer one restores the stream, which a capture that fails leaves behind
+        # the outer context restores the stream, which a failed capture does not
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             result = step()
     except RuntimeError as e:

@@ -1,30 +1,32 @@
-"""Tokens from a model, one after the other, and the text that they spell.
+"""Generates tokens one after the other, and decodes them to text.
 
     for token in stream(model, prompts, 100, temperature=0.8): ...    # (B,) at a time
 
-A model is anything with `start` and `step`: a GPT, a Decoder (fast.py), an exported ONNX file.
+A model is anything with the `config`, `start` and `step` of a GPT: also a Decoder or an OnnxGPT.
 """
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
+from nanotune.text.tokenizer import AnyTokenizer
+
 
 @torch.no_grad()
-def stream(model, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 1.0,
-           top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
-           stop_token: int | None = None, n_vocab: int | None = None,
+def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
+           temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+           repetition_penalty: float = 1.0, stop_token: int | None = None,
+           n_vocab: int | None = None,
            generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
     """Yields the next token of each of B prompts, (B,), up to max_new_tokens times. Prompts may
-    differ in length; of one that is longer than the context the end is read.
+    differ in length; of one longer than block_size only the end is used.
 
-    Sampling is as in sample_token(). repetition_penalty above 1 makes tokens that the row already
-    holds less likely (Keskar et al. 2019, "CTRL"). A row that drew stop_token repeats it; when all
-    have, the stream ends. n_vocab is the tokenizer's size: ids from there on, the padding of a
-    vocabulary, are never drawn.
+    Sampling is as in sample_token(). repetition_penalty above 1 makes tokens that are already in
+    the row less likely (Keskar et al. 2019, "CTRL"). A row that drew stop_token repeats it; when
+    all rows have, the stream ends. Ids of n_vocab and above, a vocabulary's padding, are not drawn.
 
-    If the context is full, the later half of it is read again as a prompt, and generation goes on
-    from there: the model always sees between a half and a whole context, and reading again costs a
-    token in block_size / 2.
+    When the context is full, its later half is read again as a prompt. So the model always sees at
+    least half a context, at the cost of one prompt every block_size / 2 tokens.
     """
     block_size = model.config.block_size
     cache, logits = model.start([ids[-block_size:] for ids in prompts], max_new_tokens)
@@ -56,9 +58,9 @@ def stream(model, prompts: Sequence[list[int]], max_new_tokens: int, temperature
 def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None,
                  generator: torch.Generator | None = None) -> torch.Tensor:
-    """logits (B, V) -> ids (B,), drawn from their softmax at this temperature; 0 takes the most
-    likely. top_k keeps that many tokens, top_p the fewest that hold this much probability. A row
-    takes one uniform number, which its cumulated probabilities turn into an id."""
+    """logits (B, V) -> ids (B,) drawn from their softmax at this temperature; 0 takes the most
+    likely. top_k keeps the k most likely tokens, top_p the fewest that have this probability. Each
+    row uses one uniform number, by inverting the cumulative probabilities."""
     if temperature == 0:
         return logits.argmax(-1)
     ids = None
@@ -69,17 +71,17 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
     p = (logits / temperature).softmax(-1, dtype=torch.float32)
     upto = p.cumsum(-1)
     if top_p is not None and top_p < 1:
-        p = p.masked_fill(upto - p >= top_p, 0.0)  # the tokens before it hold enough already
+        p = p.masked_fill(upto - p >= top_p, 0.0)  # the tokens before it are enough
         upto = p.cumsum(-1)
     draw = torch.rand(len(p), 1, device=p.device, generator=generator)
-    # the first whose cumulated probability is above the draw, which rounds to below the whole:
-    draw = draw * (upto[:, -1:] * (1 - 2**-23))  # never one of probability 0
+    # stays below the sum after rounding, so a token of probability 0 is never drawn
+    draw = draw * (upto[:, -1:] * (1 - 2**-23))
     column = torch.searchsorted(upto, draw, right=True)
     return (column if ids is None else ids.gather(-1, column)).squeeze(-1)
 
 
 def tokens_in(prompts, logits):
-    """(B, V) bool, True for the tokens of each prompt."""
+    """A mask (B, V) bool, True for the tokens of each prompt."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, ids in zip(seen, prompts):
         row[torch.tensor(ids, device=row.device)] = True
@@ -87,14 +89,15 @@ def tokens_in(prompts, logits):
 
 
 def penalize(logits, seen, penalty):
-    """Makes the logits of seen tokens lower: positive ones divided, negative ones multiplied."""
+    """Lowers the logits of seen tokens: divides positive ones, multiplies negative ones."""
     lower = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, lower, logits)
 
 
-def read_prompts(model, prompts: Sequence[list[int]], room: int, cache=None):
-    """(cache, logits (B, V)) after the prompts, left-padded to one length; a new cache has room for
-    `room` tokens more. This is `start` of models with a KVCache."""
+def read_prompts(model: Any, prompts: Sequence[list[int]], room: int,
+                 cache: Any = None) -> tuple[Any, torch.Tensor]:
+    """Returns (cache, logits (B, V)) after B prompts, which are left-padded to one length. A given
+    KVCache is overwritten; a new one has room for `room` more tokens, within block_size."""
     length = max(map(len, prompts))
     pad = [length - len(ids) for ids in prompts]
     x = torch.tensor([[0] * n + list(ids) for n, ids in zip(pad, prompts)], device=model.device)
@@ -106,31 +109,31 @@ def read_prompts(model, prompts: Sequence[list[int]], room: int, cache=None):
 
 
 class TextPieces:
-    """One sample's text, in pieces that are ready to print.
+    """Decodes one sample to text, in pieces that are ready to print.
 
         for token in tokens: print(pieces.add(token), end="")
         print(pieces.rest())
 
-    A piece holds whole characters only, since a character may span several tokens, and nothing of
-    a stop text or of what may turn out to be one. The text ends before a stop text, or before the
-    token eot. The cost per token does not grow with the text.
+    The text ends before `stop` or the tokenizer's eot; `done` is then True. A piece has only whole
+    characters, and not what may be the beginning of `stop`.
     """
-    CONTEXT = 8  # tokens before the new ones that are decoded with them: a decoder may look back
+    CONTEXT = 8  # previous tokens to decode with the new ones: the text may depend on them
 
-    def __init__(self, tokenizer, prompt_ids: Sequence[int] = (), stop: str = ""):
+    def __init__(self, tokenizer: AnyTokenizer, prompt_ids: Sequence[int] = (),
+                 stop: str = "") -> None:
         self.tokenizer, self.stop, self.done = tokenizer, stop, False
-        self.window = list(prompt_ids)[-self.CONTEXT:]  # what the next decode sees
-        self.shown = len(self.window)                   # how many of them are decoded already
-        self.held = ""                                  # decoded, and perhaps part of a stop text
+        self.window = list(prompt_ids)[-self.CONTEXT:]  # tokens to decode next
+        self.shown = len(self.window)                   # how many of them were decoded before
+        self.held = ""                                  # decoded, may be the beginning of `stop`
 
     def add(self, token: int) -> str:
-        """The text that is ready now that this token has come; "" after the end."""
+        """Returns the text that is ready after this token; "" after the end."""
         if self.done or token == self.tokenizer.eot:
             self.done = True
             return ""
         self.window.append(token)
         new = self.decode_new()
-        if new.endswith("\ufffd"):  # half a character, or bytes that are none
+        if new.endswith("\ufffd"):  # an incomplete character or invalid bytes
             return ""
         self.window, self.shown = self.window[-self.CONTEXT:], min(len(self.window), self.CONTEXT)
         return self.before_stop(new)
@@ -140,7 +143,7 @@ class TextPieces:
         return self.tokenizer.decode(self.window)[len(before):]
 
     def before_stop(self, new):
-        """`new` behind what was held back, up to a stop text; holds back what may begin one."""
+        """The held text and `new` up to `stop`; holds back what may be its beginning."""
         text = self.held + new
         if not self.stop:
             return text
@@ -152,6 +155,6 @@ class TextPieces:
         return ready[:len(ready) - keep]
 
     def rest(self) -> str:
-        """What was held back, once no token follows."""
+        """Returns the text held back; call it after the last token."""
         text = self.held + self.decode_new()
         return text.partition(self.stop)[0] if self.stop else text

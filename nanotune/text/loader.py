@@ -1,34 +1,35 @@
-"""Token files as batches: a batch is a pure function of (seed, sample number).
+"""Reads token files as batches: a batch is a pure function of (seed, sample number).
 
-A .bin file holds uint16 token ids end to end, without a header; a .mask.bin beside it, where there
-is one, holds a byte a token, 0 for those that are no target of the loss.
+A .bin file holds uint16 token ids end to end, without a header. An optional .mask.bin beside it
+holds one byte per token, 0 if the token is no target of the loss.
 
-Sample n belongs to epoch n // N. Each epoch cuts the file anew into N blocks of T tokens, from a
-seeded phase on, and takes them in a seeded order. So each token is a target once an epoch, but for
-less than two blocks at the edges; a resumed run needs its step alone; and a global batch is the
-same however ranks and micro-steps share it.
+Sample n belongs to epoch n // N. Each epoch cuts the file into N blocks of T tokens, from a random
+offset on (the phase), and shuffles them; both depend on the seed. So each token is a target once
+per epoch, except for less than two blocks at the edges; a resumed run needs only its step; and a
+global batch is the same for any number of ranks and micro-steps.
 """
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from nanotune.errors import UserError
 
-IGNORED = -1         # the target that model.py's loss does not count
+IGNORED = -1         # the target that the loss does not count
 SPLITS = ("train", "val")
-SCAN_LIMIT = 2**28   # tokens: up to here (0.2 s) a whole file's ids are checked at the start
+SCAN_LIMIT = 2**28   # tokens: a file up to this size is checked when it is opened (0.2 s)
 
 
 class TokenBin:
     """One split of a dataset, read in blocks of block_size inputs and as many targets.
 
-    vocab_size is the model's: an id beyond it raises UserError with its file and position. A text
-    in memory is given as `tokens`, its ids; `path` is then what it is called.
+    `tokens`, if given, are ids that replace the file's; `path` is then only a name for messages.
+    Raises UserError, here or on reading, if the file is unusable or an id is not below vocab_size.
     """
     def __init__(self, path: str | Path, block_size: int, vocab_size: int, seed: int = 0,
-                 tokens: np.ndarray | None = None):
+                 tokens: np.ndarray | None = None) -> None:
         self.path, self.block_size = Path(path), block_size
         self.vocab_size, self.seed, self.mask = vocab_size, seed, None
         if tokens is None:
@@ -40,47 +41,46 @@ class TokenBin:
             self.check_ids(self.tokens, 0)
         targets = len(self.tokens) - 1
         self.n_blocks = max(1, targets // block_size - 1)
-        # how far the first block may be moved: so far that some epoch reads the file's last token
+        # possible offsets of the first block: with the largest, the file's last token is read
         self.n_phases = targets - self.n_blocks * block_size + 1
         self.epoch_order = lru_cache(maxsize=2)(self.epoch_order)  # a batch may span two epochs
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
 
-    def epoch_order(self, epoch):
-        """(phase, order of the blocks). RandomState, since numpy has frozen its streams: a run
-        resumes on the same data under another numpy."""
+    def epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
+        """(phase, order of the blocks). Uses RandomState, whose streams numpy never changes: a run
+        resumes on the same data with another numpy."""
         rng = np.random.RandomState([self.seed, epoch])
         phase = rng.randint(self.n_phases)
         return phase, rng.permutation(self.n_blocks)
 
-    def position(self, n):
-        """Where sample n begins in the file."""
+    def position(self, n: int) -> int:
+        """The index of sample n's first token."""
         phase, order = self.epoch_order(n // self.n_blocks)
         return int(phase + order[n % self.n_blocks] * self.block_size)
 
-    def batch(self, first, size):
-        """Samples first to first + size: inputs and targets, (size, T) int64 each."""
+    def batch(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns inputs and targets of samples first to first + size - 1, (size, T) int64 each."""
         return self.read([(self.position(n), 0) for n in range(first, first + size)])
 
-    def count_targets(self, first, size):
-        """How many targets of these samples count in the loss; reads the mask alone."""
+    def count_targets(self, first: int, size: int) -> int:
+        """Returns how many targets of these samples count in the loss; reads only the mask."""
         if self.mask is None:
             return size * self.block_size
         starts = (self.position(n) + 1 for n in range(first, first + size))
         return sum(int(np.count_nonzero(self.mask[s:s + self.block_size])) for s in starts)
 
-    def count_long(self, eot):
-        """(how many examples have more than block_size tokens, how many there are); end-of-text
-        ends each."""
+    def count_long(self, eot: int) -> tuple[int, int]:
+        """Returns (examples of more than block_size tokens, all examples); eot ends an example."""
         ends = np.flatnonzero(self.tokens == eot)
         return int((np.diff(ends, prepend=-1) > self.block_size).sum()), len(ends)
 
     def windows(self, count: int = 0, stride: int | None = None) -> list[tuple[int, int]]:
-        """[(start, first), ...]: each window reads block_size inputs from `start`, and its targets
-        from the first-th on count. `count` of them lie evenly over the split, the same at each
-        call. With 0, or if that many would overlap, they cover all of it: each token but the first
-        is a target once, behind at least block_size - stride tokens, the beginning aside."""
+        """Returns [(start, first), ...]: a window has block_size inputs from token `start` on, and
+        its targets count from index `first` on. `count` windows are evenly spaced. If count is 0
+        or they would overlap, windows every `stride` tokens cover the split: each token but the
+        first is a target once, except near the start behind at least block_size - stride tokens."""
         targets = len(self.tokens) - 1
         if count and count * self.block_size < targets:
             return [(i * (targets - self.block_size) // max(1, count - 1), 0)
@@ -94,8 +94,8 @@ class TokenBin:
         return windows
 
     def read(self, windows: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of these windows, (B, T) int64 each. Targets that do not count are -1;
-        a last block that the end of the file cuts short is padded with 0 and such targets."""
+        """Returns inputs and targets of these windows, (B, T) int64 each. Targets that do not count
+        are -1. A block cut short by the end of the file is padded with input 0 and target -1."""
         x = np.zeros((len(windows), self.block_size), dtype=np.int64)
         y = np.full((len(windows), self.block_size), IGNORED, dtype=np.int64)
         for row, (start, first) in enumerate(windows):
@@ -117,15 +117,14 @@ class TokenBin:
                         "tokenizer, or is damaged: run its prepare.py again")
 
 
-def open_dataset(folder: Path, config, seed: int) -> dict[str, TokenBin]:
-    """{split: dataset} of a prepared folder, for a model with this config. The one place that
-    chooses the class."""
+def open_dataset(folder: Path, config: Any, seed: int) -> dict[str, TokenBin]:
+    """Returns {split: dataset} of a folder, for a GPTConfig. Raises UserError as TokenBin."""
     return {split: TokenBin(folder / f"{split}.bin", config.block_size, config.vocab_size, seed)
             for split in SPLITS}
 
 
-def dataset_folder(dataset):
-    """data/DATASET, or DATASET itself where that is a path to a folder. UserError without one."""
+def dataset_folder(dataset: str) -> Path:
+    """Returns data/DATASET, or else the folder DATASET. Raises UserError if neither exists."""
     for folder in (Path("data") / dataset, Path(dataset)):
         if folder.is_dir():
             return folder
@@ -135,8 +134,9 @@ def dataset_folder(dataset):
                     + (f" (prepared already: {', '.join(known)})" if known else ""))
 
 
-def open_tokens(path, block_size):
-    """The file as a read-only memory map; UserError where it cannot serve."""
+def open_tokens(path: Path, block_size: int) -> np.ndarray:
+    """Returns a .bin file as a read-only memory map, (n,) uint16. Raises UserError if it is
+    missing, damaged or shorter than block_size + 1 tokens."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; " + how_to_prepare(path))
     size = path.stat().st_size
@@ -158,12 +158,12 @@ def open_mask(path, length):
     if size != length:
         raise UserError(f"{mask_path} has {size} entries for the {length} tokens of {path}: they "
                         "are not of one run of prepare.py; run it again, or delete the mask to "
-                        "learn every token")
+                        "train on every token")
     return np.memmap(mask_path, dtype=np.uint8, mode="r")
 
 
 def how_to_prepare(path):
-    """'run python data/X/prepare.py', for the nearest folder that has one, else data/text's."""
+    """'run: python data/X/prepare.py' of the nearest folder that has one, else data/text's."""
     for folder in (path.parent, path.parent.parent):
         if (folder / "prepare.py").is_file():
             return f"run: python {folder / 'prepare.py'}"

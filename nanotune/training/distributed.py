@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanotune.device import autocast, pick_compile, pick_device
 from nanotune.errors import UserError, first_line
+from nanotune.torch_private import undo_compile
 
 # {pair of options that no test covers: what to use instead}
 UNTESTED = {
@@ -222,16 +223,11 @@ def compile_or_fall_back(model, batch, world, dtype):
     if is_sharded(model):
         raise UserError(f"torch.compile failed on the sharded model ({reason}); use "
                         "--compile=False")
-    model._compiled_call_impl = None  # undoes model.compile()
+    undo_compile(model)
     if world.is_main:
         print(f"warning: torch.compile failed ({reason}); going on without, slower but the same; "
               "--compile=False silences this", file=sys.stderr)
     return False
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Returns whether model.compile() was called and works."""
-    return getattr(model, "_compiled_call_impl", None) is not None
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 from nanotune.device import lacks_bfloat16
 from nanotune.errors import UserError, first_line
+from nanotune.torch_private import no_recompile_limit
 from nanotune.training.distributed import total_norm
 
 NAMES = ("adamw", "adamw8bit")
@@ -179,7 +180,7 @@ def make_8bit(groups, lr, betas, in_float32=False):
                 return super().step(closure)
             from torchao.optim.adam import single_param_adam
             compiled = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
-            with torch._dynamo.utils.disable_cache_limit():  # one compiled function per shape
+            with no_recompile_limit():  # one compiled function per shape
                 for group in self.param_groups:
                     for p in group["params"]:
                         if p.grad is not None:

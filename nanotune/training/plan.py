@@ -1,20 +1,24 @@
-"""What a run will take, told before it begins: tokens, epochs, parameters, disk, memory."""
+"""Predicts what a run needs before it begins: tokens, epochs, parameters, disk, memory."""
 import shutil
 from dataclasses import astuple, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from nanotune.device import DTYPES, device_memory
 from nanotune.formats.checkpoint import model_class
+from nanotune.training.distributed import World
 from nanotune.training.lora import adapters, add_lora
 from nanotune.training.optimizer import moments_per_scale
 
 ADAMW_COPIES = 3  # a state file holds the weights and two moments of them
 
 
-def describe(n_params, tokens_per_iter, iters, train_tokens, val_tokens, world, dtype, compiled,
-             dataset):
-    """The plan as lines of text."""
+def describe(n_params: int, tokens_per_iter: int, iters: int, train_tokens: int, val_tokens: int,
+             world: World, dtype: torch.dtype, compiled: bool, dataset: str) -> list[str]:
+    """Returns lines of text about the model, the data and the number of epochs."""
     epochs = iters * tokens_per_iter / train_tokens
     ranks = f" x {world.size} processes" if world.size > 1 else ""
     precision = str(dtype).removeprefix("torch.") + (", compiled" if compiled else "")
@@ -26,15 +30,15 @@ def describe(n_params, tokens_per_iter, iters, train_tokens, val_tokens, world, 
     ]
 
 
-def describe_saves(n_params, out_dir, keep_states, shares, sizes=None):
-    """What saves take on disk and, where the model is in shares, in memory: lines of text, the
-    last of them a warning where the disk cannot hold it. `sizes` are those of ckpt.pt and of
-    state.pt in bytes, where they are not those of float32."""
+def describe_saves(n_params: int, out_dir: str, keep_states: int, shares: int,
+                   sizes: tuple[int, int] | None = None) -> list[str]:
+    """Returns lines of text about the disk and, if sharded (shares > 1), the memory of a save; the
+    last warns if the disk is too small. `sizes`: bytes of ckpt.pt and state.pt; None: float32."""
     model_bytes, state_bytes = sizes or (4 * n_params, 4 * n_params * ADAMW_COPIES)
     there = next(path for path in (Path(out_dir), *Path(out_dir).absolute().parents)
                  if path.is_dir())
     free = shutil.disk_usage(there).free
-    # the newest is written whole before an old one goes
+    # the new state is written before an old one is deleted
     most = model_bytes + state_bytes * (keep_states + 1)
     held = sum(path.stat().st_size for path in Path(out_dir).glob("*.pt"))
     lines = [f"a save takes {spell_bytes(model_bytes)} (ckpt.pt) + {spell_bytes(state_bytes)} "
@@ -53,13 +57,14 @@ def describe_saves(n_params, out_dir, keep_states, shares, sizes=None):
 
 
 def save_bytes(model, cfg):
-    """(bytes of ckpt.pt, of state.pt): of a LoRA run its adapters', with their moments."""
+    """(bytes of ckpt.pt, bytes of state.pt); a LoRA run saves only the adapters."""
     saved = adapters(model).values() or list(model.parameters())
     model_bytes = sum(p.numel() * p.element_size() for p in saved)
     return model_bytes, model_bytes + sum(moment_bytes(p.numel(), cfg.optimizer) for p in saved)
 
 
-def spell_bytes(n):
+def spell_bytes(n: float) -> str:
+    """Returns a number of bytes as text, such as 1.49 GB."""
     for unit in ("bytes", "kB", "MB"):
         if n < 1000:
             return f"{n:.0f} {unit}"
@@ -70,8 +75,9 @@ def spell_bytes(n):
 # -----------------------------------------------------------------------------
 # what train.py prints
 
-def plan_lines(cfg, config, world, dtype, compiled, train_tokens, val_tokens):
-    """(What the run will take, as lines of text; whether it fits into memory)."""
+def plan_lines(cfg: Any, config: Any, world: World, dtype: torch.dtype, compiled: bool,
+               train_tokens: int, val_tokens: int) -> tuple[list[str], bool]:
+    """Returns (the plan of a train.Config and a GPTConfig as lines of text, whether it fits)."""
     model = meta_model(config, cfg)
     lines = describe(
         model.num_params(), cfg.gradient_accumulation_steps * cfg.batch_size * config.block_size,
@@ -81,13 +87,13 @@ def plan_lines(cfg, config, world, dtype, compiled, train_tokens, val_tokens):
         lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M of them are trained")
     sharded = world.size > 1 and cfg.parallel == "fsdp"
     lines += describe_saves(model.num_params(), cfg.out_dir, cfg.keep_states,
-                                 world.size if sharded else 1, save_bytes(model, cfg))
-    told, fits = describe_memory(config, cfg, world.device, dtype, world.size)
-    return lines + told, fits
+                            world.size if sharded else 1, save_bytes(model, cfg))
+    more, fits = describe_memory(config, cfg, world.device, dtype, world.size)
+    return lines + more, fits
 
 
-def tell_plan(r) -> None:
-    """The plan, and what in it looks like a mistake."""
+def tell_plan(r: Any) -> None:
+    """Logs the plan of a run.Run and warns of likely mistakes; only rank 0 does."""
     cfg, p = r.cfg, r.progress
     if not r.world.is_main:
         return
@@ -98,47 +104,45 @@ def tell_plan(r) -> None:
     for line in lines:
         r.log.say(line)
     if not fits:
-        r.log.warn("the memory may not suffice, see above; should the run be killed, that is why")
+        r.log.warn("the memory may not suffice, see above: the system may kill the run")
     data = r.data["train"]
     if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
         long, examples = data.count_long(r.tokenizer.eot)
         if long:
             r.log.warn(f"{long:,} of {examples:,} examples are longer than block_size="
-                       f"{data.block_size}: no window holds one whole, and the end of one is "
-                       "learnt without its beginning; raise --block_size or shorten them")
+                       f"{data.block_size}: no window holds one whole, so the model sees the end "
+                       "of one without its beginning; raise --block_size or shorten them")
     if p.step:
         r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
     if p.step >= cfg.max_iters and p.evaluated == p.step:
         r.log.warn(f"the run is at step {p.step} already: raise --max_iters to train on")
     if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
-        r.log.warn(f"warmup_iters={cfg.warmup_iters} is no less than max_iters={cfg.max_iters}: "
-                   "the learning rate never reaches its height")
+        r.log.warn(f"warmup_iters={cfg.warmup_iters} is not less than max_iters={cfg.max_iters}: "
+                   "the learning rate never reaches --learning_rate; lower --warmup_iters")
 
 
 # -----------------------------------------------------------------------------
 # memory
 
-USABLE = 0.95     # of a device's memory: the rest is the driver's, the system's, fragments
-# measured on Linux with torch 2.13, and what makes an estimate for CPU differ from one for a GPU
-PROCESS = 0.31e9   # a process with torch and the tokenizer
-COMPILER = 0.1e9   # torchao and Inductor in it
-HEAP_SLACK = 0.85  # of the activations, as holes between them in glibc's heap
+USABLE = 0.95     # fraction of a device's memory; driver, system and fragmentation take the rest
+# bytes in a process on a CPU, measured on Linux with torch 2.13
+PROCESS = 0.31e9   # torch and the tokenizer
+COMPILER = 0.1e9   # torchao and Inductor
+HEAP_SLACK = 0.85  # holes in glibc's heap, as a fraction of the activations
 
 
-def memory(config, cfg, device_type, dtype, ranks=1):
-    """{part: bytes} at the highest moment of a training step: of what is allocated on a GPU, of the
-    resident process on CPU. config is a GPTConfig, cfg a train.Config, dtype that of autocast.
-
-    A step of one micro-batch has its gradients only when most activations are gone; one of several
-    has those of the first while it computes the next. What is counted is said in the helpers.
-    """
+def memory(config: Any, cfg: Any, device_type: str, dtype: torch.dtype,
+           ranks: int = 1) -> dict[str, float]:
+    """Returns {part: bytes} at the peak of a training step: allocated memory on a GPU, resident
+    memory on a CPU. `config` is a GPTConfig, `cfg` a train.Config, `dtype` autocast's. Gradients
+    appear when most activations are freed, but remain during the micro-steps after the first."""
     model = meta_model(config, cfg)
     params = list(model.parameters())
     trained = [p for p in params if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     kept, block = model.activation_bytes(cfg.batch_size, device_type, dtype)
     during, after = model.head_bytes(cfg.batch_size, device_type, dtype)
-    whole = cfg.gradient_accumulation_steps // ranks > 1 or ranks > 1  # DDP has buckets for all
+    whole = cfg.gradient_accumulation_steps // ranks > 1 or ranks > 1  # DDP buckets all gradients
     shares = ranks if cfg.parallel == "fsdp" else 1
     parts = {
         "weights": sum(p.numel() * p.element_size() for p in params) / shares,
@@ -154,15 +158,15 @@ def memory(config, cfg, device_type, dtype, ranks=1):
     return parts | max(moments, key=lambda moment: sum(moment.values()))
 
 
-def meta_model(config, cfg):
-    """The model of a run with all its shapes and dtypes, and no memory."""
+def meta_model(config: Any, cfg: Any) -> torch.nn.Module:
+    """The model of a run on the meta device: shapes and dtypes, no memory."""
     model = make_meta_model(type(config), astuple(replace(config, dropout=cfg.dropout)),
                             cfg.weights, cfg.lora_rank)
     model.recompute = cfg.recompute
     return model
 
 
-@lru_cache(maxsize=8)  # a third of a second for gpt2-xl, and advise() asks often
+@lru_cache(maxsize=8)  # takes 0.3 s for gpt2-xl, and advise() calls it often
 def make_meta_model(config_class, fields, weights, lora_rank):
     config = config_class(*fields)
     model = model_class(config).empty(config, "meta", DTYPES[weights])
@@ -171,15 +175,16 @@ def make_meta_model(config_class, fields, weights, lora_rank):
     return model
 
 
-def moment_bytes(numel, optimizer):
-    """Bytes of a tensor's two moments."""
+def moment_bytes(numel: int, optimizer: str) -> int:
+    """The bytes of the two moments of a tensor with `numel` numbers."""
     block = moments_per_scale(numel) if optimizer == "adamw8bit" else None
     return 8 * numel if block is None else 2 * numel + 8 * numel // block
 
 
-def describe_memory(config, cfg, device, dtype, ranks=1):
-    """Lines that tell the predicted peak by part against the device's memory and, where that is
-    too little, which fields to change and what each saves; and whether it fits."""
+def describe_memory(config: Any, cfg: Any, device: torch.device, dtype: torch.dtype,
+                    ranks: int = 1) -> tuple[list[str], bool]:
+    """Returns (lines with the predicted peak and the device's memory, whether it fits). If not, the
+    lines also name fields to change and what each saves."""
     parts = memory(config, cfg, device.type, dtype, ranks)
     peak, whole = sum(parts.values()), device_memory(device)
     where = "the process" if device.type == "cpu" else "allocated"
@@ -196,7 +201,7 @@ def describe_memory(config, cfg, device, dtype, ranks=1):
 
 
 def advise(config, cfg, device_type, dtype, ranks, usable, peak):
-    """Which fields to change, one after the other until the run fits, and what each saves."""
+    """Lines that name fields to change, one after the other until the run fits."""
     lines = [f"that does not fit: {spell_bytes(peak)} of {spell_bytes(usable)} that can be used"]
     for change in changes(config, cfg, ranks):
         tried = replace(cfg, **change)
@@ -216,7 +221,7 @@ def advise(config, cfg, device_type, dtype, ranks, usable, peak):
 
 
 def changes(config, cfg, ranks):
-    """What lowers memory, first what changes the result least."""
+    """Yields field changes that save memory, first those that change the result least."""
     if cfg.batch_size > 1:
         yield {"batch_size": 1, "gradient_accumulation_steps":
                cfg.gradient_accumulation_steps * cfg.batch_size}

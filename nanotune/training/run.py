@@ -1,11 +1,12 @@
-"""What a run works on, made from its config: model, data, optimizer; or only its plan.
+"""Sets up a run from its config: model, data, optimizer; or prints only its plan.
 
-Rank 0 alone reads and writes out_dir and init_from, so that machines need no common disk.
+Only rank 0 reads and writes out_dir and init_from, so machines need no shared disk.
 """
 import tempfile
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from nanotune.device import DTYPES, pick_compile, pick_dtype, tune_malloc
 from nanotune.errors import UserError
 from nanotune.formats import checkpoint
 from nanotune.text.loader import SPLITS, TokenBin, dataset_folder, open_dataset, open_tokens
-from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
+from nanotune.text.tokenizer import AnyTokenizer, check_same_tokenizer, tokenizer_of_dataset
 from nanotune.training import distributed, lora, plan, resume, state_dicts
 from nanotune.training import optimizer as optimizers
 from nanotune.training.distributed import World, read_world, share
@@ -23,27 +24,27 @@ from nanotune.training.logbook import Logbook, check_wandb
 
 @dataclass
 class Run:
-    """What train.py's loop works on, on each rank."""
-    cfg: object                  # a train.Config
+    """The state of train.py's loop, on each rank."""
+    cfg: Any                     # a train.Config
     argv: list[str]
     world: World
-    dtype: torch.dtype           # that matrix products run in
+    dtype: torch.dtype           # of matrix products
     compiled: bool
     model: GPT
-    forward: torch.nn.Module     # the model as it is called in training: DDP wraps it
+    forward: torch.nn.Module     # the model, wrapped by DDP if used
     optimizer: torch.optim.Optimizer
     scaler: optimizers.LossScaler
-    tokenizer: object
+    tokenizer: AnyTokenizer
     data: dict[str, TokenBin]    # by split
-    start: resume.Start          # what it began with; its model and optimizer are let go
+    start: resume.Start          # what the run began with, without its model and optimizer
     progress: resume.Progress
-    tried_step: int | None       # the step of the last state that was written, or should have been
+    tried_step: int | None       # the step of the last state.pt written, or whose write failed
     not_saved: dict[str, str | None] = field(default_factory=dict)  # {file: why its save failed}
     log: Logbook | None = None
 
 
-def check_config(cfg, world: World, dtype: torch.dtype) -> None:
-    """Raises UserError for fields that do not go together."""
+def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
+    """Raises UserError if fields contradict each other or need a package that is missing."""
     accumulation = cfg.gradient_accumulation_steps
     if accumulation % world.size:
         lower = accumulation - accumulation % world.size
@@ -69,7 +70,7 @@ def check_config(cfg, world: World, dtype: torch.dtype) -> None:
 
 
 def check_out_dir(cfg):
-    """Raises UserError where out_dir cannot be written or holds a run that would be lost."""
+    """Raises UserError if out_dir cannot be written or holds a run that would be lost."""
     out_dir = Path(cfg.out_dir)
     held = [f.name for f in (out_dir / checkpoint.MODEL_FILE, *resume.state_files(out_dir))
             if f.exists()]
@@ -87,7 +88,7 @@ def check_out_dir(cfg):
 
 
 def load_start(cfg, tokenizer, folder):
-    """The resume.Start that the run begins with, as init_from says."""
+    """The resume.Start of the run: from scratch, from a pretrained model, or resumed."""
     weights = DTYPES[cfg.weights]
     if resume.resumes(cfg):
         start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
@@ -120,7 +121,7 @@ def scratch_config(cfg, tokenizer):
 
 
 def check_same_data(data, world):
-    """Raises UserError if this machine's files are not those of rank 0."""
+    """Raises UserError if this rank's files differ from those of rank 0."""
     for split in data.values():
         mine = len(split), zlib.crc32(split.tokens[:2**20])
         if share(world, mine) != mine:
@@ -128,9 +129,9 @@ def check_same_data(data, world):
                             "of process 0: copy the folder to each machine")
 
 
-def set_up(cfg, argv: list[str]) -> Run:
-    """What a run works on, made from a train.Config; `argv` is its command line. What one process
-    can check is checked before the processes join."""
+def set_up(cfg: Any, argv: list[str]) -> Run:
+    """Returns the Run of a train.Config and its command line `argv`. Raises UserError if the config
+    or the data is unusable; checks that need one process come before the processes join."""
     world = read_world(cfg.device)
     dtype = pick_dtype(cfg.dtype, world.device)
     check_config(cfg, world, dtype)
@@ -159,7 +160,7 @@ def set_up(cfg, argv: list[str]) -> Run:
     data = open_dataset(folder, model.config, cfg.seed)
     check_same_data(data, world)
     model.recompute = cfg.recompute
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on a GPU
+    torch.set_float32_matmul_precision("high")  # TF32 for float32 products on a GPU
     forward, compiled = distributed.parallelize(
         model, world, cfg.parallel, dtype, cfg.compile, data["train"].batch(0, cfg.batch_size))
     optimizer = optimizers.make_optimizer(
@@ -170,15 +171,15 @@ def set_up(cfg, argv: list[str]) -> Run:
     scaler = optimizers.LossScaler(world.device.type, enabled=dtype == torch.float16)
     if start.scaler:
         scaler.load_state_dict(start.scaler)
-    start.model = start.optimizer = None  # a sharded run holds its share alone from here on
+    start.model = start.optimizer = None  # frees the whole model: a sharded run keeps its shard
     return Run(
         cfg=cfg, argv=argv, world=world, dtype=dtype, compiled=compiled, model=model,
         forward=forward, optimizer=optimizer, scaler=scaler, tokenizer=tokenizer, data=data,
         start=start, progress=progress, tried_step=progress.step if start.path else None)
 
 
-def dry_run(cfg) -> None:
-    """Prints the plan of a train.Config. Reads the sizes of its data and its model, no weights."""
+def dry_run(cfg: Any) -> None:
+    """Prints the plan of a train.Config; loads no weights. Raises UserError as set_up()."""
     world = read_world(cfg.device)
     dtype = pick_dtype(cfg.dtype, world.device)
     check_config(cfg, world, dtype)
@@ -190,8 +191,7 @@ def dry_run(cfg) -> None:
         config = replace(config, block_size=cfg.block_size or config.block_size)
     tokens = [len(open_tokens(folder / f"{split}.bin", config.block_size))
               for split in SPLITS]
-    compiled = pick_compile(cfg.compile, world.device,
-                                        weights=DTYPES[cfg.weights])
+    compiled = pick_compile(cfg.compile, world.device, weights=DTYPES[cfg.weights])
     lines, _ = plan.plan_lines(cfg, config, world, dtype, compiled, *tokens)
     if world.is_main:
         print("\n".join(lines))

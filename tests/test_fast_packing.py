@@ -5,12 +5,13 @@ from conftest import tiny_gpt
 
 from model import KVCache, Linear
 from nanotune.generation import fast
+from nanotune.torch_private import can_pack_linear
 
 CPU = torch.device("cpu")
 NEO = dict(local_window=4, attn_scale=1.0, qkv_bias=False)
 
 
-@pytest.mark.skipif(not fast.can_pack(CPU, torch.float32), reason="no oneDNN for this CPU")
+@pytest.mark.skipif(not can_pack_linear(), reason="no oneDNN for this CPU")
 @pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
 def test_packed_is_plain(fields):
     model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61

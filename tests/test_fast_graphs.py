@@ -10,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from model import Linear
-from nanotune.generation import fast as decoding
+from nanotune.generation import fast
 from nanotune.generation.fast import ALIGNED, Decoder, cuda_graph, for_generation
 from nanotune.generation.generate import stream
 
@@ -173,7 +173,7 @@ def test_what_generation_runs_on(monkeypatch):
     model = for_generation(tiny_gpt(61), cpu, f32, compiled=True)
     assert model.compiled and model.capture is None and isinstance(model.model.lm_head, Linear)
     model = for_generation(tiny_gpt(61), gpu, bf16, compiled=False)
-    assert not model.compiled and model.capture is decoding.cuda_graph
+    assert not model.compiled and model.capture is fast.cuda_graph
     assert model.model.lm_head.weight.dtype == bf16
 
 

@@ -1,0 +1,53 @@
+"""The private names of torch that the project uses, each with its fallback.
+
+Two more are hooks that a subclass overrides, in training/optimizer.py: GradScaler's
+_unscale_grads_ and the _new_buffer of torchao's AdamW8bit.
+"""
+import contextlib
+
+import torch
+import torch.nn as nn
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively, by AMX or avx512_bf16; False if torch does not
+    tell."""
+    probes = (getattr(torch.cpu, name, None)
+              for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(probe is not None and probe() for probe in probes)
+
+
+def can_pack_linear() -> bool:
+    """Whether oneDNN can lay out a float32 matrix in its own order; else a plain nn.Linear serves.
+    These two operators are those that torch.compile uses on x86."""
+    return (torch.backends.cpu.get_cpu_capability().startswith("AVX")
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
+
+
+def pack_linear(weight: torch.Tensor) -> torch.Tensor:
+    """weight (N, K) in oneDNN's order, for packed_linear()."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+def packed_linear(x: torch.Tensor, packed: torch.Tensor,
+                  bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., K) -> x @ weight.T + bias, (..., N)."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def is_compiled(model) -> bool:
+    """Whether model.compile() is in force; False if torch does not tell."""
+    return getattr(model, "_compiled_call_impl", None) is not None
+
+
+def undo_compile(model: nn.Module) -> None:
+    """Makes the model eager again after model.compile(), which has no public way back."""
+    model._compiled_call_impl = None
+
+
+def no_recompile_limit() -> contextlib.AbstractContextManager:
+    """A context in which one function may be compiled for any number of shapes; without it torch
+    runs the function eagerly from the ninth shape on."""
+    limit = getattr(torch._dynamo.utils, "disable_cache_limit", None)
+    return limit() if limit else contextlib.nullcontext()

@@ -1,0 +1,44 @@
+"""A torch without one of its private names still trains and generates, if slower."""
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_gpt
+
+from nanotune import torch_private
+from nanotune.generation.fast import pack
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_that_does_not_tell_has_no_bfloat16(monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert torch_private.cpu_has_bfloat16() is False
+
+
+def test_without_the_operators_matrices_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    model = tiny_gpt(61)
+    before = dict(model.named_modules())
+    pack(model, CPU, torch.float32)
+    assert not torch_private.can_pack_linear() and dict(model.named_modules()) == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch._dynamo, at its import
+def test_compilation_is_undone():
+    model = torch.nn.Linear(2, 2)
+    assert not torch_private.is_compiled(model) and not torch_private.is_compiled(object())
+    model.compile()
+    assert torch_private.is_compiled(model)
+    torch_private.undo_compile(model)
+    assert not torch_private.is_compiled(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_without_a_limit_to_lift_nothing_is_done(monkeypatch):
+    assert not isinstance(torch_private.no_recompile_limit(), contextlib.nullcontext)
+    monkeypatch.delattr(torch._dynamo.utils, "disable_cache_limit")
+    with torch_private.no_recompile_limit() as lifted:
+        assert lifted is None
