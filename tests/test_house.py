@@ -1,4 +1,4 @@
-"""The house: who may import whom.
+"""The house: who may import whom, and how large a file may grow.
 
 Imports point one way, and those inside functions count: scripts -> the middle -> models -> the
 ground. No circle; no script imports a script; a prepare.py imports nothing of ours but fetch.
@@ -112,3 +112,13 @@ def test_the_data_scripts_stand_alone(path):
 def test_no_file_of_the_package_is_a_script():
     for path in REPO.glob("nanotune/**/*.py"):
         assert "\nif __name__" not in path.read_text(encoding="utf-8"), path
+
+
+def test_files_and_functions_fit_in_the_eye():
+    for name, path in KNOWN.items():
+        text = path.read_text(encoding="utf-8")
+        limit = 350 if name.startswith("nanotune") else 620 if name == "bench" else 450
+        assert text.count("\n") <= limit, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, f"{path}: {node.name}"

@@ -219,7 +219,7 @@ def hash_of(source: str) -> str:
     return digest.hexdigest()
 
 
-def plain_key(key):
+def plain_key(key: str) -> str:
     """A parameter's name without the prefix of torch.compile or DDP."""
     return key.removeprefix("_orig_mod.").removeprefix("module.")
 
