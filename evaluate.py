@@ -28,7 +28,7 @@ from nanotune.evaluation import perplexity, tasks
 from nanotune.files import write_atomic
 from nanotune.formats.checkpoint import load_model
 from nanotune.generation.fast import pack
-from nanotune.text.loader import TokenBin, dataset_folder, open_tokens
+from nanotune.text.loader import dataset_folder, open_dataset, open_tokens
 from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
 from nanotune.training.distributed import join, read_world, sum_over_ranks
 
@@ -96,7 +96,7 @@ def run_perplexity(cfg, model, tokenizer, source, world):
         path = dataset_folder(cfg.dataset) / f"{cfg.split}.bin"
     else:
         name, path, (tokens, words) = cfg.input, cfg.input, read_input(cfg, tokenizer)
-    data = TokenBin(path, block_size, model.config.vocab_size, tokens=tokens)
+    data = open_dataset(path, model.config, tokens=tokens)
     # with eval_iters: the windows that train.py evaluates
     windows = data.windows(cfg.eval_iters * batch_size, stride)
     sums = perplexity.perplexity_sums(model, data, windows, batch_size, world, tokenizer.n_bytes,

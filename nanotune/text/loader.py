@@ -117,10 +117,11 @@ class TokenBin:
                         "tokenizer, or is damaged: run its prepare.py again")
 
 
-def open_dataset(folder: Path, config: Any, seed: int) -> dict[str, TokenBin]:
-    """Returns {split: dataset} of a folder, for a GPTConfig. Raises UserError as TokenBin."""
-    return {split: TokenBin(folder / f"{split}.bin", config.block_size, config.vocab_size, seed)
-            for split in SPLITS}
+def open_dataset(path: str | Path, config: Any, seed: int = 0,
+                 tokens: np.ndarray | None = None) -> TokenBin:
+    """Returns the dataset of a .bin file, or of a text in memory (see TokenBin), for a model's
+    config. This is the only place that chooses the class. Raises UserError as TokenBin."""
+    return TokenBin(path, config.block_size, config.vocab_size, seed, tokens)
 
 
 def dataset_folder(dataset: str) -> Path:

@@ -157,7 +157,8 @@ def set_up(cfg: Any, argv: list[str]) -> Run:
         model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
     if model.is_masked:
         torch.backends.cuda.enable_cudnn_sdp(False)  # NaN under masks: pytorch issue 196678
-    data = open_dataset(folder, model.config, cfg.seed)
+    data = {split: open_dataset(folder / f"{split}.bin", model.config, cfg.seed)
+            for split in SPLITS}
     check_same_data(data, world)
     model.recompute = cfg.recompute
     torch.set_float32_matmul_precision("high")  # TF32 for float32 products on a GPU
