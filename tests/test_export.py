@@ -1,4 +1,5 @@
 """export.py as a user runs it: what transformers makes of the folder, and what is refused."""
+import json
 import subprocess
 import sys
 
@@ -14,7 +15,13 @@ from nanotune import files
 from nanotune.formats import checkpoint, hf
 from nanotune.formats.checkpoint import load_model
 from nanotune.generation.generate import stream
-from nanotune.text.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer, tokenizer_of_folder
+from nanotune.text.tokenizer import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    JsonTokenizer,
+    merges_as_strings,
+    tokenizer_of_folder,
+)
 
 CHARS, JSON = CharTokenizer(sorted(set(TEXT))), JsonTokenizer(tiny_json())
 NEO = dict(local_window=5, attn_scale=1.0, qkv_bias=False, n_layer=3, block_size=24)
@@ -107,6 +114,40 @@ def test_gpt2s_vocabulary_out_of_tiktoken(gpt2_vocabulary, tmp_path):
     text = TEXT + " it's 123  \n\n\t x\u00e9\u65e5\u672c \U0001f600 !!?<|endoftext|> unseen \x00"
     assert theirs(text).input_ids == ours.encode(text)
     assert theirs.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
+def test_transformers_answers_a_batch_of_prompts(make_run, tmp_path, fields):
+    """Prompts of several lengths in one batch get what each gets alone."""
+    from transformers import pipeline
+    out_dir, _ = make_run(JSON, **fields | dict(block_size=64))
+    folder = str(export_hf(out_dir, tmp_path / "hf"))
+    generate = pipeline("text-generation", model=folder, tokenizer=folder, device="cpu")
+    prompts = ["Line 7: what's more, it ends.", "Line", "it ends"]
+    options = dict(max_new_tokens=12, do_sample=False, return_full_text=False)
+    together = generate(prompts, batch_size=3, **options)
+    assert together == [generate([prompt], **options)[0] for prompt in prompts]
+    assert len({answer["generated_text"] for answer, in together}) > 1
+
+
+def test_the_config_has_the_keys_that_the_gguf_converter_reads(make_run, tmp_path):
+    """llama.cpp's convert_hf_to_gguf.py, class GPT2Model."""
+    out_dir, model = make_run(JSON)
+    config = json.loads((export_hf(out_dir, tmp_path / "hf") / "config.json").read_text())
+    c = model.config
+    assert (config["n_layer"], config["n_ctx"], config["n_embd"], config["n_head"],
+            config["layer_norm_epsilon"], config["architectures"]) == (
+        c.n_layer, c.block_size, c.n_embd, c.n_head, c.norm_eps, ["GPT2LMHeadModel"])
+
+
+def test_merges_are_strings_which_older_tokenizers_read(make_run, tmp_path):
+    out_dir, _ = make_run(JSON)
+    folder = export_hf(out_dir, tmp_path / "hf")
+    merges = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["merges"]
+    assert len(merges) > 20 and all(isinstance(merge, str) for merge in merges)
+    assert tokenizer_of_folder(folder).encode(TEXT) == JSON.encode(TEXT)
+    spaced = json.dumps({"model": {"merges": [["a", " b"], ["c", "d"]]}})
+    assert merges_as_strings(spaced) == spaced
 
 
 def test_the_card_tells_training_and_losses(tmp_path):

@@ -22,7 +22,12 @@ import torch
 
 from nanotune.errors import UserError
 from nanotune.formats.hub import read_json
-from nanotune.text.tokenizer import EOT, AnyTokenizer, tokenizer_of_folder
+from nanotune.text.tokenizer import (
+    EOT,
+    AnyTokenizer,
+    merges_as_strings,
+    tokenizer_of_folder,
+)
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # options that change the numerics: {key: the only value that GPT supports}
@@ -134,8 +139,9 @@ def config_to_hf(fields: dict) -> dict:
         "activation_function": names[fields["activation"]],
         "tie_word_embeddings": fields["tied_head"],
         "model_type": kind, "architectures": [layout.architecture]}
-    if kind == "gpt2":
-        return hf | {"scale_attn_weights": fields["attn_scale"] is None}
+    if kind == "gpt2":  # n_ctx is for llama.cpp's converter to GGUF
+        return hf | {"scale_attn_weights": fields["attn_scale"] is None,
+                     "n_ctx": fields["block_size"]}
     pattern = [[["global", "local"], fields["n_layer"] // 2]]
     if fields["n_layer"] % 2:
         pattern.append([["global"], 1])
@@ -328,10 +334,13 @@ def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dty
 def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, max_length: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json; `max_length` is the model's context in
     tokens."""
-    Path(folder, "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    text = merges_as_strings(tokenizer.to_json())
+    Path(folder, "tokenizer.json").write_text(text, encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
               "clean_up_tokenization_spaces": False}
     if tokenizer.eot is not None:
-        config |= {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT}
+        # batches of prompts are padded on the left, so that each goes on where it ends
+        config |= {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT, "pad_token": EOT,
+                   "padding_side": "left"}
     Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n",
                                                      encoding="utf-8")

@@ -235,6 +235,17 @@ def read_meta(path):
 # -----------------------------------------------------------------------------
 # writing a tokenizer.json
 
+def merges_as_strings(text: str) -> str:
+    """Returns a tokenizer.json with its merges as "a b", which every version of the tokenizers
+    library reads; before 0.20 it did not read ["a", "b"]. Keeps pairs if a token holds a space."""
+    data = json.loads(text)
+    merges = data["model"].get("merges") or []
+    if any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
+        return text
+    data["model"]["merges"] = [" ".join(merge) for merge in merges]
+    return json.dumps(data, ensure_ascii=False) if merges else text
+
+
 def gpt2_json(tokenizer):
     """GPT-2's tokenizer.json, made from tiktoken's ranks, which are the ids.
 
