@@ -222,7 +222,7 @@ def evaluate_and_save(r: Run) -> None:
 def evaluate_splits(r: Run) -> list[float]:
     count, size = r.cfg.eval_iters * r.cfg.batch_size, r.cfg.batch_size
     return [evaluate_loss(r.model, data, data.windows(count), size, r.world, r.dtype)
-            for data in (r.data["train"], r.data["val"])]
+            for data in r.data.values()]
 
 
 def save(r: Run, name: str) -> bool:

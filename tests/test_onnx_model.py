@@ -111,6 +111,8 @@ def test_loss_is_the_sum_over_targets_that_count(make_onnx):
     targets[1, :13] = IGNORED
     targets[2] = IGNORED
     torch.testing.assert_close(onnx_model(idx, targets), model(idx, targets))
+    targets[:] = IGNORED
+    assert onnx_model(idx, targets) == model(idx, targets) == 0
 
 
 @pytest.mark.parametrize("options", [

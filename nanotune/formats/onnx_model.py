@@ -8,7 +8,7 @@
 onnxruntime computes on the CPU; inputs and outputs are torch tensors.
 """
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +30,8 @@ ALL = 2**31            # logits_to_keep: more than any context
 class OnnxCache:
     """The keys and values of at most `length` tokens, in onnxruntime's tensors. Prompts of unequal
     length have one cache each, in `rows`, since the graph has no mask for padding."""
-    def __init__(self, length: int, rows: Iterable["OnnxCache"] = ()) -> None:
-        self.pos, self.past, self.length, self.rows = 0, None, length, list(rows)
+    def __init__(self, length: int) -> None:
+        self.pos, self.past, self.length, self.rows = 0, None, length, []
 
     @property
     def full(self) -> bool:
@@ -82,8 +82,11 @@ class OnnxGPT:
 
     def __call__(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """idx, targets (B, T) -> the loss, in nats *summed* over the targets that are not -1."""
-        logits = torch.cat(list(self.logits_at(idx, targets)))
-        return F.cross_entropy(logits, targets[targets != IGNORED], reduction="sum")
+        loss, rest = torch.zeros(()), targets[targets != IGNORED]
+        for logits in self.logits_at(idx, targets):
+            loss += F.cross_entropy(logits, rest[:len(logits)], reduction="sum")
+            rest = rest[len(logits):]
+        return loss
 
     def logits(self, idx: torch.Tensor) -> torch.Tensor:
         return self.run(idx, None, ALL)[0]

@@ -100,7 +100,7 @@ def tell_plan(r: Any) -> None:
     for line in r.start.warnings:
         r.log.warn(line)
     lines, fits = plan_lines(cfg, r.model.config, r.world, r.dtype, r.compiled,
-                             *(len(r.data[split]) for split in ("train", "val")))
+                             *map(len, r.data.values()))
     for line in lines:
         r.log.say(line)
     if not fits:
