@@ -192,6 +192,7 @@ def make_folders(folder, model, block_size, dtype, tokens=200_000):
     from model import GPT, GPTConfig
     from nanotune.device import DTYPES
     from nanotune.formats.hf import write_model
+    from nanotune.text.tokenizer import tokenizer_of_folder
     n_layer, n_head, n_embd = SHAPES[model]
     n_vocab = N_VOCAB.get(model, 50257)
     words = {f"w{i}": i for i in range(n_vocab - 1)} | {"<|endoftext|>": n_vocab - 1}
@@ -206,7 +207,7 @@ def make_folders(folder, model, block_size, dtype, tokens=200_000):
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     write_model(Path(folder, "hf"), asdict(config), dict(GPT(config).named_parameters()),
-                DTYPES[dtype], n_vocab - 1)
+                DTYPES[dtype], tokenizer_of_folder(Path(folder, "hf")))
     return {}
 
 

@@ -19,9 +19,9 @@ from nanotune.text.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     JsonTokenizer,
-    merges_as_strings,
     tokenizer_of_folder,
 )
+from nanotune.text.tokenizer_files import merges_as_strings
 
 CHARS, JSON = CharTokenizer(sorted(set(TEXT))), JsonTokenizer(tiny_json())
 NEO = dict(local_window=5, attn_scale=1.0, qkv_bias=False, n_layer=3, block_size=24)
@@ -128,6 +128,26 @@ def test_transformers_answers_a_batch_of_prompts(make_run, tmp_path, fields):
     together = generate(prompts, batch_size=3, **options)
     assert together == [generate([prompt], **options)[0] for prompt in prompts]
     assert len({answer["generated_text"] for answer, in together}) > 1
+
+
+def test_special_tokens_go_out_as_they_came(make_run, tmp_path):
+    """Also end-of-text by another name, at which both stop; what the model lacks is end-of-text."""
+    from tokenizers import Tokenizer
+    made = Tokenizer.from_str(tiny_json())
+    made.add_special_tokens(["<start>", "<pad>", "<end>"])
+    made.enable_truncation(4)
+    names = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<pad>"}
+    ours = JsonTokenizer(made.to_str(), special=names.items())
+    out_dir, _ = make_run(ours)
+    folder = export_hf(out_dir, tmp_path / "hf")
+    theirs, their_tokenizer = in_transformers(folder)
+    for key, token in (names | {"unk_token": "<end>"}).items():
+        assert getattr(their_tokenizer, key) == token
+    for config in (theirs.config, theirs.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == tuple(
+            made.token_to_id(token) for token in ("<start>", "<end>", "<pad>"))
+    assert their_tokenizer(TEXT).input_ids == ours.encode(TEXT)  # not truncated
+    assert load_model(str(folder))[1].special == names | {"unk_token": "<end>"}
 
 
 def test_the_config_has_the_keys_that_the_gguf_converter_reads(make_run, tmp_path):

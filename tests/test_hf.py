@@ -437,7 +437,7 @@ def test_a_hub_that_cannot_be_reached(hub, how, monkeypatch):
     else:
         hub.other = (503, "")
     with pytest.raises(UserError, match=r"hub cannot be reached for gpt2, .*hf download gpt2 "
-                                         r"--local-dir FOLDER.*--init_from=FOLDER") as error:
+                                         r"--local-dir FOLDER.*give FOLDER in its place") as error:
         GPT.from_pretrained("gpt2")
     assert "\n" not in str(error.value)
 

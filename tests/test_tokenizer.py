@@ -15,11 +15,15 @@ from nanotune.text.tokenizer import (
     GPT2Tokenizer,
     JsonTokenizer,
     check_same_tokenizer,
-    from_vocab_and_merges,
+    library_errors,
+    limit_rows,
     tokenizer_from_spec,
     tokenizer_of_dataset,
     tokenizer_of_folder,
+    tokenizer_of_source,
+    without_end,
 )
+from nanotune.text.tokenizer_files import json_of_vocab_and_merges
 
 # tiktoken's own files are those of OpenAI's: the ones that transformers calls by these names
 VOCAB, MERGES = ("data/tiktoken/6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
@@ -61,9 +65,8 @@ def test_gpt2_is_recognised(gpt2_folder, gpt2_vocabulary, tmp_path):
     """In vocab.json with merges.txt and in a tokenizer.json; one token more makes it another."""
     from tokenizers import Tokenizer
     same(tokenizer_of_folder(gpt2_folder), GPT2Tokenizer())
-    theirs = from_vocab_and_merges(gpt2_folder / "vocab.json",
-                                              gpt2_folder / "merges.txt")
-    assert isinstance(theirs, JsonTokenizer)
+    theirs = JsonTokenizer(json_of_vocab_and_merges(gpt2_folder / "vocab.json",
+                                                    gpt2_folder / "merges.txt"))
     text = f"Hello, world!{EOT}naïve 日本語 🙂\r\n  x"
     assert theirs.encode(text) == GPT2Tokenizer().encode(text)
     assert theirs.decode(theirs.encode(text)) == text
@@ -81,8 +84,8 @@ def test_gpt2_is_recognised(gpt2_folder, gpt2_vocabulary, tmp_path):
 def test_gpt2_without_a_network(tmp_path, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (tmp_path / "none").read_bytes())
-    with pytest.raises(UserError, match=r"cannot fetch GPT-2's vocabulary \(FileNotFoundError\).*"
-                                         "TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(UserError, match=r"cannot download GPT-2's vocabulary "
+                                        r"\(FileNotFoundError\).*TIKTOKEN_CACHE_DIR"):
         GPT2Tokenizer().encode("a")
 
 
@@ -129,6 +132,208 @@ def test_a_vocabulary_without_end_of_text():
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([TEXT], vocab_size=280, show_progress=False)
     assert JsonTokenizer(tokenizer.to_str()).eot is None
+
+
+# -----------------------------------------------------------------------------
+# one encoder: data, prompts and transformers give the same ids
+
+START, PAD = "<|startoftext|>", "<|pad|>"
+N = JSON.n_vocab  # their ids are N and N + 1
+
+
+def save_odd(folder, kind):
+    """A folder with an odd tokenizer: tokens added behind a BPE, in one file or in the old layout;
+    a Unigram model with </s>, as T5's; words with [UNK]."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "words":
+        made = Tokenizer(models.WordLevel({"[UNK]": 0, "Line": 1, ":": 2, "[END]": 3}, "[UNK]"))
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made.add_special_tokens(["[UNK]", "[END]"])
+        names = {"eos_token": "[END]", "unk_token": "[UNK]"}
+    elif kind == "unigram":
+        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁Line", -3.0)]
+        made = Tokenizer(models.Unigram([*pieces, *((c, -4.0) for c in "abcdefghijklm: ")], 2))
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        made.add_special_tokens(["<pad>", "</s>", "<unk>"])
+        made.enable_padding(pad_id=0, pad_token="<pad>", length=64)
+        names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    else:
+        made = Tokenizer.from_str(tiny_json())
+        made.add_special_tokens([START, PAD])
+        names = {"bos_token": START, "eos_token": EOT, "pad_token": PAD, "unk_token": EOT}
+        if kind == "truncated":
+            made.enable_truncation(8)
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    made.save(str(folder / "tokenizer.json"))
+    if kind == "old":
+        split_into_old_files(folder)
+
+
+def split_into_old_files(folder):
+    """Replaces tokenizer.json with vocab.json, merges.txt and the files of the old layout."""
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    for name, content in {
+            "vocab.json": data["model"]["vocab"],
+            "added_tokens.json": {t["content"]: t["id"] for t in data["added_tokens"][1:]},
+            "special_tokens_map.json": {key: {"content": token} for key, token in names.items()
+                                        if key.endswith("_token")},
+            "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(
+        f"{a} {b}\n" for a, b in data["model"]["merges"]), encoding="utf-8")
+
+
+@pytest.fixture(scope="module", params=["added", "truncated", "old", "unigram", "words"])
+def odd(request, tmp_path_factory):
+    """(kind, folder, its tokenizer)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_odd(folder, request.param)
+    return request.param, folder, tokenizer_of_folder(folder)
+
+
+PIECES = st.sampled_from([EOT, START, PAD, "</s>", "[END]", "<pad>", "Line 7: it ends.", "a",
+                          " ", "  ", "\n", "\r\n", "é", "日本", "🙂", "<|", "|>", "<|endoftext"])
+
+
+def test_transformers_agrees(odd):
+    from transformers import AutoTokenizer
+    _, folder, ours = odd
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert (ours.eot, ours.special["eos_token"]) == (theirs.eos_token_id, theirs.eos_token)
+    for key in ("bos_token", "pad_token", "unk_token"):
+        assert ours.special.get(key) == getattr(theirs, key)
+
+    @given(st.lists(PIECES, max_size=8).map("".join))
+    def agree(text):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text) == ours.encode_batch([text, "Line"])[0] == ids
+    agree()
+
+
+def test_a_long_text_is_not_cut(odd):
+    text = "Line 7: it ends.\n" * 50
+    assert len(odd[2].encode(text)) > 8 * len(odd[2].encode("Line 7: it ends.\n")) >= 8
+    assert len(odd[2].encode("Line")) < 8  # nor padded
+
+
+def test_a_dataset_and_a_checkpoint_keep_the_tokenizer(odd, tmp_path):
+    """Also the name of its end-of-text, which tokenizer.json does not say."""
+    _, _, ours = odd
+    for name, content in ours.files.items():
+        (tmp_path / name).write_bytes(content)
+    same(tokenizer_of_dataset(tmp_path), ours)
+    same(tokenizer_from_spec(json.loads(json.dumps(ours.spec))), ours)
+    same(tokenizer_of_source(str(tmp_path)), ours)
+    same(tokenizer_of_source(str(tmp_path / "tokenizer.json")), ours)
+
+
+@pytest.mark.parametrize("kind", ["added", "truncated", "old"])
+def test_the_ids_of_added_tokens(kind, tmp_path):
+    save_odd(tmp_path, kind)
+    tokenizer = tokenizer_of_folder(tmp_path)
+    line = tokenizer.encode("Line")
+    assert tokenizer.encode(f"{START}Line{PAD}") == [N, *line, N + 1]
+    assert tokenizer.n_bytes([*line, N, tokenizer.eot]) == len(f"Line{START}")
+
+
+@pytest.mark.parametrize("file, key", [
+    ("tokenizer_config.json", "eos_token"), ("special_tokens_map.json", "eos_token"),
+    ("generation_config.json", "eos_token_id"), ("config.json", "eos_token_id")])
+def test_any_file_may_name_end_of_text(file, key, tmp_path):
+    save_odd(tmp_path, "added")
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert tokenizer_of_folder(tmp_path).special == {"eos_token": EOT}
+    for value in ((N, [N, 0]) if key.endswith("id") else (
+            START, {"content": START, "lstrip": False})):
+        (tmp_path / file).write_text(json.dumps({key: value, "bos_token_id": 999}))
+        found = tokenizer_of_folder(tmp_path)
+        assert found.eot == N and found.special == {"eos_token": START}
+
+
+def test_an_added_token_with_another_id_is_refused(tmp_path):
+    save_odd(tmp_path, "old")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({START: N + 5}))
+    with pytest.raises(UserError, match=r"'<\|startoftext\|>' has the id \d+, but the next free"):
+        tokenizer_of_folder(tmp_path)
+
+
+def test_tokens_beyond_the_model(tmp_path):
+    """Added to the tokenizer alone, as [PAD] often is, they are an error only where used."""
+    save_odd(tmp_path, "added")
+    tokenizer = tokenizer_of_folder(tmp_path)
+    limit_rows(tokenizer, N + 2, "out")
+    assert tokenizer.encode(PAD) == [N + 1]
+    limit_rows(tokenizer, N + 1, "out")
+    assert tokenizer.encode(f"Line{START}")[-1] == N
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(UserError, match=rf"'<\|pad\|>', whose id {N + 1} is beyond the"):
+            encode(f"Line{PAD}")
+    for other, rows in ((tokenizer, N - 1), (CharTokenizer("abc"), 2), (GPT2Tokenizer(), 50256)):
+        with pytest.raises(UserError, match=r"out: its tokenizer has .* rows; they belong to"):
+            limit_rows(other, rows, "out")
+
+
+def test_end_of_text_at_the_end():
+    assert without_end(f"a{EOT}", JSON) == without_end(f"a{EOT}\n", JSON) == "a"
+    assert without_end(f"a{EOT}b\n", JSON) == f"a{EOT}b\n"
+    assert without_end(f"a{EOT}", CharTokenizer("a")) == f"a{EOT}"
+
+
+BAD = {"version": "1.0", "added_tokens": [],
+       "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": BAD["model"] | {"vocab": {}}}, "empty vocabulary"),
+    ({"model": BAD["model"] | {"type": "None"}}, "is no tokenizer.json"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [[]]}}, "is no tokenizer.json"),
+    ({"model": {"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}}, "is no tokenizer.json"),
+])
+def test_a_tokenizer_json_that_cannot_be_used(change, message, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(BAD | change))
+    with pytest.raises(UserError, match=message):
+        tokenizer_of_folder(tmp_path)
+    with pytest.raises(UserError, match=message):
+        tokenizer_from_spec({"kind": "json", "json": json.dumps(BAD | change)})
+
+
+def test_a_text_that_the_vocabulary_cannot_express():
+    tokenizer = JsonTokenizer(json.dumps(BAD))
+    for text in ("b", "\ud83d"):
+        with pytest.raises(UserError, match="cannot be encoded by the model's tokenizer"):
+            tokenizer.encode(text)
+        with pytest.raises(UserError, match="cannot be encoded by the model's tokenizer"):
+            tokenizer.encode_batch(["a", text])
+
+
+def test_a_panic_of_the_library_is_one_line():
+    """Its Rust code raises a BaseException."""
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(UserError, match=r"x is bad \(index out of bounds\)"), \
+            library_errors("x is bad"):
+        raise panic("index out of bounds")
+    for error in (KeyboardInterrupt, MemoryError):
+        with pytest.raises(error), library_errors("x"):
+            raise error
+
+
+@pytest.mark.parametrize("name, content", [
+    *((name, content) for content in ("{", "[]", "[" * 100_000) for name in (
+        "tokenizer_config.json", "added_tokens.json", "config.json", "special_tokens_map.json")),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 1}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+    ("added_tokens.json", '{"a": "x"}'),
+])
+def test_damaged_files_beside_the_vocabulary(name, content, tmp_path):
+    save_odd(tmp_path, "old")
+    assert tokenizer_of_folder(tmp_path).n_vocab == N + 2
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="damaged"):
+        tokenizer_of_folder(tmp_path)
 
 
 # -----------------------------------------------------------------------------

@@ -26,8 +26,10 @@ from nanotune.text.tokenizer import (
     GPT2_VOCAB_SIZES,
     AnyTokenizer,
     GPT2Tokenizer,
+    limit_rows,
     tokenizer_from_spec,
     tokenizer_of_folder,
+    tokenizer_of_source,
 )
 from nanotune.training import lora
 
@@ -86,18 +88,21 @@ def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
         if not with_onnx:
             raise UserError(f"{source} can only be sampled from and evaluated; give the run or the "
                             "folder that it was exported from")
-        return open_onnx(source, block_size)
+        model, tokenizer = open_onnx(source, block_size)
+        limit_rows(tokenizer, model.config.vocab_size, source)
+        return model, tokenizer
     if (folder / MODEL_FILE).is_file():
         model, tokenizer = load_run(folder / MODEL_FILE, dropout, device, dtype)
     elif tf.is_tf_checkpoint(folder):
         model = tf.read_model(folder, dropout, device, dtype)
-        tokenizer = tf.read_tokenizer(folder, model.config.vocab_size) or (
-            gpt2_by_size(model.config.vocab_size))
+        tokenizer = tokenizer_of_folder(folder)
     else:
         check_can_be_pretrained(source)
         family = family_of(hub.find_config(source), source)
         model = family.model.from_pretrained(source, None, dropout, device, dtype)
-        tokenizer = tokenizer_of_pretrained(source, model.config.vocab_size)
+        tokenizer = tokenizer_of_source(source)
+    tokenizer = tokenizer or gpt2_by_size(model.config.vocab_size)
+    limit_rows(tokenizer, model.config.vocab_size, source)
     if block_size is not None:
         model.crop_block_size(block_size)
     return model, tokenizer
@@ -231,18 +236,6 @@ def tokenizer_from(data: dict) -> AnyTokenizer | None:
     dataset = data.get("config", {}).get("dataset")
     found = dataset and tokenizer_of_folder(Path("data") / dataset)
     return found or gpt2_by_size(data["model_args"].get("vocab_size"))
-
-
-def tokenizer_of_pretrained(source, vocab_size):
-    if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"):
-        return GPT2Tokenizer()
-    folder = Path(source)
-    if not folder.is_dir():  # a hub id: downloads the files into the hub's cache
-        folder = Path(hub.hub_file(source, "config.json")).parent
-        if hub.hub_file(source, "tokenizer.json") is None:
-            hub.hub_file(source, "vocab.json")
-            hub.hub_file(source, "merges.txt")
-    return tokenizer_of_folder(folder) or gpt2_by_size(vocab_size)
 
 
 def gpt2_by_size(vocab_size):

@@ -22,12 +22,8 @@ import torch
 
 from nanotune.errors import UserError
 from nanotune.formats.hub import read_json
-from nanotune.text.tokenizer import (
-    EOT,
-    AnyTokenizer,
-    merges_as_strings,
-    tokenizer_of_folder,
-)
+from nanotune.text.tokenizer import AnyTokenizer, tokenizer_of_folder
+from nanotune.text.tokenizer_files import SPECIAL, merges_as_strings
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # options that change the numerics: {key: the only value that GPT supports}
@@ -264,7 +260,7 @@ def write_hf(folder: Path, fields: dict, params: dict[str, torch.Tensor],
     """
     check_hf_takes(fields)
     params = with_biases(params, LAYOUTS[model_type_of(fields)])
-    write_model(folder, fields, params, dtype, tokenizer and tokenizer.eot)
+    write_model(folder, fields, params, dtype, tokenizer)
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, fields["block_size"])
     check_written(folder, params, tokenizer, dtype)
@@ -309,9 +305,10 @@ def tensors_to_hf(fields: dict, params: dict[str, torch.Tensor],
 
 
 def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dtype: torch.dtype,
-                eot: int | None = None) -> None:
-    """Writes model.safetensors, config.json and generation_config.json; `eot` is the end-of-text
-    id. Raises UserError if a weight is not finite in `dtype`, OSError if the disk is full."""
+                tokenizer: AnyTokenizer | None = None) -> None:
+    """Writes model.safetensors, config.json and generation_config.json, which say the ids of the
+    tokenizer's special tokens. Raises UserError if a weight is not finite in `dtype`, OSError if
+    the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = tensors_to_hf(fields, params, dtype)
@@ -319,7 +316,9 @@ def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dty
     if worst is not None:
         raise UserError(f"{worst} has values that are not finite in {dtype}; use bfloat16 or "
                         "float32, and check the model's loss")
-    ends = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    special = special_names(tokenizer) if tokenizer is not None else {}
+    ends = {f"{key}_id": tokenizer.encode(special[key])[0] if key in special else None
+            for key in ("bos_token", "eos_token", "pad_token")}
     config = config_to_hf(fields) | ends | {"dtype": str(dtype).removeprefix("torch.")}
     for name, content in (("config.json", config), ("generation_config.json", ends)):
         Path(folder, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -337,10 +336,15 @@ def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, max_length: int) -> N
     text = merges_as_strings(tokenizer.to_json())
     Path(folder, "tokenizer.json").write_text(text, encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
-              "clean_up_tokenization_spaces": False}
-    if tokenizer.eot is not None:
-        # batches of prompts are padded on the left, so that each goes on where it ends
-        config |= {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT, "pad_token": EOT,
-                   "padding_side": "left"}
+              "clean_up_tokenization_spaces": False} | special_names(tokenizer)
+    if "pad_token" in config:  # a batch of prompts is padded so that each goes on where it ends
+        config["padding_side"] = "left"
     Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n",
                                                      encoding="utf-8")
+
+
+def special_names(tokenizer: AnyTokenizer) -> dict[str, str]:
+    """Returns {"eos_token": text, ...}. Other programs need all of them: those that the tokenizer
+    does not have are end-of-text."""
+    end = tokenizer.special.get("eos_token")
+    return (dict.fromkeys(SPECIAL, end) if end else {}) | tokenizer.special

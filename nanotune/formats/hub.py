@@ -60,7 +60,7 @@ def read_json(file: str | Path) -> dict:
     """Returns the JSON object in a file. Raises UserError if it holds none."""
     try:
         data = json.loads(Path(file).read_bytes())
-    except ValueError as e:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, nested too deep
         raise UserError(f"{file} is damaged ({e}); fetch it again") from None
     if not isinstance(data, dict):
         raise UserError(f"{file} is damaged (no JSON object); fetch it again")
@@ -73,6 +73,15 @@ def find_file(name: str, file: str) -> str | None:
         return hub_file(name, file)
     path = Path(name, file)
     return str(path) if path.is_file() else None
+
+
+def download(repo: str, *names: str) -> Path:
+    """Returns the folder in the cache that holds those of these files that a hub repository has.
+    The first must exist. Raises UserError as hub_file()."""
+    paths = [hub_file(repo, name) for name in names]
+    if paths[0] is None:
+        raise UserError(f"{repo} has no {names[0]}")
+    return Path(paths[0]).parent
 
 
 def hub_file(repo: str, file: str) -> str | None:
@@ -112,4 +121,4 @@ def hub_unreachable(repo: str) -> str:
     """The message if the hub cannot be reached, with what to do."""
     return (f"the Hugging Face hub cannot be reached for {repo}, which is neither a folder nor in "
             "the cache on this machine; on a machine with network run `hf download "
-            f"{repo} --local-dir FOLDER`, copy FOLDER here, and give --init_from=FOLDER")
+            f"{repo} --local-dir FOLDER`, copy FOLDER here, and give FOLDER in its place")

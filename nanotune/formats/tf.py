@@ -16,7 +16,6 @@ import torch
 
 from model import GPT, GPTConfig
 from nanotune.errors import UserError
-from nanotune.text.tokenizer import AnyTokenizer, tokenizer_of_folder
 
 HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "block_size", "n_embd": "n_embd", "n_head": "n_head",
            "n_layer": "n_layer"}
@@ -138,13 +137,3 @@ def read_model(folder: Path, dropout: float = 0.0, device: str | torch.device = 
         raise UserError(f"{prefix} is damaged ({str(e).splitlines()[0][:200]}); copy it again"
                         ) from None
     return model
-
-
-def read_tokenizer(folder: Path, vocab_size: int) -> AnyTokenizer | None:
-    """Returns the tokenizer of encoder.json and vocab.bpe, or None if they do not exist. Raises
-    UserError if it has more tokens than the model's vocabulary."""
-    tokenizer = tokenizer_of_folder(folder)
-    if tokenizer is not None and tokenizer.n_vocab > vocab_size:
-        raise UserError(f"{folder / 'encoder.json'} has {tokenizer.n_vocab} tokens, hparams.json "
-                        f"{vocab_size}; they belong to different models")
-    return tokenizer

@@ -1,30 +1,47 @@
 """Converts text to token ids and back: GPT-2's BPE, a character vocabulary, or a tokenizer.json.
 
-Three classes with one interface, AnyTokenizer:
+Three classes with one interface, AnyTokenizer. Data, prompts and evaluation all encode with it:
     n_vocab       all ids are less than n_vocab
     eot           the end-of-text id, or None
+    special       {"eos_token": text, ...}: the special tokens by their role, for other programs
     name          what to call the tokenizer in a message
     identity      a hash of the vocabulary: two tokenizers are the same if it is equal
-    encode(text)  -> list of ids; <|endoftext|> in the text becomes eot (if not None)
+    encode(text)  -> list of ids; special tokens such as <|endoftext|> become their one id
+    encode_batch(texts) -> list of lists of ids, on all cores
+    sliceable     whether a text cut before a line end after a word has the same ids
     decode(ids)   -> text
     n_bytes(ids)  -> the UTF-8 bytes of text that the ids decode to; end-of-text counts 0
+    files         {name: content} to keep in a dataset's folder; tokenizer_of_dataset() reads it
     spec          plain data to keep in a checkpoint; tokenizer_from_spec() reads it
     to_json()     -> the content of a tokenizer.json that transformers loads
-encode() of a CharTokenizer raises UserError for a character that is not in its vocabulary.
+encode() raises UserError for text that the vocabulary cannot express.
 """
 import hashlib
 import json
+import os
 import pickle
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from nanotune.errors import UserError
+from nanotune.errors import UserError, first_line
+from nanotune.formats import hub
+from nanotune.text.tokenizer_files import (
+    EOT,
+    NAMED_IN,
+    VOCAB_AND_MERGES,
+    characters_json,
+    gpt2_json,
+    json_of_vocab_and_merges,
+    special_tokens,
+)
 
-EOT = "<|endoftext|>"
 GPT2_VOCAB_SIZES = (50257, 50304)  # plain, and padded to a multiple of 64
 # sha256 of canonical() of GPT-2's vocabulary: tells whether a tokenizer.json is GPT-2's
 GPT2_IDENTITY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
+# end-of-text if no file of the folder names it: GPT-2's, and T5's or RoBERTa's
+END_NAMES = (EOT, "</s>")
 
 
 class GPT2Tokenizer:
@@ -33,12 +50,14 @@ class GPT2Tokenizer:
     The first encode, decode, n_bytes or to_json raises UserError if it cannot be downloaded.
     """
     n_vocab, eot, identity, name = 50257, 50256, GPT2_IDENTITY, "GPT-2's BPE"
-    spec = {"kind": "gpt2"}  # noqa: RUF012
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
+    sliceable = True
+    spec, files = {"kind": "gpt2"}, {}
 
     def __init__(self) -> None:
         self.encoding = None  # loaded at first use: training does not need it
 
-    def load(self):
+    def load(self) -> Any:
         """Returns the tiktoken.Encoding. Raises UserError if it cannot be downloaded."""
         if self.encoding is None:
             import tiktoken
@@ -46,14 +65,18 @@ class GPT2Tokenizer:
                 self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as e:  # whatever requests, urllib3 or the file system raise
                 raise UserError(
-                    f"tiktoken cannot fetch GPT-2's vocabulary ({type(e).__name__}); on a machine "
-                    "with network run `TIKTOKEN_CACHE_DIR=tiktoken python -c \"import tiktoken; "
-                    "tiktoken.get_encoding('gpt2')\"`, copy that folder here, and set "
-                    "TIKTOKEN_CACHE_DIR to it") from None
+                    f"tiktoken cannot download GPT-2's vocabulary ({type(e).__name__}); on a "
+                    "machine with network run `TIKTOKEN_CACHE_DIR=tiktoken python -c \"import "
+                    "tiktoken; tiktoken.get_encoding('gpt2')\"`, copy that folder here, and set "
+                    "TIKTOKEN_CACHE_DIR to it") from e
         return self.encoding
 
     def encode(self, text: str) -> list[int]:
         return self.load().encode(text, allowed_special={EOT})
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.load().encode_batch(texts, num_threads=os.cpu_count() or 1,
+                                        allowed_special={EOT})
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.load().decode(list(ids))
@@ -62,12 +85,13 @@ class GPT2Tokenizer:
         return len(self.load().decode_bytes([i for i in ids if i != self.eot]))
 
     def to_json(self) -> str:
-        return gpt2_json(self)
+        return gpt2_json(self.load())
 
 
 class CharTokenizer:
     """A vocabulary of single characters, as in nanoGPT's meta.pkl; `itos` lists them by id."""
-    eot, name = None, "a character vocabulary"
+    eot, name, sliceable = None, "a character vocabulary", True
+    special = {}  # noqa: RUF012
 
     def __init__(self, itos: Iterable[str]) -> None:
         self.itos = list(itos)
@@ -76,12 +100,20 @@ class CharTokenizer:
         self.spec = {"kind": "characters", "itos": self.itos}
         self.identity = digest(canonical(self.stoi))
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        meta = {"vocab_size": self.n_vocab, "itos": dict(enumerate(self.itos)), "stoi": self.stoi}
+        return {"meta.pkl": pickle.dumps(meta)}
+
     def encode(self, text: str) -> list[int]:
         unknown = next((c for c in text if c not in self.stoi), None)
         if unknown is not None:
             raise UserError(f"the character {unknown!r} is not in the model's vocabulary of "
                             f"{self.n_vocab}: {''.join(self.itos)!r}")
         return [self.stoi[c] for c in text]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.itos[i] for i in ids)
@@ -90,39 +122,78 @@ class CharTokenizer:
         return len(self.decode(ids).encode())
 
     def to_json(self) -> str:
-        return characters_json(self)
+        return characters_json(self.stoi)
 
 
 class JsonTokenizer:
-    """A tokenizer.json of the `tokenizers` library, given as text.
+    """A tokenizer.json of the `tokenizers` library, given as text. Truncation and padding, which
+    the file may ask for, are switched off: a file of data is no batch.
 
-    Raises UserError, which names the file `where`, if the text is no tokenizer.json.
+    `special` has (key, token or id) as special_tokens() returns them. Raises UserError, which names
+    the file `where`, if the text is no tokenizer.json.
     """
-    name = "a tokenizer.json"
+    name, sliceable = "a tokenizer.json", False
 
-    def __init__(self, text: str, where: str | Path = "tokenizer.json") -> None:
+    def __init__(self, text: str, where: str | Path = "tokenizer.json",
+                 special: Iterable[tuple[str, Any]] = ()) -> None:
         from tokenizers import Tokenizer
-        try:
+        with library_errors(f"{where} is no tokenizer.json"):
             self.tokenizer = Tokenizer.from_str(text)
-        except Exception as e:  # the library raises a bare Exception
-            raise UserError(f"{where} is no tokenizer.json ({e})") from None
-        vocab = self.tokenizer.get_vocab()
-        self.n_vocab = max(vocab.values()) + 1
-        self.eot = vocab.get(EOT)
-        self.spec = {"kind": "json", "json": text}
+            if self.tokenizer.truncation or self.tokenizer.padding:
+                self.tokenizer.no_truncation()
+                self.tokenizer.no_padding()
+                text = self.tokenizer.to_str()
+            vocab = self.tokenizer.get_vocab()
+            self.is_byte_level = "ByteLevel" in str(json.loads(text).get("decoder"))
+        if not vocab:
+            raise UserError(f"{where} has an empty vocabulary")
+        self.n_vocab = self.rows = max(vocab.values()) + 1
+        self.special = self.known(special, vocab)
+        self.eot = vocab.get(self.special.get("eos_token"))
+        self.spec = {"kind": "json", "json": text, "special": self.special}
         self.identity = digest(canonical(vocab))
-        self.is_byte_level = "ByteLevel" in str(json.loads(text).get("decoder"))
+        self.added = {id: len(token.content.encode())
+                      for id, token in self.tokenizer.get_added_tokens_decoder().items()}
+
+    def known(self, special, vocab):
+        """{key: token} of the special tokens that the vocabulary has; of each key the first."""
+        found = {}
+        for key, value in [*special, *(("eos_token", token) for token in END_NAMES)]:
+            token = self.tokenizer.id_to_token(value) if type(value) is int else value
+            if isinstance(token, str) and token in vocab:
+                found.setdefault(key, token)
+        return found
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self.spec["json"].encode(),
+                "tokenizer_config.json": json.dumps(self.special, indent=2).encode()}
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with library_errors("this text cannot be encoded by the model's tokenizer"):
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.within_rows(ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        with library_errors("this text cannot be encoded by the model's tokenizer"):
+            found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [self.within_rows(encoding.ids) for encoding in found]
+
+    def within_rows(self, ids):
+        """The ids. Raises UserError for a token that the model has no row for."""
+        beyond = self.rows < self.n_vocab and next((i for i in ids if i >= self.rows), None)
+        if beyond:
+            raise UserError(f"the text holds {self.tokenizer.id_to_token(beyond)!r}, whose id "
+                            f"{beyond:,} is beyond the model's {self.rows:,} rows; leave it out")
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def n_bytes(self, ids: Iterable[int]) -> int:
         ids = [i for i in ids if i != self.eot]
-        if self.is_byte_level:  # its tokens have one character per byte
-            return sum(len(self.tokenizer.id_to_token(i)) for i in ids)
+        if self.is_byte_level:  # its tokens have one character per byte; added ones are text
+            return sum(self.added.get(i) or len(self.tokenizer.id_to_token(i)) for i in ids)
         return len(self.decode(ids).encode())
 
     def to_json(self) -> str:
@@ -149,12 +220,8 @@ def tokenizer_from_spec(spec: dict) -> AnyTokenizer:
     if kind == "characters":
         return CharTokenizer(spec["itos"])
     if kind == "json":
-        return JsonTokenizer(spec["json"])
+        return JsonTokenizer(spec["json"], special=spec.get("special", {}).items())
     raise UserError(f"the checkpoint's tokenizer has an unknown kind, {kind!r}")
-
-
-# file names of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's
-VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 def tokenizer_of_folder(folder: str | Path) -> AnyTokenizer | None:
@@ -168,13 +235,36 @@ def tokenizer_of_folder(folder: str | Path) -> AnyTokenizer | None:
         return CharTokenizer(read_meta(folder / "meta.pkl"))
     pairs = [(folder / vocab, folder / merges) for vocab, merges in VOCAB_AND_MERGES]
     pair = next((pair for pair in pairs if all(file.is_file() for file in pair)), None)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = read_json_tokenizer(folder / "tokenizer.json")
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        text = read_utf8(file)
     elif pair is not None:
-        tokenizer = from_vocab_and_merges(*pair)
+        file, text = pair[0], json_of_vocab_and_merges(*pair)
     else:
         return None
-    return GPT2Tokenizer() if tokenizer.identity == GPT2_IDENTITY else tokenizer
+    tokenizer = JsonTokenizer(text, file, special_tokens(folder))
+    is_gpt2 = (tokenizer.identity, tokenizer.eot) == (GPT2_IDENTITY, GPT2Tokenizer.eot)
+    return GPT2Tokenizer() if is_gpt2 else tokenizer
+
+
+def tokenizer_of_source(source: str) -> AnyTokenizer | None:
+    """Returns the tokenizer of a tokenizer.json, a folder or a hub id, or None if it has none.
+    OpenAI's models need no download. Raises UserError if it is missing or damaged."""
+    if source in (*hub.GPT2_SHAPES, "distilgpt2"):
+        return GPT2Tokenizer()
+    path = Path(source)
+    if path.is_file():
+        if path.name == "tokenizer.json":  # the files beside it name its end-of-text
+            return tokenizer_of_folder(path.parent)
+        return JsonTokenizer(read_utf8(path), path)
+    if path.is_dir():
+        return tokenizer_of_folder(path)
+    if path.suffix == ".json":
+        raise UserError(f"{source}: no such file")
+    folder = hub.download(source, "config.json", "tokenizer.json", *NAMED_IN)
+    if not (folder / "tokenizer.json").is_file():
+        hub.download(source, "config.json", *VOCAB_AND_MERGES[0], "added_tokens.json")
+    return tokenizer_of_folder(folder)
 
 
 def tokenizer_of_dataset(folder: str | Path) -> AnyTokenizer:
@@ -183,6 +273,24 @@ def tokenizer_of_dataset(folder: str | Path) -> AnyTokenizer:
     Raises UserError if the file is damaged.
     """
     return tokenizer_of_folder(folder) or GPT2Tokenizer()
+
+
+def without_end(text: str, tokenizer: AnyTokenizer) -> str:
+    """Returns the text without end-of-text at its end: who adds one gets no second."""
+    end = tokenizer.special.get("eos_token")
+    return text.rstrip().removesuffix(end) if end and text.rstrip().endswith(end) else text
+
+
+def limit_rows(tokenizer: AnyTokenizer | None, rows: int, source: str | Path) -> None:
+    """Makes encode() refuse tokens for which a model with `rows` rows has none, such as a [PAD]
+    that was added to the tokenizer alone. Raises UserError if others are beyond them too."""
+    if tokenizer is None or tokenizer.n_vocab <= rows:
+        return
+    added = getattr(tokenizer, "added", {})
+    if tokenizer.n_vocab - sum(i >= rows for i in added) > rows:
+        raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab:,} tokens, the model "
+                        f"{rows:,} rows; they belong to different models")
+    tokenizer.rows = rows
 
 
 def check_same_tokenizer(model_tokenizer: AnyTokenizer | None, data_tokenizer: AnyTokenizer,
@@ -198,21 +306,25 @@ def check_same_tokenizer(model_tokenizer: AnyTokenizer | None, data_tokenizer: A
             "again with the model's tokenizer")
 
 
-def read_json_tokenizer(path):
+def read_utf8(path):
     try:
-        return JsonTokenizer(path.read_text(encoding="utf-8"), path)
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is no tokenizer.json ({e})") from None
 
 
-def from_vocab_and_merges(vocab, merges):
-    from tokenizers import AddedToken, ByteLevelBPETokenizer
+@contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into UserError: bare Exceptions, and panics of its
+    Rust code, which are no Exceptions."""
     try:
-        tokenizer = ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
-    except Exception as e:  # the library raises a bare Exception
-        raise UserError(f"{vocab} and {merges.name} are no vocabulary ({e})") from None
-    tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
-    return JsonTokenizer(tokenizer.to_str(), vocab)
+        yield
+    except MemoryError:
+        raise
+    except BaseException as e:
+        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
+            raise UserError(f"{message} ({first_line(e)})") from None
+        raise
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -231,60 +343,3 @@ def read_meta(path):
         raise UserError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
                         "again") from None
 
-
-# -----------------------------------------------------------------------------
-# writing a tokenizer.json
-
-def merges_as_strings(text: str) -> str:
-    """Returns a tokenizer.json with its merges as "a b", which every version of the tokenizers
-    library reads; before 0.20 it did not read ["a", "b"]. Keeps pairs if a token holds a space."""
-    data = json.loads(text)
-    merges = data["model"].get("merges") or []
-    if any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
-        return text
-    data["model"]["merges"] = [" ".join(merge) for merge in merges]
-    return json.dumps(data, ensure_ascii=False) if merges else text
-
-
-def gpt2_json(tokenizer):
-    """GPT-2's tokenizer.json, made from tiktoken's ranks, which are the ids.
-
-    A token's merge joins the two parts that all earlier merges leave of its bytes.
-    """
-    from tokenizers import AddedToken, ByteLevelBPETokenizer
-    encoding, letters = tokenizer.load(), byte_letters()
-    ranks = {encoding.decode_single_token_bytes(i): i for i in range(tokenizer.eot)}
-    spell = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = [tuple(spell[part] for part in parts_of(token, ranks))
-              for token in ranks if len(token) > 1]
-    made = ByteLevelBPETokenizer({spell[token]: rank for token, rank in ranks.items()}, merges)
-    made.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
-    return made.to_str()
-
-
-def byte_letters():
-    """{byte: the character that GPT-2's vocabulary writes for it}: a printable byte is itself, the
-    others are the code points from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-def parts_of(token, ranks):
-    """The two parts that byte pair encoding joins last to make a token of several bytes."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
-        at = pairs.index(min(pairs))
-        parts[at:at + 2] = [parts[at] + parts[at + 1]]
-    return parts
-
-
-def characters_json(tokenizer):
-    """A character vocabulary as tokenizer.json. It has no unknown token, so that encoding fails
-    for a character that is not in it, as with encode()."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    made = Tokenizer(models.WordLevel(tokenizer.stoi))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    made.decoder = decoders.Fuse()
-    return made.to_str()

@@ -15,7 +15,12 @@ from nanotune.device import DTYPES, pick_compile, pick_dtype, tune_malloc
 from nanotune.errors import UserError
 from nanotune.formats import checkpoint
 from nanotune.text.loader import SPLITS, TokenBin, dataset_folder, open_dataset, open_tokens
-from nanotune.text.tokenizer import AnyTokenizer, check_same_tokenizer, tokenizer_of_dataset
+from nanotune.text.tokenizer import (
+    AnyTokenizer,
+    check_same_tokenizer,
+    limit_rows,
+    tokenizer_of_dataset,
+)
 from nanotune.training import distributed, lora, plan, resume, state_dicts
 from nanotune.training import optimizer as optimizers
 from nanotune.training.distributed import World, read_world, share
@@ -153,6 +158,7 @@ def set_up(cfg: Any, argv: list[str]) -> Run:
     distributed.join(world, cfg.backend, cfg.timeout)
     start = resume.spread(start, world, DTYPES[cfg.weights])
     model, progress = start.model, start.progress
+    limit_rows(tokenizer, model.config.vocab_size, folder)
     model.config = replace(
         model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
     if model.is_masked:

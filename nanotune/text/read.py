@@ -1,0 +1,92 @@
+r"""Reads the text and .jsonl files that people have: datasets, prompts, evaluation input.
+
+    text = read_text(path)                     # no byte order mark; \r\n becomes \n
+    for where, fields in read_jsonl(path):     # where: "FILE, line N", for messages
+
+Text must be UTF-8. Each function raises UserError, with the file and what to do, for anything else.
+"""
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanotune.errors import UserError
+
+# {byte order mark: encoding, by the name that iconv takes}; UTF-32's begins with UTF-16's
+BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
+                    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def read_text(path: str | Path) -> str:
+    r"""Returns a UTF-8 file as text, without a byte order mark and with \r\n as \n: GPT-2's
+    training text has hardly any \r. Raises UserError if the file is missing or is no UTF-8 text."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    content = path.read_bytes()
+    if encoding := wide_encoding(content):
+        raise UserError(f"{path} is {encoding}, not UTF-8; {convert(encoding, path)}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8: byte {content[e.start]:#04x} at offset "
+                        f"{e.start:,}; if it is Western European text, "
+                        f"{convert('WINDOWS-1252', path)}") from None
+    if text.count("\0") * 100 > len(text):
+        raise UserError(f"{path} is no text: {text.count(chr(0)):,} of its {len(text):,} "
+                        "characters are NUL")
+    return text.replace("\r\n", "\n")
+
+
+def wide_encoding(content):
+    """The name of the UTF-16 or UTF-32 encoding of these bytes, or None.
+
+    Without a byte order mark, UTF-16 shows by NUL in half of the bytes: of ASCII, the high ones.
+    """
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if content.startswith(mark):
+            return encoding
+    sample = content[:4096]
+    for first, encoding in ((1, "UTF-16LE"), (0, "UTF-16BE")):
+        high, low = sample[first::2], sample[1 - first::2]
+        if high.count(0) * 2 > len(high) > 0 and low.count(0) * 10 < len(low):
+            return encoding
+    return None
+
+
+def convert(encoding, path):
+    """What to do about a file in another encoding."""
+    new = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    return (f"convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > "
+            f"{shlex.quote(str(new))}")
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yields ('FILE, line N', fields) for each line of a .jsonl file that is not blank. Raises
+    UserError if a line is no JSON object, or a string in it has half of a surrogate pair."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{where}: malformed JSON ({e.msg} at column {e.colno})") from None
+        except (ValueError, RecursionError) as e:  # a number of 5,000 digits, deep nesting
+            raise UserError(f"{where}: malformed JSON ({e})") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{where}: must be a JSON object, not {line.strip()[:40]}")
+        for value in fields.values():
+            if isinstance(value, str):
+                check_surrogates(value, where)
+        yield where, fields
+
+
+def check_surrogates(text: str, where: str) -> None:
+    """Raises UserError if `text` has a lone surrogate, which no tokenizer can encode; JSON makes
+    one of "\\ud83d", and Python of a command line that is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where}: character {e.start + 1:,} is {ascii(text[e.start])[1:-1]}, half "
+                        "of a surrogate pair, which stands for no character; remove it") from None

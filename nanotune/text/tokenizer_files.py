@@ -1,0 +1,128 @@
+"""Reads and writes the tokenizer files of Hugging Face folders; all become one tokenizer.json.
+
+Reads vocab.json with merges.txt (with tokens added in added_tokens.json or tokenizer_config.json)
+and the names of special tokens. Writes GPT-2's vocabulary and character vocabularies.
+"""
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nanotune.errors import UserError, first_line
+from nanotune.formats.hub import read_json
+
+EOT = "<|endoftext|>"
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+# which files name special tokens; the first that has a key counts. All are optional
+NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+            "config.json")
+# file names of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's
+VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+def read_optional(path: Path) -> dict:
+    """Returns the JSON object in a file, or {} if the file does not exist. Raises UserError if it
+    is damaged."""
+    return read_json(path) if path.is_file() else {}
+
+
+def special_tokens(folder: Path) -> list[tuple[str, Any]]:
+    """Returns [(key of SPECIAL, token or id), ...] as the files of a folder name them, the most
+    authoritative first. Raises UserError if a file is damaged."""
+    found = []
+    for file in NAMED_IN:
+        data = read_optional(folder / file)
+        for key in SPECIAL:
+            value = data.get(key, data.get(f"{key}_id"))
+            value = value[0] if isinstance(value, list) and value else value
+            found.append((key, value.get("content") if isinstance(value, dict) else value))
+    return found
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Returns {token: id} of the tokens added behind vocab.json. Raises UserError if a file is
+    damaged."""
+    decoder = read_optional(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    try:
+        added = {token["content"]: int(id) for id, token in decoder.items()}
+        added |= {token: int(id) for token, id in
+                  read_optional(folder / "added_tokens.json").items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{folder}: its added tokens are damaged ({first_line(e)}); fetch "
+                        "added_tokens.json and tokenizer_config.json again") from None
+    return added
+
+
+def json_of_vocab_and_merges(vocab: Path, merges: Path) -> str:
+    """Returns the tokenizer.json of a byte-level BPE, with the tokens that its folder adds. Raises
+    UserError if a file is damaged, or an added token's id is not the next free one."""
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
+    folder = vocab.parent
+    prefix = read_optional(folder / "tokenizer_config.json").get("add_prefix_space", False)
+    try:
+        made = ByteLevelBPETokenizer.from_file(str(vocab), str(merges),
+                                               add_prefix_space=bool(prefix))
+    except Exception as e:  # the library raises a bare Exception
+        raise UserError(f"{vocab} and {merges.name} are no vocabulary ({first_line(e)})") from None
+    named = [EOT, *(token for _, token in special_tokens(folder) if isinstance(token, str))]
+    wanted = {token: id for token in named if (id := made.token_to_id(token)) is not None}
+    wanted |= added_tokens(folder)
+    for token, id in sorted(wanted.items(), key=lambda item: item[1]):
+        made.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        if made.token_to_id(token) != id:
+            raise UserError(f"{folder}: the added token {token!r} has the id {id:,}, but the next "
+                            f"free one is {made.token_to_id(token):,}; fetch its files again")
+    return made.to_str()
+
+
+def merges_as_strings(text: str) -> str:
+    """Returns a tokenizer.json with its merges as "a b", which every version of the tokenizers
+    library reads; before 0.20 it did not read ["a", "b"]. Keeps pairs if a token holds a space."""
+    data = json.loads(text)
+    merges = data["model"].get("merges") or []
+    if any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
+        return text
+    data["model"]["merges"] = [" ".join(merge) for merge in merges]
+    return json.dumps(data, ensure_ascii=False) if merges else text
+
+
+def gpt2_json(encoding: Any) -> str:
+    """Returns GPT-2's tokenizer.json, made from the ranks of its tiktoken.Encoding, which are the
+    ids. A token's merge joins the two parts that all earlier merges leave of its bytes."""
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
+    letters = byte_letters()
+    ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
+    spell = {token: "".join(letters[b] for b in token) for token in ranks}
+    merges = [tuple(spell[part] for part in parts_of(token, ranks))
+              for token in ranks if len(token) > 1]
+    made = ByteLevelBPETokenizer({spell[token]: rank for token, rank in ranks.items()}, merges)
+    made.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
+    return made.to_str()
+
+
+def byte_letters():
+    """{byte: the character that GPT-2's vocabulary writes for it}: a printable byte is itself, the
+    others are the code points from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def parts_of(token, ranks):
+    """The two parts that byte pair encoding joins last to make a token of several bytes."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+        at = pairs.index(min(pairs))
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def characters_json(stoi: dict[str, int]) -> str:
+    """Returns a character vocabulary as tokenizer.json. It has no unknown token, so that encoding
+    a character that is not in it fails, as in CharTokenizer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    made = Tokenizer(models.WordLevel(stoi))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
+    return made.to_str()

@@ -1,0 +1,82 @@
+"""Text and .jsonl files as people have them: byte order marks, Windows line ends, encodings."""
+import subprocess
+
+import pytest
+
+from nanotune.errors import UserError
+from nanotune.text.read import check_surrogates, read_jsonl, read_text
+
+TEXT = "one\ntwo é 漢\n"
+
+
+@pytest.mark.parametrize("content", [
+    TEXT.encode(), TEXT.encode("utf-8-sig"), TEXT.replace("\n", "\r\n").encode(),
+    TEXT.replace("\n", "\r\n").encode("utf-8-sig")])
+def test_the_same_text(content, tmp_path):
+    (tmp_path / "f").write_bytes(content)
+    assert read_text(tmp_path / "f") == TEXT
+
+
+@pytest.mark.parametrize("encoding, name", [
+    ("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("utf-16-le", "UTF-16LE"),
+    ("utf-16-be", "UTF-16BE"), ("cp1252", "WINDOWS-1252")])
+def test_the_command_for_another_encoding_works(encoding, name, tmp_path):
+    text = "Café. One line, and another.\n"
+    file = tmp_path / "my text.txt"
+    file.write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=f"not UTF-8.* iconv -f {name} -t UTF-8 ") as error:
+        read_text(file)
+    command = str(error.value).split("convert it: ")[1]
+    subprocess.run(command, shell=True, check=True)
+    assert read_text(tmp_path / "my text-utf8.txt") == text
+
+
+def test_the_byte_order_of_utf16_is_read_from_its_mark(tmp_path):
+    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+        (tmp_path / "f").write_bytes(mark + "漢字".encode(encoding))
+        with pytest.raises(UserError, match="iconv -f UTF-16 "):
+            read_text(tmp_path / "f")
+
+
+def test_text_full_of_nul_is_refused(tmp_path):
+    """Also what iconv -f WINDOWS-1252 makes of UTF-16. A single NUL in a long text is fine."""
+    wrong = "One line.\n".encode("utf-16").decode("cp1252").encode()
+    (tmp_path / "f").write_bytes(wrong)
+    with pytest.raises(UserError, match=r"f is UTF-16LE, not UTF-8|characters are NUL"):
+        read_text(tmp_path / "f")
+    (tmp_path / "f").write_bytes(b"ab\0\0" * 10)
+    with pytest.raises(UserError, match="f is no text: 20 of its 40 characters are NUL"):
+        read_text(tmp_path / "f")
+    (tmp_path / "f").write_bytes(b"a line\n" * 20 + b"\0")
+    assert "\0" in read_text(tmp_path / "f")
+
+
+def test_not_a_file(tmp_path):
+    for path in (tmp_path / "gone", tmp_path):
+        with pytest.raises(UserError, match="no such file"):
+            read_text(path)
+
+
+def test_jsonl(tmp_path):
+    (tmp_path / "f").write_bytes('{"a": "é"}\r\n\r\n \n{"b": 1}\n'.encode("utf-8-sig"))
+    assert list(read_jsonl(tmp_path / "f")) == [
+        (f"{tmp_path / 'f'}, line 1", {"a": "é"}), (f"{tmp_path / 'f'}, line 4", {"b": 1})]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"a": ', r"line 2: malformed JSON \(Expecting value at column 7\)"),
+    ("[1]", r"line 2: must be a JSON object, not \[1\]"),
+    ('{"a": ' + "[" * 200_000, "line 2: malformed JSON .*recursion"),
+    ('{"a": ' + "1" * 5000 + "}", r"line 2: malformed JSON .*5000 digits"),
+    (r'{"a": "ab\ud83d"}', r"line 2: character 3 is \\ud83d, half of a surrogate pair"),
+])
+def test_a_bad_line_is_named(line, message, tmp_path):
+    (tmp_path / "f").write_text('{"a": "fine \\ud83d\\ude00"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(read_jsonl(tmp_path / "f"))
+
+
+def test_half_a_surrogate_pair_in_an_argument():
+    check_surrogates("é 😀", "--start")
+    with pytest.raises(UserError, match=r"--start: character 2 is \\udcff"):
+        check_surrogates("a\udcff", "--start")
