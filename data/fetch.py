@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import random
 import re
 import ssl
@@ -20,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -31,13 +30,21 @@ DATA = Path(__file__).resolve().parent
 sys.path.append(str(DATA.parent))
 from nanotune import cli  # noqa: E402 (no package is installed)
 from nanotune.errors import UserError  # noqa: E402
+from nanotune.text.read import read_jsonl, read_text  # noqa: E402, F401 (F401: for the scripts)
+from nanotune.text.tokenizer import (  # noqa: E402, F401
+    EOT,
+    AnyTokenizer,
+    CharTokenizer,
+    JsonTokenizer,
+    tokenizer_of_source,
+    without_end,
+)
 
 TOKEN = np.dtype("<u2")
-END_OF_TEXT = "<|endoftext|>"
-MIN_TOKENS = 16                 # a shorter split is a mistake
+MIN_TOKENS = 8                  # a shorter split is a mistake
 # files that describe the .bin files: deleted when those are replaced
-COMPANIONS = ("meta.pkl", "tokenizer.json", "train.mask.bin", "val.mask.bin", "test.jsonl")
-GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+COMPANIONS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "train.mask.bin",
+              "val.mask.bin", "test.jsonl")
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -46,12 +53,17 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 # -----------------------------------------------------------------------------
 # the command line
 
-def parser(description: str, folder: Path, input_help: str = "") -> argparse.ArgumentParser:
-    """Returns a parser with --out_dir (default: `folder`) and, if `input_help` is set, --input."""
+def parser(description: str, folder: Path, input_help: str = "",
+           tokenizers: str = "gpt2, a tokenizer.json, a folder or a hub id (default: gpt2)",
+           ) -> argparse.ArgumentParser:
+    """Returns a parser with --out_dir (default: `folder`); with --input and --tokenizer, unless
+    their help is ""."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     if input_help:
         p.add_argument("--input", type=Path, metavar="FILE", help=input_help)
+    if tokenizers:
+        p.add_argument("--tokenizer", default="gpt2", metavar="NAME", help=tokenizers)
     p.add_argument("--out_dir", type=Path, default=folder, metavar="DIR",
                    help="where train.bin and val.bin go (default: the script's own folder)")
     return p
@@ -136,21 +148,6 @@ def wrong_with(path: Path, size: int | None, sha256: str | None) -> str:
     return ""
 
 
-def read_text(path: Path) -> str:
-    r"""Returns a UTF-8 file as text, without a byte order mark, and with \r\n as \n: GPT-2's
-    training text has hardly any \r. Raises UserError if the file is missing or not UTF-8."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset "
-                        f"{error.start:,}; convert it, for example with "
-                        f"iconv -f WINDOWS-1252 -t UTF-8") from None
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
 def shakespeare(source: Path | None, folder: Path) -> str:
     """Returns Tiny Shakespeare, from `source` or downloaded to `folder` (1,115,394 bytes). Raises
     UserError if it cannot be read or downloaded."""
@@ -201,73 +198,44 @@ def split_documents(documents: Sequence[str], val_fraction: float = 0.1,
 # -----------------------------------------------------------------------------
 # encoding
 
-class Encoder(NamedTuple):
-    """Encodes text, and has the tokenizer files to write beside the .bin files."""
-    batch: Callable[[list[str]], list[Sequence[int]]]   # the ids of several texts
-    end: list[int]                                      # the ids after a document
-    files: dict[str, bytes]                             # meta.pkl or tokenizer.json; none: GPT-2
-    sliceable: bool                                     # `slices` of a text have the same ids
-
-
-def gpt2() -> Any:
-    """Returns tiktoken's GPT-2 encoding. Raises UserError if it cannot be downloaded."""
-    import tiktoken
+def choose_tokenizer(name: str) -> AnyTokenizer:
+    """Returns the tokenizer that --tokenizer names: gpt2, a tokenizer.json, a folder or a hub id.
+    Raises UserError if it is missing, damaged or too large for a .bin file."""
     try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:      # from requests, the disk, or tiktoken's hash check
-        bpe, vocab = (hashlib.sha1((GPT2_FILES + name).encode()).hexdigest()
-                      for name in ("vocab.bpe", "encoder.json"))
-        raise UserError(
-            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}); by hand: fetch "
-            f"vocab.bpe and encoder.json from {GPT2_FILES}, save them in one folder as {bpe} and "
-            f"{vocab} (tiktoken's names for them), and set TIKTOKEN_CACHE_DIR to that folder; the "
-            f"cache of another machine does too") from error
+        tokenizer = tokenizer_of_source(name)
+    except UserError as error:
+        raise UserError(f"--tokenizer={name}: {error}") from None
+    if tokenizer is None:
+        raise UserError(f"--tokenizer={name} has no tokenizer.json, and no vocab.json with "
+                        "merges.txt")
+    check_ids(tokenizer.n_vocab - 1, name)
+    return tokenizer
 
 
-def gpt2_encoder() -> Encoder:
-    """Returns GPT-2's BPE, by tiktoken; special tokens in a text are plain text, as in nanoGPT."""
-    encoding, threads = gpt2(), os.cpu_count() or 1
-    return Encoder(lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads),
-                   [encoding.eot_token], {}, True)
+def char_tokenizer(text: str) -> CharTokenizer:
+    """Returns a tokenizer with one id per distinct character, sorted, as nanoGPT's. Raises
+    UserError above 65,536 characters."""
+    tokenizer = CharTokenizer(sorted(set(text)))
+    check_ids(tokenizer.n_vocab - 1, "the text's characters")
+    return tokenizer
 
 
-def char_encoder(text: str) -> Encoder:
-    """Returns an encoder with one id per distinct character, sorted; meta.pkl is as in nanoGPT. A
-    newline, if the text has one, ends a document. Raises UserError above 65,536 characters."""
-    chars = sorted(set(text))
-    check_ids(len(chars) - 1, "the text's characters")
-    stoi = {c: i for i, c in enumerate(chars)}
-    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}
-    points = np.array([ord(c) for c in chars], dtype="<u4")
-
-    def batch(texts):
-        return [np.searchsorted(points, np.frombuffer(t.encode("utf-32-le"), "<u4"))
-                for t in texts]
-
-    return Encoder(batch, [stoi["\n"]] if "\n" in stoi else [],
-                   {"meta.pkl": pickle.dumps(meta)}, True)
-
-
-def json_encoder(content: bytes, name: str = "tokenizer.json") -> Encoder:
-    """Returns the encoder of a tokenizer.json, by the tokenizers library; without <|endoftext|> in
-    it, a newline ends a document. Raises UserError, with the file's `name`, if it is invalid."""
-    from tokenizers import Tokenizer
+def document_end(tokenizer: AnyTokenizer) -> list[int]:
+    """The ids after a document: end-of-text, or a newline if the vocabulary has only that."""
+    if tokenizer.eot is not None:
+        return [tokenizer.eot]
     try:
-        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:      # tokenizers raises a bare Exception
-        raise UserError(f"{name} is no file of the tokenizers library: {error}") from None
-    vocab = tokenizer.get_vocab()
-    check_ids(max(vocab.values()), name)
-    # the file may set limits that would silently truncate documents
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True      # as plain text: see gpt2_encoder
+        return tokenizer.encode("\n")
+    except UserError:
+        return []
 
-    def batch(texts):
-        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    end = [vocab[END_OF_TEXT]] if END_OF_TEXT in vocab else batch(["\n"])[0]
-    return Encoder(batch, end, {"tokenizer.json": content}, False)
+def split_at(mark: str | None, text: str) -> list[str]:
+    """The documents that a mark, such as <|endoftext|>, separates in a text. The newlines around
+    it belong to it; empty documents are dropped."""
+    parts = text.split(mark) if mark else [text]
+    parts = [part.strip("\n") for part in parts] if len(parts) > 1 else parts
+    return [part for part in parts if part.strip()]
 
 
 def check_ids(highest: int, name: str) -> None:
@@ -277,9 +245,9 @@ def check_ids(highest: int, name: str) -> None:
                         f"below 65,536 (uint16); use a smaller vocabulary")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Trains a byte-level BPE with end-of-text as id 0; returns the content of its tokenizer.json.
-    Raises UserError if vocab_size is not between 257 and 65536."""
+def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+    """Trains a byte-level BPE with end-of-text as id 0. Raises UserError if vocab_size is not
+    between 257 and 65536."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     if not 257 <= vocab_size <= 65536:
         raise UserError(f"--vocab_size={vocab_size}: must lie between 257 (each byte, and "
@@ -287,11 +255,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT],
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   show_progress=False)
     tokenizer.train_from_iterator((s for text in texts for s in slices(text)), trainer)
-    return tokenizer.to_str(pretty=True).encode("utf-8")
+    return JsonTokenizer(tokenizer.to_str(pretty=True))
 
 
 def slices(text: str, length: int = 1 << 18) -> Iterator[str]:
@@ -323,14 +291,14 @@ def batches(pieces: Pieces, sliceable: bool, length: int = 1 << 22) -> Iterator[
     yield batch
 
 
-def encode(encoder: Encoder, pieces: Pieces, name: str) -> Iterator[np.ndarray]:
+def encode(tokenizer: AnyTokenizer, pieces: Pieces, name: str) -> Iterator[np.ndarray]:
     """Yields the ids of each piece, with end-of-text if a document ends there."""
-    total = sum(len(text) for text, _ in pieces)
+    total, end = sum(len(text) for text, _ in pieces), document_end(tokenizer)
     with tqdm(desc=name, total=total, unit="char", unit_scale=True, disable=None) as bar:
-        for batch in batches(pieces, encoder.sliceable):
+        for batch in batches(pieces, tokenizer.sliceable):
             texts = [text for text, _ in batch]
-            for ids, (_, ends) in zip(encoder.batch(texts), batch, strict=True):
-                yield np.array([*ids, *encoder.end] if ends else ids, dtype=TOKEN)
+            for ids, (_, ends) in zip(tokenizer.encode_batch(texts), batch, strict=True):
+                yield np.array([*ids, *end] if ends else ids, dtype=TOKEN)
             bar.update(sum(map(len, texts)))
 
 
@@ -364,29 +332,37 @@ def check_fraction(name: str, value: float) -> None:
         raise UserError(f"--{name}={value}: must be at least 0 and below 1")
 
 
-def encode_examples(examples: Sequence[Example], encoder: Encoder,
+def check_no_end(where: str, name: str, text: str, tokenizer: AnyTokenizer) -> None:
+    """Raises UserError, with the line `where`, if the text of a field holds end-of-text."""
+    end = tokenizer.special.get("eos_token")
+    if end and end in text:
+        raise UserError(f"{where}: its {name} holds {end}, which ends a document; remove it")
+
+
+def encode_examples(examples: Sequence[Example], tokenizer: AnyTokenizer,
                     loss_on: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Returns (ids of all examples, each with end-of-text; a mask, one byte per id, 0 for prompts
     if loss_on is "completion"; the number of ids of each example). Encodes a prompt and its
     completion separately, as in generation."""
-    prompts = encoder.batch([example.prompt for example in examples])
-    completions = encoder.batch([example.completion for example in examples])
+    prompts = tokenizer.encode_batch([example.prompt for example in examples])
+    completions = tokenizer.encode_batch([example.completion for example in examples])
+    end = document_end(tokenizer)
     ids, mask, lengths = [], [], []
     for prompt, completion in zip(prompts, completions, strict=True):
-        target = [*completion, *encoder.end]
+        target = [*completion, *end]
         ids += [*prompt, *target]
         mask += [int(loss_on == "all")] * len(prompt) + [1] * len(target)
         lengths.append(len(prompt) + len(target))
     return np.array(ids, dtype=TOKEN), np.array(mask, dtype=np.uint8), lengths
 
 
-def write_examples(out_dir: Path, splits: dict[str, list[Example]], encoder: Encoder,
+def write_examples(out_dir: Path, splits: dict[str, list[Example]], tokenizer: AnyTokenizer,
                    loss_on: str, block_size: int) -> None:
     """Writes train.bin and val.bin, their masks if loss_on is "completion", and test.jsonl. Prints
     how many examples are longer than `block_size` ids, so that no window holds one whole."""
-    files, lengths, tokens = dict(encoder.files), [], {}
+    files, lengths, tokens = dict(tokenizer.files), [], {}
     for split in ("train", "val"):
-        tokens[split], mask, counts = encode_examples(splits[split], encoder, loss_on)
+        tokens[split], mask, counts = encode_examples(splits[split], tokenizer, loss_on)
         lengths += counts
         if loss_on == "completion":
             files[f"{split}.mask.bin"] = mask.tobytes()
@@ -407,10 +383,11 @@ def write_examples(out_dir: Path, splits: dict[str, list[Example]], encoder: Enc
 # -----------------------------------------------------------------------------
 # writing
 
-def encode_dataset(out_dir: Path, train: Pieces, val: Pieces, encoder: Encoder) -> tuple[int, int]:
+def encode_dataset(out_dir: Path, train: Pieces, val: Pieces,
+                   tokenizer: AnyTokenizer) -> tuple[int, int]:
     """Encodes both splits and writes them to `out_dir` as write_dataset()."""
-    return write_dataset(out_dir, encode(encoder, train, "train"), encode(encoder, val, "val"),
-                         encoder.files)
+    return write_dataset(out_dir, encode(tokenizer, train, "train"), encode(tokenizer, val, "val"),
+                         tokenizer.files)
 
 
 def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.ndarray],
@@ -418,10 +395,12 @@ def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.n
     """Writes train.bin, val.bin and `files` ({name: content}); returns both lengths in tokens.
 
     It first writes and fsyncs all as NAME.part, so an error leaves the old files. Then it deletes
-    those, COMPANIONS included, and renames the new ones; an error then leaves no file. Raises
-    UserError if a split has less than MIN_TOKENS tokens.
+    those, COMPANIONS included, and renames the new ones; an error then leaves no file. train.bin is
+    deleted first and comes last, and val.bin after what describes it: a kill at any moment leaves
+    the old dataset, the new one, or none that opens. Raises UserError if a split has less than
+    MIN_TOKENS tokens.
     """
-    names = ["train.bin", "val.bin", *files]
+    names = [*files, "val.bin", "train.bin"]
     out_dir.mkdir(parents=True, exist_ok=True)
     placed = []
     try:

@@ -18,6 +18,7 @@ import train
 from nanotune.errors import UserError
 from nanotune.formats import checkpoint
 from nanotune.text.loader import TokenBin
+from nanotune.text.tokenizer import tokenizer_of_dataset
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "data"))
@@ -38,7 +39,7 @@ def prepare(name, **fields):
 
 @pytest.fixture
 def gpt2(gpt2_vocabulary):
-    return fetch.gpt2()
+    return fetch.choose_tokenizer("gpt2").load()
 
 
 def tokens(folder, split="train"):
@@ -133,11 +134,13 @@ def test_the_zip(gpt2, tweets, tmp_path):
     module = script("data/twitter_sentiment/prepare.py")
     with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
         archive.write(tweets, module.MEMBER)
-    assert module.read_tweets(tmp_path / "t.zip") == module.read_tweets(tweets)
+    tokenizer = fetch.choose_tokenizer("gpt2")
+    assert module.read_tweets(tmp_path / "t.zip", tokenizer) == (
+        module.read_tweets(tweets, tokenizer))
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.write(tweets, "x.csv")
     with pytest.raises(UserError, match=r"other.zip holds no training.1600000"):
-        module.read_tweets(tmp_path / "other.zip")
+        module.read_tweets(tmp_path / "other.zip", tokenizer)
 
 
 GOOD = '"0","1","date","q","user","sad"\n"4","2","date","q","user","glad"\n'
@@ -248,6 +251,61 @@ def test_long_examples_are_said_and_kept(gpt2, tmp_path, capsys):
     assert data.count_long(50256) == (longer, len(documents(tmp_path, gpt2)))
 
 
+def test_end_of_text_in_examples(gpt2, tmp_path):
+    """It separates the documents of a text; at an end it is dropped: each example gets one."""
+    lines = [{"prompt": f"Q{i}:", "completion": f" a{i}<|endoftext|>"} for i in range(30)]
+    lines += [{"text": f"One {i}<|endoftext|>\nTwo {i}<|endoftext|>"} for i in range(30)]
+    write_lines(tmp_path / "f.jsonl", lines)
+    prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, test_fraction=0.1)
+    texts = documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
+    texts += [row["prompt"] + row["completion"] for row in map(
+        json.loads, (tmp_path / "test.jsonl").read_text().splitlines())]
+    assert sorted(texts) == sorted(text for i in range(30) for text in (
+        f"Q{i}: a{i}", f"One {i}", f"Two {i}"))
+
+
+def test_end_of_text_by_another_name(tmp_path, make_dataset):
+    from tokenizers import Tokenizer
+    folder, _ = make_dataset("json")
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.add_special_tokens(["<start>", "<end>"])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    start, end = made.token_to_id("<start>"), made.token_to_id("<end>")
+    write_lines(tmp_path / "f.jsonl", [{"text": f"<start>Line {i}:<end>ends<|endoftext|> {i}"}
+                                       for i in range(40)])
+    (tmp_path / "f.txt").write_text("<start>Line: it ends.<end>" * 40)
+    for script_name, source in (("jsonl", "f.jsonl"), ("text", "f.txt")):
+        for name in (folder, folder / "tokenizer.json"):
+            out = tmp_path / script_name
+            prepare(script_name, input=tmp_path / source, out_dir=out, tokenizer=name)
+            ids = [*tokens(out), *tokens(out, "val")]
+            assert tokens(out)[-1] == tokens(out, "val")[-1] == end
+            assert ids.count(start) == 40
+            assert ids.count(end) == (80 if script_name == "jsonl" else 40)
+            data_tokenizer = tokenizer_of_dataset(out)
+            assert data_tokenizer.eot == end
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"prompt": "a<|endoftext|>b", "completion": "c"}, r"line 2: its prompt holds <\|endoftext"),
+    ({"prompt": "a<|endoftext|>", "completion": "c"}, r"line 2: its prompt holds <\|endoftext"),
+    ({"prompt": "a", "completion": "c<|endoftext|>d"}, "line 2: its completion holds"),
+    ({"prompt": "a", "completion": "<|endoftext|>"}, "line 2: its completion is empty"),
+    ({"text": "<|endoftext|><|endoftext|>"}, "line 2: its text is empty"),
+])
+def test_end_of_text_inside_an_example(fields, message, tmp_path):
+    write_lines(tmp_path / "f.jsonl", [{"text": "fine"}, fields])
+    with pytest.raises(UserError, match=message):
+        prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path / "out")
+
+
+def test_a_tweet_with_end_of_text(tmp_path):
+    path = tweets_csv(tmp_path / "t.csv", [("0", "sad"), ("4", "glad <|endoftext|> x")])
+    with pytest.raises(UserError, match=r"t.csv, line 2: its tweet holds <\|endoftext\|>"):
+        prepare("twitter_sentiment", input=path, out_dir=tmp_path / "out")
+
+
 def test_another_tokenizer(make_dataset, tmp_path):
     folder, tokenizer = make_dataset("json")
     write_lines(tmp_path / "f.jsonl", PAIRS)
@@ -265,7 +323,7 @@ def test_another_tokenizer(make_dataset, tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("f.jsonl", "", r"f.jsonl is empty; it should hold a line an example"),
     ("f.jsonl", '{"text": "a"}\n{"text": "b"\n', r"f.jsonl, line 2: malformed JSON \(.*column 13"),
-    ("f.jsonl", '{"text": "a"}\n\n[1]\n', r"f.jsonl, line 3: wants .*not \[1\]"),
+    ("f.jsonl", '{"text": "a"}\n\n[1]\n', r"f.jsonl, line 3: must be a JSON object, not \[1\]"),
     ("f.jsonl", '{"prompt": "a"}\n', r"f.jsonl, line 1: wants .*it has prompt"),
     ("f.jsonl", '{"prompt": "a", "completion": 1}\n', r"line 1: wants .*all of them strings"),
     ("f.jsonl", '{"prompt": "a", "completion": " "}\n', r"line 1: its completion is empty"),
@@ -288,7 +346,7 @@ def test_bad_examples(name, content, message, tmp_path):
 def test_bad_arguments(tmp_path):
     for fields, message in (({}, "which examples"),
                             ({"val_fraction": 1.5}, "--val_fraction=1.5: must be at least 0"),
-                            ({"tokenizer": "x.json"}, "--tokenizer=x.json: must be gpt2 or")):
+                            ({"tokenizer": "x.json"}, "--tokenizer=x.json: x.json: no such")):
         with pytest.raises(UserError, match=message):
             prepare("jsonl", **({"input": "f.jsonl"} if fields else {}), **fields)
 

@@ -7,18 +7,19 @@ r"""Your own task as a dataset: prompts and the completions to learn, or plain t
 FILE (UTF-8) holds a line an example, {"prompt": "...", "completion": "..."} or {"text": "..."}; or
 it is a .csv whose first row names these columns, or whose only column is the text.
 
-The examples are shuffled and packed end to end, end-of-text after each. End a prompt with a mark
-that never varies and no space ("Sentiment:"), and begin its completion with the space
-(" positive"): to GPT-2 a word with its space is one token, and a space alone another.
+The examples are shuffled and packed end to end, end-of-text after each. Where a text holds
+<|endoftext|>, it is several documents. End a prompt with a mark that never varies and no space
+("Sentiment:"), and begin its completion with the space (" positive"): to GPT-2 a word with its
+space is one token, and a space alone another.
 
 --loss_on=all           each token is learnt (the default)
 --loss_on=completion    only completions are, and texts; prompts are read, not learnt
 --test_fraction=0.05    keeps so much apart as test.jsonl, for evaluate.py --task=classify
 """
 import argparse
-import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,37 +29,28 @@ from fetch import UserError
 WANTED = '{"prompt": "...", "completion": "..."} or {"text": "..."}'
 
 
-def to_example(where: str, fields: dict) -> fetch.Example:
-    """An example of a line's fields, which are checked; `where` is what errors call the line."""
+def to_examples(where: str, fields: dict, tokenizer: fetch.AnyTokenizer) -> list[fetch.Example]:
+    """Returns the example of a line's fields; of a text one for each document in it. End-of-text
+    at the end of a completion is dropped, since each example gets one. Raises UserError."""
     prompt, completion = fields.get("prompt"), fields.get("completion")
-    if prompt is None and completion is None:
+    is_text = prompt is None and completion is None
+    if is_text:
         prompt, completion = "", fields.get("text")
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise UserError(f"{where}: wants {WANTED}, all of them strings; it has "
                         f"{', '.join(fields) or 'nothing'}")
-    if not completion.strip():
-        name = "completion" if "completion" in fields else "text"
+    texts = fetch.split_at(tokenizer.special.get("eos_token"), completion) if is_text else (
+        [fetch.without_end(completion, tokenizer)])
+    if not "".join(texts).strip():
+        name = "text" if is_text else "completion"
         raise UserError(f"{where}: its {name} is empty, there is nothing to learn")
-    return fetch.Example(prompt, completion)
+    for name, text in (("prompt", prompt), ("completion", texts[0])):
+        fetch.check_no_end(where, name, text, tokenizer)
+    return [fetch.Example(prompt, text) for text in texts]
 
 
-def read_jsonl(path: Path) -> list[fetch.Example]:
-    examples = []
-    for number, line in enumerate(fetch.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: malformed JSON ({error.msg} at column "
-                            f"{error.colno}); each line wants {WANTED}") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}, line {number}: wants {WANTED}, not {line.strip()[:40]}")
-        examples.append(to_example(f"{path}, line {number}", fields))
-    return examples
-
-
-def read_csv(path: Path) -> list[fetch.Example]:
+def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields ('FILE, line N', fields) for each row. Raises UserError if the CSV is malformed."""
     rows = fetch.read_rows(path, fetch.read_text(path))
     where, header = next(rows, (str(path), []))
     columns = [name.strip().lower() for name in header]
@@ -68,13 +60,11 @@ def read_csv(path: Path) -> list[fetch.Example]:
     if header and "text" not in columns and not {"prompt", "completion"} <= set(columns):
         raise UserError(f"{where}: the first row must name the columns prompt and completion, or "
                         f"text, not {', '.join(columns)}")
-    examples = []
     for where, row in rows:
         if len(row) != len(columns):
             raise UserError(f"{where}: {len(row)} fields where the first row names "
                             f"{len(columns)}")
-        examples.append(to_example(where, dict(zip(columns, row))))
-    return examples
+        yield where, dict(zip(columns, row))
 
 
 def split(examples: list[fetch.Example], val_fraction: float, test_fraction: float,
@@ -110,20 +100,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=1337, help="of the order and the split")
     p.add_argument("--block_size", type=int, default=1024,
                    help="longer examples are counted (default: 1024, GPT-2's context)")
-    p.add_argument("--tokenizer", default="gpt2", help="gpt2, or a tokenizer.json")
     args = p.parse_args(argv)
     if args.input is None:
         raise UserError("which examples? pass --input=FILE")
     fetch.check_fraction("val_fraction", args.val_fraction)
     fetch.check_fraction("test_fraction", args.test_fraction)
-    if args.tokenizer != "gpt2" and not Path(args.tokenizer).is_file():
-        raise UserError(f"--tokenizer={args.tokenizer}: must be gpt2 or a tokenizer.json file")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    examples = (read_csv if args.input.suffix.lower() == ".csv" else read_jsonl)(args.input)
+    tokenizer = fetch.choose_tokenizer(args.tokenizer)
+    read = read_csv if args.input.suffix.lower() == ".csv" else fetch.read_jsonl
+    examples = [example for where, fields in read(args.input)
+                for example in to_examples(where, fields, tokenizer)]
     if not examples:
         raise UserError(f"{args.input} is empty; it should hold a line an example: {WANTED}")
     if args.loss_on == "completion" and not any(example.prompt for example in examples):
@@ -134,9 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     if not splits["train"]:
         raise UserError(f"{args.input}: {len(examples)} examples leave none to train on; give it "
                         "more of them")
-    encoder = (fetch.gpt2_encoder() if args.tokenizer == "gpt2"
-               else fetch.json_encoder(Path(args.tokenizer).read_bytes(), args.tokenizer))
-    fetch.write_examples(args.out_dir, splits, encoder, args.loss_on, args.block_size)
+    fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
     print(f"next: python train.py config/finetune_task.py "
           f"--dataset={fetch.dataset_name(args.out_dir)}")
 

@@ -57,11 +57,16 @@ def find_files(source: Path) -> tuple[str, list[str]]:
     return KINDS[suffix], [str(f) for f in files if f.suffix == suffix]
 
 
-def tokenize(rows: dict[str, list[str]]) -> dict[str, list[bytes]]:
-    """Texts to the bytes of a .bin file: a quarter of what lists of int64 would take on disk."""
-    encoding = fetch.gpt2()
-    return {"ids": [np.array([*encoding.encode_ordinary(text), encoding.eot_token],
-                             dtype=fetch.TOKEN).tobytes() for text in rows["text"]]}
+def tokenize(rows: dict[str, list[str]], name: str = "gpt2") -> dict[str, list[bytes]]:
+    """Texts to the bytes of a .bin file: a quarter of what lists of int64 would take on disk.
+
+    GPT-2's special token in a text is plain text, as in nanoGPT's OpenWebText.
+    """
+    tokenizer = fetch.tokenizer_of_source(name)
+    encode = tokenizer.encode if name != "gpt2" else tokenizer.load().encode_ordinary
+    end = fetch.document_end(tokenizer)
+    return {"ids": [np.array([*encode(text), *end], dtype=fetch.TOKEN).tobytes()
+                    for text in rows["text"]]}
 
 
 def arrays(tokenized, name: str) -> Iterator[np.ndarray]:
@@ -77,16 +82,18 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--num_proc", type=int, default=os.cpu_count(),
                    help="processes that tokenize (default: one per core)")
     args = p.parse_args(argv)
-    fetch.gpt2()        # if the vocabulary is missing, say so before the long download
+    tokenizer = fetch.choose_tokenizer(args.tokenizer)
+    tokenizer.encode("")        # if it must be downloaded and cannot be, fails before the texts
     documents = load_documents(args.input, args.num_proc)
     if len(documents) < 2:
         raise UserError(f"--input={args.input}: {len(documents)} document, and the split needs 2")
     # the split and the tokens stay in datasets' cache, so that a run that stops goes on from there
     split = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     tokenized = split.map(tokenize, batched=True, remove_columns=["text"], desc="tokenizing",
+                          fn_kwargs={"name": args.tokenizer},
                           num_proc=min(args.num_proc, len(split["test"])))
     fetch.write_dataset(args.out_dir, arrays(tokenized["train"], "train"),
-                        arrays(tokenized["test"], "val"), {})
+                        arrays(tokenized["test"], "val"), tokenizer.files)
 
 
 if __name__ == "__main__":

@@ -84,14 +84,18 @@ def drop_repeats(documents: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = fetch.parser(__doc__, Path(__file__).parent)
-    p.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer (default: 4096)")
+    p = fetch.parser(__doc__, Path(__file__).parent, tokenizers=(
+        "train, gpt2, a tokenizer.json, a folder or a hub id (default: train)"))
+    p.set_defaults(tokenizer="train")
+    p.add_argument("--vocab_size", type=int, default=4096,
+                   help="of --tokenizer=train (default: 4096)")
     args = p.parse_args(argv)
     topics, docstrings = drop_repeats(read_topics()), drop_repeats(read_docstrings())
     train, val = fetch.split_documents(docstrings)
-    encoder = fetch.json_encoder(fetch.train_bpe((text for text, _ in train), args.vocab_size))
-    fetch.encode_dataset(args.out_dir / "docstrings", train, val, encoder)
-    fetch.encode_dataset(args.out_dir / "topics", *fetch.split_documents(topics), encoder)
+    tokenizer = (fetch.choose_tokenizer(args.tokenizer) if args.tokenizer != "train"
+                 else fetch.train_bpe((text for text, _ in train), args.vocab_size))
+    fetch.encode_dataset(args.out_dir / "docstrings", train, val, tokenizer)
+    fetch.encode_dataset(args.out_dir / "topics", *fetch.split_documents(topics), tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tiny Shakespeare in GPT-2's tokens: 301,966 train, 36,059 validate (90/10 by characters).
 
-    python data/shakespeare/prepare.py [--input=FILE] [--out_dir=DIR]
+    python data/shakespeare/prepare.py [--input=FILE] [--tokenizer=NAME] [--out_dir=DIR]
 
 Downloads 1.1 MB from karpathy/char-rnn, unless --input names the file (or any other text).
 """
@@ -14,7 +14,7 @@ import fetch
 def main(argv: list[str] | None = None) -> None:
     args = fetch.parser(__doc__, Path(__file__).parent, "the text, if at hand").parse_args(argv)
     train, val = fetch.split_text(fetch.shakespeare(args.input, args.out_dir))
-    fetch.encode_dataset(args.out_dir, train, val, fetch.gpt2_encoder())
+    fetch.encode_dataset(args.out_dir, train, val, fetch.choose_tokenizer(args.tokenizer))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import fetch
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = fetch.parser(__doc__, Path(__file__).parent, "the text, if at hand").parse_args(argv)
+    p = fetch.parser(__doc__, Path(__file__).parent, "the text, if at hand", tokenizers="")
+    args = p.parse_args(argv)
     text = fetch.shakespeare(args.input, args.out_dir)
     train, val = fetch.split_text(text)
-    fetch.encode_dataset(args.out_dir, train, val, fetch.char_encoder(text))
+    fetch.encode_dataset(args.out_dir, train, val, fetch.char_tokenizer(text))
 
 
 if __name__ == "__main__":

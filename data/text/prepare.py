@@ -5,14 +5,14 @@ r"""Your own text as a dataset: a file, or a folder of files.
 
 Each file is a document, with end-of-text after it; a folder is read with its subfolders, in the
 order of the paths, hidden files left out. Where a file holds <|endoftext|>, as texts made for
-gpt-2-simple do, it is several documents (--split_on=TEXT for another mark; --split_on= for none,
-which keeps <|endoftext|> as ordinary text). A tenth of the documents validates; of a single one,
-its end. Text must be UTF-8; a byte order mark is dropped, and Windows line ends become \n.
+gpt-2-simple do, it is several documents (--split_on=TEXT for another mark; --split_on= for none).
+A tenth of the documents validates; of a single one, its end. Text must be UTF-8; a byte order mark
+is dropped, and Windows line ends become \n.
 
 --tokenizer=gpt2        GPT-2's, to finetune a pretrained model (the default)
 --tokenizer=char        characters; for a small model from scratch
 --tokenizer=train       a byte-level BPE trained on this text, of --vocab_size; from scratch too
---tokenizer=FILE.json   a tokenizer.json, such as another dataset's or a pretrained model's
+--tokenizer=NAME        another model's: its tokenizer.json, its folder or its hub id
 """
 import argparse
 import sys
@@ -42,44 +42,25 @@ def find_files(source: Path, extensions: str) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def read_documents(source: Path, extensions: str, mark: str) -> list[str]:
-    """Every document of `source`; the newlines around a mark belong to it, and empty ones go."""
+def read_documents(source: Path, extensions: str, mark: str | None) -> list[str]:
+    """Returns every document of `source`; a mark separates those of one file."""
     documents = []
     for path in find_files(source, extensions):
-        text = fetch.read_text(path)
-        parts = text.split(mark) if mark else [text]
-        documents += [part.strip("\n") for part in parts] if len(parts) > 1 else parts
-    documents = [text for text in documents if text.strip()]
+        documents += fetch.split_at(mark, fetch.read_text(path))
     if not documents:
         raise UserError(f"--input={source} is empty; it should hold the text to train on")
     return documents
 
 
-def choose_encoder(name: str, documents: list[str], train: fetch.Pieces,
-                   vocab_size: int) -> fetch.Encoder:
-    """The encoder that --tokenizer names; validation text does not train a BPE."""
-    if name == "gpt2":
-        return fetch.gpt2_encoder()
-    if name == "char":
-        return fetch.char_encoder("".join(documents))
-    if name == "train":
-        return fetch.json_encoder(fetch.train_bpe((text for text, _ in train), vocab_size))
-    if not name.endswith(".json"):
-        raise UserError(f"--tokenizer={name}: must be gpt2, char, train or a tokenizer.json file")
-    if not Path(name).is_file():
-        raise UserError(f"--tokenizer={name}: no such file")
-    return fetch.json_encoder(Path(name).read_bytes(), name)
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = fetch.parser(__doc__, Path(__file__).parent, "a text file, or a folder of them (required)")
+    p = fetch.parser(__doc__, Path(__file__).parent, "a text file, or a folder of them (required)",
+                     "gpt2, char, train, a tokenizer.json, a folder or a hub id (default: gpt2)")
     p.add_argument("--val_fraction", type=float, default=0.1, help="(default: 0.1)")
-    p.add_argument("--tokenizer", default="gpt2", help="gpt2, char, train or FILE.json")
     p.add_argument("--vocab_size", type=int, default=8000,
                    help="of --tokenizer=train (default: 8000)")
     p.add_argument("--ext", default=".txt,.md", help="files of a folder (default: .txt,.md)")
-    p.add_argument("--split_on", default=fetch.END_OF_TEXT, metavar="TEXT",
-                   help=f"what parts documents in a file (default: {fetch.END_OF_TEXT})")
+    p.add_argument("--split_on", metavar="TEXT",
+                   help="separates the documents of a file (default: end-of-text, <|endoftext|>)")
     args = p.parse_args(argv)
     if args.input is None:
         raise UserError("which text? pass --input=FILE_OR_FOLDER")
@@ -88,12 +69,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    documents = read_documents(args.input, args.ext, args.split_on)
+    tokenizer = None if args.tokenizer in ("char", "train") else (
+        fetch.choose_tokenizer(args.tokenizer))
+    end = fetch.EOT if tokenizer is None else tokenizer.special.get("eos_token")
+    documents = read_documents(args.input, args.ext,
+                               end if args.split_on is None else args.split_on)
     train, val = fetch.split_documents(documents, args.val_fraction)
     print(f"{args.input}: documents {len(documents):,}, characters {sum(map(len, documents)):,}")
-    encoder = choose_encoder(args.tokenizer, documents, train, args.vocab_size)
-    fetch.encode_dataset(args.out_dir, train, val, encoder)
-    start = {"gpt2": "gpt2", "char": "scratch", "train": "scratch"}.get(args.tokenizer, "MODEL")
+    if args.tokenizer == "char":
+        tokenizer = fetch.char_tokenizer("".join(documents))
+    elif args.tokenizer == "train":     # validation text does not train it
+        tokenizer = fetch.train_bpe((text for text, _ in train), args.vocab_size)
+    fetch.encode_dataset(args.out_dir, train, val, tokenizer)
+    start = {"char": "scratch", "train": "scratch"}.get(args.tokenizer, args.tokenizer)
+    start = "MODEL" if Path(start).suffix == ".json" else start
     name = fetch.dataset_name(args.out_dir)
     print(f"next: python train.py --init_from={start} --dataset={name} "
           f"--out_dir=out-{Path(name).name}")

@@ -44,7 +44,7 @@ def read_content(path: Path) -> str:
         return content.decode("latin-1")
 
 
-def read_tweets(path: Path) -> list[tuple[str, str]]:
+def read_tweets(path: Path, tokenizer: fetch.AnyTokenizer) -> list[tuple[str, str]]:
     """(text, label) of each labelled row, of tweets that are the same the first; says what was
     left out. Spaces are evened and HTML's &amp; and the like undone."""
     tweets, rows, unlabelled = {}, 0, 0
@@ -60,6 +60,7 @@ def read_tweets(path: Path) -> list[tuple[str, str]]:
         if target not in LABELS and target not in UNLABELLED:
             raise UserError(f"{where}: the target, the first column, is {target[:20]!r}; it must "
                             "be 0 (negative) or 4 (positive), and there is no header")
+        fetch.check_no_end(where, "tweet", text, tokenizer)
         if target in UNLABELLED or not text:
             unlabelled += 1
         else:
@@ -125,9 +126,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     source = args.input or fetch.download(URL, args.out_dir / Path(URL).name)
-    splits = split(read_tweets(source), args.samples, args.test_fraction, args.val_fraction,
-                   args.seed)
-    fetch.write_examples(args.out_dir, splits, fetch.gpt2_encoder(), args.loss_on, args.block_size)
+    tokenizer = fetch.choose_tokenizer(args.tokenizer)
+    splits = split(read_tweets(source, tokenizer), args.samples, args.test_fraction,
+                   args.val_fraction, args.seed)
+    fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
 
 
 if __name__ == "__main__":
