@@ -29,6 +29,7 @@ from nanotune.files import write_atomic
 from nanotune.formats.checkpoint import load_model
 from nanotune.generation.fast import pack
 from nanotune.text.loader import dataset_folder, open_dataset, open_tokens
+from nanotune.text.read import read_text
 from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
 from nanotune.training.distributed import join, read_world, sum_over_ranks
 
@@ -73,10 +74,7 @@ def check_config(cfg, world):
 
 def read_input(cfg, tokenizer):
     """(ids, number of words) of the --input file; words are separated by whitespace."""
-    try:
-        text = Path(cfg.input).read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{cfg.input} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
+    text = read_text(cfg.input)
     words = len(text.split())
     text = perplexity.detokenize_wikitext(text) if cfg.detokenize else text
     tokens = np.array(tokenizer.encode(text))
@@ -164,14 +162,14 @@ def print_confusion(names, confusion):
 
 def run_lambada(cfg, model, tokenizer, source, world):
     pairs = []
-    for number, fields in tasks.read_lines(Path(cfg.input), "text"):
+    for where, fields in tasks.read_lines(Path(cfg.input), "text"):
         pair = tasks.split_last_word(fields["text"], tokenizer)
         if pair is None:
-            raise UserError(f"{cfg.input}, line {number}: wants two words or more: the last is "
+            raise UserError(f"{where}: wants two words or more: the last is "
                             "predicted from those before; add words or drop the line")
         length = len(pair[0]) + len(pair[1])
         if length - 1 > model.config.block_size:  # the model does not read the last token
-            raise UserError(f"{cfg.input}, line {number}: has {length} tokens, the model reads "
+            raise UserError(f"{where}: has {length} tokens, the model reads "
                             f"{model.config.block_size}; shorten or drop it")
         pairs.append(pair)
     losses, hits, filtered = tasks.lambada(

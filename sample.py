@@ -7,7 +7,6 @@
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,6 +18,7 @@ from nanotune.errors import UserError
 from nanotune.formats.checkpoint import load_model
 from nanotune.generation.fast import for_generation
 from nanotune.generation.generate import TextPieces, stream
+from nanotune.text.read import check_surrogates, read_text
 from nanotune.text.tokenizer import EOT
 
 
@@ -44,16 +44,11 @@ class Config:
 
 
 def read_prompt(start):
-    if not start.startswith("FILE:"):
-        return start
-    path = Path(start.removeprefix("FILE:"))
-    if not path.is_file():
-        raise UserError(f"--start: the file {path} does not exist")
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
+    """The text of --start."""
+    if start.startswith("FILE:"):
+        return read_text(start.removeprefix("FILE:"))
+    check_surrogates(start, "--start")
+    return start
 
 
 def encode_prompt(tokenizer, text, block_size):

@@ -81,6 +81,15 @@ def test_a_prompt_from_a_file(chars, samples, tmp_path):
     assert samples(chars, start=path) == samples(chars, start="Line 1:")
 
 
+def test_a_prompt_from_a_file_of_windows(chars, samples, tmp_path):
+    """A byte order mark is no part of the text, and \\r\\n is one line end."""
+    prompts = []
+    for name, content in (("bom", b"\xef\xbb\xbfLine 1:\r\nit"), ("plain", b"Line 1:\nit")):
+        (tmp_path / name).write_bytes(content)
+        prompts.append(samples(chars, start=f"FILE:{tmp_path / name}", temperature=0))
+    assert prompts[0] == prompts[1] and prompts[0][0].startswith("Line 1:\nit")
+
+
 def test_end_of_text_ends_a_sample(json_run, samples, monkeypatch):
     eot = JsonTokenizer(tiny_json()).eot
     fed = iter([[5, 6, eot], [7, eot, eot], [eot, eot, eot], [9, 9, 9]])
@@ -192,11 +201,12 @@ def refuse(out_dir, message, *argv):
 
 def test_bad_prompts(chars, tmp_path):
     refuse(chars, "the character 'é' is not in the model's vocabulary", "--start=é")
+    refuse(chars, r"--start: character 1 is .udcff, half of a surrogate pair", "--start=\udcff")
     refuse(chars, "--start is empty", "--start=")
     refuse(chars, "--start has 17 tokens, the model reads at most 16", f"--start={'L' * 17}")
-    refuse(chars, "the file .*none.txt does not exist", f"--start=FILE:{tmp_path / 'none.txt'}")
+    refuse(chars, "none.txt: no such file", f"--start=FILE:{tmp_path / 'none.txt'}")
     (tmp_path / "latin1.txt").write_bytes("Line, café".encode("latin-1"))
-    refuse(chars, r"latin1.txt is not UTF-8 \(byte 9\)", f"--start=FILE:{tmp_path / 'latin1.txt'}")
+    refuse(chars, r"latin1.txt is not UTF-8: byte 0xe9 at offset 9", f"--start=FILE:{tmp_path / 'latin1.txt'}")
 
 
 def test_the_longest_prompt(chars, samples):

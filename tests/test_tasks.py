@@ -271,8 +271,8 @@ def test_classify(task, capsys):
 @pytest.mark.parametrize("lines, message", [
     ([{"prompt": "Line", "completion": " it"}] * 2, r"test.jsonl: every completion is 'it'; .*two"),
     (["{"], r"test.jsonl, line 1: malformed JSON \(.*column 2\)"),
-    (["", '{"prompt": 1, "completion": "x"}'], r"line 2: wants a JSON object with prompt and"),
-    (["[]"], r"line 1: wants a JSON object"),
+    (["", '{"prompt": 1, "completion": "x"}'], r"line 2: must be a JSON object with prompt and"),
+    (["[]"], r"line 1: must be a JSON object"),
     ([], r"test.jsonl is empty"),
     ([{"prompt": "L" * 19, "completion": " it"}, {"prompt": "L", "completion": " end"}],
      r"test.jsonl, line 1: the prompt has 19 tokens; the model reads 1 to 16 beside the longest"),
@@ -399,8 +399,44 @@ def test_detokenized_text_is_likelier(gpt2_vocabulary, shared, tmp_path, capsys)
     assert found[1] < found[0] / 2
 
 
+def test_windows_files_are_read_as_others(task, tmp_path, capsys):
+    """A byte order mark and \\r\\n, in a text, in LAMBADA's lines and in test.jsonl."""
+    pytest.importorskip("sklearn")
+    folder, out_dir, _, _ = task
+    plain = [json.dumps({"text": "Line it ends", "prompt": "Line", "completion": c}) + "\n"
+             for c in (" it", " ends")]
+    found = {}
+    for name, mark, end in (("plain", "", "\n"), ("windows", "\ufeff", "\r\n")):
+        for file, lines in (("in.txt", ["Line 1:\n", "it ends\n"] * 9), ("in.jsonl", plain),
+                            (folder / "test.jsonl", plain)):
+            (tmp_path / file).write_bytes((mark + "".join(lines).replace("\n", end)).encode())
+        for options in ([f"--input={tmp_path / 'in.txt'}"],
+                        ["--task=lambada", f"--input={tmp_path / 'in.jsonl'}"],
+                        ["--task=classify", f"--dataset={folder}"]):
+            run(f"--out_dir={out_dir}", *options)
+        found[name] = re.sub(r"[\d.]+ s, [\d,.]+ prompts a second", "", capsys.readouterr().out)
+    assert found["plain"] == found["windows"]
+
+
+def test_end_of_text_after_an_answer_is_none_of_it(make_run, make_dataset, capsys):
+    """In test.jsonl and in LAMBADA's texts: data drops it there too."""
+    pytest.importorskip("sklearn")
+    folder, tokenizer = make_dataset("json")
+    out_dir, _ = make_run(tokenizer, block_size=32)
+    found = []
+    for end in ("", "<|endoftext|>", "<|endoftext|>\n"):
+        make_jsonl(folder / "test.jsonl", [
+            {"text": f"Line it ends{end}", "prompt": "Line", "completion": c + end}
+            for c in (" it", " ends")])
+        for options in (["--task=classify", f"--dataset={folder}"],
+                        ["--task=lambada", f"--input={folder / 'test.jsonl'}"]):
+            run(f"--out_dir={out_dir}", *options)
+        found.append(re.sub(r"[\d.]+ s, [\d,.]+ prompts a second", "", capsys.readouterr().out))
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_file_that_is_not_utf8(task, tmp_path):
     _, out_dir, _, _ = task
     Path(tmp_path / "l.txt").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(UserError, match=r"l.txt is not UTF-8 \(byte 3\)"):
+    with pytest.raises(UserError, match=r"l.txt is not UTF-8: byte 0xe9 at offset 3; .*iconv"):
         run(f"--out_dir={out_dir}", f"--input={tmp_path / 'l.txt'}")

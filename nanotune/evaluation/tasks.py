@@ -6,8 +6,8 @@
 
 A model is a GPT or an OnnxGPT, in evaluation mode.
 """
+import contextlib
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from nanotune.errors import UserError
 from nanotune.formats.onnx_model import OnnxGPT
 from nanotune.generation.generate import stream
 from nanotune.text.loader import IGNORED
-from nanotune.text.tokenizer import AnyTokenizer
+from nanotune.text.read import read_jsonl
+from nanotune.text.tokenizer import AnyTokenizer, without_end
 
 # Words that rarely end a sentence: articles, pronouns, prepositions, conjunctions, auxiliaries.
 # Radford et al. 2019, section 3.3, filter such words but do not give their list; this is ours.
@@ -46,24 +47,14 @@ def bar(batches, shown):
 # -----------------------------------------------------------------------------
 # prompts
 
-def read_lines(path: Path, *names: str) -> list[tuple[int, dict]]:
-    """Returns [(line number, fields), ...] of a .jsonl file. Raises UserError if the file is
+def read_lines(path: Path, *names: str) -> list[tuple[str, dict]]:
+    """Returns [("FILE, line N", fields), ...] of a .jsonl file. Raises UserError if the file is
     missing or empty, or a line is no JSON object with strings of these names."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}, line {number}: malformed JSON ({e.msg} at column "
-                            f"{e.colno})") from None
-        if not isinstance(fields, dict) or not all(isinstance(fields.get(n), str) for n in names):
-            raise UserError(f"{path}, line {number}: wants a JSON object with "
-                            f"{' and '.join(names)} as strings")
-        lines.append((number, fields))
+    lines = list(read_jsonl(path))
+    for where, fields in lines:
+        if not all(isinstance(fields.get(name), str) for name in names):
+            raise UserError(f"{where}: must be a JSON object with {' and '.join(names)} as "
+                            "strings")
     if not lines:
         raise UserError(f"{path} is empty; it should have one line per example, with "
                         f"{' and '.join(names)}")
@@ -75,21 +66,22 @@ def read_prompts(path: Path, tokenizer: AnyTokenizer,
     """Returns (ids of each prompt, label of each prompt, {label: ids}) of a test.jsonl. Raises
     UserError for less than two labels, or if a prompt with the longest label exceeds block_size."""
     lines = read_lines(path, "prompt", "completion")
-    completions = {fields["completion"].strip(): fields["completion"] for _, fields in lines}
+    answers = [without_end(fields["completion"], tokenizer) for _, fields in lines]
+    completions = {answer.strip(): answer for answer in answers}
     if len(completions) < 2:
         raise UserError(f"{path}: every completion is {next(iter(completions))!r}; to classify "
                         "takes two labels or more")
     labels = {label: tokenizer.encode(completions[label]) for label in sorted(completions)}
     longest = max(map(len, labels.values()))
     prompts = []
-    for number, fields in lines:
+    for where, fields in lines:
         ids = tokenizer.encode(fields["prompt"])
         if not 1 <= len(ids) <= block_size - longest:
-            raise UserError(f"{path}, line {number}: the prompt has {len(ids)} tokens; the model "
+            raise UserError(f"{where}: the prompt has {len(ids)} tokens; the model "
                             f"reads 1 to {block_size - longest} beside the longest label; shorten "
                             "or drop it")
         prompts.append(ids)
-    return prompts, [fields["completion"].strip() for _, fields in lines], labels
+    return prompts, [answer.strip() for answer in answers], labels
 
 
 def batches_by_length(rows, batch_size):
@@ -168,7 +160,7 @@ def classification_scores(truth: list[str], predicted: list[str | None],
 
 def split_last_word(text: str, tokenizer: AnyTokenizer) -> tuple[list[int], list[int]] | None:
     """Returns (ids of the context, ids of the last word with its space); None without a context."""
-    context, space, word = text.rstrip().rpartition(" ")
+    context, space, word = without_end(text, tokenizer).rstrip().rpartition(" ")
     if not context.strip() or not space:
         return None
     return tokenizer.encode(context), tokenizer.encode(" " + word)
@@ -176,8 +168,12 @@ def split_last_word(text: str, tokenizer: AnyTokenizer) -> tuple[list[int], list
 
 def stop_word_ids(tokenizer: AnyTokenizer) -> list[int]:
     """Returns the ids of stop words, also capitalised, that are one token with their space."""
-    words = (tokenizer.encode(" " + form) for word in STOP_WORDS for form in (word, word.title()))
-    return sorted({ids[0] for ids in words if len(ids) == 1})
+    found = set()
+    for word in [*STOP_WORDS, *map(str.title, STOP_WORDS)]:
+        with contextlib.suppress(UserError):  # the vocabulary cannot express it
+            ids = tokenizer.encode(" " + word)
+            found |= set(ids) if len(ids) == 1 else set()
+    return sorted(found)
 
 
 @torch.no_grad()
@@ -205,7 +201,7 @@ def lambada(model: GPT | OnnxGPT, pairs: list[tuple[list[int], list[int]]], stop
         losses[batch] = torch.zeros(len(batch)).index_add_(0, row, loss)
         hits[batch] = all_of_row(logits.argmax(-1).cpu() == targets, row, len(batch))
         first = (row.diff(prepend=row.new_tensor([-1])) > 0).nonzero()[:, 0].to(device)
-        logits[first[:, None], torch.tensor(stop_ids, device=device)] = -math.inf
+        logits[first[:, None], torch.tensor(stop_ids, dtype=torch.int64, device=device)] = -math.inf
         filtered[batch] = all_of_row(logits.argmax(-1).cpu() == targets, row, len(batch))
     return losses, hits, filtered
 
