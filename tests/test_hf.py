@@ -9,12 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 import torch
-from conftest import hf_model, hf_tensors, tiny_gpt
+from conftest import PAD, START, hf_model, hf_tensors, save_odd, tiny_gpt
 from huggingface_hub import constants
 
 from model import GPT, GPTConfig
 from nanotune.errors import UserError
 from nanotune.formats import hf
+from nanotune.text.tokenizer import EOT, tokenizer_of_folder, tokenizer_of_source
 
 KEY = "transformer.h.1.mlp.c_fc.weight"
 
@@ -402,6 +403,17 @@ def test_a_model_of_the_hub_and_then_of_its_cache(hub, file, write_hf, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     same_logits("someone/gpt", theirs)
     assert not hub.asked
+
+
+@pytest.mark.parametrize("kind", ["added", "old"])
+def test_a_tokenizer_of_the_hub(hub, kind, tmp_path):
+    """All its files are fetched: the names of its special tokens and the added tokens too."""
+    save_odd(tmp_path / "odd", kind)
+    (tmp_path / "odd" / "config.json").write_text("{}")
+    hub.repos["someone/odd"] = tmp_path / "odd"
+    found, ours = tokenizer_of_source("someone/odd"), tokenizer_of_folder(tmp_path / "odd")
+    assert (found.spec, found.special) == (ours.spec, ours.special)
+    assert set(ours.special.values()) == {EOT, START, PAD}
 
 
 def test_the_hub_answers_that_there_is_no_such_model(hub):

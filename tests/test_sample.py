@@ -206,7 +206,8 @@ def test_bad_prompts(chars, tmp_path):
     refuse(chars, "--start has 17 tokens, the model reads at most 16", f"--start={'L' * 17}")
     refuse(chars, "none.txt: no such file", f"--start=FILE:{tmp_path / 'none.txt'}")
     (tmp_path / "latin1.txt").write_bytes("Line, café".encode("latin-1"))
-    refuse(chars, r"latin1.txt is not UTF-8: byte 0xe9 at offset 9", f"--start=FILE:{tmp_path / 'latin1.txt'}")
+    refuse(chars, "latin1.txt is not UTF-8: byte 0xe9 at offset 9",
+           f"--start=FILE:{tmp_path / 'latin1.txt'}")
 
 
 def test_the_longest_prompt(chars, samples):

@@ -4,7 +4,7 @@ import pickle
 import shutil
 
 import pytest
-from conftest import TEXT, tiny_json, write_tokenizer
+from conftest import PAD, START, TEXT, save_odd, tiny_json, write_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -137,54 +137,7 @@ def test_a_vocabulary_without_end_of_text():
 # -----------------------------------------------------------------------------
 # one encoder: data, prompts and transformers give the same ids
 
-START, PAD = "<|startoftext|>", "<|pad|>"
-N = JSON.n_vocab  # their ids are N and N + 1
-
-
-def save_odd(folder, kind):
-    """A folder with an odd tokenizer: tokens added behind a BPE, in one file or in the old layout;
-    a Unigram model with </s>, as T5's; words with [UNK]."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    folder.mkdir(parents=True, exist_ok=True)
-    if kind == "words":
-        made = Tokenizer(models.WordLevel({"[UNK]": 0, "Line": 1, ":": 2, "[END]": 3}, "[UNK]"))
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        made.add_special_tokens(["[UNK]", "[END]"])
-        names = {"eos_token": "[END]", "unk_token": "[UNK]"}
-    elif kind == "unigram":
-        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁Line", -3.0)]
-        made = Tokenizer(models.Unigram([*pieces, *((c, -4.0) for c in "abcdefghijklm: ")], 2))
-        made.pre_tokenizer = pre_tokenizers.Metaspace()
-        made.add_special_tokens(["<pad>", "</s>", "<unk>"])
-        made.enable_padding(pad_id=0, pad_token="<pad>", length=64)
-        names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    else:
-        made = Tokenizer.from_str(tiny_json())
-        made.add_special_tokens([START, PAD])
-        names = {"bos_token": START, "eos_token": EOT, "pad_token": PAD, "unk_token": EOT}
-        if kind == "truncated":
-            made.enable_truncation(8)
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    made.save(str(folder / "tokenizer.json"))
-    if kind == "old":
-        split_into_old_files(folder)
-
-
-def split_into_old_files(folder):
-    """Replaces tokenizer.json with vocab.json, merges.txt and the files of the old layout."""
-    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    names = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer.json").unlink()
-    for name, content in {
-            "vocab.json": data["model"]["vocab"],
-            "added_tokens.json": {t["content"]: t["id"] for t in data["added_tokens"][1:]},
-            "special_tokens_map.json": {key: {"content": token} for key, token in names.items()
-                                        if key.endswith("_token")},
-            "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(
-        f"{a} {b}\n" for a, b in data["model"]["merges"]), encoding="utf-8")
+N = JSON.n_vocab  # START's id; PAD's is N + 1
 
 
 @pytest.fixture(scope="module", params=["added", "truncated", "old", "unigram", "words"])
