@@ -289,7 +289,7 @@ def load_by_copy(folder):
     from transformers import GPT2LMHeadModel
 
     from model import GPT, GPTConfig
-    from nanotune.formats.hf import LAYOUTS, keys_of
+    from nanotune.formats.hf_config import LAYOUTS, keys_of
 
     @torch.no_grad()
     def load():

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanotune.errors import UserError
-from nanotune.formats import hf, hub
+from nanotune.formats import hf, hf_config, hub
 from nanotune.generation.generate import read_prompts, stream
 from nanotune.head_loss import head_bytes, head_chunk, head_loss
 from nanotune.text.loader import IGNORED
@@ -439,7 +439,7 @@ class GPT(nn.Module):
         folder, in training mode, its matrices in `dtype`; a smaller block_size crops the context.
         Raises UserError if the files are not found, are of another architecture or do not fit."""
         config_file, weight_files = hub.find_pretrained(name)
-        fields = hf.config_from_hf(hub.read_json(config_file), name)
+        fields = hf_config.config_from_hf(hub.read_json(config_file), name)
         fields["tied_head"] = hf.head_is_tied(weight_files, fields["tied_head"])
         config = GPTConfig(**fields, dropout=dropout)
         model = cls.empty(config, device, dtype)

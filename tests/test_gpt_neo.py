@@ -8,7 +8,7 @@ from tiny import losses, run_train
 
 import sample
 from model import GPT, GPTConfig
-from nanotune.formats import checkpoint, hf
+from nanotune.formats import checkpoint, hf_config
 
 # what EleutherAI's config.json files say, as far as it matters to a model: (config, parameters)
 HUB = {
@@ -44,7 +44,7 @@ def windows(config):
 def test_the_hubs_sizes(name):
     fields, n_params = HUB[name]
     fields = fields | {"attention_layers": ["global", "local"] * (fields["num_layers"] // 2)}
-    config = GPTConfig(**hf.config_from_hf(COMMON | fields, name))
+    config = GPTConfig(**hf_config.config_from_hf(COMMON | fields, name))
     with torch.device("meta"):
         model = GPT(config)
     assert model.num_params() == n_params

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from model import GPT, GPTConfig
 from nanotune.errors import UserError
-from nanotune.formats import hf
+from nanotune.formats import hf_config
 from nanotune.text.tokenizer import EOT, tokenizer_of_folder, tokenizer_of_source
 
 KEY = "transformer.h.1.mlp.c_fc.weight"
@@ -312,11 +312,11 @@ def test_a_config_without_a_size(neo, key, write_hf):
 
 def test_what_a_config_leaves_out_is_transformers_default():
     sizes = dict(n_positions=8, vocab_size=9, n_layer=1, n_head=2, n_embd=4)
-    config = GPTConfig(**hf.config_from_hf(sizes | {"model_type": "gpt2"}, "x"))
+    config = GPTConfig(**hf_config.config_from_hf(sizes | {"model_type": "gpt2"}, "x"))
     assert config == GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=4)
     sizes = dict(max_position_embeddings=8, vocab_size=9, num_layers=24, num_heads=2,
                  hidden_size=4)
-    config = GPTConfig(**hf.config_from_hf(sizes | {"model_type": "gpt_neo"}, "x"))
+    config = GPTConfig(**hf_config.config_from_hf(sizes | {"model_type": "gpt_neo"}, "x"))
     assert config == GPTConfig(block_size=8, vocab_size=9, n_layer=24, n_head=2, n_embd=4,
                                attn_scale=1.0, qkv_bias=False, local_window=256)
 
@@ -331,12 +331,12 @@ NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5)
 def test_configs_go_to_transformers_and_back(fields):
     from transformers import AutoConfig
     config = tiny_gpt(61, **fields).config
-    theirs = json.loads(json.dumps(hf.config_to_hf(asdict(config))))
-    assert GPTConfig(**hf.config_from_hf(theirs, "x")) == config
+    theirs = json.loads(json.dumps(hf_config.config_to_hf(asdict(config))))
+    assert GPTConfig(**hf_config.config_from_hf(theirs, "x")) == config
     # through transformers' own reading and writing too
     kind = theirs.pop("model_type")
     again = json.loads(AutoConfig.for_model(kind, **theirs).to_json_string())
-    assert asdict(GPTConfig(**hf.config_from_hf(again, "x"))) == asdict(config)
+    assert asdict(GPTConfig(**hf_config.config_from_hf(again, "x"))) == asdict(config)
 
 
 # -----------------------------------------------------------------------------

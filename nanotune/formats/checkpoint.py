@@ -20,7 +20,7 @@ from model import GPT, GPTConfig
 from nanotune import files
 from nanotune.device import DTYPES
 from nanotune.errors import UserError
-from nanotune.formats import hf, hub, tf
+from nanotune.formats import hf, hf_config, hub, tf
 from nanotune.formats.onnx_model import OnnxGPT, open_onnx
 from nanotune.text.tokenizer import (
     GPT2_VOCAB_SIZES,
@@ -176,7 +176,7 @@ def model_config(source: str) -> GPTConfig:
     if tf.is_tf_checkpoint(Path(source)):
         return tf.read_config(Path(source))
     found = hub.find_config(source)
-    return family_of(found, source).config(**hf.config_from_hf(found, source))
+    return family_of(found, source).config(**hf_config.config_from_hf(found, source))
 
 
 def adapted_from(data, path, dropout, dtype):
