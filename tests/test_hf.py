@@ -281,44 +281,64 @@ def test_missing_files(write_hf, tmp_path):
 # -----------------------------------------------------------------------------
 # configs
 
+def edit_json(file, change):
+    """change() gets the content of a JSON file and changes it in place."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("neo, fields, message", [
     (False, dict(model_type="llama"), "is a 'llama' model; .*gpt2 and gpt_neo"),
     (False, dict(model_type="gpt_neox"), "is a 'gpt_neox' model"),
     (False, dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
     (False, dict(reorder_and_upcast_attn=True), "reorder_and_upcast_attn=True"),
     (False, dict(add_cross_attention=True), "add_cross_attention=True"),
-    (False, dict(activation_function="relu"), "activation_function=relu; nanotune has gelu_new"),
-    (True, dict(activation_function="silu"), "activation_function=silu"),
-    (True, dict(attention_types=[[["global"], 3]]), r"attention_types=\[\[\['global'\], 3\]\]"),
-    (True, dict(attention_types=[[["local", "global"], 1], [["local"], 1]]), "attention_types="),
-    (True, dict(attention_types=[[["global", "local"], 1]]), "attention_types="),
+    (False, dict(activation_function="relu"), "activation_function='relu'; .* supports gelu_new"),
+    (True, dict(activation_function="silu"), "activation_function='silu'"),
+    (True, dict(attention_layers=["global"] * 3), r"attention_layers=\['global', 'global', 'glob"),
+    (True, dict(attention_layers=["local", "global", "local"]), "attention_layers="),
+    (True, dict(attention_layers=["global", "local"]), "attention_layers=.* for 3 layers"),
+    (True, dict(attention_layers=None), "attention_layers=None"),
+    *((True, dict(attention_types=types), "attention_types=") for types in (
+        [[["global"], 3]], [[["local", "global"], 1], [["local"], 1]], [[["global", "local"], 1]],
+        [], 5, "x", [5], [[["global", "local"], "x"]], [[["global", "local"], 10**12]], {"a": 1})),
 ])
 def test_refused_configs(neo, fields, message, write_hf):
+    folder = write_hf(hf_model(neo=neo), **fields)
+    if "attention_types" in fields:
+        edit_json(folder / "config.json", lambda hf: hf.pop("attention_layers"))
     with pytest.raises(UserError, match=message) as error:
-        GPT.from_pretrained(str(write_hf(hf_model(neo=neo), **fields)))
+        GPT.from_pretrained(str(folder))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("neo, key", [(False, "n_head"), (False, "n_positions"),
-                                      (True, "hidden_size"), (True, "vocab_size")])
-def test_a_config_without_a_size(neo, key, write_hf):
-    folder = write_hf(hf_model(neo=neo))
-    hf = json.loads((folder / "config.json").read_text())
-    del hf[key]
-    (folder / "config.json").write_text(json.dumps(hf))
-    with pytest.raises(UserError, match=f"its config.json lacks '{key}'"):
-        GPT.from_pretrained(str(folder))
+def as_transformers_reads(config):
+    """A config.json with the values that transformers fills in."""
+    from transformers import AutoConfig
+    kind = config["model_type"]
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    return json.loads(AutoConfig.for_model(kind, **rest).to_json_string())
 
 
-def test_what_a_config_leaves_out_is_transformers_default():
-    sizes = dict(n_positions=8, vocab_size=9, n_layer=1, n_head=2, n_embd=4)
-    config = GPTConfig(**hf_config.config_from_hf(sizes | {"model_type": "gpt2"}, "x"))
-    assert config == GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=4)
-    sizes = dict(max_position_embeddings=8, vocab_size=9, num_layers=24, num_heads=2,
-                 hidden_size=4)
-    config = GPTConfig(**hf_config.config_from_hf(sizes | {"model_type": "gpt_neo"}, "x"))
-    assert config == GPTConfig(block_size=8, vocab_size=9, n_layer=24, n_head=2, n_embd=4,
-                               attn_scale=1.0, qkv_bias=False, local_window=256)
+@pytest.mark.parametrize("neo", [False, True])
+def test_a_missing_key_means_transformers_default(neo):
+    """Each key of config.json in turn, all of them, and the other names of the sizes."""
+    whole = dict(layer_norm_epsilon=1e-3, activation_function="gelu", tie_word_embeddings=False)
+    whole |= dict(num_layers=24, attention_types=None, window_size=7, intermediate_size=40) if neo \
+        else dict(scale_attn_weights=False, n_inner=40)
+    whole = json.loads(hf_model(neo=neo).config.to_json_string()) | whole
+    whole.pop("attention_layers", None)
+    layout = hf_config.LAYOUTS[whole["model_type"]]
+    assert set(layout.fields.values()) <= layout.defaults.keys() <= whole.keys()
+    configs = [{k: v for k, v in whole.items() if k != key}
+               for key in layout.defaults] + [{"model_type": whole["model_type"]}]
+    configs += [whole | {other: 24} for other in layout.other_names]
+    if neo:  # attention_layers goes before attention_types
+        configs.append(whole | dict(num_layers=3, attention_layers=["global", "local", "global"]))
+    found = [hf_config.config_from_hf(config, "x") for config in configs]
+    assert found == [hf_config.config_from_hf(as_transformers_reads(c), "x") for c in configs]
+    assert len({str(fields) for fields in found}) >= len(layout.defaults)
 
 
 NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5)

@@ -15,7 +15,7 @@ GROUND = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", 
           "nanotune.head_loss", "nanotune.torch_private", "nanotune.text.tokenizer",
           "nanotune.text.tokenizer_files", "nanotune.text.read", "nanotune.text.loader",
           "nanotune.formats.hub", "nanotune.formats.hf", "nanotune.formats.hf_config",
-          "nanotune.generation.generate"}
+          "nanotune.formats.checks", "nanotune.generation.generate"}
 # what the data scripts may use: no torch, and no model
 FOR_DATA = {"fetch", "nanotune.errors", "nanotune.cli", "nanotune.text.read",
             "nanotune.text.tokenizer", "nanotune.formats.hub"}

@@ -1,0 +1,40 @@
+"""Checks the config that a model's files hold, before a model is made of it.
+
+Such a file may be damaged, edited by hand or from another program. Whatever it holds, the message
+is one line.
+"""
+from nanotune.errors import UserError
+
+# {field of a model's config: (type, least, most)}; the most are far above any model's
+NUMBERS = {
+    "block_size": (int, 1, 2**24), "vocab_size": (int, 1, 2**24), "n_layer": (int, 1, 10_000),
+    "n_head": (int, 1, 2**16), "n_embd": (int, 1, 2**20), "n_inner": (int, 1, 2**24),
+    "local_window": (int, 1, 2**31), "doc_end": (int, 0, 2**31), "dropout": (float, 0, 1),
+    "norm_eps": (float, 0, 1), "attn_scale": (float, 0, 1000)}
+FLAGS = ("bias", "qkv_bias", "tied_head")
+OPTIONAL = ("n_inner", "local_window", "doc_end", "attn_scale", "qkv_bias")  # may be None
+
+
+def brief(value: object) -> str:
+    """A value for a message: one line, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_fields(fields: dict, where: str, names: dict[str, str] | None = None) -> None:
+    """Raises UserError if a config field has a value of a wrong type or size; `names` are what
+    `where`, the file, calls the fields."""
+    for field, value in fields.items():
+        if value is None and field in OPTIONAL:
+            continue
+        if field in FLAGS:
+            right, wanted = type(value) is bool, "true or false"
+        elif field in NUMBERS:
+            kind, least, most = NUMBERS[field]
+            right = type(value) in (int, kind) and least <= value <= most  # no bool, no NaN
+            wanted = f"{'an integer' if kind is int else 'a number'} from {least} to {most}"
+        else:
+            continue
+        if not right:
+            raise UserError(f"{where} has {(names or {}).get(field, field)}={brief(value)}, which "
+                            f"must be {wanted}; use another copy of it")
