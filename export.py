@@ -21,6 +21,7 @@ from nanotune.files import check_replaceable, write_folder
 from nanotune.formats.checkpoint import history_of, load_model
 from nanotune.formats.hf import write_hf, write_tokenizer
 from nanotune.formats.onnx_model import open_onnx
+from nanotune.text.tokenizer import GPT2_VOCAB_SIZES
 from nanotune.training.logbook import kept_entries
 from nanotune.training.plan import spell_bytes
 
@@ -54,6 +55,19 @@ def check_config(cfg):
             if importlib.util.find_spec(package) is None:
                 raise UserError(f"--format=onnx needs the {package} package: "
                                 "pip install -r requirements-export.txt")
+
+
+def cut_padding(model, tokenizer):
+    """Drops the rows that train.py pads GPT-2's vocabulary with: another program may draw them.
+    Keeps any other row without a token, which may be an added token's. Says either."""
+    tokens, rows = tokenizer.n_vocab, model.config.vocab_size
+    if (tokens, rows) == GPT2_VOCAB_SIZES:
+        model.crop_vocab(tokens)
+        print(f"cut the vocabulary from {rows} rows to the tokenizer's {tokens}: the rest is "
+              "padding")
+    elif rows > tokens:
+        print(f"kept the {rows - tokens} rows of the vocabulary for which the tokenizer has no "
+              f"token: it has {tokens}, the model {rows}; other programs may draw their ids")
 
 
 # -----------------------------------------------------------------------------
@@ -185,8 +199,8 @@ def main(argv: list[str]) -> None:
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
     model, tokenizer = load_model(source)
     model.eval()
-    if tokenizer is not None and tokenizer.n_vocab < model.config.vocab_size:
-        model.crop_vocab(tokenizer.n_vocab)  # other rows are padding: another program may draw them
+    if tokenizer is not None:
+        cut_padding(model, tokenizer)
 
     name = Path(cfg.export_dir).name
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TEXT, tiny_json
+from conftest import TEXT, tiny_gpt, tiny_json
 from safetensors.torch import load_file
 from tiny import REPO, run_script, run_train, write_dataset
 
@@ -91,14 +91,26 @@ def test_smaller_dtypes(make_run, tmp_path, dtype):
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == dtype
 
 
-def test_padding_of_the_vocabulary_is_cut_off(make_run, tmp_path):
-    """Ids behind the tokenizer's are never drawn here; others' samplers would draw them."""
+def test_gpt2s_padded_vocabulary_is_cut(capsys):
+    """Ids of the padding are never drawn here; other programs would draw them."""
+    model, idx = tiny_gpt(50304, n_embd=4), torch.arange(8)[None]
+    before = model.logits(idx)
+    export.cut_padding(model, GPT2Tokenizer())
+    assert "from 50304 rows to the tokenizer's 50257" in capsys.readouterr().out
+    assert model.config.vocab_size == 50257
+    torch.testing.assert_close(model.logits(idx), before[..., :50257])
+
+
+@pytest.mark.parametrize("form", ["hf", "onnx"])
+def test_rows_that_may_be_added_tokens_are_kept(make_run, tmp_path, form, capsys):
     out_dir, model = make_run(CHARS, vocab_size=CHARS.n_vocab + 7)
-    back, _ = load_model(str(export_hf(out_dir, tmp_path / "hf")))
-    assert back.config.vocab_size == CHARS.n_vocab
+    folder = export_hf(out_dir, tmp_path / "new", format=form)
+    assert "kept the 7 rows of the vocabulary" in capsys.readouterr().out
+    back, _ = load_model(str(folder if form == "hf" else folder / "model.onnx"), with_onnx=True)
+    assert back.config.vocab_size == CHARS.n_vocab + 7
     idx = torch.tensor([CHARS.encode("Line 1")])
-    torch.testing.assert_close(back.logits(idx), model.logits(idx)[..., :CHARS.n_vocab])
-    ours, theirs = (list(stream(m, idx, 9, temperature=0, n_vocab=CHARS.n_vocab))
+    torch.testing.assert_close(back.eval().logits(idx), model.logits(idx), atol=1e-4, rtol=0)
+    ours, theirs = (list(stream(m, idx.tolist(), 9, temperature=0, n_vocab=CHARS.n_vocab))
                     for m in (model, back))
     assert ours == theirs
 
