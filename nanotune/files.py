@@ -178,5 +178,5 @@ def checked_parse(path: str | Path) -> Iterator[None]:
     except Exception as e:
         if isinstance(e, UserError) or out_of_memory(e):
             raise
-        raise UserError(f"{path} is no checkpoint of nanotune or nanoGPT ({type(e).__name__}: "
-                        f"{first_line(e)}); use another copy of it") from None
+        raise UserError(f"{path} is damaged, or no checkpoint of nanotune or nanoGPT "
+                        f"({type(e).__name__}: {first_line(e)}); use another copy of it") from None

@@ -1,6 +1,8 @@
 """What an exported ONNX file computes, next to the GPT that it came from; and as sample.py and
 evaluate.py use it."""
+import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -285,6 +287,32 @@ def test_files_that_are_not_ours(refused, make_onnx, tmp_path):
     assert "damaged" in refused(tmp_path / "text.onnx")
     assert "does not exist" in refused(tmp_path / "nowhere.onnx")
     assert "no tokenizer" in refused(path)
+
+
+def changed(**fields):
+    """What puts these values into the config of a file's metadata."""
+    return lambda held: held | {"config": held["config"] | fields}
+
+
+@pytest.mark.parametrize("change", [
+    "{", "[]", '"x"', "null", "5", "[" * 100_000, lambda held: {"tokenizer": None},
+    lambda held: {"config": held["config"]}, lambda held: held | {"config": [1]},
+    lambda held: held | {"config": None}, lambda held: held | {"tokenizer": 5},
+    lambda held: held | {"tokenizer": {"kind": "characters"}},
+    lambda held: held | {"tokenizer": {"kind": "characters", "itos": 5}}, changed(unknown=1),
+    changed(n_head=0), changed(n_head="x"), changed(block_size=0), changed(block_size="x"),
+    changed(n_head=4), changed(n_embd=64), changed(n_layer=3), changed(n_layer=1),
+    changed(vocab_size=9), changed(vocab_size=True),
+])
+def test_damaged_metadata(refused, make_onnx, tmp_path, change):
+    _, _, path = make_onnx()
+    damaged = onnx.load(path)
+    entry = damaged.metadata_props[0]
+    entry.value = change if isinstance(change, str) else json.dumps(
+        change(json.loads(entry.value)))
+    onnx.save(damaged, tmp_path / "odd.onnx")
+    said = refused(tmp_path / "odd.onnx")
+    assert re.search("odd.onnx is damaged|its metadata has|unknown kind", said) and len(said) < 400
 
 
 def test_without_onnxruntime(refused, monkeypatch):

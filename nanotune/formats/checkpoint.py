@@ -21,6 +21,7 @@ from nanotune import files
 from nanotune.device import DTYPES
 from nanotune.errors import UserError
 from nanotune.formats import hf, hf_config, hub, tf
+from nanotune.formats.checks import check_fields, check_weight
 from nanotune.formats.onnx_model import OnnxGPT, open_onnx
 from nanotune.text.tokenizer import (
     GPT2_VOCAB_SIZES,
@@ -65,12 +66,13 @@ def family_of(hf_config: dict, name: str) -> Family:
 
 def config_from_args(args: dict, path: str | Path) -> GPTConfig:
     """Returns the config of a checkpoint's model_args; without an activation, as in nanoGPT, it is
-    exact GELU. Raises UserError if a field is unknown."""
+    exact GELU. Raises UserError if a field is unknown or has no possible value."""
     args = {"activation": "gelu"} | args
     family = FAMILIES[0]
     unknown = args.keys() - {f.name for f in fields(family.config)}
     if unknown:
         raise UserError(f"{path}: model_args has unknown fields: {', '.join(sorted(unknown))}")
+    check_fields(args, f"{path}: model_args")
     return family.config(**args)
 
 
@@ -138,9 +140,11 @@ def model_from(data: dict, path: str | Path, dropout: float = 0.0,
     if data.get("lora"):
         return adapted_from(data, path, dropout, dtype)
     config = replace(config_from_args(data["model_args"], path), dropout=dropout)
-    weights = {plain_key(key): tensor.to(dtype if tensor.dim() >= 2 else torch.float32)
-               for key, tensor in data["model"].items()
-               if not hf.BUFFERS.search(key) or tensor.dim() == 1}
+    weights = {}
+    for key, tensor in data["model"].items():
+        if not hf.BUFFERS.search(key) or tensor.dim() == 1:
+            check_weight(tensor, key, path)
+            weights[plain_key(key)] = tensor.to(dtype if tensor.dim() >= 2 else torch.float32)
     with torch.device("meta"):
         model = model_class(config)(config)
     try:
@@ -172,7 +176,8 @@ def model_config(source: str) -> GPTConfig:
                 data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception:  # torch.load raises many kinds; files.load says what to do
                 data = files.load(path)
-            return config_from_args(data["model_args"], path)
+            with files.checked_parse(path):
+                return config_from_args(data["model_args"], path)
     if tf.is_tf_checkpoint(Path(source)):
         return tf.read_config(Path(source))
     found = hub.find_config(source)
@@ -201,6 +206,7 @@ def adapted_from(data, path, dropout, dtype):
         raise UserError(f"{path}: its adapters do not fit {spec['base']}")
     with torch.no_grad():
         for name, param in params.items():
+            check_weight(saved[name], name, path)
             param.copy_(saved[name])
     return model
 

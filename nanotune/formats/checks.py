@@ -1,8 +1,12 @@
-"""Checks the config that a model's files hold, before a model is made of it.
+"""Checks what a model's files hold, before a model is made of it: config fields and weights.
 
 Such a file may be damaged, edited by hand or from another program. Whatever it holds, the message
 is one line.
 """
+from pathlib import Path
+
+import torch
+
 from nanotune.errors import UserError
 
 # {field of a model's config: (type, least, most)}; the most are far above any model's
@@ -21,11 +25,12 @@ def brief(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_fields(fields: dict, where: str, names: dict[str, str] | None = None) -> None:
-    """Raises UserError if a config field has a value of a wrong type or size; `names` are what
-    `where`, the file, calls the fields."""
+def check_fields(fields: dict, where: str | Path, names: dict[str, str] | None = None,
+                 optional: tuple[str, ...] = OPTIONAL) -> None:
+    """Raises UserError if a config field has a value of a wrong type or size, or is None and not
+    `optional`; `names` are what `where`, the file, calls the fields."""
     for field, value in fields.items():
-        if value is None and field in OPTIONAL:
+        if value is None and field in optional:
             continue
         if field in FLAGS:
             right, wanted = type(value) is bool, "true or false"
@@ -38,3 +43,18 @@ def check_fields(fields: dict, where: str, names: dict[str, str] | None = None) 
         if not right:
             raise UserError(f"{where} has {(names or {}).get(field, field)}={brief(value)}, which "
                             f"must be {wanted}; use another copy of it")
+
+
+def check_weight(value: object, name: str, where: str | Path) -> None:
+    """Raises UserError unless `value`, which the file `where` holds as `name`, is a dense tensor of
+    finite floating-point numbers. Reads each number once."""
+    if not isinstance(value, torch.Tensor):
+        raise UserError(f"{where}: {name} is no tensor but {brief(value)}; use another copy of it")
+    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+        raise UserError(f"{where}: {name} is not dense and floating-point ({value.dtype}, "
+                        f"{value.layout}, {value.device}); use the model's original weights, not "
+                        "quantized ones")
+    # a sum is not finite if a number is not; isfinite() takes 20 times as long
+    if not value.sum(dtype=torch.float32).isfinite():
+        raise UserError(f"{where}: {name} has values that are NaN or infinite: the training "
+                        "diverged or the file is damaged; use another copy of it")

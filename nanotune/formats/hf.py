@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from nanotune.errors import UserError
+from nanotune.formats.checks import check_weight
 from nanotune.formats.hf_config import (
     LAYOUTS,
     check_hf_takes,
@@ -51,29 +52,42 @@ def load_torch_bin(file):
     Files of torch before 1.6 are not zip archives and are read whole.
     """
     try:
-        return dict(torch.load(file, map_location="cpu", weights_only=True,
-                               mmap=zipfile.is_zipfile(file)))
+        state = dict(torch.load(file, map_location="cpu", weights_only=True,
+                                mmap=zipfile.is_zipfile(file)))
     except pickle.UnpicklingError:
         raise UserError(f"{file} carries code or objects beside plain weights, or is damaged; "
                         "it was refused and not run") from None
     except Exception as e:  # torch.load raises many kinds for a damaged file
         raise UserError(f"{file} is damaged ({type(e).__name__}); fetch it again") from None
+    if not all(isinstance(key, str) for key in state):
+        raise UserError(f"{file} is damaged (its keys are no names); fetch it again")
+    return state
 
 
 def read_tensors(file: str, only: tuple[str, ...] = ("",)) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (key, tensor) of one weight file, for keys that end with one of `only`.
+    """Yields (key, tensor) of one weight file, for weights whose key ends with one of `only`.
 
     A safetensors file is opened again for each tensor, else all its mapped pages stay resident
-    beside the model. Raises UserError if the file is damaged or carries code.
+    beside the model. Raises UserError if the file is damaged, carries code, or holds something
+    other than finite floating-point weights.
     """
-    if not file.endswith(".safetensors"):
-        yield from ((k, t) for k, t in load_torch_bin(file).items() if k.endswith(only))
-        return
-    with open_safetensors(file) as f:
-        keys = [key for key in f.keys() if key.endswith(only)]  # noqa: SIM118 (not a dict)
-    for key in keys:
+    def wanted(keys):
+        return [key for key in keys if key.endswith(only) and not BUFFERS.search(key)]
+
+    if file.endswith(".safetensors"):
         with open_safetensors(file) as f:
-            yield key, f.get_tensor(key)
+            keys = wanted(f.keys())
+
+        def read(key):
+            with open_safetensors(file) as f:
+                return f.get_tensor(key)
+    else:
+        state = load_torch_bin(file)
+        keys, read = wanted(state), state.get
+    for key in keys:
+        tensor = read(key)
+        check_weight(tensor, key, file)
+        yield key, tensor
 
 
 def head_is_tied(weight_files: list[str], tied: bool) -> bool:
@@ -98,7 +112,7 @@ def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
     GPTConfig `fields`.
 
     Raises UserError if a file is damaged, a shape differs, a tensor is neither a parameter nor a
-    known buffer, or a parameter is missing or comes twice.
+    known buffer, a weight is not finite, or a parameter is missing or comes twice.
     """
     layout, places = LAYOUTS[model_type_of(fields)], {}
     for name in params:
@@ -106,7 +120,7 @@ def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
         places |= {key: (name, part, len(keys), transposed) for part, key in enumerate(keys)}
     for file in weight_files:
         for key, tensor in read_tensors(file):
-            if BUFFERS.search(key) or (key == "lm_head.weight" and fields["tied_head"]):
+            if key == "lm_head.weight" and fields["tied_head"]:
                 continue
             full = key if key == "lm_head.weight" else (
                 "transformer." + key.removeprefix("transformer."))

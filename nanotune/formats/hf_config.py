@@ -102,7 +102,7 @@ def config_from_hf(hf: dict, name: str) -> dict:
                             f"{', '.join(map(str, supported))}")
     fields = {ours: hf[key] for ours, key in layout.fields.items()}
     fields["activation"] = ACTIVATIONS[fields["activation"]]
-    check_fields(fields, where, layout.fields)
+    check_fields(fields, where, layout.fields, optional=("n_inner",))
     if kind == "gpt2":
         return fields | {"attn_scale": None if hf["scale_attn_weights"] else 1.0}
     check_alternates(hf, fields["n_layer"], where)

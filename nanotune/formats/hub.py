@@ -5,7 +5,7 @@
 A hub file is read from this machine's cache, and downloaded if it is not there.
 """
 import json
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from nanotune.errors import UserError
 
@@ -45,7 +45,7 @@ def find_pretrained(name: str) -> tuple[str, list[str]]:
             continue
         if not file.endswith(".index.json"):
             return config, [path]
-        shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+        shards = shards_of(path)
         paths = [find_file(name, shard) for shard in shards]
         if None in paths:
             raise UserError(f"{name}: the shard {shards[paths.index(None)]} that {file} names is "
@@ -56,11 +56,30 @@ def find_pretrained(name: str) -> tuple[str, list[str]]:
                       "; or the hub cannot be reached now: try again"))
 
 
+def shards_of(index):
+    """The shards that an index file names, in order. Raises UserError if it names none, or a path
+    that leaves the folder."""
+    shards = read_json(index).get("weight_map")
+    shards = list(shards.values()) if isinstance(shards, dict) else []
+    if not shards or not all(map(stays_inside, shards)):
+        raise UserError(f"{index} is damaged (its weight_map must name files in the same folder); "
+                        "fetch it again")
+    return sorted(set(shards))
+
+
+def stays_inside(name):
+    """Whether a value of an index file is a path that stays in the folder, on any system."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 255:
+        return False
+    path = PureWindowsPath(name)  # takes both slashes and drives
+    return bool(path.name) and not path.anchor and ".." not in path.parts
+
+
 def read_json(file: str | Path) -> dict:
     """Returns the JSON object in a file. Raises UserError if it holds none."""
     try:
         data = json.loads(Path(file).read_bytes())
-    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, nested too deep
+    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested too deeply
         raise UserError(f"{file} is damaged ({e}); fetch it again") from None
     if not isinstance(data, dict):
         raise UserError(f"{file} is damaged (no JSON object); fetch it again")

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from model import GPTConfig
 from nanotune.errors import UserError
+from nanotune.files import checked_parse
+from nanotune.formats.checks import check_fields
 from nanotune.text.loader import IGNORED
 from nanotune.text.tokenizer import AnyTokenizer, tokenizer_from_spec
 
@@ -158,8 +160,24 @@ def open_onnx(path: str, block_size: int | None = None) -> tuple[OnnxGPT, AnyTok
     if held is None:
         raise UserError(f"{path} was not written by export.py: give one that was, or the folder "
                         "of the model that it came from")
-    held = json.loads(held)
-    model = OnnxGPT(session, GPTConfig(**held["config"]))
+    with checked_parse(path):
+        held = json.loads(held)
+        check_fields(held["config"], f"{path}: its metadata")
+        model = OnnxGPT(session, GPTConfig(**held["config"]))
+        tokenizer = held["tokenizer"] and tokenizer_from_spec(held["tokenizer"])
+    check_graph(model, path)
     if block_size is not None:
         model.crop_block_size(block_size)
-    return model, held["tokenizer"] and tokenizer_from_spec(held["tokenizer"])
+    return model, tokenizer
+
+
+def check_graph(model, path):
+    """Raises UserError unless the config in the metadata is that of the graph."""
+    c = model.config
+    head = ["B", c.n_head, "P", c.n_embd // c.n_head]
+    wanted = {f"past_key_values.{layer}.{kind}": head
+              for layer in range(c.n_layer) for kind in ("key", "value")}
+    found = {i.name: i.shape for i in model.session.get_inputs() if i.name in wanted}
+    logits = next(o.shape for o in model.session.get_outputs() if o.name == "logits")
+    if found != wanted or len(model.present) != len(wanted) or logits[2] != c.vocab_size:
+        raise UserError(f"{path}: its metadata has the config of another graph; export it again")

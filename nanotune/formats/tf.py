@@ -7,7 +7,6 @@ The folder holds what those programs write (checkpoint, model-N.index, model-N.d
 hparams.json) and the tokenizer (encoder.json, vocab.bpe). Only this module needs TensorFlow:
 pip install -r requirements-tf.txt
 """
-import json
 import os
 import re
 from pathlib import Path, PureWindowsPath
@@ -16,6 +15,8 @@ import torch
 
 from model import GPT, GPTConfig
 from nanotune.errors import UserError
+from nanotune.formats.checks import check_fields, check_weight
+from nanotune.formats.hub import read_json
 
 HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "block_size", "n_embd": "n_embd", "n_head": "n_head",
            "n_layer": "n_layer"}
@@ -43,11 +44,13 @@ def read_config(folder: Path) -> GPTConfig:
     if not path.is_file():
         raise UserError(f"{path} does not exist; copy it from the folder of the pretrained "
                         "model that the run began with")
-    try:
-        hparams = json.loads(path.read_text(encoding="utf-8"))
-        return GPTConfig(**{ours: int(hparams[theirs]) for theirs, ours in HPARAMS.items()})
-    except (ValueError, TypeError, KeyError) as e:
-        raise UserError(f"{path} does not give {', '.join(HPARAMS)} ({e}); copy it again") from None
+    hparams = read_json(path)
+    lacks = [name for name in HPARAMS if name not in hparams]
+    if lacks:
+        raise UserError(f"{path} does not give {', '.join(lacks)}; copy it again")
+    fields = {ours: hparams[theirs] for theirs, ours in HPARAMS.items()}
+    check_fields(fields, path, {ours: theirs for theirs, ours in HPARAMS.items()})
+    return GPTConfig(**fields)
 
 
 def find_prefix(folder):
@@ -132,6 +135,7 @@ def read_model(folder: Path, dropout: float = 0.0, device: str | torch.device = 
             if tensor.shape != params[ours].shape:
                 raise UserError(f"{prefix}: {theirs} is {tuple(tensor.shape)} where hparams.json "
                                 f"means {tuple(params[ours].shape)}")
+            check_weight(tensor, theirs, prefix)
             params[ours].copy_(tensor)
     except (tf.errors.OpError, RuntimeError, IndexError) as e:  # TensorFlow's, for a damaged file
         raise UserError(f"{prefix} is damaged ({str(e).splitlines()[0][:200]}); copy it again"
