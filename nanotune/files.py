@@ -82,9 +82,10 @@ def write_folder(path: str | Path, write: Callable[[Path], object], replaceable:
                  overwrite: bool = False) -> None:
     """Calls write(folder) on a temporary folder beside `path`, syncs it and renames it to `path`.
 
-    A folder at `path` that is not empty is replaced only with `overwrite`, and only if each file
-    name in it matches a pattern of `replaceable` (fnmatch's). Raises UserError if it must not be
-    replaced or writing fails; the previous folder is then intact.
+    A folder at `path` that is not empty is replaced only with `overwrite`, and only if it holds
+    nothing but plain files whose names match a pattern of `replaceable` (fnmatch's); a link is
+    never followed. Raises UserError if it must not be replaced or writing fails; the previous
+    folder is then intact.
     """
     path = Path(path)
     check_replaceable(path, replaceable, overwrite)
@@ -111,17 +112,22 @@ def write_folder(path: str | Path, write: Callable[[Path], object], replaceable:
 
 
 def check_replaceable(path: Path, replaceable: Sequence[str], overwrite: bool) -> None:
-    """Raises UserError if `path` is a file, is a folder that is not empty and `overwrite` is not
-    set, or holds a file whose name matches no pattern of `replaceable`."""
+    """Raises UserError if `path` is a file or a link, is a folder that is not empty and `overwrite`
+    is not set, or holds something else than plain files with names that match `replaceable`."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link; give the folder that it points to")
+    if not path.name:
+        raise UserError(f"{path} cannot be replaced as a whole; give a folder's name")
     if not path.exists():
         return
-    held = sorted(p.name for p in path.iterdir()) if path.is_dir() else None
-    if held is None:
+    if not path.is_dir():
         raise UserError(f"{path} is a file; give a folder that does not exist yet")
-    foreign = [name for name in held if not any(fnmatch(name, p) for p in replaceable)]
+    held = sorted(path.iterdir())
+    foreign = [p.name for p in held if p.is_symlink() or not p.is_file()
+               or not any(fnmatch(p.name, pattern) for pattern in replaceable)]
     if held and not overwrite:
-        raise UserError(f"{path} is not empty ({held[0]}{', ...' if held[1:] else ''}); choose "
-                        "another folder, or replace it with --overwrite=True")
+        raise UserError(f"{path} is not empty ({held[0].name}{', ...' if held[1:] else ''}); "
+                        "choose another folder, or replace it with --overwrite=True")
     if foreign:
         raise UserError(f"{path} holds {foreign[0]}, which no export writes: --overwrite=True does "
                         "not replace it either; choose another folder")

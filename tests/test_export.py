@@ -287,6 +287,43 @@ def test_a_target_that_is_not_empty(make_run, refused, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out-tiny"]
 
 
+def test_nothing_behind_a_link_and_no_folder_is_replaced(make_run, refused, tmp_path):
+    out_dir, _ = make_run(CHARS)
+    real = export_hf(out_dir, tmp_path / "real")
+    (tmp_path / "empty").mkdir()
+    for name in ("real", "empty", "nowhere", "loop"):
+        link = tmp_path / "loop" if name == "loop" else tmp_path / f"to {name}"
+        link.symlink_to(tmp_path / name)
+        for overwrite in (False, True):
+            assert f"{link} is a symbolic link" in refused(
+                f"--out_dir={out_dir}", f"--export_dir={link}", f"--overwrite={overwrite}")
+    weights = (real / "model.safetensors").rename(tmp_path / "precious")
+    argv = (f"--out_dir={out_dir}", f"--export_dir={real}", "--overwrite=True")
+    for target in (weights, tmp_path / "nowhere"):
+        (real / "model.safetensors").symlink_to(target)
+        assert "holds model.safetensors, which no export writes" in refused(*argv)
+        (real / "model.safetensors").unlink()
+    (real / "model.old.onnx").mkdir()
+    assert "holds model.old.onnx" in refused(*argv)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "empty", "loop", "out-tiny", "precious", "real", "to empty", "to nowhere", "to real"]
+
+
+def test_a_folder_below_a_link(make_run, tmp_path):
+    out_dir, _ = make_run(CHARS)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export_hf(out_dir, tmp_path / "link" / "hf")
+    assert (tmp_path / "disk" / "hf" / "model.safetensors").is_file()
+
+
+def test_the_current_folder(make_run, refused, tmp_path, monkeypatch):
+    out_dir, _ = make_run(CHARS)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "give a folder's name" in refused(f"--out_dir={out_dir}", "--export_dir=.")
+
+
 @pytest.mark.parametrize("form", ["hf", "onnx"])
 def test_a_disk_that_fills(make_run, refused, tmp_path, form):
     """No half folder under the final name, no leftover beside it, an older one untouched."""
