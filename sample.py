@@ -2,7 +2,7 @@
 
     python sample.py --out_dir=out-shakespeare
     python sample.py --init_from=gpt2 --start="What is the answer?" --num_samples=5
-    python sample.py --out_dir=out-mine --start=FILE:prompt.txt --stop=$'\\n\\n' --temperature=0
+    python sample.py --out_dir=out-mine --start=FILE:prompt.txt --stop="\\n\\n" --temperature=0
 """
 import sys
 import time
@@ -11,7 +11,15 @@ from typing import Literal
 
 import torch
 
-from configurator import AboveZero, AtLeast0, AtLeast1, NonNegative, Probability, configure
+from configurator import (
+    AboveZero,
+    AtLeast0,
+    AtLeast1,
+    EscapedText,
+    NonNegative,
+    Probability,
+    configure,
+)
 from nanotune.cli import run
 from nanotune.device import DtypeName, autocast, pick_compile, pick_device, pick_dtype
 from nanotune.errors import UserError
@@ -28,14 +36,14 @@ class Config:
     out_dir: str = "out"              # the run whose ckpt.pt to read
     init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
     # text
-    start: str = "\n"                 # the prompt, or FILE:path to read it from a file
+    start: EscapedText = "\n"         # the prompt, or FILE:path to read it from a file
     num_samples: AtLeast1 = 10        # samples to generate as one batch
     max_new_tokens: AtLeast1 = 500    # most tokens per sample
     temperature: NonNegative = 0.8    # 0: the most likely token; below 1 less random, above 1 more
     top_k: AtLeast0 = 200             # keep only the k most likely tokens; 0: all
     top_p: Probability = 1.0          # keep the fewest tokens that have this much probability
     repetition_penalty: AboveZero = 1.0  # above 1: make tokens already in the text less likely
-    stop: str = "<|endoftext|>"       # end a sample before this text; end-of-text always ends it
+    stop: EscapedText = "<|endoftext|>"  # end a sample before this text, or at end-of-text
     seed: AtLeast0 = 1337
     # system
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps

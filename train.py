@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configurator import AtLeast0, AtLeast1, Fraction, NonNegative, Seed, configure
+from configurator import AtLeast0, AtLeast1, EscapedText, Fraction, NonNegative, Seed, configure
 from nanotune import files
 from nanotune.cli import StopSignals, resume_command, run
 from nanotune.device import DtypeName, autocast, matmul_peak, peak_memory
@@ -57,7 +57,7 @@ class Config:
     save_interval: AtLeast1 | None = None  # steps between saves of state.pt; None: eval_interval
     keep_states: AtLeast1 = 2  # states to keep: if the newest is damaged, resume from an older one
     sample_interval: AtLeast0 = 0     # evaluations between printed samples; 0: none
-    sample_start: str = "\n"          # the sample's prompt
+    sample_start: EscapedText = "\n"  # the sample's prompt
     # wandb
     wandb_log: bool = False
     wandb_project: str = "nanotune"

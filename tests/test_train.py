@@ -674,7 +674,7 @@ def unknown_field(tmp_path):
 
 
 def wrong_type(tmp_path):
-    return {"batch_size": 1.5}, r"--batch_size wants int, not '1\.5'"
+    return {"batch_size": 1.5}, r"--batch_size must be an integer, got '1\.5'"
 
 
 def zero_batch(tmp_path):
