@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -30,8 +30,8 @@ DATA = Path(__file__).resolve().parent
 sys.path.append(str(DATA.parent))
 from nanotune import cli  # noqa: E402 (no package is installed)
 from nanotune.errors import UserError  # noqa: E402
-from nanotune.text.read import read_jsonl, read_text  # noqa: E402, F401 (F401: for the scripts)
-from nanotune.text.tokenizer import (  # noqa: E402, F401
+from nanotune.text.read import read_jsonl, read_text  # noqa: E402
+from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts)
     EOT,
     AnyTokenizer,
     CharTokenizer,
@@ -45,6 +45,7 @@ MIN_TOKENS = 8                  # a shorter split is a mistake
 # files that describe the .bin files: deleted when those are replaced
 COMPANIONS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "train.mask.bin",
               "val.mask.bin", "test.jsonl")
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}   # of a table's columns
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -156,6 +157,20 @@ def shakespeare(source: Path | None, folder: Path) -> str:
     if not text.strip():
         raise UserError(f"{source} is empty; it should hold the text to train on")
     return text
+
+
+def from_datasets(name: str | Path, load: Callable[[Any], Any]) -> Any:
+    """Returns load(datasets), of the datasets package. Raises UserError, with the `name` of what is
+    loaded, if the package is not installed or cannot load it."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("this needs the datasets package: pip install datasets") from None
+    try:
+        return load(datasets)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"datasets cannot load {name}: {error.__cause__ or error}; --input= takes "
+                        "files fetched by hand") from error
 
 
 # -----------------------------------------------------------------------------
@@ -310,12 +325,39 @@ class Example(NamedTuple):
     completion: str
 
 
-def read_rows(path: Path, content: str,
-              strict: bool = True) -> Iterator[tuple[str, list[str]]]:
+def read_fields(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields ('FILE, line N', {column: value}) for each line of a .jsonl, or for each row of a .csv
+    or .tsv, whose first row names the columns. Raises UserError if the file is malformed."""
+    usual = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+    if usual is None:
+        yield from read_jsonl(path)
+        return
+    content = read_text(path)
+    first = content.partition("\n")[0]
+    widths = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in SEPARATORS}
+    separator = max(widths, key=lambda mark: (widths[mark], mark == usual))
+    if separator != usual:
+        print(f"{path}: its columns are separated by {SEPARATORS[separator]}")
+    rows = read_rows(path, content, separator=separator)
+    where, header = next(rows, (str(path), []))
+    columns = [name.strip().lower() for name in header]
+    if len(columns) == 1:
+        print(f"{path}: {header[0]!r} in the first row is taken for the name of the only column")
+        columns = ["text"]
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{where}: two columns have the same name: {', '.join(columns)}")
+    for where, row in rows:
+        if len(row) != len(columns):
+            raise UserError(f"{where}: {len(row)} fields where the first row names {len(columns)}")
+        yield where, dict(zip(columns, row))
+
+
+def read_rows(path: Path, content: str, strict: bool = True,
+              separator: str = ",") -> Iterator[tuple[str, list[str]]]:
     """Yields ('FILE, line N', fields) for each row of a CSV except blank lines; N is the row's last
     line. Raises UserError if the CSV is malformed; without `strict` quotes need not match."""
     csv.field_size_limit(2**31 - 1)     # a field may be a whole document
-    rows = csv.reader(io.StringIO(content, newline=""), strict=strict)
+    rows = csv.reader(io.StringIO(content, newline=""), strict=strict, delimiter=separator)
     try:
         for row in rows:
             if row:

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -251,6 +252,77 @@ def test_long_examples_are_said_and_kept(gpt2, tmp_path, capsys):
     assert data.count_long(50256) == (longer, len(documents(tmp_path, gpt2)))
 
 
+@pytest.mark.parametrize("name, content", [
+    ("f.jsonl", '{"source_text": "Q%d", "target_text": " A"}'),
+    ("f.jsonl", '{"question": "Q%d", "answer": " A", "id": [1]}'),
+    ("f.tsv", "prompt\tcompletion\nQ%d\t A"), ("f.csv", "Completion;Prompt\n A;Q%d"),
+    ("f.csv", 'id,question,answer\n1,"Q%d", A'),
+    ("f.csv", "prompt\tcompletion\nQ%d\t A"),
+])
+def test_columns_and_separators_that_people_have(gpt2, name, content, tmp_path, capsys):
+    header, _, row = content.rpartition("\n")
+    write_lines(tmp_path / name, filter(None, [header, *(row % i for i in range(40))]))
+    prepare("jsonl", input=tmp_path / name, out_dir=tmp_path, loss_on="completion")
+    texts = documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
+    assert sorted(texts) == sorted(f"Q{i} A" for i in range(40))
+    assert set(gpt2.decode(tokens(tmp_path)[mask(tmp_path) == 1]).split("<|endoftext|>")) == {
+        " A", ""}
+    said = "separated by" in capsys.readouterr().out
+    assert said == (name == "f.csv" and "," not in content)
+
+
+def test_alpaca(gpt2, tmp_path):
+    lines = [{"instruction": f"Add {i}.", "input": "2" if i % 2 else "", "output": str(i)}
+             for i in range(40)]
+    write_lines(tmp_path / "f.jsonl", lines)
+    prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, loss_on="completion")
+    for text in documents(tmp_path, gpt2):
+        number = int(text.rpartition("\n")[2])
+        middle = "\n\n### Input:\n2" if number % 2 else ""
+        assert text.endswith(f"### Instruction:\nAdd {number}.{middle}\n\n### Response:\n{number}")
+        assert text.startswith("Below is an instruction") and (" paired with an input" in text) == (
+            number % 2)
+    learnt = gpt2.decode(tokens(tmp_path)[mask(tmp_path) == 1])
+    assert set(learnt.split("<|endoftext|>")) <= {"", *map(str, range(40))}
+
+
+def test_columns_by_name_and_numbers_as_labels(gpt2, tmp_path):
+    lines = [{"review": f"Film {i}:", "stars": i % 5, "liked": True, "score": 0.5 * i}
+             for i in range(40)]
+    write_lines(tmp_path / "f.jsonl", lines)
+    for column, expected in (("stars", lambda i: str(i % 5)), ("liked", lambda i: "true"),
+                             ("score", lambda i: str(0.5 * i))):
+        prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, prompt_column="review",
+                completion_column=column)
+        texts = documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
+        assert sorted(texts) == sorted(f"Film {i}:{expected(i)}" for i in range(40))
+    prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, completion_column="review")
+    assert "Film 3:" in documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
+    with pytest.raises(UserError, match="line 1: wants review and sta; it has review, stars"):
+        prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, prompt_column="review",
+                completion_column="sta")
+
+
+def test_a_dataset_of_the_hub(gpt2, tmp_path, monkeypatch):
+    """By the datasets package, which may be missing; here a stand-in with what is used of it."""
+    def load_dataset(name, split):
+        if name != "someone/pairs":
+            raise FileNotFoundError(f"{name} is not on the hub")
+        return PAIRS
+
+    stub = types.SimpleNamespace(
+        load_dataset=load_dataset,
+        exceptions=types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {})))
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    prepare("jsonl", hub="someone/pairs", out_dir=tmp_path)
+    assert len(documents(tmp_path, gpt2)) == 54
+    with pytest.raises(UserError, match="datasets cannot load no/such: no/such is not on the hub"):
+        prepare("jsonl", hub="no/such", out_dir=tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        prepare("jsonl", hub="someone/pairs", out_dir=tmp_path)
+
+
 def test_end_of_text_in_examples(gpt2, tmp_path):
     """It separates the documents of a text; at an end it is dropped: each example gets one."""
     lines = [{"prompt": f"Q{i}:", "completion": f" a{i}<|endoftext|>"} for i in range(30)]
@@ -321,15 +393,18 @@ def test_another_tokenizer(make_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("f.jsonl", "", r"f.jsonl is empty; it should hold a line an example"),
+    ("f.jsonl", "", r"f.jsonl is empty; it should hold one example per line"),
     ("f.jsonl", '{"text": "a"}\n{"text": "b"\n', r"f.jsonl, line 2: malformed JSON \(.*column 13"),
     ("f.jsonl", '{"text": "a"}\n\n[1]\n', r"f.jsonl, line 3: must be a JSON object, not \[1\]"),
     ("f.jsonl", '{"prompt": "a"}\n', r"f.jsonl, line 1: wants .*it has prompt"),
-    ("f.jsonl", '{"prompt": "a", "completion": 1}\n', r"line 1: wants .*all of them strings"),
+    ("f.jsonl", '{"prompt": "a", "completion": null}\n', r"line 1: its completion is null, not a"),
+    ("f.jsonl", '{"prompt": ["a"], "completion": "b"}\n', r'line 1: its prompt is \["a"\], not a'),
+    ("f.jsonl", '{"instruction": "a", "input": {}, "output": "b"}\n', r"its input is \{\}, not"),
     ("f.jsonl", '{"prompt": "a", "completion": " "}\n', r"line 1: its completion is empty"),
     ("f.jsonl", '{"text": "a"}\n', r"1 examples leave none to train on"),
     ("f.csv", "", r"f.csv is empty"),
-    ("f.csv", "a,b\nx,y\n", r"f.csv, line 1: the first row must name .* not a, b"),
+    ("f.csv", "a,b\nx,y\n", r"f.csv, line 2: wants the columns prompt and .*it has a, b"),
+    ("f.csv", "prompt,prompt,completion\nx,y,z\n", r"line 1: two columns have the same name"),
     ("f.csv", "prompt,completion\nx,y\nz\n", r"f.csv, line 3: 1 fields where .* names 2"),
     ("f.csv", 'text\nx\n"y\nz\n', r"f.csv, line 4: malformed CSV"),
     ("f.csv", 'prompt,completion\nx,"y" z\n', r"f.csv, line 2: malformed CSV"),

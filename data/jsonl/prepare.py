@@ -4,8 +4,14 @@ r"""Your own task as a dataset: prompts and the completions to learn, or plain t
     python train.py config/finetune_task.py --dataset=mine
     python evaluate.py --task=classify --out_dir=out-task --dataset=mine
 
-FILE (UTF-8) holds a line an example, {"prompt": "...", "completion": "..."} or {"text": "..."}; or
-it is a .csv whose first row names these columns, or whose only column is the text.
+FILE is .jsonl, with one example per line, or a .csv or .tsv whose first row names the columns:
+
+prompt, completion           also source_text, target_text, or question, answer
+instruction, input, output   Alpaca's; written as Alpaca's prompt, input may be missing
+text                         a plain text; also the only column of a table
+
+--prompt_column= and --completion_column= name other columns. Numbers are taken as text.
+--hub=OWNER/NAME takes a dataset of the Hugging Face hub; it needs `pip install datasets`.
 
 The examples are shuffled and packed end to end, end-of-text after each. Where a text holds
 <|endoftext|>, it is several documents. End a prompt with a mark that never varies and no space
@@ -17,6 +23,7 @@ space is one token, and a space alone another.
 --test_fraction=0.05    keeps so much apart as test.jsonl, for evaluate.py --task=classify
 """
 import argparse
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -26,45 +33,81 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fetch
 from fetch import UserError
 
-WANTED = '{"prompt": "...", "completion": "..."} or {"text": "..."}'
+PAIRS = (("prompt", "completion"), ("source_text", "target_text"), ("question", "answer"),
+         ("instruction", "output"))
+WANTED = "the columns prompt and completion, or text (--help lists others)"
+# the prompts of Stanford Alpaca (Taori et al. 2023), without and with an input
+ALPACA = """Below is an instruction that describes a task. Write a response that appropriately \
+completes the request.
+
+### Instruction:
+{instruction}
+
+### Response:
+"""
+ALPACA_INPUT = """Below is an instruction that describes a task, paired with an input that \
+provides further context. Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Input:
+{input}
+
+### Response:
+"""
 
 
-def to_examples(where: str, fields: dict, tokenizer: fetch.AnyTokenizer) -> list[fetch.Example]:
+def find_columns(where: str, fields: dict, args: argparse.Namespace) -> tuple[str | None, str]:
+    """Returns the names of the prompt's column, None for a plain text, and of the completion's.
+    Raises UserError if the fields have no such columns."""
+    if args.completion_column:
+        pairs = [(args.prompt_column, args.completion_column)]
+    else:
+        pairs = [*PAIRS, *([] if {"prompt", "completion"} & fields.keys() else [(None, "text")])]
+    for prompt, completion in pairs:
+        if completion in fields and (prompt is None or prompt in fields):
+            return prompt, completion
+    wanted = " and ".join(filter(None, pairs[0])) if args.completion_column else WANTED
+    raise UserError(f"{where}: wants {wanted}; it has {', '.join(map(str, fields)) or 'nothing'}")
+
+
+def as_text(where: str, fields: dict, column: str) -> str:
+    """A field's text; a number is written out. Raises UserError for null, a list or an object."""
+    value = fields[column]
+    if isinstance(value, int | float):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: its {column} is {json.dumps(value)[:40]}, not a text")
+    return value
+
+
+def to_examples(where: str, fields: dict, tokenizer: fetch.AnyTokenizer,
+                args: argparse.Namespace) -> list[fetch.Example]:
     """Returns the example of a line's fields; of a text one for each document in it. End-of-text
     at the end of a completion is dropped, since each example gets one. Raises UserError."""
-    prompt, completion = fields.get("prompt"), fields.get("completion")
-    is_text = prompt is None and completion is None
-    if is_text:
-        prompt, completion = "", fields.get("text")
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise UserError(f"{where}: wants {WANTED}, all of them strings; it has "
-                        f"{', '.join(fields) or 'nothing'}")
-    texts = fetch.split_at(tokenizer.special.get("eos_token"), completion) if is_text else (
-        [fetch.without_end(completion, tokenizer)])
+    prompt_column, column = find_columns(where, fields, args)
+    completion = as_text(where, fields, column)
+    if prompt_column is None:
+        prompt, texts = "", fetch.split_at(tokenizer.special.get("eos_token"), completion)
+    else:
+        prompt = as_text(where, fields, prompt_column)
+        texts = [fetch.without_end(completion, tokenizer)]
+        if (prompt_column, column) == ("instruction", "output"):
+            given = as_text(where, {"input": ""} | fields, "input")
+            prompt = (ALPACA_INPUT if given else ALPACA).format(instruction=prompt, input=given)
     if not "".join(texts).strip():
-        name = "text" if is_text else "completion"
-        raise UserError(f"{where}: its {name} is empty, there is nothing to learn")
-    for name, text in (("prompt", prompt), ("completion", texts[0])):
+        raise UserError(f"{where}: its {column} is empty, there is nothing to learn")
+    for name, text in ((prompt_column, prompt), (column, texts[0])):
         fetch.check_no_end(where, name, text, tokenizer)
     return [fetch.Example(prompt, text) for text in texts]
 
 
-def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields ('FILE, line N', fields) for each row. Raises UserError if the CSV is malformed."""
-    rows = fetch.read_rows(path, fetch.read_text(path))
-    where, header = next(rows, (str(path), []))
-    columns = [name.strip().lower() for name in header]
-    if len(columns) == 1:
-        print(f"{path}: {header[0]!r} in the first row is taken for the name of the only column")
-        columns = ["text"]
-    if header and "text" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise UserError(f"{where}: the first row must name the columns prompt and completion, or "
-                        f"text, not {', '.join(columns)}")
-    for where, row in rows:
-        if len(row) != len(columns):
-            raise UserError(f"{where}: {len(row)} fields where the first row names "
-                            f"{len(columns)}")
-        yield where, dict(zip(columns, row))
+def read_hub(name: str) -> Iterator[tuple[str, dict]]:
+    """Yields ('NAME, row N', fields) of a dataset of the hub. Raises UserError."""
+    rows = fetch.from_datasets(name, lambda datasets: datasets.load_dataset(name, split="train"))
+    for number, fields in enumerate(rows, 1):
+        yield f"{name}, row {number}", fields
 
 
 def split(examples: list[fetch.Example], val_fraction: float, test_fraction: float,
@@ -92,7 +135,10 @@ def tell_spaces(examples: list[fetch.Example]) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = fetch.parser(__doc__, Path(__file__).parent, "a .jsonl or .csv file (required)")
+    p = fetch.parser(__doc__, Path(__file__).parent, "a .jsonl, .csv or .tsv file")
+    p.add_argument("--hub", metavar="OWNER/NAME", help="a dataset of the hub in its place")
+    p.add_argument("--prompt_column", metavar="NAME", help="(default: as above)")
+    p.add_argument("--completion_column", metavar="NAME", help="(default: as above)")
     p.add_argument("--loss_on", default="all", choices=["all", "completion"],
                    help="which tokens are learnt (default: all)")
     p.add_argument("--val_fraction", type=float, default=0.1, help="(default: 0.1)")
@@ -101,8 +147,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--block_size", type=int, default=1024,
                    help="longer examples are counted (default: 1024, GPT-2's context)")
     args = p.parse_args(argv)
-    if args.input is None:
-        raise UserError("which examples? pass --input=FILE")
+    if (args.input is None) == (args.hub is None):
+        raise UserError("which examples? pass --input=FILE or --hub=OWNER/NAME")
+    if args.prompt_column and not args.completion_column:
+        raise UserError(f"--prompt_column={args.prompt_column} needs --completion_column too")
     fetch.check_fraction("val_fraction", args.val_fraction)
     fetch.check_fraction("test_fraction", args.test_fraction)
     return args
@@ -111,18 +159,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     tokenizer = fetch.choose_tokenizer(args.tokenizer)
-    read = read_csv if args.input.suffix.lower() == ".csv" else fetch.read_jsonl
-    examples = [example for where, fields in read(args.input)
-                for example in to_examples(where, fields, tokenizer)]
+    source = args.hub or args.input
+    rows = read_hub(args.hub) if args.hub else fetch.read_fields(args.input)
+    examples = [example for where, fields in rows
+                for example in to_examples(where, fields, tokenizer, args)]
     if not examples:
-        raise UserError(f"{args.input} is empty; it should hold a line an example: {WANTED}")
+        raise UserError(f"{source} is empty; it should hold one example per line, with {WANTED}")
     if args.loss_on == "completion" and not any(example.prompt for example in examples):
-        raise UserError(f"{args.input} holds texts without prompts, each of whose tokens is to be "
+        raise UserError(f"{source} holds texts without prompts, each of whose tokens is to be "
                         "learnt; use --loss_on=all")
     tell_spaces(examples)
     splits = split(examples, args.val_fraction, args.test_fraction, args.seed)
     if not splits["train"]:
-        raise UserError(f"{args.input}: {len(examples)} examples leave none to train on; give it "
+        raise UserError(f"{source}: {len(examples)} examples leave none to train on; give it "
                         "more of them")
     fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
     print(f"next: python train.py config/finetune_task.py "

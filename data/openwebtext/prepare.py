@@ -25,23 +25,19 @@ KINDS = {".jsonl": "json", ".parquet": "parquet"}
 
 def load_documents(source: Path | None, num_proc: int):
     """A datasets.Dataset with a column "text", from `source` or the hub."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("this needs the datasets package: pip install datasets") from None
     if source and not source.exists():
         raise UserError(f"--input={source}: no such file or folder")
-    try:
-        if source is None:
-            documents = datasets.load_dataset(HUB_ID, split="train", num_proc=num_proc)
-        elif (source / "state.json").exists():
-            documents = datasets.load_from_disk(str(source))
-        else:
+    if source is None:
+        def load(datasets):
+            return datasets.load_dataset(HUB_ID, split="train", num_proc=num_proc)
+    elif (source / "state.json").exists():
+        def load(datasets):
+            return datasets.load_from_disk(str(source))
+    else:
+        def load(datasets):
             kind, files = find_files(source)
-            documents = datasets.load_dataset(kind, data_files=files, split="train")
-    except (datasets.exceptions.DatasetsError, OSError) as error:
-        raise UserError(f"datasets cannot load {source or HUB_ID}: {error.__cause__ or error}; "
-                        f"--input= takes .jsonl or .parquet files fetched by hand") from error
+            return datasets.load_dataset(kind, data_files=files, split="train")
+    documents = fetch.from_datasets(source or HUB_ID, load)
     if "text" not in documents.column_names:
         raise UserError(f'{source or HUB_ID} has no column "text", only {documents.column_names}')
     return documents.select_columns("text")
