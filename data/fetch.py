@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shlex
 import ssl
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -399,19 +400,20 @@ def encode_examples(examples: Sequence[Example], tokenizer: AnyTokenizer,
 
 
 def write_examples(out_dir: Path, splits: dict[str, list[Example]], tokenizer: AnyTokenizer,
-                   loss_on: str, block_size: int) -> None:
-    """Writes train.bin and val.bin, their masks if loss_on is "completion", and test.jsonl. Prints
-    how many examples are longer than `block_size` ids, so that no window holds one whole."""
+                   loss_on: str, block_size: int) -> tuple[int, int]:
+    """Writes train.bin and val.bin, their masks if loss_on is "completion", and test.jsonl; returns
+    both lengths in tokens. Prints how many examples are longer than `block_size` ids, so that no
+    window holds one whole."""
     files, lengths, tokens = dict(tokenizer.files), [], {}
     for split in ("train", "val"):
-        tokens[split], mask, counts = encode_examples(splits[split], tokenizer, loss_on)
-        lengths += counts
+        tokens[split], mask, lengths_of_split = encode_examples(splits[split], tokenizer, loss_on)
+        lengths += lengths_of_split
         if loss_on == "completion":
             files[f"{split}.mask.bin"] = mask.tobytes()
     if splits["test"]:
         files["test.jsonl"] = "".join(json.dumps(example._asdict(), ensure_ascii=False) + "\n"
                                       for example in splits["test"]).encode("utf-8")
-    write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
+    counts = write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
     targets = "completions" if loss_on == "completion" else "all tokens"
     print("examples: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "val", "test"))
           + f"; {np.mean(lengths):.1f} tokens each, {max(lengths)} at most; loss on {targets}")
@@ -420,6 +422,7 @@ def write_examples(out_dir: Path, splits: dict[str, list[Example]], tokenizer: A
         print(f"note: {long:,} of {len(lengths):,} examples are longer than "
               f"--block_size={block_size}: they stay, but no window holds one whole, so the model "
               "sees its end without its beginning; shorten them or raise --block_size")
+    return counts
 
 
 # -----------------------------------------------------------------------------
@@ -478,6 +481,29 @@ def write_part(out_dir: Path, name: str, arrays: Iterable[np.ndarray]) -> int:
         f.flush()
         os.fsync(f.fileno())
     return count
+
+
+def print_next(config: str, out_dir: Path, counts: tuple[int, int], *options: str,
+               context: int = 1024) -> None:
+    """Prints the command that trains on a dataset: the config file of that name, whose block_size
+    is `context`, with a smaller --block_size if a split is shorter."""
+    name = dataset_name(out_dir)
+    argv = ["python", "train.py", f"config/{config}.py", f"--dataset={name}", *options]
+    if min(counts) <= context:
+        argv.append(f"--block_size={min(counts) - 1}")
+    print(f"next: {shlex.join(argv)}")
+
+
+def model_option(tokenizer: str) -> str:
+    """Returns the --init_from that goes with a --tokenizer. A tokenizer.json alone does not say
+    which model it belongs to."""
+    return f"--init_from={'MODEL' if tokenizer.endswith('.json') else tokenizer}"
+
+
+def finetuning_config(train_tokens: int) -> str:
+    """Returns the name of the config file that fits so much text; README.md has the table."""
+    sizes = {"finetune_little_data": 250_000, "finetune_task": 12_000_000}
+    return next((name for name, most in sizes.items() if train_tokens < most), "finetune_domain")
 
 
 def dataset_name(out_dir: Path) -> str:

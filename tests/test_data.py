@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import threading
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 import fetch
 
+from configurator import configure
 from nanotune.errors import UserError
+from train import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -371,8 +374,53 @@ def test_text_folder(gpt2, folder, tmp_path, capsys):
     assert train.count(50256) + val.count(50256) == 4
     assert names(tmp_path / "mine") == ["train.bin", "val.bin"]
     out = capsys.readouterr().out
-    assert "documents 4," in out and f"--init_from=gpt2 --dataset={tmp_path / 'mine'}" in out
+    assert "documents 4," in out and "skipped 1 files by their endings (.py 1)" in out
+    cfg = next_config(out)
+    assert (cfg.dataset, cfg.init_from, cfg.out_dir) == (
+        str(tmp_path / "mine"), "gpt2", "out-mine")
+    assert cfg.block_size is None and cfg.max_iters == 50  # config/finetune_little_data.py
     assert fetch.dataset_name(ROOT / "data" / "mine") == "mine"
+
+
+def next_config(out):
+    """The train.Config of the command that a prepare.py's last line prints."""
+    python, script_name, *argv = shlex.split(out.splitlines()[-1].removeprefix("next: "))
+    assert (python, script_name) == ("python", "train.py")
+    return configure(Config, [str(ROOT / argv[0]), *argv[1:]])
+
+
+@pytest.mark.parametrize("count, config", [
+    (0, "finetune_little_data"), (249_999, "finetune_little_data"), (250_000, "finetune_task"),
+    (12_000_000, "finetune_domain"), (10**10, "finetune_domain")])
+def test_the_config_fits_the_size_of_the_text(count, config):
+    assert fetch.finetuning_config(count) == config
+    assert (ROOT / "config" / f"{config}.py").is_file()
+
+
+def test_the_next_command_is_quoted(tmp_path, capsys):
+    fetch.print_next("finetune_task", tmp_path / "my texts", (5000, 2000), "--init_from=a b")
+    cfg = next_config(capsys.readouterr().out)
+    assert (cfg.dataset, cfg.init_from, cfg.block_size) == (
+        str(tmp_path / "my texts"), "a b", None)
+    fetch.print_next("finetune_task", tmp_path, (5000, 200))  # shorter than GPT-2's context
+    assert next_config(capsys.readouterr().out).block_size == 199
+
+
+def test_text_names_every_bad_file(folder, tmp_path):
+    (folder / "a.txt").write_bytes("é".encode("latin-1"))
+    (folder / "sub" / "z.txt").write_bytes("é".encode("utf-16"))
+    with pytest.raises(UserError, match=r"2 files cannot be read: .*a\.txt is not UTF-8.*; "
+                                        r".*z\.txt is UTF-16") as error:
+        prepare("text", input=folder, out_dir=tmp_path / "mine")
+    assert "\n" not in str(error.value) and not (tmp_path / "mine").exists()
+
+
+def test_a_validation_file_of_ones_own(gpt2, folder, tmp_path):
+    (tmp_path / "val.txt").write_text(f"Mine.<|endoftext|>{TEXT}")
+    prepare("text", input=folder, val_input=tmp_path / "val.txt", out_dir=tmp_path / "out")
+    train_ids, val_ids = tokens(tmp_path / "out")
+    assert gpt2.decode(val_ids) == f"Mine.<|endoftext|>{TEXT.strip()}<|endoftext|>"
+    assert train_ids.count(50256) == 4
 
 
 def test_text_order_is_that_of_the_paths(folder):
@@ -401,7 +449,7 @@ def test_text_by_characters(folder, tmp_path):
 def test_text_with_a_tokenizer_of_its_own_and_again(folder, tmp_path, capsys):
     from tokenizers import Tokenizer
     prepare("text", input=folder, out_dir=tmp_path / "1", tokenizer="train", vocab_size=300)
-    assert "--init_from=scratch" in capsys.readouterr().out
+    assert next_config(capsys.readouterr().out).init_from == "scratch"
     file = tmp_path / "1" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     train, val = tokens(tmp_path / "1")

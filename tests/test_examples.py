@@ -323,6 +323,15 @@ def test_a_dataset_of_the_hub(gpt2, tmp_path, monkeypatch):
         prepare("jsonl", hub="someone/pairs", out_dir=tmp_path)
 
 
+def test_validation_examples_of_ones_own(gpt2, tmp_path, capsys):
+    write_lines(tmp_path / "f.jsonl", PAIRS)
+    write_lines(tmp_path / "val.csv", ["prompt,completion", "Mine:, yes", "Question 3:, answer 3"])
+    prepare("jsonl", input=tmp_path / "f.jsonl", val_input=tmp_path / "val.csv", out_dir=tmp_path)
+    assert documents(tmp_path, gpt2, "val") == ["Mine: yes", "Question 3: answer 3"]
+    assert len(documents(tmp_path, gpt2)) == 59  # none is in both
+    assert "next: python train.py config/finetune_task.py" in capsys.readouterr().out
+
+
 def test_end_of_text_in_examples(gpt2, tmp_path):
     """It separates the documents of a text; at an end it is dropped: each example gets one."""
     lines = [{"prompt": f"Q{i}:", "completion": f" a{i}<|endoftext|>"} for i in range(30)]

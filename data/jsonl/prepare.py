@@ -110,15 +110,24 @@ def read_hub(name: str) -> Iterator[tuple[str, dict]]:
         yield f"{name}, row {number}", fields
 
 
-def split(examples: list[fetch.Example], val_fraction: float, test_fraction: float,
-          seed: int) -> dict[str, list[fetch.Example]]:
+def read_examples(rows: Iterator[tuple[str, dict]], tokenizer: fetch.AnyTokenizer,
+                  args: argparse.Namespace) -> list[fetch.Example]:
+    return [example for where, fields in rows
+            for example in to_examples(where, fields, tokenizer, args)]
+
+
+def split(examples: list[fetch.Example], val: list[fetch.Example], val_fraction: float,
+          test_fraction: float, seed: int) -> dict[str, list[fetch.Example]]:
     """Shuffled and dealt out; of examples that are the same only one stays, so that none is in
-    two splits."""
-    distinct = list(dict.fromkeys(examples))
+    two splits. Those of `val`, if it has any, are the validation split."""
+    val = list(dict.fromkeys(val))
+    distinct = [example for example in dict.fromkeys(examples) if example not in set(val)]
     if len(distinct) < len(examples):
         print(f"note: {len(examples) - len(distinct):,} examples repeat others and are left out")
     random.Random(seed).shuffle(distinct)
     n_test = round(len(distinct) * test_fraction)
+    if val:
+        return {"test": distinct[:n_test], "val": val, "train": distinct[n_test:]}
     n_val = max(1, round(len(distinct) * val_fraction))
     return {"test": distinct[:n_test], "val": distinct[n_test:n_test + n_val],
             "train": distinct[n_test + n_val:]}
@@ -142,6 +151,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--loss_on", default="all", choices=["all", "completion"],
                    help="which tokens are learnt (default: all)")
     p.add_argument("--val_fraction", type=float, default=0.1, help="(default: 0.1)")
+    p.add_argument("--val_input", type=Path, metavar="FILE",
+                   help="validate on the examples of this file instead of a part of --input")
     p.add_argument("--test_fraction", type=float, default=0.0, help="(default: 0)")
     p.add_argument("--seed", type=int, default=1337, help="of the order and the split")
     p.add_argument("--block_size", type=int, default=1024,
@@ -161,21 +172,21 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = fetch.choose_tokenizer(args.tokenizer)
     source = args.hub or args.input
     rows = read_hub(args.hub) if args.hub else fetch.read_fields(args.input)
-    examples = [example for where, fields in rows
-                for example in to_examples(where, fields, tokenizer, args)]
+    examples = read_examples(rows, tokenizer, args)
+    val = [] if args.val_input is None else (
+        read_examples(fetch.read_fields(args.val_input), tokenizer, args))
     if not examples:
         raise UserError(f"{source} is empty; it should hold one example per line, with {WANTED}")
     if args.loss_on == "completion" and not any(example.prompt for example in examples):
         raise UserError(f"{source} holds texts without prompts, each of whose tokens is to be "
                         "learnt; use --loss_on=all")
     tell_spaces(examples)
-    splits = split(examples, args.val_fraction, args.test_fraction, args.seed)
+    splits = split(examples, val, args.val_fraction, args.test_fraction, args.seed)
     if not splits["train"]:
         raise UserError(f"{source}: {len(examples)} examples leave none to train on; give it "
                         "more of them")
-    fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
-    print(f"next: python train.py config/finetune_task.py "
-          f"--dataset={fetch.dataset_name(args.out_dir)}")
+    counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
+    fetch.print_next("finetune_task", args.out_dir, counts)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenized = split.map(tokenize, batched=True, remove_columns=["text"], desc="tokenizing",
                           fn_kwargs={"name": args.tokenizer},
                           num_proc=min(args.num_proc, len(split["test"])))
-    fetch.write_dataset(args.out_dir, arrays(tokenized["train"], "train"),
-                        arrays(tokenized["test"], "val"), tokenizer.files)
+    counts = fetch.write_dataset(args.out_dir, arrays(tokenized["train"], "train"),
+                                 arrays(tokenized["test"], "val"), tokenizer.files)
+    fetch.print_next("train_gpt2", args.out_dir, counts)
 
 
 if __name__ == "__main__":

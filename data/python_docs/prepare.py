@@ -94,8 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     train, val = fetch.split_documents(docstrings)
     tokenizer = (fetch.choose_tokenizer(args.tokenizer) if args.tokenizer != "train"
                  else fetch.train_bpe((text for text, _ in train), args.vocab_size))
-    fetch.encode_dataset(args.out_dir / "docstrings", train, val, tokenizer)
+    counts = fetch.encode_dataset(args.out_dir / "docstrings", train, val, tokenizer)
     fetch.encode_dataset(args.out_dir / "topics", *fetch.split_documents(topics), tokenizer)
+    fetch.print_next("quickstart_pretrain", args.out_dir / "docstrings", counts, context=128)
 
 
 if __name__ == "__main__":

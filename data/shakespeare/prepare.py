@@ -14,7 +14,9 @@ import fetch
 def main(argv: list[str] | None = None) -> None:
     args = fetch.parser(__doc__, Path(__file__).parent, "the text, if at hand").parse_args(argv)
     train, val = fetch.split_text(fetch.shakespeare(args.input, args.out_dir))
-    fetch.encode_dataset(args.out_dir, train, val, fetch.choose_tokenizer(args.tokenizer))
+    counts = fetch.encode_dataset(args.out_dir, train, val, fetch.choose_tokenizer(args.tokenizer))
+    fetch.print_next("finetune_shakespeare", args.out_dir, counts,
+                     fetch.model_option(args.tokenizer))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     text = fetch.shakespeare(args.input, args.out_dir)
     train, val = fetch.split_text(text)
-    fetch.encode_dataset(args.out_dir, train, val, fetch.char_tokenizer(text))
+    counts = fetch.encode_dataset(args.out_dir, train, val, fetch.char_tokenizer(text))
+    fetch.print_next("train_shakespeare_char", args.out_dir, counts, context=256)
 
 
 if __name__ == "__main__":

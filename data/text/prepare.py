@@ -16,6 +16,7 @@ is dropped, and Windows line ends become \n.
 """
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,18 +25,26 @@ from fetch import UserError
 
 
 def find_files(source: Path, extensions: str) -> list[Path]:
-    """The file itself, or the text files of a folder in the order of their paths."""
+    """The file itself, or the text files of a folder in the order of their paths; prints how many
+    others the folder has."""
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise UserError(f"--input={source}: no such file or folder")
     wanted = {"." + e.strip().lstrip(".").lower() for e in extensions.split(",")}
-    found = {}
+    found, skipped = {}, Counter()
     for path in source.rglob("*"):
         inside = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in inside.parts)     # .git, .venv, ...
-        if path.suffix.lower() in wanted and path.is_file() and not hidden:
+        if not path.is_file() or any(part.startswith(".") for part in inside.parts):    # .git, ...
+            continue
+        if path.suffix.lower() in wanted:
             found[inside.as_posix()] = path
+        else:
+            skipped[path.suffix.lower() or "no ending"] += 1
+    if skipped:
+        kinds = ", ".join(f"{ending} {count:,}" for ending, count in skipped.most_common(5))
+        print(f"{source}: skipped {sum(skipped.values()):,} files by their endings ({kinds}"
+              f"{', ...' if len(skipped) > 5 else ''})")
     if not found:
         raise UserError(f"--input={source}: no files of {' '.join(sorted(wanted))} in that "
                         f"folder; --ext=.log,.tex takes others")
@@ -43,10 +52,17 @@ def find_files(source: Path, extensions: str) -> list[Path]:
 
 
 def read_documents(source: Path, extensions: str, mark: str | None) -> list[str]:
-    """Returns every document of `source`; a mark separates those of one file."""
-    documents = []
+    """Returns every document of `source`; a mark separates those of one file. Raises UserError,
+    which names every file that cannot be read."""
+    documents, problems = [], []
     for path in find_files(source, extensions):
-        documents += fetch.split_at(mark, fetch.read_text(path))
+        try:
+            documents += fetch.split_at(mark, fetch.read_text(path))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        count = f"{len(problems)} files cannot be read: " if problems[1:] else ""
+        raise UserError(count + "; ".join(problems))
     if not documents:
         raise UserError(f"--input={source} is empty; it should hold the text to train on")
     return documents
@@ -56,6 +72,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = fetch.parser(__doc__, Path(__file__).parent, "a text file, or a folder of them (required)",
                      "gpt2, char, train, a tokenizer.json, a folder or a hub id (default: gpt2)")
     p.add_argument("--val_fraction", type=float, default=0.1, help="(default: 0.1)")
+    p.add_argument("--val_input", type=Path, metavar="FILE", help="validate on this text, file or "
+                   "folder, instead of a part of --input")
     p.add_argument("--vocab_size", type=int, default=8000,
                    help="of --tokenizer=train (default: 8000)")
     p.add_argument("--ext", default=".txt,.md", help="files of a folder (default: .txt,.md)")
@@ -72,20 +90,27 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = None if args.tokenizer in ("char", "train") else (
         fetch.choose_tokenizer(args.tokenizer))
     end = fetch.EOT if tokenizer is None else tokenizer.special.get("eos_token")
-    documents = read_documents(args.input, args.ext,
-                               end if args.split_on is None else args.split_on)
-    train, val = fetch.split_documents(documents, args.val_fraction)
+    mark = end if args.split_on is None else args.split_on
+    documents = read_documents(args.input, args.ext, mark)
+    if args.val_input is None:
+        train, val = fetch.split_documents(documents, args.val_fraction)
+    else:
+        train, val = ([(text, True) for text in part] for part in (
+            documents, read_documents(args.val_input, args.ext, mark)))
     print(f"{args.input}: documents {len(documents):,}, characters {sum(map(len, documents)):,}")
     if args.tokenizer == "char":
-        tokenizer = fetch.char_tokenizer("".join(documents))
+        tokenizer = fetch.char_tokenizer("".join(text for text, _ in train + val))
     elif args.tokenizer == "train":     # validation text does not train it
         tokenizer = fetch.train_bpe((text for text, _ in train), args.vocab_size)
-    fetch.encode_dataset(args.out_dir, train, val, tokenizer)
-    start = {"char": "scratch", "train": "scratch"}.get(args.tokenizer, args.tokenizer)
-    start = "MODEL" if Path(start).suffix == ".json" else start
-    name = fetch.dataset_name(args.out_dir)
-    print(f"next: python train.py --init_from={start} --dataset={name} "
-          f"--out_dir=out-{Path(name).name}")
+    counts = fetch.encode_dataset(args.out_dir, train, val, tokenizer)
+    out_dir = f"--out_dir=out-{args.out_dir.resolve().name}"
+    if args.tokenizer == "char":
+        fetch.print_next("train_shakespeare_char", args.out_dir, counts, out_dir, context=256)
+    elif args.tokenizer == "train":
+        fetch.print_next("quickstart_pretrain", args.out_dir, counts, out_dir, context=128)
+    else:
+        fetch.print_next(fetch.finetuning_config(counts[0]), args.out_dir, counts, out_dir,
+                         fetch.model_option(args.tokenizer))
 
 
 if __name__ == "__main__":

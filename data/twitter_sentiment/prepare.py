@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = fetch.choose_tokenizer(args.tokenizer)
     splits = split(read_tweets(source, tokenizer), args.samples, args.test_fraction,
                    args.val_fraction, args.seed)
-    fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
+    counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
+    fetch.print_next("finetune_twitter_sentiment", args.out_dir, counts, context=512)
 
 
 if __name__ == "__main__":
