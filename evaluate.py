@@ -26,7 +26,7 @@ from nanotune.device import DtypeName, autocast, pick_dtype
 from nanotune.errors import UserError
 from nanotune.evaluation import perplexity, tasks
 from nanotune.files import write_atomic
-from nanotune.formats.checkpoint import load_model
+from nanotune.formats.checkpoint import load_model, pick_source
 from nanotune.generation.fast import pack
 from nanotune.text.loader import dataset_folder, open_dataset, open_tokens
 from nanotune.text.read import read_text
@@ -193,7 +193,7 @@ def main(argv: list[str]) -> None:
         folder = dataset_folder(cfg.dataset)
         if cfg.task == "perplexity":
             open_tokens(folder / f"{cfg.split}.bin", 1)
-    source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+    source = pick_source(cfg.out_dir, cfg.init_from)
     model, tokenizer = load_model(source, cfg.block_size, device=world.device, with_onnx=True)
     of_data = tokenizer if cfg.input is not None else tokenizer_of_dataset(folder)
     check_same_tokenizer(tokenizer, of_data, source, cfg.input or folder)

@@ -18,7 +18,7 @@ from nanotune.cli import run
 from nanotune.device import DTYPES
 from nanotune.errors import UserError
 from nanotune.files import check_replaceable, write_folder
-from nanotune.formats.checkpoint import history_of, load_model
+from nanotune.formats.checkpoint import history_of, load_model, pick_source
 from nanotune.formats.hf import write_hf, write_tokenizer
 from nanotune.formats.onnx_model import open_onnx
 from nanotune.text.tokenizer import GPT2_VOCAB_SIZES
@@ -196,7 +196,7 @@ def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
     check_config(cfg)
     check_replaceable(Path(cfg.export_dir), WRITTEN, cfg.overwrite)
-    source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+    source = pick_source(cfg.out_dir, cfg.init_from)
     model, tokenizer = load_model(source)
     model.eval()
     if tokenizer is not None:

@@ -23,7 +23,7 @@ from configurator import (
 from nanotune.cli import run
 from nanotune.device import DtypeName, autocast, pick_compile, pick_device, pick_dtype
 from nanotune.errors import UserError
-from nanotune.formats.checkpoint import load_model
+from nanotune.formats.checkpoint import load_model, pick_source
 from nanotune.generation.fast import for_generation
 from nanotune.generation.generate import TextPieces, stream
 from nanotune.text.read import check_surrogates, read_text
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     prompt = read_prompt(cfg.start)
-    source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+    source = pick_source(cfg.out_dir, cfg.init_from)
     model, tokenizer = load_model(source, device=device, with_onnx=True)
     if tokenizer is None:
         raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")

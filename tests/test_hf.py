@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from model import GPT, GPTConfig
 from nanotune.errors import UserError
-from nanotune.formats import hf_config
+from nanotune.formats import checkpoint, hf_config
 from nanotune.text.tokenizer import EOT, tokenizer_of_folder, tokenizer_of_source
 
 KEY = "transformer.h.1.mlp.c_fc.weight"
@@ -404,6 +404,8 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", functools.partial(
         huggingface_hub.hf_hub_download, endpoint=url, cache_dir=tmp_path / "cache", token=False,
         etag_timeout=5))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", functools.partial(
+        huggingface_hub.hf_hub_url, endpoint=url))
     huggingface_hub.close_session()
     threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}).start()
     yield hub
@@ -434,6 +436,34 @@ def test_a_tokenizer_of_the_hub(hub, kind, tmp_path):
     found, ours = tokenizer_of_source("someone/odd"), tokenizer_of_folder(tmp_path / "odd")
     assert (found.spec, found.special) == (ours.spec, ours.special)
     assert set(ours.special.values()) == {EOT, START, PAD}
+
+
+@pytest.mark.parametrize("how", ["refused", "unknown host"])
+def test_a_hub_that_cannot_be_reached_is_said_at_once(how, monkeypatch, tmp_path):
+    """Without the library's own retries, which take half a minute."""
+    url = {"refused": "http://127.0.0.1:9", "unknown host": "http://nosuch.invalid"}[how]
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it retries"))
+    for name in ("hf_hub_download", "hf_hub_url"):
+        options = {"cache_dir": tmp_path, "token": False} if name == "hf_hub_download" else {}
+        monkeypatch.setattr(huggingface_hub, name, functools.partial(
+            getattr(huggingface_hub, name), endpoint=url, **options))
+    with pytest.raises(UserError, match="hub cannot be reached for someone/gpt"):
+        GPT.from_pretrained("someone/gpt")
+
+
+def test_a_folder_called_gpt2_is_the_folder(write_hf, tmp_path, monkeypatch, capsys):
+    """Its weights, its tokenizer and its plan; a line says so."""
+    theirs = hf_model()
+    folder = write_hf(theirs, name="gpt2")
+    save_odd(folder, "words")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.model_config("gpt2").n_layer == theirs.config.n_layer == 2
+    model, tokenizer = checkpoint.load_model("gpt2")
+    assert model.config.n_layer == 2 and tokenizer.special["eos_token"] == "[END]"
+    assert tokenizer_of_source("gpt2").identity == tokenizer.identity
+    assert "note: gpt2 is the folder here" in capsys.readouterr().out
 
 
 def test_the_hub_answers_that_there_is_no_such_model(hub):

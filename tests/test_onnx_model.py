@@ -42,6 +42,16 @@ def make_onnx(tmp_path):
     return make
 
 
+def test_the_graph_in_a_folder_is_found(make_onnx, tmp_path):
+    _, _, path = make_onnx()
+    assert type(load_model(str(tmp_path), with_onnx=True)[0]) is type(open_onnx(path)[0])
+    with pytest.raises(UserError, match="can only be sampled from and evaluated"):
+        load_model(str(tmp_path))
+    (tmp_path / "other.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds model\.onnx, other\.onnx; give one of them"):
+        load_model(str(tmp_path), with_onnx=True)
+
+
 def random_ids(B, T, vocab_size=61):
     return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(T))
 

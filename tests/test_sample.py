@@ -3,6 +3,7 @@ import os
 import re
 from contextlib import redirect_stdout
 
+import huggingface_hub
 import pytest
 from conftest import TEXT, tiny_json
 from hypothesis import example, given
@@ -226,6 +227,31 @@ def test_the_longest_prompt(chars, samples):
 ])
 def test_bad_options(chars, arg, message):
     refuse(chars, message, arg)
+
+
+def test_a_path_of_a_checkpoint(chars, samples):
+    assert samples(chars / "ckpt.pt", start="L") == samples("x", init_from=chars / "ckpt.pt",
+                                                            start="L") == samples(chars, start="L")
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"out_dir": "runs/mine_v1"}, r"--out_dir=runs/mine_v1 does not exist; runs here: out-tiny; "),
+    ({"out_dir": "gpt2"}, r"--out_dir=gpt2 does not exist"),
+    ({"init_from": "out-tinny"}, r"out-tinny does not exist"),
+    ({"init_from": "out-tiny/best.pt"}, r"out-tiny/best.pt does not exist"),
+    ({"init_from": "x.pt"}, r"x.pt does not exist"), ({"init_from": "note.txt"}, "is a file"),
+    ({"init_from": "a/b/c"}, "a/b/c does not exist"), ({"init_from": ""}, " does not exist|holds"),
+    ({"init_from": "../gpt2"}, "../gpt2 does not exist"),
+])
+def test_what_is_no_hub_id_never_asks_the_network(chars, options, message, tmp_path, monkeypatch):
+    def asked(*args, **kwargs):
+        pytest.fail("asked the hub")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", asked)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "note.txt").write_text("x")
+    with pytest.raises(UserError, match=message):
+        main([f"--{name}={value}" for name, value in options.items()])
 
 
 def test_no_run(tmp_path):

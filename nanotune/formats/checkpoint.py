@@ -1,7 +1,8 @@
 """Loads a model from any source, and defines the content of ckpt.pt.
 
     model, tokenizer = load_model(source)
-    source     a run's out_dir, a Hugging Face folder, a hub id, a TensorFlow checkpoint folder
+    source     a run's out_dir or .pt file, a Hugging Face folder, a hub id, a folder with a
+               TensorFlow checkpoint
 
     out_dir/ckpt.pt    the model: weights, model_args, iter_num, best_val_loss, config (nanoGPT's
                        keys), tokenizer, run_id
@@ -11,6 +12,7 @@ A LoRA run's files hold only the adapters, with the name and the hash of their b
 ckpt.pt can be sampled, evaluated and resumed.
 """
 import hashlib
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -79,27 +81,30 @@ def config_from_args(args: dict, path: str | Path) -> GPTConfig:
 def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
                device: str | torch.device = "cpu", with_onnx: bool = False,
                dtype: torch.dtype = torch.float32) -> tuple[GPT | OnnxGPT, AnyTokenizer | None]:
-    """Returns (model, tokenizer) of a run's out_dir, a Hugging Face folder, a hub id or a folder
-    with a TensorFlow checkpoint; with `with_onnx` also of an exported .onnx file, as an OnnxGPT.
+    """Returns (model, tokenizer) of a run's out_dir or .pt file, a Hugging Face folder, a hub id or
+    a folder with a TensorFlow checkpoint; with `with_onnx` also of an exported .onnx file or its
+    folder, as an OnnxGPT.
 
     The model is in training mode, its matrices in `dtype`, with LoRA adapters merged; a smaller
     block_size crops the context. Raises UserError if the source is missing, unknown or damaged.
     """
     folder = Path(source)
-    if folder.suffix == ".onnx":
+    if (graph := onnx_file(folder)) is not None:
         if not with_onnx:
             raise UserError(f"{source} can only be sampled from and evaluated; give the run or the "
                             "folder that it was exported from")
-        model, tokenizer = open_onnx(source, block_size)
+        model, tokenizer = open_onnx(str(graph), block_size)
         limit_rows(tokenizer, model.config.vocab_size, source)
         return model, tokenizer
-    if (folder / MODEL_FILE).is_file():
-        model, tokenizer = load_run(folder / MODEL_FILE, dropout, device, dtype)
+    if (path := run_file(source)) is not None:
+        model, tokenizer = load_run(path, dropout, device, dtype)
     elif tf.is_tf_checkpoint(folder):
         model = tf.read_model(folder, dropout, device, dtype)
         tokenizer = tokenizer_of_folder(folder)
     else:
         check_can_be_pretrained(source)
+        if source in hub.GPT2_SHAPES and folder.is_dir():
+            print(f"note: {source} is the folder here, not the model of that name on the hub")
         family = family_of(hub.find_config(source), source)
         model = family.model.from_pretrained(source, None, dropout, device, dtype)
         tokenizer = tokenizer_of_source(source)
@@ -122,13 +127,53 @@ def load_run(path, dropout, device, dtype):
     return model, tokenizer
 
 
+def pick_source(out_dir: str, init_from: str) -> str:
+    """Returns what a script reads a model from: init_from, or out_dir if that is "resume". Raises
+    UserError if out_dir does not exist: it is never a hub id."""
+    if init_from != "resume":
+        return init_from
+    if not Path(out_dir).exists():
+        runs = sorted(str(path.parent) for path in Path().glob(f"*/{MODEL_FILE}"))
+        raise UserError(f"--out_dir={out_dir} does not exist; "
+                        + (f"runs here: {', '.join(runs[:8])}" if runs else "no run is here")
+                        + "; --init_from= takes other models")
+    return out_dir
+
+
+def run_file(source: str) -> Path | None:
+    """Returns the checkpoint of a run's out_dir, or the source if it is a .pt file, or None."""
+    path = Path(source)
+    if path.suffix == ".pt" and path.is_file():
+        return path
+    return path / MODEL_FILE if (path / MODEL_FILE).is_file() else None
+
+
+def onnx_file(path: Path) -> Path | None:
+    """Returns the path if it names an .onnx file, or the .onnx file of an exported folder, or
+    None. Raises UserError if the folder has several."""
+    if path.suffix == ".onnx":
+        return path
+    graphs = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    if not graphs or (path / MODEL_FILE).is_file() or (path / "config.json").is_file():
+        return None
+    if len(graphs) > 1:
+        raise UserError(f"{path} holds {', '.join(graph.name for graph in graphs)}; give one of "
+                        "them")
+    return graphs[0]
+
+
 def check_can_be_pretrained(source):
-    """Raises UserError if `source` is not a Hugging Face folder and cannot be a hub id."""
+    """Raises UserError if `source` is not a Hugging Face folder and cannot be a hub id, which is
+    NAME or OWNER/NAME."""
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{source} holds neither {MODEL_FILE} (a run's out_dir) nor config.json "
                         "(a Hugging Face folder) nor hparams.json (a TensorFlow checkpoint)")
-    if not folder.exists() and (source.count("/") > 1 or source.startswith((".", "/", "out"))):
+    if folder.is_file():
+        raise UserError(f"{source} is a file; give a .pt or .onnx file, or a folder")
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source)
+    is_path = re.match("out(-|/|$)", source) or folder.suffix in (".pt", ".onnx", ".json", ".bin")
+    if not folder.exists() and (hub_id is None or is_path):
         raise UserError(f"{source} does not exist; give a run's out_dir, a Hugging Face folder, "
                         "or a hub id such as gpt2")
 
@@ -161,8 +206,8 @@ def model_from(data: dict, path: str | Path, dropout: float = 0.0,
 def history_of(source: str) -> dict:
     """Returns {"iter_num", "best_val_loss", "config"} of a run's ckpt.pt without reading weights,
     or {} if the source is not a run's out_dir."""
-    path = Path(source, MODEL_FILE)
-    if not path.is_file():
+    path = run_file(source)
+    if path is None:
         return {}
     data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
@@ -170,8 +215,8 @@ def history_of(source: str) -> dict:
 
 def model_config(source: str) -> GPTConfig:
     """Returns the config of load_model's model without reading weights. Raises UserError as it."""
-    for path in (Path(source) / name for name in (MODEL_FILE, STATE_FILE)):
-        if path.is_file():
+    for path in (run_file(source), Path(source) / STATE_FILE):
+        if path is not None and path.is_file():
             try:
                 data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception:  # torch.load raises many kinds; files.load says what to do
@@ -180,6 +225,7 @@ def model_config(source: str) -> GPTConfig:
                 return config_from_args(data["model_args"], path)
     if tf.is_tf_checkpoint(Path(source)):
         return tf.read_config(Path(source))
+    check_can_be_pretrained(source)
     found = hub.find_config(source)
     return family_of(found, source).config(**hf_config.config_from_hf(found, source))
 
@@ -213,8 +259,8 @@ def adapted_from(data, path, dropout, dtype):
 
 def weight_files(source):
     """The paths of a source's weight files."""
-    if (Path(source) / MODEL_FILE).is_file():
-        return [Path(source) / MODEL_FILE]
+    if (path := run_file(source)) is not None:
+        return [path]
     if tf.is_tf_checkpoint(Path(source)):
         return tf.weight_files(Path(source))
     return hub.find_pretrained(source)[1]

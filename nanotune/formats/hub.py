@@ -7,7 +7,7 @@ A hub file is read from this machine's cache, and downloaded if it is not there.
 import json
 from pathlib import Path, PureWindowsPath
 
-from nanotune.errors import UserError
+from nanotune.errors import UserError, first_line
 
 # (layers, heads, width) of OpenAI's models: a dry run needs no download
 GPT2_SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
@@ -21,7 +21,7 @@ def find_config(name: str) -> dict:
 
     Raises UserError if there is none or the hub cannot be reached.
     """
-    if name in GPT2_SHAPES:
+    if name in GPT2_SHAPES and not Path(name).is_dir():
         n_layer, n_head, n_embd = GPT2_SHAPES[name]
         return dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_layer=n_layer,
                     n_head=n_head, n_embd=n_embd)
@@ -110,7 +110,7 @@ def hub_file(repo: str, file: str) -> str | None:
     lacks it. Raises UserError if the repository does not exist or is gated, or if config.json
     cannot be reached.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -119,6 +119,11 @@ def hub_file(repo: str, file: str) -> str | None:
         RepositoryNotFoundError,
     )
     try:
+        if file == "config.json":  # the first to be read
+            try:
+                hf_hub_download(repo, file, local_files_only=True)
+            except LocalEntryNotFoundError:  # not cached: hf_hub_download() would try for 30 s
+                get_hf_file_metadata(hf_hub_url(repo, file), timeout=8)
         return hf_hub_download(repo, file)
     except LocalEntryNotFoundError:  # no answer from the hub, and not in the cache
         if file == "config.json":    # each model has one
@@ -133,7 +138,8 @@ def hub_file(repo: str, file: str) -> str | None:
         raise UserError(f"{repo} is no folder on this machine and no model on the hub (or a "
                         "private one: then run `hf auth login`)") from None
     except Exception as e:  # the file system and the HTTP library raise their own
-        raise UserError(f"{hub_unreachable(repo)} ({type(e).__name__}: {e})") from None
+        raise UserError(f"{hub_unreachable(repo)} ({type(e).__name__}: {first_line(e)})"
+                        ) from None
 
 
 def hub_unreachable(repo: str) -> str:

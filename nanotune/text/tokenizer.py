@@ -250,9 +250,9 @@ def tokenizer_of_folder(folder: str | Path) -> AnyTokenizer | None:
 def tokenizer_of_source(source: str) -> AnyTokenizer | None:
     """Returns the tokenizer of a tokenizer.json, a folder or a hub id, or None if it has none.
     OpenAI's models need no download. Raises UserError if it is missing or damaged."""
-    if source in (*hub.GPT2_SHAPES, "distilgpt2"):
-        return GPT2Tokenizer()
     path = Path(source)
+    if source in (*hub.GPT2_SHAPES, "distilgpt2") and not path.is_dir():
+        return GPT2Tokenizer()
     if path.is_file():
         if path.name == "tokenizer.json":  # the files beside it name its end-of-text
             return tokenizer_of_folder(path.parent)

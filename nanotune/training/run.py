@@ -194,7 +194,8 @@ def dry_run(cfg: Any) -> None:
     if cfg.init_from == "scratch":
         config = scratch_config(cfg, tokenizer_of_dataset(folder))
     else:
-        config = checkpoint.model_config(cfg.out_dir if resume.resumes(cfg) else cfg.init_from)
+        config = checkpoint.model_config(checkpoint.pick_source(
+            cfg.out_dir, "resume" if resume.resumes(cfg) else cfg.init_from))
         config = replace(config, block_size=cfg.block_size or config.block_size)
     tokens = [len(open_tokens(folder / f"{split}.bin", config.block_size))
               for split in SPLITS]
