@@ -40,7 +40,8 @@ from nanotune.formats.hub import GPT2_SHAPES
 
 ROOT = Path(__file__).resolve().parent
 WARM_UP = 2  # steps that are not counted
-SHAPES = GPT2_SHAPES | {"tiny": (2, 2, 16)}  # layers, heads, width; the last is for tests
+SHAPES = {name: dict(zip(("n_layer", "n_head", "n_embd"), shape))
+          for name, shape in (GPT2_SHAPES | {"tiny": (2, 2, 16)}).items()}  # tiny is for tests
 N_VOCAB = {"tiny": 257}  # of the others 50257
 
 
@@ -94,13 +95,12 @@ def run_process(argv, until=None, cwd=None):
     return text, seconds, rss
 
 
-def worker(task, **options):
-    """The command that runs one of WORKERS in a process of its own."""
-    return [sys.executable, ROOT / "bench.py", "worker", json.dumps({"task": task} | options)]
-
-
-def last_json(text):
-    return json.loads(text.strip().splitlines()[-1])
+def run_worker(task, **options):
+    """What one of WORKERS returns in a process of its own, and its memory: the process's, unless
+    the worker has measured a GPU's."""
+    text, _, rss = run_process([sys.executable, ROOT / "bench.py", "worker", task,
+                                json.dumps(options, default=str)])
+    return {"memory": rss} | json.loads(text.strip().splitlines()[-1])
 
 
 def script(name, **fields):
@@ -110,47 +110,53 @@ def script(name, **fields):
 # -----------------------------------------------------------------------------
 # what is measured: each case returns {column: number} of one process
 
-def train_ours(cfg, folder, **fields):
-    """train.py until enough steps stand in metrics.jsonl; then it is killed: no last save."""
-    out = folder / "out"
+def run_train(cfg, folder, until=None, **fields):
     fields = dict(
-        init_from=folder / "hf", dataset=folder / "data", out_dir=out, overwrite=True,
+        init_from=folder / "hf", dataset=folder / "data", out_dir=folder / "out", overwrite=True,
         batch_size=cfg.batch_size, gradient_accumulation_steps=1, block_size=cfg.block_size,
         max_iters=10**6, eval_interval=10**6, eval_iters=1, warmup_iters=0, learning_rate=1e-5,
         decay_lr=False, device=cfg.device, dtype=cfg.dtype) | fields
-    metrics = out / "metrics.jsonl"
+    return run_process(script("train.py", **fields), until)
+
+
+def train_ours(cfg, folder, **fields):
+    """train.py until enough steps stand in metrics.jsonl; then it is killed: no last save."""
+    metrics = folder / "out" / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
 
     def entries():
         lines = metrics.read_text().splitlines() if metrics.is_file() else []
         return [json.loads(line) for line in lines if line.startswith('{"iter"')]
 
-    run_process(script("train.py", **fields),
-                until=lambda: len(entries()) >= WARM_UP + cfg.steps)
+    run_train(cfg, folder, until=lambda: len(entries()) >= WARM_UP + cfg.steps, **fields)
     timed = entries()[WARM_UP:WARM_UP + cfg.steps] or entries()[-1:]
     return {"tok/s": statistics.median(e["tok_s"] for e in timed), "memory": timed[-1]["memory"]}
 
 
 def train_nanogpt(cfg, folder, compiled):
     """nanoGPT's own train.py, which prints its milliseconds, as shipped but for the sizes."""
-    n_layer, n_head, n_embd = SHAPES[cfg.model]
-    fields = dict(dataset=folder / "data", out_dir=folder / "nanogpt", device=cfg.device,
-                  n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=True, eval_iters=1,
-                  eval_interval=10**6, log_interval=1, batch_size=cfg.batch_size, compile=compiled,
-                  block_size=cfg.block_size, gradient_accumulation_steps=1,
-                  max_iters=WARM_UP + cfg.steps)
     path = Path(cfg.against, "train.py").resolve()
-    text, _, rss = run_process(script(path, **fields), cwd=path.parent)
+    text, _, rss = run_process(script(
+        path, dataset=folder / "data", out_dir=folder / "nanogpt", device=cfg.device, bias=True,
+        eval_iters=1, eval_interval=10**6, log_interval=1, batch_size=cfg.batch_size,
+        compile=compiled, block_size=cfg.block_size, gradient_accumulation_steps=1,
+        max_iters=WARM_UP + cfg.steps, **SHAPES[cfg.model]), cwd=path.parent)
     ms = [float(m) for m in re.findall(r"time ([\d.]+)ms", text)][WARM_UP:]
     return {"tok/s": cfg.batch_size * cfg.block_size / statistics.median(ms) * 1e3,
             "memory": None if on_gpu(cfg) else rss}
 
 
-def sample_ours(cfg, folder, source=None, dtype=None, compiled=False):
-    text, _, rss = run_process(script(
-        "sample.py", init_from=source or folder / "hf", start=cfg_start(cfg), stop="",
-        num_samples=cfg.num_samples, max_new_tokens=cfg.max_new_tokens, device=cfg.device,
-        dtype=dtype or cfg.dtype, compile=compiled))
+def run_sample(cfg, folder, **fields):
+    """sample.py until max_new_tokens, whatever it draws."""
+    start = "w1" if cfg.init_from is None else "The"
+    fields = dict(
+        init_from=folder / "hf", start=start, stop="", num_samples=cfg.num_samples,
+        max_new_tokens=cfg.max_new_tokens, device=cfg.device, dtype=cfg.dtype) | fields
+    return run_process(script("sample.py", **fields))
+
+
+def sample_ours(cfg, folder, **fields):
+    text, _, rss = run_sample(cfg, folder, **fields)
     rates = re.search(r"s, ([\d,.]+) a second \(the later half at ([\d,.]+)\)", text).groups()
     whole, later = (float(rate.replace(",", "")) for rate in rates)
     return {"tok/s": later, "from the start": whole, "memory": None if on_gpu(cfg) else rss}
@@ -158,21 +164,8 @@ def sample_ours(cfg, folder, source=None, dtype=None, compiled=False):
 
 def first_token(cfg, folder):
     """Seconds of a whole sample.py with one token: import of torch, weights, prompt."""
-    _, seconds, _ = run_process(script(
-        "sample.py", init_from=folder / "hf", start=cfg_start(cfg), num_samples=1,
-        max_new_tokens=1, device=cfg.device, dtype=cfg.dtype))
+    _, seconds, _ = run_sample(cfg, folder, num_samples=1, max_new_tokens=1)
     return {"seconds": seconds}
-
-
-def run_worker(cfg, task, **options):
-    """A case of WORKERS; on a CPU its memory is the process's."""
-    text, _, rss = run_process(worker(task, **options))
-    found = last_json(text)
-    return {"memory": None if on_gpu(cfg) else rss} | found
-
-
-def cfg_start(cfg):
-    return "w1" if cfg.init_from is None else "The"
 
 
 def on_gpu(cfg):
@@ -193,7 +186,6 @@ def make_folders(folder, model, block_size, dtype, tokens=200_000):
     from nanotune.device import DTYPES
     from nanotune.formats.hf import write_model
     from nanotune.text.tokenizer import tokenizer_of_folder
-    n_layer, n_head, n_embd = SHAPES[model]
     n_vocab = N_VOCAB.get(model, 50257)
     words = {f"w{i}": i for i in range(n_vocab - 1)} | {"<|endoftext|>": n_vocab - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -205,7 +197,7 @@ def make_folders(folder, model, block_size, dtype, tokens=200_000):
     drawn.tofile(Path(folder, "data", "train.bin"))
     drawn[:4 * block_size + 1].tofile(Path(folder, "data", "val.bin"))
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=n_vocab, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    config = GPTConfig(vocab_size=n_vocab, **SHAPES[model])
     write_model(Path(folder, "hf"), asdict(config), dict(GPT(config).named_parameters()),
                 DTYPES[dtype], tokenizer_of_folder(Path(folder, "hf")))
     return {}
@@ -266,16 +258,16 @@ def sample_nanogpt(path, model, num_samples, max_new_tokens, device, dtype):
     import torch
 
     from model import GPT, GPTConfig
-    n_layer, n_head, n_embd = SHAPES[model]
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device).eval()
+    gpt = GPT(GPTConfig(**SHAPES[model])).to(device).eval()
     idx = torch.ones(num_samples, 1, dtype=torch.long, device=device)
     with torch.no_grad(), torch.autocast(device, getattr(torch, dtype),
                                          enabled=dtype != "float32"):
         gpt.generate(idx, 4, temperature=0.8, top_k=200)
         began = time.perf_counter()
         int(gpt.generate(idx, max_new_tokens, temperature=0.8, top_k=200)[0, -1])
-    return {"tok/s": num_samples * max_new_tokens / (time.perf_counter() - began)}
+        seconds = time.perf_counter() - began
+    return {"tok/s": num_samples * max_new_tokens / seconds} | gpu_memory(device)
 
 
 def load_ours(folder):
@@ -324,8 +316,9 @@ def gpu_memory(device):
     return {"memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
 
 
-def machine(device, dtype):
-    """Where things run: device, its name, the dtypes that are native, what a product reaches."""
+def machine(device, dtype, model, block_size):
+    """Where things run: device, its name, the dtypes that are native, what a product reaches; and
+    what a token of the model costs."""
     import platform
 
     import torch
@@ -337,18 +330,22 @@ def machine(device, dtype):
     native = {torch.float32, devices.pick_dtype("auto", device)} - {torch.float16}
     name = (torch.cuda.get_device_name() if device.type == "cuda" else
             f"{torch.get_num_threads()} threads of {processor() or platform.processor()}")
+    gigabyte = torch.ones(2**28, device=device)
+    seconds = devices.least_seconds(gigabyte.sum, device, times=5)
     return {"device": device.type, "name": name, "torch": torch.__version__,
             "dtype": str(ours).removeprefix("torch."),
             "dtypes": sorted(str(d).removeprefix("torch.") for d in native),
-            "peak": devices.matmul_peak(device, ours), "bandwidth": read_bandwidth(device)}
+            "peak": devices.matmul_peak(device, ours), "bandwidth": 2**30 / seconds,
+            **cost_of_token(model, block_size)}
 
 
-def read_bandwidth(device, size=2**30):
-    """Bytes a second at which a sum reads memory: the best of five times."""
-    import torch
-
-    from nanotune.device import least_seconds
-    return size / least_seconds(torch.ones(size // 4, device=device).sum, device, times=5)
+def cost_of_token(model, block_size):
+    """The FLOPs of training on a token, and N: the parameters that it goes through."""
+    from model import GPT, GPTConfig
+    config = GPTConfig(block_size, N_VOCAB.get(model, 50257), **SHAPES[model])
+    gpt = GPT.empty(config, "meta")
+    return {"flops": gpt.flops_per_token(),
+            "N": gpt.num_params() - gpt.transformer.wpe.weight.numel()}
 
 
 def processor():
@@ -370,12 +367,12 @@ def train_cases(cfg, found, folder):
     if cfg.compiled and not on_gpu(cfg):  # on a GPU it compiles by itself
         cases[f"nanotune {found['dtype']}, compiled"] = partial(train_ours, cfg, folder,
                                                                 compile=True)
-    for compiled in (False, True)[:1 + cfg.compiled]:
+    for compiled in (False, True) if cfg.compiled else (False,):
         told = ", compiled" * compiled
         if cfg.against == "transformers":
             for dtype in found["dtypes"]:
                 cases[f"transformers {dtype}{told}"] = partial(
-                    run_worker, cfg, "train_transformers", folder=str(folder), steps=cfg.steps,
+                    run_worker, "train_transformers", folder=folder, steps=cfg.steps,
                     batch_size=cfg.batch_size, block_size=cfg.block_size, device=cfg.device,
                     dtype=dtype, compiled=compiled)
         elif cfg.against != "none":
@@ -393,13 +390,13 @@ def sample_cases(cfg, found, folder):
     sizes = dict(num_samples=cfg.num_samples, max_new_tokens=cfg.max_new_tokens, device=cfg.device)
     if cfg.against == "transformers":
         for dtype in found["dtypes"]:
-            for compiled in (False, True)[:1 + on_gpu(cfg)]:
+            for compiled in (False, True) if on_gpu(cfg) else (False,):
                 cases[f"transformers {dtype}" + ", static cache" * compiled] = partial(
-                    run_worker, cfg, "sample_transformers", folder=str(folder), dtype=dtype,
+                    run_worker, "sample_transformers", folder=folder, dtype=dtype,
                     compiled=compiled, **sizes)
     elif cfg.against != "none":
         cases[f"nanoGPT {found['dtype']}"] = partial(
-            run_worker, cfg, "sample_nanogpt", path=cfg.against, model=cfg.model,
+            run_worker, "sample_nanogpt", path=cfg.against, model=cfg.model,
             dtype=found["dtype"], **sizes)
     cases = {name: partial(with_mbu, cfg, found, name, case) for name, case in cases.items()}
     return cases | {"nanotune, one token": lambda: first_token(cfg, folder)}
@@ -409,7 +406,7 @@ def with_mbu(cfg, found, name, case):
     """A case's figures, and the share of the memory's bandwidth that reading the weights takes."""
     figures, size = case(), 2 if "float16" in name else 4
     steps = figures["tok/s"] / cfg.num_samples
-    return figures | {"MBU": size * weights_read(cfg) * steps / found["bandwidth"]}
+    return figures | {"MBU": size * found["N"] * steps / found["bandwidth"]}
 
 
 FORMS = {"ONNX float32": "none", "ONNX int8": "int8", "ONNX int4": "int4"}
@@ -433,7 +430,7 @@ def sample_onnx(cfg, folder, source, quantize):
 
 
 def sample_form(cfg, folder, source, dtype):
-    found = sample_ours(cfg, folder, source, dtype)
+    found = sample_ours(cfg, folder, init_from=source, dtype=dtype)
     if cfg.dataset:
         text, _, _ = run_process(script("evaluate.py", init_from=source, dataset=cfg.dataset,
                                         dtype=dtype, device=cfg.device))
@@ -450,16 +447,15 @@ def weights_size(source, dtype):
 
 
 def load_cases(cfg, found, folder):
-    return {"nanotune load_model": partial(run_worker, cfg, "load_ours", folder=str(folder)),
-            "transformers, and a copy": partial(run_worker, cfg, "load_by_copy",
-                                                folder=str(folder))}
+    return {"nanotune load_model": partial(run_worker, "load_ours", folder=folder),
+            "transformers, and a copy": partial(run_worker, "load_by_copy", folder=folder)}
 
 
-LEAN = dict(weights="bfloat16", optimizer="adamw8bit", recompute=True)
 SETTINGS = {
     "float32 AdamW": {},
     "recompute": dict(recompute=True),
-    "bfloat16, 8-bit AdamW, recompute": LEAN,
+    "bfloat16, 8-bit AdamW, recompute": dict(weights="bfloat16", optimizer="adamw8bit",
+                                             recompute=True),
     "LoRA 16, bfloat16, recompute": dict(lora_rank=16, weights="bfloat16", recompute=True),
 }
 
@@ -469,10 +465,7 @@ def memory_cases(cfg, found, folder):
 
     def measure(fields):
         fields = fields | dict(gradient_accumulation_steps=2)
-        text, _, _ = run_process(script(
-            "train.py", dry_run=True, init_from=folder / "hf", dataset=folder / "data",
-            out_dir=folder / "out", batch_size=cfg.batch_size, block_size=cfg.block_size,
-            device=cfg.device, dtype=cfg.dtype, **fields))
+        text, _, _ = run_train(cfg, folder, dry_run=True, **fields)
         number, unit = re.search(r"at its peak: ([\d.]+) (\w+)", text).groups()
         predicted = float(number) * {"GB": 1e9, "MB": 1e6}[unit]
         if "does not fit" in text:
@@ -544,18 +537,6 @@ def table(results, peak_flops=None):
                      for row in rows)
 
 
-def weights_read(cfg):
-    """N: the parameters that a token goes through, the tied head's once."""
-    n_layer, _, C = SHAPES[cfg.model]
-    return n_layer * (12 * C * C + 13 * C) + 2 * C + N_VOCAB.get(cfg.model, 50257) * C
-
-
-def flops_per_token(cfg):
-    """6 N + 12 L C T, as GPT.flops_per_token()."""
-    n_layer, _, C = SHAPES[cfg.model]
-    return 6 * weights_read(cfg) + 12 * n_layer * C * cfg.block_size
-
-
 def check_config(mode, cfg):
     if not hasattr(os, "wait4"):
         raise UserError("bench.py reads a process's peak of memory by wait4, which Windows lacks: "
@@ -580,13 +561,13 @@ def check_config(mode, cfg):
 
 def main(argv):
     if argv[:1] == ["worker"]:
-        options = json.loads(argv[1])
-        print(json.dumps(WORKERS[options.pop("task")](**options)))
+        print(json.dumps(WORKERS[argv[1]](**json.loads(argv[2]))))
         return
     mode = argv[0] if argv and not argv[0].startswith("-") else "train"
     cfg = configure(Config, argv[argv[:1] == [mode]:])
     check_config(mode, cfg)
-    found = last_json(run_process(worker("machine", device=cfg.device, dtype=cfg.dtype))[0])
+    found = run_worker("machine", device=cfg.device, dtype=cfg.dtype, model=cfg.model,
+                       block_size=cfg.block_size)
     cfg.device = found["device"]
     print(f"{mode}: {cfg.model}, on {found['name']}, torch {found['torch']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -596,13 +577,12 @@ def main(argv):
         if not cases:
             raise UserError(f"--only={cfg.only} is in no case's name: {'; '.join(every)}")
         if cfg.init_from is None:
-            run_process(worker("make_folders", folder=str(folder), model=cfg.model,
-                               block_size=cfg.block_size,
-                               dtype="bfloat16" if mode == "memory" else "float32"))
+            run_worker("make_folders", folder=folder, model=cfg.model, block_size=cfg.block_size,
+                       dtype="bfloat16" if mode == "memory" else "float32")
         results = measure(cases, cfg.repeats)
     if not results:
         raise UserError("no case was measured, see above")
-    peak = found["peak"] / flops_per_token(cfg) if mode == "train" else None
+    peak = found["peak"] / found["flops"] if mode == "train" else None
     print(table(results, peak))
     Path(cfg.out).write_text(json.dumps({
         "mode": mode, "config": asdict(cfg), "machine": found, "results": results}, indent=1))

@@ -32,11 +32,11 @@ def test_a_case_that_is_not_there(monkeypatch):
         bench.main(["memory", "--model=tiny", "--only=LORA"])
 
 
-def test_flops_are_the_models(monkeypatch):
+def test_flops_are_the_models():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257, n_layer=24, n_head=16, n_embd=1024))
-    assert bench.flops_per_token(replace(TINY, model="gpt2-medium", block_size=1024)) == (
-        model.flops_per_token())
+    cost = bench.cost_of_token("gpt2-medium", 1024)
+    assert cost["flops"] == model.flops_per_token() == 6 * cost["N"] + 12 * 24 * 1024 * 1024
 
 
 def test_both_ways_of_loading_give_one_model(folder, monkeypatch):
@@ -79,8 +79,9 @@ def test_our_sampling_is_sample_pys(folder):
 
 def test_weights_are_counted_once_a_step():
     """gpt2's 124M in half precision, 10 samples at 300 tokens a second together."""
-    cfg = replace(TINY, model="gpt2", num_samples=10)
-    case = bench.with_mbu(cfg, {"bandwidth": 1e11}, "ours, bfloat16", lambda: {"tok/s": 300.0})
+    cfg, found = replace(TINY, num_samples=10), {"bandwidth": 1e11}
+    found |= bench.cost_of_token("gpt2", 1024)
+    case = bench.with_mbu(cfg, found, "ours, bfloat16", lambda: {"tok/s": 300.0})
     assert case == {"tok/s": 300.0, "MBU": pytest.approx(2 * 123.7e6 * 30 / 1e11, rel=0.001)}
 
 
