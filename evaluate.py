@@ -97,8 +97,7 @@ def run_perplexity(cfg, model, tokenizer, source, world):
     data = open_dataset(path, model.config, tokens=tokens)
     # with eval_iters: the windows that train.py evaluates
     windows = data.windows(cfg.eval_iters * batch_size, stride)
-    sums = perplexity.perplexity_sums(model, data, windows, batch_size, world, tokenizer.n_bytes,
-                                      world.is_main)
+    sums = perplexity.perplexity_sums(model, data, windows, batch_size, world, tokenizer.n_bytes)
     r = perplexity.perplexity_of_sums(sum_over_ranks(*sums, device=world.device))
     if not world.is_main:
         return
@@ -126,14 +125,14 @@ def run_classify(cfg, model, tokenizer, source, world):
     began = time.perf_counter()
     if cfg.method == "likelihood":
         scores = tasks.score_labels(model, prompts, list(labels.values()), tokenizer.eot,
-                                    batch_size, progress=True)
+                                    batch_size)
         predicted = answers = [names[i] for i in scores.argmax(1).tolist()]
     else:
         # + 1: the model does not read the last new token
         room = model.config.block_size - max(map(len, prompts)) + 1
         wanted = cfg.max_new_tokens or max(map(len, labels.values())) + 1
         new = tasks.answer(model, prompts, min(wanted, room), tokenizer.eot, tokenizer.n_vocab,
-                           batch_size, progress=True)
+                           batch_size)
         answers = [tokenizer.decode(ids) for ids in new]
         predicted = [tasks.parse_label(text, names) for text in answers]
     seconds = time.perf_counter() - began
@@ -173,7 +172,7 @@ def run_lambada(cfg, model, tokenizer, source, world):
                             f"{model.config.block_size}; shorten or drop it")
         pairs.append(pair)
     losses, hits, filtered = tasks.lambada(
-        model, pairs, tasks.stop_word_ids(tokenizer), cfg.batch_size or 32, world.device, True)
+        model, pairs, tasks.stop_word_ids(tokenizer), cfg.batch_size or 32, world.device)
     n, accuracy = len(pairs), float(hits.float().mean())
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     print(f"{source} on {cfg.input}: accuracy {accuracy:.2%} (standard error {error:.2%}), with "

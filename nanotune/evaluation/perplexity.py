@@ -24,7 +24,7 @@ from nanotune.torch_private import is_compiled
 from nanotune.training.distributed import World, sum_over_ranks
 
 
-def rank_batches(model, data, windows, batch_size, world, progress=False):
+def rank_batches(model, data, windows, batch_size, world, progress):
     """Yields this rank's windows as inputs and targets, (B, T) each, on its device.
 
     All ranks get equally many batches, since a sharded model needs all ranks in each forward pass,
@@ -43,14 +43,13 @@ def rank_batches(model, data, windows, batch_size, world, progress=False):
 
 @torch.no_grad()
 def evaluate_loss(model: GPT | OnnxGPT, data: TokenBin, windows: list[tuple[int, int]],
-                  batch_size: int, world: World, dtype: torch.dtype,
-                  progress: bool = False) -> float:
+                  batch_size: int, world: World, dtype: torch.dtype) -> float:
     """Returns the mean loss of the windows in nats per token, equal on all ranks. Uses no random
     numbers and keeps the model's training mode. Raises UserError if no target counts."""
     was_training = model.training
     model.eval()
     loss, count = 0.0, 0
-    for x, y in rank_batches(model, data, windows, batch_size, world, progress):
+    for x, y in rank_batches(model, data, windows, batch_size, world, progress=False):
         with autocast(world.device, dtype):
             batch_loss = model(x, y)
         loss += float(batch_loss)  # note: a CPU-GPU sync point
@@ -78,12 +77,12 @@ def row_losses(model, x, y):
 
 @torch.no_grad()
 def perplexity_sums(model: GPT | OnnxGPT, data: TokenBin, windows: list[tuple[int, int]],
-                    batch_size: int, world: World, n_bytes: Callable[[list[int]], int],
-                    progress: bool = False) -> list[float]:
+                    batch_size: int, world: World,
+                    n_bytes: Callable[[list[int]], int]) -> list[float]:
     """Returns sums over this rank's windows, to be added over ranks: the number of windows, targets
     n, loss l in nats, l * l, l * n, n * n, bytes of the targets (by a tokenizer's n_bytes)."""
     sums = torch.zeros(7, dtype=torch.float64)
-    for x, y in rank_batches(model, data, windows, batch_size, world, progress):
+    for x, y in rank_batches(model, data, windows, batch_size, world, progress=world.is_main):
         loss = row_losses(model, x, y)
         n = (y != IGNORED).sum(1).double().cpu()
         sums += torch.stack([(n > 0).double(), n, loss, loss * loss, loss * n, n * n,

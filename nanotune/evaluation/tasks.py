@@ -39,11 +39,6 @@ yours yourself
 """.split())  # noqa: SIM905
 
 
-def bar(batches, shown):
-    """A progress bar if `shown` is set and stderr is a terminal."""
-    return tqdm(batches, leave=False, disable=None if shown else True)
-
-
 # -----------------------------------------------------------------------------
 # prompts
 
@@ -85,16 +80,18 @@ def read_prompts(path: Path, tokenizer: AnyTokenizer,
 
 
 def batches_by_length(rows, batch_size):
-    """Indices of rows in batches, longest first: little padding, and the memory peaks at once."""
+    """Indices of rows in batches, longest first: little padding, and the memory peaks at once.
+    Shows a progress bar on a terminal."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return tqdm(batches, leave=False, disable=None)
 
 
 def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, eot: int | None,
-           n_vocab: int, batch_size: int, progress: bool = False) -> list[list[int]]:
+           n_vocab: int, batch_size: int) -> list[list[int]]:
     """Returns the ids of each prompt's greedy continuation, which ends before `eot`."""
     answers = [None] * len(prompts)
-    for batch in bar(batches_by_length(prompts, batch_size), progress):
+    for batch in batches_by_length(prompts, batch_size):
         new = stream(model, [prompts[i] for i in batch], max_new_tokens, temperature=0,
                      stop_token=eot, n_vocab=n_vocab)
         for i, ids in zip(batch, torch.stack(list(new), 1).tolist()):
@@ -104,7 +101,7 @@ def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, 
 
 @torch.no_grad()
 def score_labels(model: GPT | OnnxGPT, prompts: list[list[int]], labels: list[list[int]],
-                 eot: int | None, batch_size: int, progress: bool = False) -> torch.Tensor:
+                 eot: int | None, batch_size: int) -> torch.Tensor:
     """Returns log p in nats of each label after each prompt, (N, labels) float32. If one label is
     the beginning of another, it would always win; then `eot` is appended to all labels."""
     begins = any(a != b and b[:len(a)] == a for a in labels for b in labels)
@@ -112,7 +109,7 @@ def score_labels(model: GPT | OnnxGPT, prompts: list[list[int]], labels: list[li
         labels = [[*label, eot] for label in labels]
     scores = torch.zeros(len(prompts), len(labels))
     longest = max(map(len, labels))
-    for batch in bar(batches_by_length(prompts, batch_size), progress):
+    for batch in batches_by_length(prompts, batch_size):
         cache, logits = model.start([prompts[i] for i in batch], longest - 1)
         first, end = logits.log_softmax(-1), cache.pos
         for column, label in enumerate(labels):
@@ -178,15 +175,15 @@ def stop_word_ids(tokenizer: AnyTokenizer) -> list[int]:
 
 @torch.no_grad()
 def lambada(model: GPT | OnnxGPT, pairs: list[tuple[list[int], list[int]]], stop_ids: list[int],
-            batch_size: int, device: torch.device,
-            progress: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            batch_size: int,
+            device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (losses, hits, filtered), (N,) each, for pairs of (context ids, last word's ids):
     -log p of the word in nats; whether each of its tokens is the most likely one; the same if the
     first token cannot be one of stop_ids (Radford et al. 2019, section 3.3)."""
     losses = torch.zeros(len(pairs))
     hits, filtered = torch.zeros(len(pairs), dtype=torch.bool), torch.zeros(len(pairs)).bool()
     rows = [context + word for context, word in pairs]
-    for batch in bar(batches_by_length(rows, batch_size), progress):
+    for batch in batches_by_length(rows, batch_size):
         x = torch.zeros(len(batch), len(rows[batch[0]]) - 1, dtype=torch.int64)
         y = torch.full_like(x, IGNORED)
         for row, i in enumerate(batch):  # pads at the right, which the causal mask hides
