@@ -17,7 +17,7 @@ from nanotune.evaluation.perplexity import evaluate_loss
 from nanotune.text.loader import TokenBin
 from nanotune.training.distributed import World
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 T, N = 24, 500
 
 
@@ -120,7 +120,7 @@ def test_ranks_share_the_windows(val_bin, size, monkeypatch):
         return [0.0, 1.0]
     monkeypatch.setattr(perplexity, "sum_over_ranks", keep)
     for rank in range(size):
-        loss_of(model, data, world=World(rank, size, 0, torch.device("cpu")))
+        loss_of(model, data, world=World(rank, size, torch.device("cpu")))
     loss, count = map(sum, zip(*sums))
     assert count == N - 1 and loss / count == pytest.approx(expected, abs=1e-6)
 

@@ -19,6 +19,7 @@ from nanotune import files
 from nanotune.formats import checkpoint
 from nanotune.training import optimizer as optimizers
 from nanotune.training import plan, run
+from nanotune.training.distributed import World
 from train import Config
 
 LEAN = dict(weights="bfloat16", optimizer="adamw8bit", recompute=True)
@@ -292,14 +293,18 @@ def test_moments_are_those_that_the_optimizer_keeps(torchao):
             assert plan.moment_bytes(p.numel(), name) == real
 
 
+def world(device="cuda", ranks=1):
+    return World(rank=0, size=ranks, device=torch.device(device))
+
+
 def total(config, cfg, device="cuda", dtype=torch.bfloat16, ranks=1):
-    return sum(plan.memory(config, cfg, device, dtype, ranks).values())
+    return sum(plan.memory(config, cfg, world(device, ranks), dtype).values())
 
 
 def test_what_the_configs_promise():
     """gpt2-xl's 1,557,611,200 weights: all of them within 11 GB on a GPU, LoRA within 4.5."""
     lean = replace(ONE, **LEAN)
-    parts = plan.memory(XL, lean, "cuda", torch.bfloat16)
+    parts = plan.memory(XL, lean, world(), torch.bfloat16)
     assert parts["weights"] == pytest.approx(2 * 1_557_611_200, rel=0.001)
     assert parts["gradients"] == parts["weights"]
     assert parts["optimizer"] == pytest.approx(2.035 * 1_557_611_200, rel=0.005)
@@ -310,7 +315,7 @@ def test_what_the_configs_promise():
 
 def test_one_micro_batch_has_its_gradients_when_the_activations_are_gone():
     one, many = replace(ONE, gradient_accumulation_steps=1), ONE
-    gradients = plan.memory(GPT2, many, "cuda", torch.float32)["gradients"]
+    gradients = plan.memory(GPT2, many, world(), torch.float32)["gradients"]
     assert gradients == 4 * sum(p.numel() for p in plan.meta_model(GPT2, many).parameters())
     assert total(GPT2, one, dtype=torch.float32) < total(GPT2, many, dtype=torch.float32)
     ranks = replace(ONE, gradient_accumulation_steps=2)
@@ -321,7 +326,7 @@ def test_each_field_saves_what_the_advice_says(monkeypatch):
     """Told one after the other, until it fits: 20 GB, then 11."""
     for usable, last in ((20, "which fits"), (11, "which fits"), (3, "a larger device")):
         monkeypatch.setattr(plan, "device_memory", lambda device, n=usable: n * GB / plan.USABLE)
-        lines, fits = plan.describe_memory(XL, ONE, torch.device("cuda"), torch.bfloat16)
+        lines, fits = plan.describe_memory(XL, ONE, world(), torch.bfloat16)
         assert not fits and last in lines[-1]
         cfg, before = ONE, total(XL, ONE)
         for line in lines[2:]:
@@ -332,7 +337,7 @@ def test_each_field_saves_what_the_advice_says(monkeypatch):
             assert f"saves {plan.spell_bytes(before - total(XL, cfg))}: " in line
             before = total(XL, cfg)
     monkeypatch.setattr(plan, "device_memory", lambda device: 80 * GB)
-    lines, fits = plan.describe_memory(XL, ONE, torch.device("cuda"), torch.bfloat16)
+    lines, fits = plan.describe_memory(XL, ONE, world(), torch.bfloat16)
     assert fits and len(lines) == 1 and "cuda has 80.00 GB" in lines[0]
     for part in ("weights 6.23 GB", "gradients 6.23 GB", "optimizer 12.46 GB", "activations",
                  "logits"):
@@ -342,9 +347,9 @@ def test_each_field_saves_what_the_advice_says(monkeypatch):
 def test_advice_gives_no_pair_that_is_refused():
     fsdp = replace(ONE, parallel="fsdp")
     assert not any("weights" in change or "lora_rank" in change
-                   for change in plan.changes(XL, fsdp, ranks=4))
+                   for change in plan.changes(XL, fsdp, world(ranks=4)))
     scratch = replace(ONE, init_from="scratch")
-    assert not any("lora_rank" in change for change in plan.changes(XL, scratch, ranks=1))
+    assert not any("lora_rank" in change for change in plan.changes(XL, scratch, world()))
     assert total(XL, fsdp, ranks=4) < total(XL, ONE, ranks=4) / 2
 
 

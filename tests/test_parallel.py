@@ -234,14 +234,14 @@ def test_separate_documents_go_with(make, tmp_path, size, fields):
 
 def test_untested_pairs_are_refused():
     def world(size):
-        return distributed.World(0, size, 0, torch.device("cpu"))
+        return distributed.World(0, size, torch.device("cpu"))
 
     cfg = train.Config(parallel="fsdp", gradient_accumulation_steps=2)
     with pytest.raises(UserError, match=r"parallel=fsdp and dtype=float16 .*--dtype=bfloat16"):
         run.check_config(cfg, world(2), torch.float16)
     run.check_config(cfg, world(1), torch.float16)  # one process shares nothing
     run.check_config(cfg, world(2), torch.bfloat16)
-    mps = distributed.World(0, 2, 0, torch.device("mps"))
+    mps = distributed.World(0, 2, torch.device("mps"))
     with pytest.raises(UserError, match="device=mps and processes=many"):
         run.check_config(cfg, mps, torch.float32)
     with pytest.raises(UserError, match="--parallel=zero3: use ddp or fsdp"):

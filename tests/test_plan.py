@@ -3,10 +3,17 @@ import collections
 
 import torch
 
+from model import GPT, GPTConfig
 from nanotune.device import matmul_peak
 from nanotune.training import plan
 from nanotune.training.distributed import World
-from nanotune.training.plan import describe, describe_saves, spell_bytes
+from nanotune.training.plan import describe_saves, plan_lines, spell_bytes
+from train import Config
+
+XL = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600)
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, device=CPU)
+FOUR = World(rank=0, size=4, device=CPU)
 
 
 def test_bytes_are_spelled():
@@ -16,10 +23,9 @@ def test_bytes_are_spelled():
 
 def test_the_plan_of_finetuning_gpt2_xl(tmp_path):
     """nanoGPT's config/finetune_shakespeare.py says: 1 epoch is 9.2 iterations."""
-    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    text = "\n".join(describe(1_557_611_200, 32 * 1024, 20, 301_966, 36_059, world, torch.bfloat16,
-                              True, "shakespeare")
-                     + describe_saves(1_557_611_200, tmp_path, 2, 1))
+    cfg = Config(out_dir=str(tmp_path), dataset="shakespeare", batch_size=1, max_iters=20,
+                 gradient_accumulation_steps=32)
+    text = "\n".join(plan_lines(cfg, XL, ALONE, torch.bfloat16, True, 301_966, 36_059)[0])
     for part in ("1557.61M parameters, cpu, bfloat16, compiled", "301,966 training tokens",
                  "36,059 for validation", "tokens per iteration: 32,768",
                  "20 iterations make 2.17 epochs (1 epoch = 9.2 iterations)",
@@ -28,26 +34,31 @@ def test_the_plan_of_finetuning_gpt2_xl(tmp_path):
 
 
 def test_the_plan_names_several_processes():
-    world = World(rank=0, size=4, local_rank=0, device=torch.device("cpu"))
-    text = "\n".join(describe(1000, 64, 0, 500, 100, world, torch.float32, False, "x"))
+    config = GPTConfig(16, 61, n_layer=1, n_head=2, n_embd=16)
+    cfg = Config(batch_size=1, gradient_accumulation_steps=4, max_iters=0)
+    text = "\n".join(plan_lines(cfg, config, FOUR, torch.float32, False, 500, 100)[0])
     assert "cpu x 4 processes, float32\n" in text
     assert "0 iterations make 0.00 epochs" in text
 
 
 def test_a_disk_that_cannot_hold_the_saves_is_told(tmp_path, monkeypatch):
     """While the newest state is written the kept ones stay: 6.23 + 3 * 18.69 GB."""
-    usage = collections.namedtuple("usage", "free")
+    def lines(keep_states):
+        return describe_saves(model, Config(out_dir=str(tmp_path), keep_states=keep_states), ALONE)
+
+    usage, model = collections.namedtuple("usage", "free"), GPT.empty(XL, "meta")
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(62_400_000_000))
-    assert not any("warning" in line for line in describe_saves(1_557_611_200, tmp_path, 2, 1))
+    assert not any("warning" in line for line in lines(2))
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(62_200_000_000))
-    *_, last = describe_saves(1_557_611_200, tmp_path, 2, 1)
+    *_, last = lines(2)
     assert last.startswith("warning: ") and "free 104 MB, lower --keep_states" in last
-    assert len(describe_saves(1_557_611_200, tmp_path, 1, 1)) == 1
+    assert len(lines(1)) == 1
 
 
 def test_the_plan_says_what_a_shared_model_takes(tmp_path):
     """Weights, gradients and two moments in float32, on four processes."""
-    _, line = describe_saves(1_000_000, tmp_path, 2, 4)
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    _, line = describe_saves(model, Config(out_dir=str(tmp_path), parallel="fsdp"), FOUR)
     assert "each process holds 4 MB of weights, gradients and moments, 1/4" in line
     assert "rank 0 gathers 12 MB in its CPU memory" in line
 

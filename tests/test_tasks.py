@@ -20,7 +20,7 @@ from nanotune.generation.generate import stream
 from nanotune.text.loader import TokenBin
 from nanotune.training.distributed import World
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5, n_layer=3)
 
 
@@ -95,7 +95,7 @@ def test_ranks_share_the_windows():
     model, data = tiny_gpt(61), data_of(ids(200), 16)
     whole, *shares = [
         perplexity.perplexity_sums(model, data, data.windows(stride=7), 2, world, one_byte)
-        for world in (ALONE, *(World(rank, 3, 0, ALONE.device) for rank in range(3)))]
+        for world in (ALONE, *(World(rank, 3, ALONE.device) for rank in range(3)))]
     np.testing.assert_allclose(np.sum(shares, 0), whole, rtol=1e-6)
 
 

@@ -37,9 +37,8 @@ UNTESTED = {
 @dataclass(frozen=True)
 class World:
     """This process among `size` processes, and its device."""
-    rank: int        # in [0, size)
+    rank: int  # in [0, size)
     size: int
-    local_rank: int  # among the processes of this machine
     device: torch.device
 
     @property
@@ -52,14 +51,13 @@ def read_world(device: str = "auto") -> World:
 
     `device` is as in pick_device. Raises UserError if this machine has no such device.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    own_card = local_rank if under_torchrun() else None
+    own_card = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun() else None
     return World(rank=int(os.environ.get("RANK", 0)), size=int(os.environ.get("WORLD_SIZE", 1)),
-                 local_rank=local_rank, device=pick_device(device, own_card))
+                 device=pick_device(device, own_card))
 
 
 def under_torchrun():
-    return "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+    return "RANK" in os.environ
 
 
 def check_pairs(world: World, **chosen: object) -> None:
@@ -184,22 +182,18 @@ def shard(model, world, dtype):
     shards, root, residual stream and reductions stay float32.
     """
     # imported here: these take 2 seconds
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed import fsdp
+    from torch.distributed.checkpoint import state_dict as dcp
     whole = model.state_dict() if world.is_main else {}
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                       cast_forward_inputs=False)
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
     for block in model.blocks():  # the device gets one whole block at a time
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(model, mesh=mesh)
     for method in ("step", "logits", "logits_at"):  # they gather the weights as forward does
-        register_fsdp_forward_method(model, method)
-    set_model_state_dict(model, whole, options=StateDictOptions(
+        fsdp.register_fsdp_forward_method(model, method)
+    dcp.set_model_state_dict(model, whole, options=dcp.StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
 
 
