@@ -19,8 +19,10 @@ from nanotune import files
 from nanotune.errors import UserError
 from nanotune.formats import checkpoint
 from nanotune.training import state_dicts
+from nanotune.training.distributed import read_world
 
 CONFIG = GPTConfig(block_size=16, vocab_size=18, n_layer=2, n_head=2, n_embd=16)
+ALONE = read_world("cpu")
 
 
 class PowerCut(BaseException):
@@ -328,7 +330,7 @@ def test_optimizer_state_goes_by_name(fused):
     # a file that lists them in another order means the same
     shuffled = dict(sorted(before.items(), reverse=True))
     optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=5e-4, fused=fused)
-    state_dicts.load_optimizer_state(model, optimizer, shuffled, "state.pt")
+    state_dicts.load_optimizer_state(model, optimizer, shuffled, "state.pt", ALONE)
     after = state_dicts.optimizer_state(model, optimizer)
     for name in before:
         for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -339,7 +341,8 @@ def test_optimizer_state_goes_by_name(fused):
 def test_optimizer_state_before_the_first_step_is_empty_and_loads():
     model = GPT(CONFIG)
     fresh = torch.optim.AdamW(model.param_groups(0.1))
-    state_dicts.load_optimizer_state(model, fresh, state_dicts.optimizer_state(model, fresh), "x")
+    state = state_dicts.optimizer_state(model, fresh)
+    state_dicts.load_optimizer_state(model, fresh, state, "x", ALONE)
     assert not fresh.state
 
 
@@ -349,12 +352,12 @@ def test_optimizer_state_of_other_parameters_is_refused():
     del state["transformer.wpe.weight"]
     with pytest.raises(UserError, match=r"state\.pt.*transformer\.wpe\.weight"):
         state_dicts.load_optimizer_state(model, torch.optim.AdamW(model.parameters()), state,
-                                        "state.pt")
+                                         "state.pt", ALONE)
     state = stepped(model).state_dict()
     del state["state"][3]
     with pytest.raises(UserError, match=r"ckpt\.pt.* parameters"):
         state_dicts.load_optimizer_state(model, torch.optim.AdamW(model.parameters()), state,
-                                        "ckpt.pt")
+                                         "ckpt.pt", ALONE)
 
 
 def test_moments_are_cropped_with_the_position_embeddings():
@@ -362,7 +365,7 @@ def test_moments_are_cropped_with_the_position_embeddings():
     state = state_dicts.optimizer_state(model, stepped(model))
     model.crop_block_size(6)
     optimizer = torch.optim.AdamW(model.param_groups(0.1), fused=True)
-    state_dicts.load_optimizer_state(model, optimizer, state, "state.pt")
+    state_dicts.load_optimizer_state(model, optimizer, state, "state.pt", ALONE)
     name = "transformer.wpe.weight"
     loaded = optimizer.state[dict(model.named_parameters())[name]]
     for key in ("exp_avg", "exp_avg_sq"):
@@ -437,7 +440,7 @@ def test_nanogpts_moments_come_to_their_parameters(tmp_path, bias, compiled):
     loaded = files.load(tmp_path / "run" / "ckpt.pt")
     model = checkpoint.model_from(loaded, "ckpt.pt")
     optimizer = torch.optim.AdamW(model.param_groups(0.1), fused=True)
-    state_dicts.load_optimizer_state(model, optimizer, loaded["optimizer"], "ckpt.pt")
+    state_dicts.load_optimizer_state(model, optimizer, loaded["optimizer"], "ckpt.pt", ALONE)
     state = state_dicts.optimizer_state(model, optimizer)
     assert state.keys() == set(order)
     for i, name in enumerate(order):

@@ -22,9 +22,9 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     if not is_sharded(model):
         return saved_weights(model)
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    weights = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    from torch.distributed.checkpoint import state_dict as dcp
+    weights = dcp.get_model_state_dict(
+        model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if weights:  # two copies of a tied head: one tensor again, as unsharded
         weights |= {name: weights[other] for name, other in model.tied_names().items()}
     return weights
@@ -42,8 +42,8 @@ def optimizer_state(model: nn.Module,
         return {names[p]: optimizers.plain_state(state) for p, state in optimizer.state.items()}
     if not optimizer.state:  # get_optimizer_state_dict would take a step to make one
         return {}
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(
+    from torch.distributed.checkpoint import state_dict as dcp
+    return dcp.get_optimizer_state_dict(model, optimizer, options=dcp.StateDictOptions(
         full_state_dict=True, cpu_offload=True)).get("state", {})
 
 
@@ -69,7 +69,7 @@ def checked_optimizer_state(model: nn.Module, state: dict,
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
-                         path: str | Path, world: World | None = None) -> None:
+                         path: str | Path, world: World) -> None:
     """Fills an optimizer that has not stepped with a saved state.
 
     On several ranks all must call this, rank 0 with the state and the others with {}; each rank
@@ -77,21 +77,18 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     the model, or is another optimizer's.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if world is None or world.is_main:
+    if world.is_main:
         state = state if is_sharded(model) else checked_optimizer_state(model, state, path)
         state = {name: cropped(held, params[name]) for name, held in state.items()}
     if not isinstance(optimizer, torch.optim.AdamW):
         return fill_optimizer(params, optimizer, state, path, world)
     names = {p: name for name, p in params.items()}
-    if world is not None and world.size > 1:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_optimizer_state_dict,
-        )
+    if world.size > 1:
+        from torch.distributed.checkpoint import state_dict as dcp
         groups = [group | {"params": [names[p] for p in group["params"]]}
                   for group in optimizer.param_groups]
         whole = {"state": state, "param_groups": groups} if world.is_main else {}
-        set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(
+        dcp.set_optimizer_state_dict(model, optimizer, whole, options=dcp.StateDictOptions(
             full_state_dict=True, broadcast_from_rank0=True))
     elif state:
         order = [p for group in optimizer.param_groups for p in group["params"]]
@@ -111,9 +108,7 @@ def fill_optimizer(params, optimizer, state, path, world):
     """load_optimizer_state for the optimizers of optimizer.py: one parameter at a time, so that no
     rank holds two copies of the state."""
     for name, param in params.items():
-        held = state.get(name)
-        if world is not None:
-            held = share(world, held)
+        held = share(world, state.get(name))
         try:
             optimizers.fill_state(optimizer, param, held)
         except UserError as e:
