@@ -432,18 +432,15 @@ class GPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, name: str, block_size: int | None = None, dropout: float = 0.0,
-                        device: str | torch.device = "cpu",
+    def from_pretrained(cls, name: str, dropout: float = 0.0, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32) -> "GPT":
         """Returns a GPT of a hub id ('gpt2', 'EleutherAI/gpt-neo-125m', ...) or a Hugging Face
-        folder, in training mode, its matrices in `dtype`; a smaller block_size crops the context.
-        Raises UserError if the files are not found, are of another architecture or do not fit."""
+        folder, in training mode, its matrices in `dtype`. Raises UserError if the files are not
+        found, are of another architecture or do not fit."""
         config_file, weight_files = hub.find_pretrained(name)
         fields = hf_config.config_from_hf(hub.read_json(config_file), name)
         fields["tied_head"] = hf.head_is_tied(weight_files, fields["tied_head"])
         config = GPTConfig(**fields, dropout=dropout)
         model = cls.empty(config, device, dtype)
         hf.fill_parameters(dict(model.named_parameters()), asdict(config), weight_files)
-        if block_size is not None:
-            model.crop_block_size(block_size)
         return model

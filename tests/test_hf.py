@@ -20,9 +20,10 @@ from nanotune.text.tokenizer import EOT, tokenizer_of_folder, tokenizer_of_sourc
 KEY = "transformer.h.1.mlp.c_fc.weight"
 
 
-def same_logits(folder, theirs, **options):
+def same_logits(folder, theirs, block_size=24, dropout=0.0):
     """Loads the folder; asserts that it computes what transformers' model does; returns it."""
-    ours = GPT.from_pretrained(str(folder), **options)
+    ours = GPT.from_pretrained(str(folder), dropout)
+    ours.crop_block_size(block_size)
     assert ours.training and {p.dtype for p in ours.parameters()} == {torch.float32}
     idx = torch.arange(2 * ours.config.block_size).view(2, -1) % 61
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_crop_and_dropout(write_hf):
     assert ours.config.dropout == ours.transformer.drop.p == 0.25
     assert [block.attn.dropout for block in ours.transformer.h] == [0.25, 0.25]
     with pytest.raises(UserError, match="block_size=25 is more than the 24 positions"):
-        GPT.from_pretrained(str(write_hf(theirs)), block_size=25)
+        GPT.from_pretrained(str(write_hf(theirs))).crop_block_size(25)
 
 
 def test_a_real_model(shared):

@@ -106,7 +106,7 @@ def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
         if source in hub.GPT2_SHAPES and folder.is_dir():
             print(f"note: {source} is the folder here, not the model of that name on the hub")
         family = family_of(hub.find_config(source), source)
-        model = family.model.from_pretrained(source, None, dropout, device, dtype)
+        model = family.model.from_pretrained(source, dropout, device, dtype)
         tokenizer = tokenizer_of_source(source)
     tokenizer = tokenizer or gpt2_by_size(model.config.vocab_size)
     limit_rows(tokenizer, model.config.vocab_size, source)
@@ -197,8 +197,6 @@ def model_from(data: dict, path: str | Path, dropout: float = 0.0,
     except RuntimeError as e:
         raise UserError(f"{path}: its weights do not fit its model_args "
                         f"({' '.join(str(e).split())[:200]})") from None
-    for param in model.parameters():
-        param.requires_grad_(True)
     model.tie_head()
     return model
 
