@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from nanotune.errors import UserError
+from nanotune.errors import UserError, first_line
 from nanotune.torch_private import cpu_has_bfloat16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,6 +93,15 @@ def pick_compile(choice: str | bool, device: torch.device, sharded: bool = False
     return (not sharded and device.type == "cuda"
             and torch.cuda.get_device_capability(device)[0] >= 7
             and importlib.util.find_spec("triton") is not None)
+
+
+def compile_error(call: Callable[[], object]) -> str | None:
+    """Calls a compiled function; returns the first line of what its compilation raised, or None."""
+    try:
+        call()
+    except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
+        return first_line(e)  # not e, which keeps the failed call's tensors alive
+    return None
 
 
 # glibc's malloc.h

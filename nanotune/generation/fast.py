@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 
 from model import GPT, KVCache, Linear
+from nanotune.device import compile_error
 from nanotune.errors import first_line
 from nanotune.formats.onnx_model import OnnxGPT
 from nanotune.generation.generate import read_prompts
@@ -171,17 +172,15 @@ def compiled_or_plain(step, token, cache):
     """Compiles `step` and tries it, which writes the column that the real step then overwrites. If
     that fails, warns and returns `step`."""
     compiled = torch.compile(step)
-    try:
-        compiled(token, cache)
-    except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
-        warn_of("torch.compile failed here", e)
+    failed = compile_error(lambda: compiled(token, cache))
+    if failed:
+        warn_of("torch.compile failed here", failed)
         return step
     return compiled
 
 
-def warn_of(what, error):
-    print(f"warning: {what} ({first_line(error)}); going on without, slower but the same",
-          file=sys.stderr)
+def warn_of(what, reason):
+    print(f"warning: {what} ({reason}); going on without, slower but the same", file=sys.stderr)
 
 
 def cuda_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -198,7 +197,7 @@ def cuda_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             result = step()
     except RuntimeError as e:
-        warn_of("no CUDA graph of a step", e)
+        warn_of("no CUDA graph of a step", first_line(e))
         return step
 
     def replay():

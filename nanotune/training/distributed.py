@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanotune.device import autocast, pick_compile, pick_device
-from nanotune.errors import UserError, first_line
+from nanotune.device import autocast, compile_error, pick_compile, pick_device
+from nanotune.errors import UserError
 from nanotune.torch_private import undo_compile
 
 # {pair of options that no test covers: what to use instead}
@@ -204,12 +204,8 @@ def compile_or_fall_back(model, batch, world, dtype):
     """
     model.compile()
     x, y = (t.to(world.device) for t in batch)
-    try:
-        with autocast(world.device, dtype):
-            model(x, y).backward()
-        failed = None
-    except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
-        failed = first_line(e)  # not e, which keeps the failed pass's tensors alive
+    with autocast(world.device, dtype):
+        failed = compile_error(lambda: model(x, y).backward())
     model.zero_grad(set_to_none=True)
     if sum_over_ranks(failed is not None, device=world.device)[0] == 0:
         return True

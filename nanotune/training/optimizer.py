@@ -16,8 +16,8 @@ import math
 
 import torch
 
-from nanotune.device import lacks_bfloat16
-from nanotune.errors import UserError, first_line
+from nanotune.device import compile_error, lacks_bfloat16
+from nanotune.errors import UserError
 from nanotune.torch_private import no_recompile_limit
 from nanotune.training.distributed import total_norm
 
@@ -134,17 +134,14 @@ def check_8bit(device: torch.device) -> None:
     except ImportError as e:
         raise UserError(f"--optimizer=adamw8bit needs torchao ({e}): pip install torchao, or use "
                         "--optimizer=adamw") from None
-    try:  # a small function: the real one compiles only after the first gradient
-        torch.compile(toy_update, fullgraph=True)(torch.ones(8, device=device))
-    except Exception as e:  # Inductor, Triton and the C++ compiler each raise their own
+    # a small function: the real one compiles only after the first gradient
+    small = torch.compile(lambda x: x * 2 + 1, fullgraph=True)
+    failed = compile_error(lambda: small(torch.ones(8, device=device)))
+    if failed:
         needed = ("a C++ compiler (on Debian and Ubuntu: apt install g++)" if device.type == "cpu"
                   else "Triton and a C compiler (on Debian and Ubuntu: apt install gcc)")
         raise UserError(f"--optimizer=adamw8bit compiles its update, which failed here "
-                        f"({first_line(e)}): it needs {needed}; or use --optimizer=adamw") from None
-
-
-def toy_update(x):
-    return x * 2 + 1
+                        f"({failed}): it needs {needed}; or use --optimizer=adamw")
 
 
 def moments_per_scale(numel: int) -> int | None:
