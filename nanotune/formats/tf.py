@@ -76,21 +76,13 @@ def find_prefix(folder):
     return prefix
 
 
-def tf_names(config):
-    """{TensorFlow's name: our parameter's name}, in the model's order."""
-    names = {"model/wte": "transformer.wte.weight", "model/wpe": "transformer.wpe.weight"}
-    norms = [("ln_f", "ln_f")]
-    for layer in range(config.n_layer):
-        theirs, ours = f"h{layer}", f"h.{layer}"
-        norms += [(f"{theirs}/ln_{i}", f"{ours}.ln_{i}") for i in (1, 2)]
-        for module in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
-            for tf, kind in (("w", "weight"), ("b", "bias")):
-                names[f"model/{theirs}/{module}/{tf}"] = (
-                    f"transformer.{ours}.{module.replace('/', '.')}.{kind}")
-    for theirs, ours in norms:
-        names |= {f"model/{theirs}/g": f"transformer.{ours}.weight",
-                  f"model/{theirs}/b": f"transformer.{ours}.bias"}
-    return names
+def tf_name(ours):
+    """transformer.h.0.attn.c_attn.weight -> model/h0/attn/c_attn/w, as TensorFlow names it."""
+    module, _, kind = ours.removeprefix("transformer.").rpartition(".")
+    theirs = "model/" + module.replace("h.", "h", 1).replace(".", "/")
+    if module in ("wte", "wpe"):
+        return theirs
+    return f"{theirs}/{'b' if kind == 'bias' else 'g' if 'ln_' in module else 'w'}"
 
 
 def check_names(found, wanted, prefix):
@@ -123,20 +115,20 @@ def read_model(folder: Path, dropout: float = 0.0, device: str | torch.device = 
         raise UserError(f"{folder} is a TensorFlow checkpoint; to read it, run: "
                         "pip install -r requirements-tf.txt") from None
     config.dropout = dropout
-    names, model = tf_names(config), GPT.empty(config, device, dtype)
-    params = dict(model.named_parameters())
+    model = GPT.empty(config, device, dtype)
+    params = {tf_name(name): param for name, param in model.named_parameters()}
     try:
         reader = tf.train.load_checkpoint(str(prefix))
-        check_names(set(reader.get_variable_to_shape_map()), set(names), prefix)
-        for theirs, ours in names.items():
-            tensor = torch.from_numpy(reader.get_tensor(theirs)).float()
-            if theirs.endswith("/w"):  # (1, in, out); a Linear has (out, in)
+        check_names(set(reader.get_variable_to_shape_map()), params.keys(), prefix)
+        for name, param in params.items():
+            tensor = torch.from_numpy(reader.get_tensor(name)).float()
+            if name.endswith("/w"):  # (1, in, out); a Linear has (out, in)
                 tensor = tensor.squeeze(0).t()
-            if tensor.shape != params[ours].shape:
-                raise UserError(f"{prefix}: {theirs} is {tuple(tensor.shape)} where hparams.json "
-                                f"means {tuple(params[ours].shape)}")
-            check_weight(tensor, theirs, prefix)
-            params[ours].copy_(tensor)
+            if tensor.shape != param.shape:
+                raise UserError(f"{prefix}: {name} is {tuple(tensor.shape)} where hparams.json "
+                                f"means {tuple(param.shape)}")
+            check_weight(tensor, name, prefix)
+            param.copy_(tensor)
     except (tf.errors.OpError, RuntimeError, IndexError) as e:  # TensorFlow's, for a damaged file
         raise UserError(f"{prefix} is damaged ({str(e).splitlines()[0][:200]}); copy it again"
                         ) from None
