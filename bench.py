@@ -21,6 +21,7 @@ MBU       bytes of weights * steps/s / bandwidth, that of reading a gigabyte, me
 import importlib.util
 import json
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -32,11 +33,17 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from configurator import AtLeast1, configure
+from nanotune import device as devices
+from nanotune.cli import run
 from nanotune.errors import UserError
+from nanotune.formats import hf, hf_config
 from nanotune.formats.hub import GPT2_SHAPES
+from nanotune.text.tokenizer import tokenizer_of_folder
 
 ROOT = Path(__file__).resolve().parent
 WARM_UP = 2  # steps that are not counted
@@ -178,14 +185,9 @@ def on_gpu(cfg):
 def make_folders(folder, model, block_size, dtype, tokens=200_000):
     """folder/hf, a Hugging Face model of random weights, and folder/data, random tokens, both with
     a tokenizer.json of words w0, w1, ... in the place of GPT-2's, which would be a download."""
-    import numpy as np
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from model import GPT, GPTConfig
-    from nanotune.device import DTYPES
-    from nanotune.formats.hf import write_model
-    from nanotune.text.tokenizer import tokenizer_of_folder
     n_vocab = N_VOCAB.get(model, 50257)
     words = {f"w{i}": i for i in range(n_vocab - 1)} | {"<|endoftext|>": n_vocab - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -198,15 +200,13 @@ def make_folders(folder, model, block_size, dtype, tokens=200_000):
     drawn[:4 * block_size + 1].tofile(Path(folder, "data", "val.bin"))
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=n_vocab, **SHAPES[model])
-    write_model(Path(folder, "hf"), asdict(config), dict(GPT(config).named_parameters()),
-                DTYPES[dtype], tokenizer_of_folder(Path(folder, "hf")))
+    hf.write_model(Path(folder, "hf"), asdict(config), dict(GPT(config).named_parameters()),
+                   devices.DTYPES[dtype], tokenizer_of_folder(Path(folder, "hf")))
     return {}
 
 
 def train_transformers(folder, batch_size, block_size, steps, device, dtype, compiled):
     """transformers' GPT2LMHeadModel in the loop that its users write: sdpa, fused AdamW."""
-    import numpy as np
-    import torch
     from transformers import GPT2LMHeadModel
     torch.set_float32_matmul_precision("high")  # TF32, as train.py
     model = GPT2LMHeadModel.from_pretrained(
@@ -234,7 +234,6 @@ def train_transformers(folder, batch_size, block_size, steps, device, dtype, com
 
 def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, compiled):
     """transformers' generate() with its cache, or its static one, which it compiles itself."""
-    import torch
     from transformers import GPT2LMHeadModel
     model = GPT2LMHeadModel.from_pretrained(
         Path(folder, "hf"), dtype=getattr(torch, dtype)).to(device).eval()
@@ -254,9 +253,7 @@ def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, comp
 
 def sample_nanogpt(path, model, num_samples, max_new_tokens, device, dtype):
     """nanoGPT's model.generate() under autocast, as in its sample.py, which prints no times."""
-    sys.path.insert(0, path)
-    import torch
-
+    sys.path.insert(0, path)  # its model.py, not ours
     from model import GPT, GPTConfig
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**SHAPES[model])).to(device).eval()
@@ -277,11 +274,9 @@ def load_ours(folder):
 
 def load_by_copy(folder):
     """nanoGPT's way: transformers' model, and its tensors copied into one's own."""
-    import torch
     from transformers import GPT2LMHeadModel
 
     from model import GPT, GPTConfig
-    from nanotune.formats.hf_config import LAYOUTS, keys_of
 
     @torch.no_grad()
     def load():
@@ -291,39 +286,30 @@ def load_by_copy(folder):
                              n_head=c.n_head, n_embd=c.n_embd))
         weights = theirs.state_dict()
         for name, param in ours.named_parameters():
-            _, transposed = keys_of(name, LAYOUTS["gpt2"])
+            _, transposed = hf_config.keys_of(name, hf_config.LAYOUTS["gpt2"])
             param.copy_(weights[name].t() if transposed else weights[name])
         return ours
     return timed_load(load)
 
 
 def timed_load(load):
-    import torch
-
-    from nanotune.device import peak_memory
     cpu = torch.device("cpu")
-    before = peak_memory(cpu)
+    before = devices.peak_memory(cpu)
     began = time.perf_counter()
     model = load()
     seconds = time.perf_counter() - began
     model = model[0] if isinstance(model, tuple) else model
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"seconds": seconds, "memory/weights": (peak_memory(cpu) - before) / weights}
+    return {"seconds": seconds, "memory/weights": (devices.peak_memory(cpu) - before) / weights}
 
 
 def gpu_memory(device):
-    import torch
     return {"memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
 
 
 def machine(device, dtype, model, block_size):
     """Where things run: device, its name, the dtypes that are native, what a product reaches; and
     what a token of the model costs."""
-    import platform
-
-    import torch
-
-    from nanotune import device as devices
     torch.set_float32_matmul_precision("high")  # TF32, as train.py
     device = devices.pick_device(device)
     ours = devices.pick_dtype(dtype, device)
@@ -589,5 +575,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    from nanotune.cli import run
     run(main)

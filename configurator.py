@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import types
+from glob import glob
 from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nanotune.errors import UserError
@@ -106,8 +107,9 @@ def value_of(name, kind, waiting):
 def run_config_file(path):
     """Runs a config file in its own namespace and returns {public name: value}, without modules."""
     if not os.path.isfile(path):
+        siblings = sorted(glob(os.path.join(os.path.dirname(path) or "config", "*.py")))
         raise UserError(f"config file {path} does not exist (a field is written --name=value)"
-                        + nearest(path, sibling_configs(path)))
+                        + nearest(path, siblings))
     with open(path, "rb") as f:
         source = f.read()
     namespace = {"__file__": path, "__name__": "config"}
@@ -118,13 +120,6 @@ def run_config_file(path):
         raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}") from e
     return {name: value for name, value in namespace.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
-
-
-def sibling_configs(path):
-    folder = os.path.dirname(path) or "config"
-    if not os.path.isdir(folder):
-        return []
-    return [os.path.join(folder, f) for f in sorted(os.listdir(folder)) if f.endswith(".py")]
 
 
 def field_type(hints, name, where):

@@ -89,11 +89,12 @@ def run_perplexity(cfg, model, tokenizer, source, world):
     if stride > block_size:
         raise UserError(f"--stride={stride} is more than the windows' {block_size} tokens, so it "
                         "skips tokens; use --stride of at most that")
-    name, words, path, tokens = f"{cfg.dataset} {cfg.split}", None, None, None
     if cfg.input is None:
+        name, tokens, words = f"{cfg.dataset} {cfg.split}", None, None
         path = dataset_folder(cfg.dataset) / f"{cfg.split}.bin"
     else:
-        name, path, (tokens, words) = cfg.input, cfg.input, read_input(cfg, tokenizer)
+        name = path = cfg.input
+        tokens, words = read_input(cfg, tokenizer)
     data = open_dataset(path, model.config, tokens=tokens)
     # with eval_iters: the windows that train.py evaluates
     windows = data.windows(cfg.eval_iters * batch_size, stride)

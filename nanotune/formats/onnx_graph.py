@@ -109,6 +109,7 @@ class Graph:
     def build(self):
         c = self.config
         self.declare(self.inputs, "input_ids", TensorProto.INT64, ["B", "T"])
+        self.declare(self.outputs, "logits", TensorProto.FLOAT, ["B", "kept", c.vocab_size])
         first = self.op("Shape", ["past_key_values.0.key"], start=2, end=3)   # (1,): P
         new = self.op("Shape", ["input_ids"], start=1, end=2)                 # (1,): T
         end = self.op("Add", [first, new])
@@ -117,17 +118,15 @@ class Graph:
         local = self.local_mask(first, end) if c.local_window else ""
         for layer in range(c.n_layer):
             x = self.transformer_block(x, f"transformer.h.{layer}", layer, local * (layer % 2))
-        self.inputs.append(helper.make_tensor_value_info("logits_to_keep", TensorProto.INT64, [1]))
+        self.declare(self.inputs, "logits_to_keep", TensorProto.INT64, [1])
         self.ints("logits_to_keep", ALL)  # an input with a default is optional
         x = self.op("Slice", [x, self.op("Neg", ["logits_to_keep"]), self.ints("to_end", ALL),
                               self.ints("axis_1", 1)])
-        self.declare(self.outputs, "logits", TensorProto.FLOAT, ["B", "kept", c.vocab_size], 0)
         self.head(self.norm(x, "transformer.ln_f"))
 
     @staticmethod
-    def declare(where, name, kind, shape, index=None):
-        info = helper.make_tensor_value_info(name, kind, shape)
-        where.insert(len(where) if index is None else index, info)
+    def declare(where, name, kind, shape):
+        where.append(helper.make_tensor_value_info(name, kind, shape))
 
     def transformer_block(self, x, name, layer, mask):
         h = self.linear(self.norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn")
