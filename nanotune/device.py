@@ -3,7 +3,7 @@ import ctypes
 import importlib.util
 import os
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -182,14 +182,12 @@ def least_seconds(call: Callable[[], object], device: torch.device, times: int =
 
     Another process may have slowed down the longer ones.
     """
-    taken = []
-    for _ in range(times):
-        synchronize(device)
-        began = time.perf_counter()
+    def finished():
         call()
         synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+
+    synchronize(device)
+    return min(timeit.repeat(finished, number=1, repeat=times))
 
 
 def synchronize(device: torch.device) -> None:
