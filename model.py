@@ -30,7 +30,7 @@ ACTIVATIONS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class GPTConfig:
     block_size: int = 1024
     vocab_size: int = 50304           # GPT-2's 50257, padded to a multiple of 64 for speed

@@ -6,6 +6,7 @@ import re
 import sys
 import types
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -480,7 +481,7 @@ def test_separate_documents_are_each_alone(fields):
     documents = [torch.tensor(ids) for ids in ([5, 6, 7, 8, 0], [9, 0], [1, 2, 3, 4, 9, 8, 7])]
     packed = torch.stack([torch.cat(documents), torch.cat(documents[::-1])])
     plain = model.logits(packed)
-    model.config.doc_end = 0
+    model.config = replace(model.config, doc_end=0)
     for row, order in zip(model.logits(packed), (documents, documents[::-1])):
         order = [torch.cat(order[:2]), order[2]] if order[0][-1] != 0 else order
         for logits, document in zip(row.split([len(d) for d in order]), order):

@@ -9,6 +9,7 @@ pip install -r requirements-tf.txt
 """
 import os
 import re
+from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -107,14 +108,13 @@ def read_model(folder: Path, dropout: float = 0.0, device: str | torch.device = 
     Raises UserError if a file is missing or damaged, a variable does not fit the model, or
     TensorFlow is not installed.
     """
-    prefix, config = find_prefix(folder), read_config(folder)
+    prefix, config = find_prefix(folder), replace(read_config(folder), dropout=dropout)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides notices about instruction sets
     try:
         import tensorflow as tf
     except ImportError:
         raise UserError(f"{folder} is a TensorFlow checkpoint; to read it, run: "
                         "pip install -r requirements-tf.txt") from None
-    config.dropout = dropout
     model = GPT.empty(config, device, dtype)
     params = {tf_name(name): param for name, param in model.named_parameters()}
     try:

@@ -1,6 +1,6 @@
 """Predicts what a run needs before it begins: tokens, epochs, parameters, disk, memory."""
 import shutil
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -139,15 +139,13 @@ def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str,
 
 def meta_model(config: Any, cfg: Any) -> torch.nn.Module:
     """The model of a run on the meta device: shapes and dtypes, no memory."""
-    model = make_meta_model(type(config), astuple(replace(config, dropout=cfg.dropout)),
-                            cfg.weights, cfg.lora_rank)
+    model = make_meta_model(replace(config, dropout=cfg.dropout), cfg.weights, cfg.lora_rank)
     model.recompute = cfg.recompute
     return model
 
 
 @lru_cache(maxsize=8)  # takes 0.3 s for gpt2-xl, and advise() calls it often
-def make_meta_model(config_class, fields, weights, lora_rank):
-    config = config_class(*fields)
+def make_meta_model(config, weights, lora_rank):
     model = model_class(config).empty(config, "meta", DTYPES[weights])
     if lora_rank:
         add_lora(model, lora_rank)
