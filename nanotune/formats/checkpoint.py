@@ -26,9 +26,8 @@ from nanotune.formats import hf, hf_config, hub, tf
 from nanotune.formats.checks import check_fields, check_weight
 from nanotune.formats.onnx_model import OnnxGPT, open_onnx
 from nanotune.text.tokenizer import (
-    GPT2_VOCAB_SIZES,
     AnyTokenizer,
-    GPT2Tokenizer,
+    gpt2_by_size,
     limit_rows,
     tokenizer_from_spec,
     tokenizer_of_folder,
@@ -100,7 +99,7 @@ def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
         model, tokenizer = load_run(path, dropout, device, dtype)
     elif tf.is_tf_checkpoint(folder):
         model = tf.read_model(folder, dropout, device, dtype)
-        tokenizer = tokenizer_of_folder(folder)
+        tokenizer = tokenizer_of_folder(folder) or gpt2_by_size(model.config.vocab_size)
     else:
         check_can_be_pretrained(source)
         if source in hub.GPT2_SHAPES and folder.is_dir():
@@ -108,7 +107,6 @@ def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
         family = family_of(hub.find_config(source), source)
         model = family.model.from_pretrained(source, dropout, device, dtype)
         tokenizer = tokenizer_of_source(source)
-    tokenizer = tokenizer or gpt2_by_size(model.config.vocab_size)
     limit_rows(tokenizer, model.config.vocab_size, source)
     if block_size is not None:
         model.crop_block_size(block_size)
@@ -286,10 +284,6 @@ def tokenizer_from(data: dict) -> AnyTokenizer | None:
     dataset = data.get("config", {}).get("dataset")
     found = dataset and tokenizer_of_folder(Path("data") / dataset)
     return found or gpt2_by_size(data["model_args"].get("vocab_size"))
-
-
-def gpt2_by_size(vocab_size):
-    return GPT2Tokenizer() if vocab_size in GPT2_VOCAB_SIZES else None
 
 
 def saved_weights(model: GPT) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ from nanotune.text.tokenizer_files import (
     characters_json,
     gpt2_json,
     json_of_vocab_and_merges,
+    read_optional,
     special_tokens,
 )
 
@@ -248,8 +249,9 @@ def tokenizer_of_folder(folder: str | Path) -> AnyTokenizer | None:
 
 
 def tokenizer_of_source(source: str) -> AnyTokenizer | None:
-    """Returns the tokenizer of a tokenizer.json, a folder or a hub id, or None if it has none.
-    OpenAI's models need no download. Raises UserError if it is missing or damaged."""
+    """Returns the tokenizer of a tokenizer.json, a folder or a hub id, or None if it has none:
+    then a model of GPT-2's vocabulary size has GPT-2's. OpenAI's models need no download. Raises
+    UserError if it is missing or damaged."""
     path = Path(source)
     if source in (*hub.GPT2_SHAPES, "distilgpt2") and not path.is_dir():
         return GPT2Tokenizer()
@@ -257,14 +259,19 @@ def tokenizer_of_source(source: str) -> AnyTokenizer | None:
         if path.name == "tokenizer.json":  # the files beside it name its end-of-text
             return tokenizer_of_folder(path.parent)
         return JsonTokenizer(read_utf8(path), path)
-    if path.is_dir():
-        return tokenizer_of_folder(path)
     if path.suffix == ".json":
         raise UserError(f"{source}: no such file")
-    folder = hub.download(source, "config.json", "tokenizer.json", *NAMED_IN)
-    if not (folder / "tokenizer.json").is_file():
-        hub.download(source, "config.json", *VOCAB_AND_MERGES[0], "added_tokens.json")
-    return tokenizer_of_folder(folder)
+    if not path.is_dir():
+        path = hub.download(source, "config.json", "tokenizer.json", *NAMED_IN)
+        if not (path / "tokenizer.json").is_file():
+            hub.download(source, "config.json", *VOCAB_AND_MERGES[0], "added_tokens.json")
+    return tokenizer_of_folder(path) or (
+        gpt2_by_size(read_optional(path / "config.json").get("vocab_size")))
+
+
+def gpt2_by_size(vocab_size: int | None) -> GPT2Tokenizer | None:
+    """Returns GPT-2's tokenizer if a model without a tokenizer file has its vocabulary size."""
+    return GPT2Tokenizer() if vocab_size in GPT2_VOCAB_SIZES else None
 
 
 def tokenizer_of_dataset(folder: str | Path) -> AnyTokenizer:
