@@ -33,7 +33,7 @@ from nanotune.training import distributed, logbook, resume, state_dicts
 from nanotune.training import optimizer as optimizers
 from nanotune.training.distributed import share, sum_over_ranks
 from nanotune.training.plan import tell_plan
-from nanotune.training.run import Run, dry_run, set_up
+from nanotune.training.run import Run, check, dry_run, out_dir_lock, set_up
 
 MAX_SKIPPED = 10  # the run stops if the float16 scaler skips this many steps in a row
 # without cuDNN, which plans again for each cache length, longer than a token takes
@@ -342,8 +342,14 @@ def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
     if cfg.dry_run:
         return dry_run(cfg)
-    r = set_up(cfg, argv)
-    main_rank, p = r.world.is_main, r.progress
+    world = check(cfg)
+    with out_dir_lock(cfg, world):
+        run_on(set_up(cfg, argv, world))
+
+
+def run_on(r: Run) -> None:
+    """Evaluates or trains, and ends the process."""
+    cfg, p, main_rank = r.cfg, r.progress, r.world.is_main
     if cfg.eval_only:
         train_loss, val_loss = evaluate_splits(r)
         if main_rank:

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -25,8 +26,10 @@ def run(main: Callable[[list[str]], object]) -> None:
     UserError, lack of memory and a lost rank end as one line on stderr and status 1. Any other
     exception is a bug and keeps its traceback. A reader of stdout that went away (`| head`) ends
     the script without a word. Under torchrun rank 0 prints; the others print after 5 s, if it has
-    not ended the job by then.
+    not ended the job by then; and all stop, as by SIGTERM, if torchrun is gone.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
     sys.stdout.reconfigure(errors="replace")  # a Windows console's code page lacks most characters
     status = 0
     try:
@@ -51,6 +54,13 @@ def run(main: Callable[[list[str]], object]) -> None:
         end_now(status)
     if status:
         sys.exit(status)
+
+
+def stop_with(parent):
+    """Sends SIGTERM to this process when its parent is gone. Windows does not tell."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def close_stdout() -> None:

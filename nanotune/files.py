@@ -1,16 +1,20 @@
-"""Writes files and folders atomically; checks checkpoint files as it reads them.
+"""Writes files and folders atomically, locks a folder, checks checkpoint files as it reads them.
 
 A write goes to a temporary file or folder, which is synced and then renamed: after a crash the old
 file is intact. Loading checks the CRC of each entry of a torch.save file, and reads plain data
 only: it runs no code from the file.
 """
+import contextlib
 import os
 import pickle
 import shutil
+import socket
+import threading
+import time
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
@@ -18,6 +22,15 @@ from typing import IO
 import torch
 
 from nanotune.errors import UserError, first_line, out_of_memory
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK_FILE = ".lock"
+RETRY = 30.0  # seconds to wait for a lock: a run that is ending may still hold it
+STALE = 60.0  # without flock: a lock whose heartbeat is older counts as free
 
 
 class WriteError(UserError):
@@ -30,7 +43,7 @@ def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object], keep: i
     With `keep` above 1 the previous file becomes NAME.1.pt, the one before NAME.2.pt and so on,
     `keep` files in all. Raises WriteError if writing fails; the previous file is then intact.
     """
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # no other process writes to it
     try:
         try:
             with open(temporary, "wb") as f:
@@ -89,8 +102,9 @@ def write_folder(path: str | Path, write: Callable[[Path], object], replaceable:
     """
     path = Path(path)
     check_replaceable(path, replaceable, overwrite)
-    temporary = path.with_name(f"{path.name}.new-{os.getpid()}")
-    old = path.with_name(f"{path.name}.old-{os.getpid()}")
+    unique = uuid.uuid4().hex[:8]
+    temporary = path.with_name(f"{path.name}.new-{unique}")
+    old = path.with_name(f"{path.name}.old-{unique}")
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -133,6 +147,56 @@ def check_replaceable(path: Path, replaceable: Sequence[str], overwrite: bool) -
                         "not replace it either; choose another folder")
 
 
+@contextlib.contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """A context that holds the folder's lock, so that one process at a time writes to the folder.
+
+    The lock is flock on LOCK_FILE, which also holds over NFS; the system frees it if the process
+    is killed. Where there is no flock, as on Windows, the file's age counts: a thread touches it.
+    Raises UserError, with the host and pid of the process that holds it, after RETRY seconds.
+    """
+    # NFS wants a file that is open for writing; to open it does not change its age
+    with open(Path(folder, LOCK_FILE), "a+", errors="replace") as f:
+        end = time.monotonic() + RETRY
+        while not take(f):
+            if time.monotonic() > end:
+                f.seek(0)
+                raise UserError(f"{folder} is in use: {f.read(200) or 'a process'} is running; "
+                                "stop it, wait for its end, or choose another folder")
+            time.sleep(0.1)
+        ended = threading.Event()
+        with contextlib.suppress(OSError):  # a full disk: then the lock names no process
+            f.truncate(0)
+            os.write(f.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        threading.Thread(target=beat, args=(f.name, ended), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            with contextlib.suppress(OSError):
+                f.truncate(0)
+
+
+def take(f):
+    """Tries to lock an open file; without flock, whether no process has touched it lately."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+    held = os.fstat(f.fileno())
+    return held.st_size == 0 or time.time() - held.st_mtime > STALE
+
+
+def beat(path, ended):
+    while not ended.wait(STALE / 6):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
 def save(path: str | Path, data: dict, keep: int = 1) -> None:
     """Calls torch.save through write_atomic; `keep` is as there.
 
@@ -173,7 +237,7 @@ def load(path: str | Path) -> dict:
     return data
 
 
-@contextmanager
+@contextlib.contextmanager
 def checked_parse(path: str | Path) -> Iterator[None]:
     """A context for parsing the content of a file that loaded without error.
 

@@ -77,7 +77,7 @@ def wait_for(moment, job, out, step, rng):
         time.sleep(rng.uniform(0, 1.5))
         return job.alive()
     while job.alive():
-        if resume.reached_step(out) > step and (moment == "step" or list(out.glob("*.pt.tmp"))):
+        if resume.reached_step(out) > step and (moment == "step" or list(out.glob("*.pt.*.tmp"))):
             if moment == "step":
                 time.sleep(rng.uniform(0, 0.02))
             return True
@@ -116,7 +116,7 @@ def campaign(parallel, kills, folder, dataset, rng):
         statuses = job.end(seconds=5)
         assert all(statuses[rank] == -signal.SIGKILL for rank in victims), job.said()
         count["kills"] += 1
-        count["during a save"] += any(out.glob("*.pt.tmp"))
+        count["during a save"] += any(out.glob("*.pt.*.tmp"))
         count["before the first step"] += "iter " not in job.said(0)
         count["of all ranks"] += len(victims) == RANKS
         read_log(job.said(0), count)

@@ -44,7 +44,8 @@ def out(tmp_path):
 
 def set_up(dataset, out, **fields):
     argv = arguments(dataset, out, **fields)
-    return train.set_up(configure(Config, argv), argv)
+    cfg = configure(Config, argv)
+    return train.set_up(cfg, argv, train.check(cfg))
 
 
 def weights_of(path):
@@ -513,7 +514,7 @@ def test_the_files_and_lines_of_a_run(dataset, out, capsys):
     assert not end.value.code
     printed, err = capsys.readouterr()
     assert err == ""
-    assert sorted(os.listdir(out)) == ["ckpt.pt", "loss.png", "metrics.jsonl", "run.json",
+    assert sorted(os.listdir(out)) == [".lock", "ckpt.pt", "loss.png", "metrics.jsonl", "run.json",
                                        "state.1.pt", "state.pt"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     entries = read_metrics(out)

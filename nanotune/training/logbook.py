@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nanotune import files
 from nanotune.errors import UserError
 
 
@@ -56,9 +57,10 @@ class Logbook:
         """Calls write(*args). A failure must not stop the run: it warns, once."""
         try:
             write(*args)
-        except OSError as e:
+        except (OSError, files.WriteError) as e:
             if not self.disk_failed:
-                self.warn(f"cannot write to {os.path.dirname(self.metrics_path)} ({e.strerror}): "
+                reason = (e.__cause__ or e).strerror
+                self.warn(f"cannot write to {os.path.dirname(self.metrics_path)} ({reason}): "
                           "metrics.jsonl and loss.png are incomplete from here on")
             self.disk_failed = True
 
@@ -97,10 +99,7 @@ def write_line(path, line):
 
 
 def rewrite(path, lines):
-    """Writes the lines atomically: after a kill the old file is intact."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.writelines(line + "\n" for line in lines)
-    os.replace(f"{path}.tmp", path)
+    files.write_atomic(path, lambda f: f.writelines(f"{line}\n".encode() for line in lines))
 
 
 def kept_entries(path: str | Path, start: int) -> list[dict]:

@@ -304,8 +304,9 @@ def begin(out_dir: str | Path, start: Start) -> None:
         clear(out_dir)
     for path in start.passed_over:  # else later saves would rotate a good state out
         os.replace(path, path.with_suffix(".refused"))
-    for name in (STATE_FILE, MODEL_FILE, RUN_FILE):  # left by an interrupted save
-        Path(out_dir, f"{name}.tmp").unlink(missing_ok=True)
+    for name in (STATE_FILE, MODEL_FILE, RUN_FILE, "metrics.jsonl"):  # left by an interrupted save
+        for path in Path(out_dir).glob(f"{name}.*tmp"):
+            path.unlink(missing_ok=True)
     write_run_file(out_dir, start.progress, "running", start.progress.step if start.path else None)
 
 

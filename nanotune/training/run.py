@@ -4,6 +4,8 @@ Only rank 0 reads and writes out_dir and init_from, so machines need no shared d
 """
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from model import GPT, GPTConfig
+from nanotune import files
 from nanotune.device import DTYPES, pick_compile, pick_dtype, tune_malloc
 from nanotune.errors import UserError
 from nanotune.formats import checkpoint
@@ -74,9 +77,27 @@ def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
         check_wandb()
 
 
-def check_out_dir(cfg):
-    """Raises UserError if out_dir cannot be written or holds a run that would be lost."""
+@contextmanager
+def out_dir_lock(cfg: Any, world: World) -> Iterator[None]:
+    """A context in which rank 0 alone writes to out_dir, which it creates. Raises UserError if that
+    cannot be written, another run writes to it, or it holds a run that would be lost."""
+    if not world.is_main or cfg.eval_only:
+        yield
+        return
     out_dir = Path(cfg.out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+        open(out_dir / files.LOCK_FILE, "a").close()
+    except OSError as e:
+        raise UserError(f"--out_dir={out_dir} cannot be written ({e.strerror}); choose "
+                        "another") from None
+    with files.lock(out_dir):
+        check_no_run_is_lost(cfg, out_dir)
+        yield
+
+
+def check_no_run_is_lost(cfg, out_dir):
     held = [f.name for f in (out_dir / checkpoint.MODEL_FILE, *resume.state_files(out_dir))
             if f.exists()]
     if held and not resume.resumes(cfg) and not cfg.overwrite and not (
@@ -84,12 +105,6 @@ def check_out_dir(cfg):
         raise UserError(f"{out_dir} holds a run already ({', '.join(held)}): go on with it by "
                         "--init_from=resume, replace it by --overwrite=True, or choose another "
                         "--out_dir")
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as e:
-        raise UserError(f"--out_dir={out_dir} cannot be written ({e.strerror}); choose "
-                        "another") from None
 
 
 def load_start(cfg, tokenizer, folder):
@@ -134,19 +149,24 @@ def check_same_data(data, world):
                             "of process 0: copy the folder to each machine")
 
 
-def set_up(cfg: Any, argv: list[str]) -> Run:
-    """Returns the Run of a train.Config and its command line `argv`. Raises UserError if the config
-    or the data is unusable; checks that need one process come before the processes join."""
+def check(cfg: Any) -> World:
+    """Returns the World of a train.Config. Raises UserError if config or data are unusable, as far
+    as one process can tell without the model and without out_dir."""
     world = read_world(cfg.device)
-    dtype = pick_dtype(cfg.dtype, world.device)
-    check_config(cfg, world, dtype)
-    if world.device.type == "cpu":
-        tune_malloc(lean=cfg.recompute)
+    check_config(cfg, world, pick_dtype(cfg.dtype, world.device))
     folder = dataset_folder(cfg.dataset)
     for split in SPLITS:
         open_tokens(folder / f"{split}.bin", cfg.block_size or 1)
-    if world.is_main and not cfg.eval_only:
-        check_out_dir(cfg)
+    return world
+
+
+def set_up(cfg: Any, argv: list[str], world: World) -> Run:
+    """Returns the Run of a checked train.Config and its command line `argv`; rank 0 must hold
+    out_dir_lock. Raises UserError if the model does not go with the config or the data; checks that
+    need one process come before the processes join."""
+    dtype, folder = pick_dtype(cfg.dtype, world.device), dataset_folder(cfg.dataset)
+    if world.device.type == "cpu":
+        tune_malloc(lean=cfg.recompute)
     tokenizer = tokenizer_of_dataset(folder)
     if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
         raise UserError("--sample_start is empty; give it at least a character")
@@ -187,10 +207,8 @@ def set_up(cfg: Any, argv: list[str]) -> Run:
 
 def dry_run(cfg: Any) -> None:
     """Prints the plan of a train.Config; loads no weights. Raises UserError as set_up()."""
-    world = read_world(cfg.device)
-    dtype = pick_dtype(cfg.dtype, world.device)
-    check_config(cfg, world, dtype)
-    folder = dataset_folder(cfg.dataset)
+    world = check(cfg)
+    dtype, folder = pick_dtype(cfg.dtype, world.device), dataset_folder(cfg.dataset)
     if cfg.init_from == "scratch":
         config = scratch_config(cfg, tokenizer_of_dataset(folder))
     else:
