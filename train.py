@@ -309,8 +309,6 @@ def train(r: Run, signals: StopSignals) -> int:
                           peak_memory(r.world.device))
             began, timed = time.perf_counter(), 0
         if stop:
-            log.say(f"stopped by a signal after step {step}; go on with:\n"
-                    f"  {resume_command(r.argv)}")
             return 128 + int(signals.received or signal.SIGTERM)
 
 
@@ -327,11 +325,14 @@ def tell_end(r):
 
 def finish(r: Run, status: int) -> None:
     """Writes the last step's state.pt, and ckpt.pt with always_save_checkpoint, unless they are
-    written already. Raises UserError if a file could not be written."""
+    written already; then tells how the run ended. Raises UserError if a file was not written."""
     if r.tried_step != r.progress.step:
         if r.cfg.always_save_checkpoint and r.progress.evaluated != r.progress.step:
             save(r, checkpoint.MODEL_FILE)
         save(r, checkpoint.STATE_FILE)
+    if status:
+        r.log.say(f"stopped by a signal after step {r.progress.step - 1}; go on with:\n"
+                  f"  {resume_command(r.argv)}")
     for error in filter(None, r.not_saved.values()):
         raise UserError(error)
     if status == 0:

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 from nanotune.errors import UserError, out_of_memory
 
@@ -30,6 +31,9 @@ def run(main: Callable[[list[str]], object]) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")  # a Windows console's code page lacks most characters
     status = 0
     try:
@@ -41,7 +45,7 @@ def run(main: Callable[[list[str]], object]) -> None:
         status = 130
     except BrokenPipeError:
         status = PIPE_CLOSED
-        close_stdout()
+        silence(sys.stdout)
     except Exception as e:
         status, line = 1, last_line(e)
         if line is None and not in_process_group():
@@ -49,7 +53,9 @@ def run(main: Callable[[list[str]], object]) -> None:
         if line is None:
             traceback.print_exc()
         else:
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            say(f"error: {line}", sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        say("", stream, end="")  # what is still buffered
     if in_process_group():
         end_now(status)
     if status:
@@ -63,10 +69,19 @@ def stop_with(parent):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def close_stdout() -> None:
+def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Prints a line at once, on stdout by default. If nobody can read it, since the pipe's reader
+    or the terminal is gone, this and all later lines of the stream go nowhere."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError):
+        silence(stream or sys.stdout)
+
+
+def silence(stream):
     """Sends what is still buffered nowhere: Python would complain about it at its end."""
-    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file, in a test
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError):  # a stream that is no file, in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def in_process_group() -> bool:
@@ -80,9 +95,6 @@ def end_now(status: int) -> None:
     lost ranks either."""
     if status == 0:
         sys.modules["torch.distributed"].destroy_process_group()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
 
 
@@ -113,12 +125,16 @@ def lost_rank(e: Exception) -> str | None:
 
 
 class StopSignals:
-    """While it is entered, Ctrl-C and SIGTERM ask for a stop at the end of the step: `received` is
-    the signal's number, or 0. A second Ctrl-C stops at once, except under torchrun, which sends a
-    signal of its own after the terminal's."""
+    """While it is entered, Ctrl-C, SIGTERM and a closed terminal (SIGHUP, unless it is ignored, as
+    under nohup) ask for a stop at the end of the step: `received` is the signal's number, or 0. A
+    second Ctrl-C stops at once, except under torchrun, which sends a signal of its own after the
+    terminal's."""
     def __enter__(self) -> "StopSignals":
         self.received = 0
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        stops = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            stops.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.handle) for number in stops}
         return self
 
     def handle(self, number, frame):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nanotune.cli import say
 from nanotune.device import autocast, compile_error, pick_compile, pick_device
 from nanotune.errors import UserError
 from nanotune.torch_private import undo_compile
@@ -215,8 +216,8 @@ def compile_or_fall_back(model, batch, world, dtype):
                         "--compile=False")
     undo_compile(model)
     if world.is_main:
-        print(f"warning: torch.compile failed ({reason}); going on without, slower but the same; "
-              "--compile=False silences this", file=sys.stderr)
+        say(f"warning: torch.compile failed ({reason}); going on without, slower but the same; "
+            "--compile=False silences this", sys.stderr)
     return False
 
 

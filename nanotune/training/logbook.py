@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanotune import files
+from nanotune.cli import say
 from nanotune.errors import UserError
 
 
@@ -35,10 +36,10 @@ class Logbook:
             self.on_disk(rewrite, self.metrics_path, map(json.dumps, self.entries))
 
     def say(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+        """Prints a line above the progress bar; that it cannot be printed is no error."""
         if self.is_main:
             self.bar.clear()
-            print(text, flush=True)
+            say(text)
             self.bar.refresh()
 
     def warn(self, text: str) -> None:
