@@ -72,8 +72,9 @@ def test_each_line_is_on_disk_at_once(tmp_path, log):
         assert len(lines(tmp_path)) == step + 1
 
 
-ENTRIES = [{"step": 0, "val_loss": 3}, {"iter": 0}, {"iter": 1}, {"iter": 2},
-           {"step": 3, "val_loss": 2}, {"iter": 3}, {"iter": 4}]
+EVALUATION = {"step": 0, "train_loss": 3.5, "val_loss": 3}
+ENTRIES = [EVALUATION, *({"iter": step, "loss": 3.0} for step in range(3)),
+           EVALUATION | {"step": 3}, *({"iter": step, "loss": 3.0} for step in (3, 4))]
 
 
 @pytest.mark.parametrize("start, kept", [(0, 1), (2, 3), (3, 5), (4, 6), (5, 7), (9, 7)])
@@ -83,6 +84,26 @@ def test_metrics_behind_the_start_are_dropped(tmp_path, start, kept):
     assert kept_entries(str(path), start) == ENTRIES[:kept]
     Logbook(str(tmp_path), start, 10, is_main=True)
     assert lines(tmp_path) == ENTRIES[:kept]
+
+
+DAMAGED = [
+    b"", b"{", b'{"iter": 1, "lo', b"null", b"7", b"[]", b'"step"', b"{}", b"[" * 10**5,
+    b"\xff\xfe", b'{"iter": 1, "lors": 2.0}', b'{"iter": "1", "loss": 2.0}',
+    b'{"iter": 1, "loss": "2.0"}', b'{"iter": 1, "loss": NaN}', b'{"iter": 1.5, "loss": 2.0}',
+    b'{"step": 1, "val_loss": 2.0}', b'{"step": null, "train_loss": 2, "val_loss": 2}',
+    b'{"iter": [], "loss": {}}',
+    b'{"step": 1, "train_loss": 2, "val_loss": 1' + b"0" * 400 + b"}",
+    b'{"iter": 1' + b"0" * 5000 + b', "loss": 2}', b'{"iter": 0, \x00"loss": 1}']
+
+
+def test_damaged_lines_are_skipped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps(entry).encode() for entry in ENTRIES]
+    path.write_bytes(b"\n".join(good[:2] + DAMAGED + good[2:]) + b'\n{"iter": 5')
+    assert kept_entries(path, 9) == ENTRIES
+    log = Logbook(str(tmp_path), 9, 10, is_main=True)
+    draw(log.entries, tmp_path / "loss.png")
+    assert lines(tmp_path) == ENTRIES
 
 
 def test_no_metrics_yet(tmp_path):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Job, run_ranks
-from tiny import arguments, run_script, run_train, write_dataset
+from test_logbook import DAMAGED
+from tiny import arguments, read_metrics, run_script, run_train, write_dataset
 
+import export
 import train
 from nanotune import files
 from nanotune.training import logbook, resume
@@ -440,10 +442,26 @@ def test_a_run_that_had_a_last_word(dataset, out, monkeypatch, capsys):
     assert "without a word" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=9)[1]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"status": "odd"})])
+@pytest.mark.parametrize("content", [
+    "", "{", "[1]", "7", "[" * 10**5, json.dumps({"status": "odd"}), "\xff",
+    json.dumps({"run_id": ["x"], "status": "running", "saved_step": "9", "host": {}})])
 def test_a_run_file_that_says_nothing(dataset, out, monkeypatch, capsys, content):
-    (out / "run.json").write_text(content)
+    (out / "run.json").write_bytes(content.encode("latin-1"))
     assert resume_run(monkeypatch, capsys, dataset, out)[0] == 0
+
+
+def test_damaged_metrics_stop_no_run(whole, dataset, out, monkeypatch, capsys):
+    """Nor an export, which lists them. The lines are test_logbook's."""
+    with open(out / "metrics.jsonl", "ab") as f:
+        f.write(b"\n".join(DAMAGED) + b'{"iter": 7')
+    assert resume.reached_step(out) == resume.reached_step(whole) == 6
+    export.main([f"--out_dir={out}", f"--export_dir={out / 'hf'}"])
+    assert resume_run(monkeypatch, capsys, dataset, out, max_iters=7)[0] == 0
+    assert [entry.get("iter") for entry in read_metrics(out)[-2:]] == [6, None]
+    (out / "metrics.jsonl").unlink()
+    (out / "metrics.jsonl").mkdir()
+    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=8)
+    assert status == 0 and said.count("warning: cannot write to") == 1
 
 
 # -----------------------------------------------------------------------------

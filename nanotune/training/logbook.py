@@ -105,19 +105,33 @@ def rewrite(path, lines):
 
 def kept_entries(path: str | Path, start: int) -> list[dict]:
     """Returns the entries of a metrics file that a run from step `start` does not write again:
-    evaluations up to `start`, iterations before it. Drops a line cut short by a crash."""
-    if not os.path.isfile(path):
+    evaluations up to `start`, iterations before it. Skips damaged lines and a missing file."""
+    return [entry for entry in read_entries(path)
+            if entry.get("step", start) <= start and entry.get("iter", -1) < start]
+
+
+def read_entries(path: str | Path, last: int = 0) -> list[dict]:
+    """Returns the entries of a metrics file, or of its `last` lines. Skips lines that are no entry,
+    cut short by a crash or damaged; the file may be missing."""
+    try:
+        lines = Path(path).read_bytes().splitlines()[-last:]
+    except OSError:
         return []
-    kept = []
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if entry.get("step", start) <= start and entry.get("iter", -1) < start:
-                kept.append(entry)
-    return kept
+    return list(filter(None, map(parse_entry, lines)))
+
+
+def parse_entry(line):
+    """A line as an entry that can be compared and drawn, or None."""
+    try:
+        entry = json.loads(line)
+        numbers = [entry[key] for key in (("step", "train_loss", "val_loss") if "step" in entry
+                                          else ("iter", "loss"))]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    # below 1e300: a long integer would be too large for a float
+    fine = isinstance(numbers[0], int) and all(
+        isinstance(n, int | float) and abs(n) < 1e300 for n in numbers)
+    return entry if fine else None
 
 
 def draw(entries, path):

@@ -23,10 +23,11 @@ from nanotune.errors import UserError, first_line
 from nanotune.formats import checkpoint
 from nanotune.formats.checkpoint import MODEL_FILE, STATE_FILE
 from nanotune.text.tokenizer import AnyTokenizer
-from nanotune.training import lora, state_dicts
+from nanotune.training import logbook, lora, state_dicts
 from nanotune.training.distributed import World, share
 
 RUN_FILE = "run.json"
+RUN_FIELDS = {"run_id": str, "status": str, "pid": int, "host": str, "saved_step": int | None}
 
 
 @dataclass
@@ -256,23 +257,21 @@ def tell_losses(start, reasons, last, reached):
 
 def reached_step(out_dir: str | Path) -> int:
     """Returns how many steps were taken according to metrics.jsonl, 0 if it has no iteration."""
-    try:
-        lines = (Path(out_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return max((json.loads(line).get("iter", -1) for line in lines[-50:]
-                    if line.endswith("}")), default=-1) + 1
-    except (OSError, ValueError):
-        return 0
+    entries = logbook.read_entries(Path(out_dir) / "metrics.jsonl", last=50)
+    return max((entry.get("iter", -1) for entry in entries), default=-1) + 1
 
 
 # -----------------------------------------------------------------------------
 # run.json
 
 def read_run_file(out_dir: str | Path) -> dict:
-    """Returns the content of run.json, {} if it is missing or damaged."""
+    """Returns the content of run.json without fields of another type than ours, {} if it is missing
+    or damaged."""
     try:
-        data = json.loads((Path(out_dir) / RUN_FILE).read_text(encoding="utf-8"))
-        return data if isinstance(data, dict) else {}
-    except (OSError, ValueError):
+        data = json.loads((Path(out_dir) / RUN_FILE).read_bytes())
+        return {key: data.get(key) for key, kind in RUN_FIELDS.items()
+                if isinstance(data.get(key), kind)}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 
