@@ -13,7 +13,7 @@ lambada      the last word of each line {"text"}, with and without the stop-word
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,7 @@ from nanotune.generation.fast import pack
 from nanotune.text.loader import dataset_folder, open_dataset, open_tokens
 from nanotune.text.read import read_text
 from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
-from nanotune.training.distributed import join, read_world, sum_over_ranks
+from nanotune.training.distributed import check_same_fields, join, read_world, sum_over_ranks
 
 
 @dataclass
@@ -200,6 +200,7 @@ def main(argv: list[str]) -> None:
     model.eval()
     pack(model, world.device, dtype)
     join(world)
+    check_same_fields(world, asdict(cfg) | {"device": world.device.type, "dtype": str(dtype)})
     with torch.no_grad(), autocast(world.device, dtype):
         RUN[cfg.task](cfg, model, tokenizer, source, world)
 

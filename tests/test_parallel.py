@@ -1,16 +1,18 @@
 """The same run on any split: DDP and FSDP2 against one process, resumed on more or fewer."""
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_tokenizer
-from ranks import run_ranks
+from ranks import Job, run_ranks
 from tiny import arguments, losses, write_dataset
 
+import evaluate
 import train
 from configurator import configure
-from nanotune import files
+from nanotune import cli, files
 from nanotune.errors import UserError
 from nanotune.formats import checkpoint
 from nanotune.text.tokenizer import tokenizer_of_dataset
@@ -246,6 +248,40 @@ def test_untested_pairs_are_refused():
         run.check_config(cfg, mps, torch.float32)
     with pytest.raises(UserError, match="--parallel=zero3: use ddp or fsdp"):
         configure(train.Config, ["--parallel=zero3"])
+
+
+def other_fields(rank, argv):
+    """Rank 1 gets further arguments, as on a machine with another version of the command; it does
+    not wait for rank 0 to print first."""
+    if rank == 1:
+        cli.time.sleep = lambda seconds: None
+        for script in (train, evaluate):
+            script.configure = lambda cls, first: configure(cls, [*first, *argv])
+
+
+@pytest.mark.parametrize("field, told", [
+    ("--learning_rate=0.5", "--learning_rate is 0.01 in process 0 and 0.5 in process 1"),
+    ("--dtype=bfloat16", "--dtype is torch.float32 in process 0 and torch.bfloat16 in process 1"),
+    ("--eval_only=True", "--eval_only is False in process 0 and True in process 1")])
+def test_ranks_with_other_fields_are_told(tmp_path, dataset, field, told):
+    argv = arguments(dataset, tmp_path / "out", **FIELDS)
+    statuses, said = run_ranks(2, argv, tmp_path / "log", partial(other_fields, argv=[field]))
+    assert statuses == [1, 1] and said.count(told) == 2 and "Traceback" not in said, said
+    assert not (tmp_path / "out/run.json").exists()
+
+
+def test_ranks_that_evaluate_with_other_fields_are_told(tmp_path, dataset, one):
+    argv = [f"--out_dir={one}", f"--dataset={dataset}", "--device=cpu"]
+    job = Job(2, argv, tmp_path, partial(other_fields, argv=["--split=train"]), script="evaluate")
+    assert job.wait() == [1, 1]
+    assert job.said().count("--split is val in process 0 and train in process 1") == 2
+
+
+def test_fields_without_effect_may_differ(tmp_path, dataset):
+    argv = arguments(dataset, tmp_path / "out", **FIELDS | dict(max_iters=1))
+    fields = ["--wandb_run_name=12:00", f"--out_dir={tmp_path / 'other'}", "--log_interval=7"]
+    statuses, said = run_ranks(2, argv, tmp_path / "log", partial(other_fields, argv=fields))
+    assert statuses == [0, 0], said
 
 
 def other_data(rank):

@@ -133,6 +133,25 @@ def share(world: World, value: Any) -> Any:
     return held[0]
 
 
+def gather(world: World, value: Any) -> list[Any]:
+    """Returns all ranks' values, which must be picklable. All ranks must call this."""
+    held = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(held, value)
+    return held
+
+
+def check_same_fields(world: World, fields: dict[str, object]) -> None:
+    """Raises UserError, the same on all ranks, if a field's value differs among them. All ranks
+    must call this."""
+    first, *others = gather(world, fields)
+    for rank, other in enumerate(others, 1):
+        for name, value in other.items():
+            if value != first[name]:
+                raise UserError(f"--{name} is {first[name]} in process 0 and {value} in process "
+                                f"{rank}: give all processes the same fields")
+
+
 def sum_over_ranks(*values: float | torch.Tensor,
                    device: str | torch.device = "cpu") -> list[float]:
     """Returns the sum over all ranks of each value. All ranks must call this, each with

@@ -6,7 +6,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nanotune.text.tokenizer import (
 )
 from nanotune.training import distributed, lora, plan, resume, state_dicts
 from nanotune.training import optimizer as optimizers
-from nanotune.training.distributed import World, read_world, share
+from nanotune.training.distributed import World, gather, read_world
 from nanotune.training.logbook import Logbook, check_wandb
 
 
@@ -140,13 +140,27 @@ def scratch_config(cfg, tokenizer):
         bias=cfg.bias)
 
 
+# fields that may differ among ranks: where files are, and what only rank 0 uses
+MAY_DIFFER = ("out_dir", "init_from", "overwrite", "auto_resume", "force_resume", "keep_states",
+              "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "dataset", "backend",
+              "timeout", "device")
+
+
+def check_same_arguments(cfg, dtype, world):
+    """Raises UserError if a field that affects the result differs among the ranks."""
+    same = {name: value for name, value in asdict(cfg).items() if name not in MAY_DIFFER}
+    distributed.check_same_fields(world, same | {"dtype": str(dtype)})
+
+
 def check_same_data(data, world):
-    """Raises UserError if this rank's files differ from those of rank 0."""
+    """Raises UserError if the files of a rank differ from those of rank 0."""
     for split in data.values():
-        mine = len(split), zlib.crc32(split.tokens[:2**20])
-        if share(world, mine) != mine:
-            raise UserError(f"{split.path.absolute()} of process {world.rank} differs from that "
-                            "of process 0: copy the folder to each machine")
+        mine = str(split.path.absolute()), len(split), zlib.crc32(split.tokens[:2**20])
+        first, *others = gather(world, mine)
+        for rank, (path, *held) in enumerate(others, 1):
+            if held != [*first[1:]]:
+                raise UserError(f"{path} of process {rank} differs from that of process 0: copy "
+                                "the folder to each machine")
 
 
 def check(cfg: Any) -> World:
@@ -176,6 +190,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     start = load_start(cfg, tokenizer, folder) if world.is_main else None
 
     distributed.join(world, cfg.backend, cfg.timeout)
+    check_same_arguments(cfg, dtype, world)
     start = resume.spread(start, world, DTYPES[cfg.weights])
     model, progress = start.model, start.progress
     limit_rows(tokenizer, model.config.vocab_size, folder)
