@@ -53,7 +53,7 @@ class Config:
     init_from: str = "scratch"  # scratch, resume, gpt2*, a hub id, a Hugging Face folder, a run
     overwrite: bool = False           # replace the run in out_dir by a new one
     auto_resume: bool = False  # resume if out_dir has a state, else begin from init_from
-    force_resume: bool = False  # resume even if seed, dataset, block_size or global batch differ
+    force_resume: bool = False  # resume even if seed, data, block_size or global batch differ
     save_interval: AtLeast1 | None = None  # steps between saves of state.pt; None: eval_interval
     keep_states: AtLeast1 = 2  # states to keep: if the newest is damaged, resume from an older one
     sample_interval: AtLeast0 = 0     # evaluations between printed samples; 0: none
@@ -236,7 +236,8 @@ def save(r: Run, name: str) -> bool:
         data = checkpoint.model_data(r.model, p.step, p.best_val_loss, asdict(cfg), r.tokenizer,
                                      weights, p.run_id, r.start.lora)
         if whole:
-            data |= {"optimizer": moments, "scaler": r.scaler.state_dict(), "progress": asdict(p)}
+            data |= {"optimizer": moments, "scaler": r.scaler.state_dict(), "progress": asdict(p),
+                     "data": {split: held.fingerprint for split, held in r.data.items()}}
         try:
             files.save(Path(cfg.out_dir) / name, data, cfg.keep_states if whole else 1)
         except files.WriteError as e:

@@ -225,6 +225,35 @@ def test_a_mask_of_another_length(bin_path, length):
     refuse(bin_path, rf"train.mask.bin has {length} entries for the 10 tokens")
 
 
+def test_the_fingerprint_tells_any_change(tmp_path, monkeypatch):
+    path, tokens = tmp_path / "train.bin", np.arange(100, dtype="<u2")
+
+    def fingerprint(tokens, mask=None):
+        tokens.tofile(path)
+        path.with_suffix(".mask.bin").unlink(missing_ok=True)
+        if mask is not None:
+            mask.tofile(path.with_suffix(".mask.bin"))
+        return TokenBin(path, 4, 200).fingerprint
+
+    for piece in (2**19, 7):
+        monkeypatch.setattr(loader, "PIECE", piece)
+        changed = [tokens[:99], np.append(tokens, 7).astype("<u2"), tokens[::-1].copy()]
+        for at in (0, 50, 99):
+            changed.append(tokens.copy())
+            changed[-1][at] = 150
+        masks = [np.ones(100, np.uint8), np.eye(1, 100, dtype=np.uint8)[0]]
+        found = [*map(fingerprint, [tokens, *changed]), *(fingerprint(tokens, m) for m in masks)]
+        assert len(set(found)) == len(found) and fingerprint(tokens) == found[0]
+
+
+def test_the_fingerprint_of_a_large_file_reads_parts_of_it(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(loader.zlib, "crc32", lambda data, crc: sizes.append(data.nbytes) or 0)
+    data = TokenBin("a name", 4, 2, tokens=np.broadcast_to(np.uint16(1), 10**9))
+    assert data.fingerprint == (10**9, 0)
+    assert 32 * 2**20 < sum(sizes) * 3 / 2 <= 64 * 2**20  # with a mask half as much again
+
+
 def test_dataset_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "books" / "old").mkdir(parents=True)

@@ -2,6 +2,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import pytest
 import torch
+from ranks import run_ranks
 from tiny import (
     REPO,
     arguments,
@@ -287,6 +289,58 @@ def test_another_dataset(tmp_path, whole, out, monkeypatch, capsys):
     status, _, err = run_script(monkeypatch, capsys, train.main, arguments(
         third, out, init_from="resume", force_resume=True))
     assert status == 1 and "prepare the text again with the model's tokenizer" in err
+
+
+def swap_tokens(path):
+    tokens = bytearray(path.read_bytes())
+    tokens[-2:], tokens[:2] = tokens[:2], tokens[-2:]
+    path.write_bytes(tokens)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("train.bin", swap_tokens), ("val.bin", lambda path: os.truncate(path, 700)),
+    ("train.mask.bin", lambda path: path.write_bytes(bytes(1999) + b"1"))])
+def test_data_that_changed_is_told_and_can_be_forced(tmp_path, whole, monkeypatch, capsys, name,
+                                                     change):
+    dataset, out = (shutil.copytree(path, tmp_path / path.name) for path in whole)
+    argv = arguments(dataset, out, init_from="resume", max_iters=7)
+    state = torch.load(out / "state.pt")
+    state["config"]["dataset"] = str(dataset)
+    torch.save(state, out / "state.pt")
+    change(dataset / name)
+    before = (out / "state.pt").read_bytes()
+    status, _, err = run_script(monkeypatch, capsys, train.main, argv)
+    assert status == 1 and err.count("\n") == 1
+    split = name.partition(".")[0]
+    assert f"{dataset / split}.bin or its mask has changed since {out / 'state.pt'} was" in err
+    assert (out / "state.pt").read_bytes() == before
+    # a state of the first edition does not know its data
+    (tmp_path / "old").mkdir()
+    files.save(tmp_path / "old/state.pt", {
+        key: value for key, value in state.items() if key != "data"})
+    assert run_train(dataset, tmp_path / "old", init_from="resume", max_iters=7) == 0
+    assert run_train(dataset, out, init_from="resume", max_iters=7, force_resume=True) == 0
+    assert run_train(dataset, out, init_from="resume", max_iters=8) == 0
+
+
+def cut_the_data_short(rank):
+    """At step 3 of a run, as a script that writes over train.bin would."""
+    def forward_backward(r, step):
+        if step == 3:
+            os.truncate(r.data["train"].path, 2)
+        return real(r, step)
+
+    real, train.forward_backward = train.forward_backward, forward_backward
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cuts no mapped file")
+def test_data_cut_short_in_mid_run_is_one_line(tmp_path):
+    dataset = write_dataset(tmp_path / "words", n_train=200_000)
+    statuses, said = run_ranks(1, arguments(dataset, tmp_path / "out"), tmp_path / "log",
+                               cut_the_data_short)
+    assert statuses == [1], said
+    assert "error: " in said and "train.bin or its mask was cut short while it was in use" in said
+    assert files.load(tmp_path / "out/state.pt")["iter_num"] == 3
 
 
 def test_a_larger_block_size_cannot_be_forced(whole, out, monkeypatch, capsys):

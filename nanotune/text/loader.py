@@ -8,7 +8,8 @@ offset on (the phase), and shuffles them; both depend on the seed. So each token
 per epoch, except for less than two blocks at the edges; a resumed run needs only its step; and a
 global batch is the same for any number of ranks and micro-steps.
 """
-from functools import lru_cache
+import zlib
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanotune.errors import UserError
 IGNORED = -1         # the target that the loss does not count
 SPLITS = ("train", "val")
 SCAN_LIMIT = 2**28   # tokens: a file up to this size is checked when it is opened (0.2 s)
+PIECE, PIECES = 2**19, 40  # of a larger file, the checksum reads so many tokens in so many places
 
 
 class TokenBin:
@@ -48,6 +50,16 @@ class TokenBin:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @cached_property
+    def fingerprint(self) -> tuple[int, int]:
+        """(Number of tokens, CRC-32 of tokens and mask); reads at most 64 MB, spread evenly."""
+        crc, n = 0, len(self.tokens)
+        for start in range(0, n, max(PIECE, n // PIECES)):
+            crc = zlib.crc32(self.tokens[start:start + PIECE], crc)
+            if self.mask is not None:
+                crc = zlib.crc32(self.mask[start:start + PIECE], crc)
+        return n, crc
+
     def epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
         """(phase, order of the blocks). Uses RandomState, whose streams numpy never changes: a run
         resumes on the same data with another numpy."""
@@ -68,6 +80,7 @@ class TokenBin:
         """Returns how many targets of these samples count in the loss; reads only the mask."""
         if self.mask is None:
             return size * self.block_size
+        self.check_length()
         starts = (self.position(n) + 1 for n in range(first, first + size))
         return sum(int(np.count_nonzero(self.mask[s:s + self.block_size])) for s in starts)
 
@@ -96,6 +109,7 @@ class TokenBin:
     def read(self, windows: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns inputs and targets of these windows, (B, T) int64 each. Targets that do not count
         are -1. A block cut short by the end of the file is padded with input 0 and target -1."""
+        self.check_length()
         x = np.zeros((len(windows), self.block_size), dtype=np.int64)
         y = np.full((len(windows), self.block_size), IGNORED, dtype=np.int64)
         for row, (start, first) in enumerate(windows):
@@ -107,6 +121,13 @@ class TokenBin:
                 keep = self.mask[start + 1:start + len(block)]
                 y[row, :len(keep)][keep == 0] = IGNORED
         return torch.from_numpy(x), torch.from_numpy(y)
+
+    def check_length(self):
+        """Raises UserError if a mapped file was cut short: reading on would end in SIGBUS."""
+        for array in (self.tokens, self.mask):
+            if isinstance(array, np.memmap) and array.base.size() < array.nbytes:
+                raise UserError(f"{self.path} or its mask was cut short while it was in use: put "
+                                "the old files back and resume")
 
     def check_ids(self, tokens, start):
         if int(tokens.max()) < self.vocab_size:

@@ -22,6 +22,7 @@ from nanotune import files
 from nanotune.errors import UserError, first_line
 from nanotune.formats import checkpoint
 from nanotune.formats.checkpoint import MODEL_FILE, STATE_FILE
+from nanotune.text.loader import TokenBin
 from nanotune.text.tokenizer import AnyTokenizer
 from nanotune.training import logbook, lora, state_dicts
 from nanotune.training.distributed import World, share
@@ -62,6 +63,7 @@ class Start:
     path: Path | None = None
     config: dict = field(default_factory=dict)  # the run's config when it was saved
     tokenizer: AnyTokenizer | None = None
+    data: dict = field(default_factory=dict)  # {split: TokenBin.fingerprint}; {}: not known
     lora: dict | None = None       # of a LoRA run: the rank, the base and its hash
     ours: bool = True              # False: nanoGPT's, which has no run id
     passed_over: tuple = ()        # paths of newer states that were skipped
@@ -138,7 +140,8 @@ def read_start(path, dropout, dtype=torch.float32):
         optimizer = state_dicts.checked_optimizer_state(model, saved["optimizer"], path)
         return Start(model, progress_of(saved), bool(optimizer), optimizer,
                      saved.get("scaler") or None, path, config_of(saved),
-                     checkpoint.tokenizer_from(saved), saved.get("lora"), "progress" in saved)
+                     checkpoint.tokenizer_from(saved), dict(saved.get("data", {})),
+                     saved.get("lora"), "progress" in saved)
 
 
 def config_of(saved):
@@ -171,6 +174,16 @@ def check_same_run(cfg: Any, start: Start) -> None:
     if differ and not cfg.force_resume:
         raise UserError(f"{start.path} is of another run: {'; '.join(differ)}; give the old "
                         "values, or --force_resume=True to go on with the new ones")
+
+
+def check_same_data(cfg: Any, start: Start, data: dict[str, TokenBin]) -> None:
+    """Raises UserError if a split's files changed since the state was saved, unless
+    cfg.force_resume."""
+    for split, now in data.items():
+        if start.data.get(split, now.fingerprint) != now.fingerprint and not cfg.force_resume:
+            raise UserError(f"{now.path} or its mask has changed since {start.path} was saved: put "
+                            "the old files back, or give --force_resume=True to go on with the "
+                            "new ones")
 
 
 def spread(start: Start | None, world: World, dtype: torch.dtype = torch.float32) -> Start:

@@ -3,7 +3,6 @@
 Only rank 0 reads and writes out_dir and init_from, so machines need no shared disk.
 """
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -155,10 +154,9 @@ def check_same_arguments(cfg, dtype, world):
 def check_same_data(data, world):
     """Raises UserError if the files of a rank differ from those of rank 0."""
     for split in data.values():
-        mine = str(split.path.absolute()), len(split), zlib.crc32(split.tokens[:2**20])
-        first, *others = gather(world, mine)
-        for rank, (path, *held) in enumerate(others, 1):
-            if held != [*first[1:]]:
+        held = gather(world, (split.path.absolute(), split.fingerprint))
+        for rank, (path, fingerprint) in enumerate(held):
+            if fingerprint != held[0][1]:
                 raise UserError(f"{path} of process {rank} differs from that of process 0: copy "
                                 "the folder to each machine")
 
@@ -201,6 +199,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     data = {split: open_dataset(folder / f"{split}.bin", model.config, cfg.seed)
             for split in SPLITS}
     check_same_data(data, world)
+    resume.check_same_data(cfg, start, data)
     model.recompute = cfg.recompute
     torch.set_float32_matmul_precision("high")  # TF32 for float32 products on a GPU
     forward, compiled = distributed.parallelize(
