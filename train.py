@@ -195,6 +195,7 @@ def evaluate_and_save(r: Run) -> None:
         raise NonFiniteLoss(
             f"step {p.step}: the validation loss is {val_loss}; stopped without saving, so that "
             f"the files in {cfg.out_dir} are good; try a lower --learning_rate or --dtype=float32")
+    begin(r)
     improved, before = val_loss < p.best_val_loss, replace(p)
     if improved:
         p.best_val_loss, p.best_train_loss, p.best_step = val_loss, train_loss, p.step
@@ -219,6 +220,16 @@ def evaluate_and_save(r: Run) -> None:
         show_sample(r)
 
 
+def begin(r: Run) -> None:
+    """Makes out_dir this run's, once. With overwrite that is after the first evaluation: until the
+    new run is known to work, the old one is intact."""
+    if not r.begun:
+        if r.world.is_main:
+            resume.begin(r.cfg.out_dir, r.start)
+        r.log.begin()
+    r.begun = True
+
+
 def evaluate_splits(r: Run) -> list[float]:
     count, size = r.cfg.eval_iters * r.cfg.batch_size, r.cfg.batch_size
     return [evaluate_loss(r.model, data, data.windows(count), size, r.world, r.dtype)
@@ -227,9 +238,14 @@ def evaluate_splits(r: Run) -> list[float]:
 
 def save(r: Run, name: str) -> bool:
     """Writes ckpt.pt or state.pt on rank 0; all ranks must call it. Returns whether that succeeded;
-    if not, it warns, and the previous file is intact."""
+    if not, it warns, and the previous file is intact. Raises NonFiniteLoss if the weights
+    are not finite: the file would replace a good one."""
     cfg, p, whole = r.cfg, r.progress, name == checkpoint.STATE_FILE
     weights = state_dicts.whole_weights(r.model)
+    if not share(r.world, state_dicts.are_finite(weights)):
+        raise NonFiniteLoss(
+            f"step {p.step}: the weights are not finite; stopped without saving, so that the "
+            f"files in {cfg.out_dir} are good; try a lower --learning_rate or --dtype=float32")
     moments = state_dicts.optimizer_state(r.model, r.optimizer) if whole else None
     error = None
     if r.world.is_main:
@@ -357,14 +373,14 @@ def run_on(r: Run) -> None:
         if main_rank:
             print(f"step {p.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         return
-    if main_rank:
-        resume.begin(cfg.out_dir, r.start)
     wandb_run = None
     if cfg.wandb_log and main_rank:
         wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name, p.run_id,
                                         asdict(cfg), cfg.out_dir)
     r.log = logbook.Logbook(cfg.out_dir, p.step, cfg.max_iters, main_rank, wandb_run)
     tell_plan(r)
+    if not cfg.overwrite:
+        begin(r)
     ended, status = "failed", 1
     try:
         with StopSignals() as signals:
@@ -373,7 +389,7 @@ def run_on(r: Run) -> None:
         ended = "stopped" if status else "done"
     finally:
         r.log.close(status)
-        if main_rank:
+        if main_rank and r.begun:
             resume.write_run_file(cfg.out_dir, p, ended, (
                 None if r.not_saved.get(checkpoint.STATE_FILE) else r.tried_step))
     distributed.barrier()

@@ -82,7 +82,7 @@ def test_metrics_behind_the_start_are_dropped(tmp_path, start, kept):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES) + '{"iter": 1, "lo')
     assert kept_entries(str(path), start) == ENTRIES[:kept]
-    Logbook(str(tmp_path), start, 10, is_main=True)
+    Logbook(str(tmp_path), start, 10, is_main=True).begin()
     assert lines(tmp_path) == ENTRIES[:kept]
 
 
@@ -102,6 +102,7 @@ def test_damaged_lines_are_skipped(tmp_path):
     path.write_bytes(b"\n".join(good[:2] + DAMAGED + good[2:]) + b'\n{"iter": 5')
     assert kept_entries(path, 9) == ENTRIES
     log = Logbook(str(tmp_path), 9, 10, is_main=True)
+    log.begin()
     draw(log.entries, tmp_path / "loss.png")
     assert lines(tmp_path) == ENTRIES
 

@@ -1,6 +1,7 @@
 """The states of a run on disk: which is taken, when one cannot be read or written, whose it is."""
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -161,6 +162,42 @@ def test_memory_that_runs_out_is_no_damage(dataset, out, monkeypatch, capsys):
     status, said = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 1 and "out of memory on this machine" in said
     assert sorted(os.listdir(out)) == before
+
+
+def make_infinite(path):
+    state = torch.load(path)
+    state["model"]["transformer.wpe.weight"][0, 0] = math.inf
+    torch.save(state, path)
+
+
+def test_weights_that_are_not_finite_replace_no_good_state(dataset, out, monkeypatch, capsys):
+    """The step itself overflows: its loss and its gradient are finite."""
+    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=9, save_interval=1,
+                              learning_rate=1e38, decay_lr=False)
+    assert status == 1
+    assert "error: step 7: the weights are not finite; stopped without saving" in said
+    assert [step_of(path) for path in resume.state_files(out)] == [6, 3]
+    assert step_of(out / "ckpt.pt") == 6
+    assert resume_run(monkeypatch, capsys, dataset, out, max_iters=7)[0] == 0
+
+
+def test_a_state_that_is_not_finite_is_passed_over(whole, dataset, out, monkeypatch, capsys):
+    make_infinite(out / "state.pt")
+    status, said = resume_run(monkeypatch, capsys, dataset, out)
+    assert status == 0 and "state.pt holds weights that are not finite; going on" in said
+    assert_same_weights(out, whole)
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_works(dataset, out, tmp_path, monkeypatch,
+                                                             capsys):
+    shutil.copytree(out, tmp_path / "diverged")
+    make_infinite(tmp_path / "diverged/ckpt.pt")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    status, said = resume_run(monkeypatch, capsys, dataset, out, overwrite=True,
+                              init_from=tmp_path / "diverged")
+    assert status == 1 and "the validation loss is nan; stopped without saving" in said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert resume_run(monkeypatch, capsys, dataset, out, max_iters=8)[0] == 0
 
 
 # -----------------------------------------------------------------------------

@@ -21,18 +21,22 @@ from nanotune.errors import UserError
 class Logbook:
     """Writes and prints on rank 0 only (`is_main`).
 
-    `start` is the step that the run begins at; entries of metrics.jsonl after it, from a run that
-    was stopped later, are dropped. `wandb_run` is what start_wandb returned.
+    `start` is the step that the run begins at. `wandb_run` is what start_wandb returned. Call
+    begin() before the first entry.
     """
     def __init__(self, out_dir: str, start: int, max_iters: int, is_main: bool,
                  wandb_run: Any = None) -> None:
+        self.start, self.entries = start, []
         self.is_main, self.wandb_run, self.disk_failed = is_main, wandb_run, False
         self.metrics_path = os.path.join(out_dir, "metrics.jsonl")
         self.picture_path = os.path.join(out_dir, "loss.png")
         self.bar = tqdm(total=max_iters, initial=start, unit="it", leave=False, dynamic_ncols=True,
                         disable=not (is_main and sys.stderr.isatty()))
-        if is_main:
-            self.entries = kept_entries(self.metrics_path, start)
+
+    def begin(self) -> None:
+        """Drops entries of metrics.jsonl after the start, from a run that was stopped later."""
+        if self.is_main:
+            self.entries = kept_entries(self.metrics_path, self.start)
             self.on_disk(rewrite, self.metrics_path, map(json.dumps, self.entries))
 
     def say(self, text: str) -> None:

@@ -48,6 +48,7 @@ class Run:
     tried_step: int | None       # the step of the last state.pt written, or whose write failed
     not_saved: dict[str, str | None] = field(default_factory=dict)  # {file: why its save failed}
     log: Logbook | None = None
+    begun: bool = False          # whether out_dir is this run's
 
 
 def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:

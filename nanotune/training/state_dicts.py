@@ -30,6 +30,13 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+def are_finite(weights: dict[str, torch.Tensor]) -> bool:
+    """Returns whether the L2 norm of all weights is finite: it is not if one is NaN, infinite or
+    above 1e19, of which no loss is finite. Makes no copy."""
+    norm = torch.nn.utils.get_total_norm([w.detach() for w in weights.values()])
+    return bool(norm.isfinite())
+
+
 def optimizer_state(model: nn.Module,
                     optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
     """Returns {parameter name: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}, {} before the
