@@ -34,6 +34,7 @@ from nanotune.text.tokenizer_files import (
     characters_json,
     gpt2_json,
     json_of_vocab_and_merges,
+    read_meta,
     read_optional,
     special_tokens,
 )
@@ -332,21 +333,3 @@ def library_errors(message: str) -> Iterator[None]:
         if isinstance(e, Exception) or type(e).__name__ == "PanicException":
             raise UserError(f"{message} ({first_line(e)})") from None
         raise
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads built-in containers, text and numbers; refuses anything that would run code."""
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-
-
-def read_meta(path):
-    """The characters of a nanoGPT meta.pkl by id; runs no code from the file."""
-    try:
-        with open(path, "rb") as f:
-            itos = PlainUnpickler(f).load()["itos"]
-        return ["" + itos[i] for i in range(len(itos))]  # TypeError if not text
-    except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
-                        "again") from None
-

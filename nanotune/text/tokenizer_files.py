@@ -1,9 +1,11 @@
 """Reads and writes the tokenizer files of Hugging Face folders; all become one tokenizer.json.
 
-Reads vocab.json with merges.txt (with tokens added in added_tokens.json or tokenizer_config.json)
-and the names of special tokens. Writes GPT-2's vocabulary and character vocabularies.
+Reads vocab.json with merges.txt (with tokens added in added_tokens.json or tokenizer_config.json),
+the names of special tokens, and nanoGPT's meta.pkl. Writes GPT-2's vocabulary and character
+vocabularies.
 """
 import json
+import pickle
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,24 @@ def json_of_vocab_and_merges(vocab: Path, merges: Path) -> str:
             raise UserError(f"{folder}: the added token {token!r} has the id {id:,}, but the next "
                             f"free one is {made.token_to_id(token):,}; fetch its files again")
     return made.to_str()
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads built-in containers, text and numbers; refuses anything that would run code."""
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def read_meta(path: Path) -> list[str]:
+    """Returns the characters of a nanoGPT meta.pkl by id; runs no code from the file. Raises
+    UserError if it is damaged."""
+    try:
+        with open(path, "rb") as f:
+            itos = PlainUnpickler(f).load()["itos"]
+        return ["" + itos[i] for i in range(len(itos))]  # TypeError if not text
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
+                        "again") from None
 
 
 def merges_as_strings(text: str) -> str:

@@ -137,8 +137,6 @@ def read_start(path, dropout, dtype=torch.float32):
                         f"--init_from={path.parent} --out_dir=ANOTHER")
     with files.checked_parse(path):
         model = checkpoint.model_from(saved, path, dropout, dtype)
-        if not state_dicts.are_finite(dict(model.named_parameters())):
-            raise UserError(f"{path} holds weights that are not finite")
         optimizer = state_dicts.checked_optimizer_state(model, saved["optimizer"], path)
         return Start(model, progress_of(saved), bool(optimizer), optimizer,
                      saved.get("scaler") or None, path, config_of(saved),
