@@ -25,7 +25,17 @@ import re
 import sys
 import types
 from glob import glob
-from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from nanotune.errors import UserError
 
@@ -68,26 +78,51 @@ def configure(cls: type[T], argv: list[str]) -> T:
     `--help` prints all fields and exits. Raises UserError if a field is unknown, a value has
     another type, a number is outside the field's Interval, or a string is none of its Literal's.
     """
+    return build(cls, read_sources(cls, argv))
+
+
+def read_sources(cls: type, argv: list[str]) -> list[dict[str, Any]]:
+    """Returns {field: value} of each config file, and of the arguments between two files, in the
+    order of argv. Prints the help and exits, or raises UserError, as configure()."""
     if "--help" in argv or "-h" in argv:
         print(help_text(cls))
         sys.exit(0)
-    cfg = cls()
     hints = get_type_hints(cls, include_extras=True)
-    waiting = list(argv)
+    sources, waiting = [{}], list(argv)
     while waiting:
         arg = waiting.pop(0)
         if not arg.startswith("-"):
+            found = {}
             for name, value in run_config_file(arg).items():
                 where = f"{arg}: {name}"
-                setattr(cfg, name, check_type(field_type(hints, name, where), value, where))
+                found[name] = check_type(field_type(hints, name, where), value, where)
+            sources += [found, {}]
             continue
         name, equals, text = arg.lstrip("-").partition("=")  # a value may hold "=" too
         kind = field_type(hints, name, f"--{name}")
         if not equals:
             text = value_of(name, kind, waiting)
-        setattr(cfg, name, parse(kind, text, f"--{name}"))
-    for name, kind in hints.items():
-        check_value(kind, getattr(cfg, name), name)
+        sources[-1][name] = parse(kind, text, f"--{name}")
+    return sources
+
+
+def build(cls: type[T], sources: list[dict[str, Any]]) -> T:
+    """Returns cls() with the values of `sources`; the later one wins, also among the fields of a
+    tuple in cls.ONE_OF, such as ("epochs", "max_iters"). Raises UserError if a source sets two of
+    these, or a value is out of bounds."""
+    values = {}
+    for source in sources:
+        for names in getattr(cls, "ONE_OF", ()):
+            given = [name for name in names if source.get(name) is not None]
+            if len(given) > 1:
+                raise UserError(f"--{' and --'.join(given)} contradict each other: give one")
+            if given:
+                values = {name: value for name, value in values.items() if name not in names}
+        values |= source
+    cfg = cls(**values)
+    for name, kind in get_type_hints(cls, include_extras=True).items():
+        if get_origin(kind) is not ClassVar:
+            check_value(kind, getattr(cfg, name), name)
     return cfg
 
 
@@ -223,6 +258,18 @@ def parse(kind, text, where):
     except (UserError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError,
             OverflowError):
         raise UserError(f"{where} must be {spell(kind)}, got {text!r}") from None
+
+
+def by_section(cls: type, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns {section: {field: value}} of a config class, in the order of its source."""
+    found = {}
+    for line in inspect.getsource(cls).splitlines():
+        name = line.strip().partition(":")[0]
+        if line.strip().startswith("# "):
+            found[line.strip()[2:]] = section = {}
+        elif name in values:
+            section[name] = values[name]
+    return found
 
 
 def help_text(cls: type) -> str:

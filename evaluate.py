@@ -26,9 +26,9 @@ from nanotune.device import DtypeName, autocast, pick_dtype
 from nanotune.errors import UserError
 from nanotune.evaluation import perplexity, tasks
 from nanotune.files import write_atomic
-from nanotune.formats.checkpoint import load_model, pick_source
+from nanotune.formats.checkpoint import history_of, load_model, pick_source
 from nanotune.generation.fast import pack
-from nanotune.text.loader import dataset_folder, open_dataset, open_tokens
+from nanotune.text.loader import dataset_folder, open_dataset, open_tokens, prepared
 from nanotune.text.read import read_text
 from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
 from nanotune.training.distributed import check_same_fields, join, read_world, sum_over_ranks
@@ -40,11 +40,11 @@ class Config:
     task: Literal["perplexity", "classify", "lambada"] = "perplexity"
     out_dir: str = "out"              # the run whose ckpt.pt to read; gets predictions.jsonl
     init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
-    dataset: str = "openwebtext"      # a folder in data/, or a path
+    dataset: str | None = None        # a folder in data/, or a path; None: the run's
     split: str = "val"  # perplexity: train or val
     input: str | None = None          # a file instead of a dataset; lambada: lines {"text"}
     # how
-    eval_iters: AtLeast0 = 0          # perplexity: batches, evenly spaced; 0: the whole split
+    eval_iters: AtLeast0 = 0          # perplexity: windows, evenly spaced; 0: the whole split
     stride: AtLeast1 | None = None  # perplexity: tokens between windows; None: block_size
     detokenize: bool = False  # perplexity: --input is WikiText; remove the spaces it inserts
     method: Literal["generate", "likelihood"] = "generate"  # classify: how to pick a label
@@ -72,6 +72,15 @@ def check_config(cfg, world):
         raise UserError(f"--task={cfg.task} runs in one process: leave torchrun out")
 
 
+def dataset_of(source):
+    """The dataset that a run was trained on. Raises UserError if the source is no run."""
+    dataset = (history_of(source).get("config") or {}).get("dataset")
+    if dataset is None:
+        raise UserError(f"on which text? {source} is no run that names its dataset: give "
+                        "--dataset=NAME or --input=FILE" + prepared())
+    return dataset
+
+
 def read_input(cfg, tokenizer):
     """(ids, number of words) of the --input file; words are separated by whitespace."""
     text = read_text(cfg.input)
@@ -97,7 +106,7 @@ def run_perplexity(cfg, model, tokenizer, source, world):
         tokens, words = read_input(cfg, tokenizer)
     data = open_dataset(path, model.config, tokens=tokens)
     # with eval_iters: the windows that train.py evaluates
-    windows = data.windows(cfg.eval_iters * batch_size, stride)
+    windows = data.windows(cfg.eval_iters, stride)
     sums = perplexity.perplexity_sums(model, data, windows, batch_size, world, tokenizer.n_bytes)
     r = perplexity.perplexity_of_sums(sum_over_ranks(*sums, device=world.device))
     if not world.is_main:
@@ -189,11 +198,12 @@ def main(argv: list[str]) -> None:
     world = read_world(cfg.device)
     check_config(cfg, world)
     dtype = pick_dtype(cfg.dtype, world.device)
+    source = pick_source(cfg.out_dir, cfg.init_from)
     if cfg.input is None:  # fails on missing data before it downloads the model
+        cfg.dataset = cfg.dataset or dataset_of(source)
         folder = dataset_folder(cfg.dataset)
         if cfg.task == "perplexity":
             open_tokens(folder / f"{cfg.split}.bin", 1)
-    source = pick_source(cfg.out_dir, cfg.init_from)
     model, tokenizer = load_model(source, cfg.block_size, device=world.device, with_onnx=True)
     of_data = tokenizer if cfg.input is not None else tokenizer_of_dataset(folder)
     check_same_tokenizer(tokenizer, of_data, source, cfg.input or folder)

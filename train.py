@@ -15,13 +15,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configurator import AtLeast0, AtLeast1, EscapedText, Fraction, NonNegative, Seed, configure
+from configurator import AboveZero, AtLeast0, AtLeast1, EscapedText, Fraction, NonNegative, Seed
 from nanotune import files
 from nanotune.cli import StopSignals, resume_command, run
 from nanotune.device import DtypeName, autocast, matmul_peak, peak_memory
@@ -29,11 +29,20 @@ from nanotune.errors import NonFiniteLoss, UserError
 from nanotune.evaluation.perplexity import evaluate_loss
 from nanotune.formats import checkpoint
 from nanotune.generation.generate import stream
-from nanotune.training import distributed, logbook, resume, state_dicts
+from nanotune.text.loader import prepared
+from nanotune.training import distributed, logbook, resume, settings, state_dicts
 from nanotune.training import optimizer as optimizers
 from nanotune.training.distributed import share, sum_over_ranks
 from nanotune.training.plan import tell_plan
-from nanotune.training.run import Run, check, dry_run, out_dir_lock, set_up
+from nanotune.training.run import (
+    Run,
+    check,
+    config_to_save,
+    dry_run,
+    out_dir_lock,
+    read_config,
+    set_up,
+)
 
 MAX_SKIPPED = 10  # the run stops if the float16 scaler skips this many steps in a row
 # without cuDNN, which plans again for each cache length, longer than a token takes
@@ -42,11 +51,12 @@ ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 @dataclass
 class Config:
+    ONE_OF: ClassVar = (("epochs", "max_iters"),)
     # I/O
     out_dir: str = "out"
     eval_interval: AtLeast1 = 2000    # steps between evaluations; also at the first and last step
     log_interval: AtLeast1 = 1        # steps between printed losses
-    eval_iters: AtLeast0 = 200  # batches of batch_size windows per evaluation; 0: the whole split
+    eval_iters: AtLeast0 = 2400  # windows of block_size per evaluation; 0: the whole split
     eval_only: bool = False           # evaluate once and stop; write nothing
     dry_run: bool = False             # print the plan with its memory and stop; load no weights
     always_save_checkpoint: bool = True  # write ckpt.pt at each evaluation; False: only if better
@@ -77,6 +87,7 @@ class Config:
     # optimizer
     learning_rate: NonNegative = 6e-4  # the highest, after warmup
     max_iters: AtLeast0 = 600000      # steps in total
+    epochs: AboveZero | None = None   # passes over the data, in the place of max_iters
     weight_decay: NonNegative = 1e-1  # on matrices and embeddings only
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
@@ -226,14 +237,17 @@ def begin(r: Run) -> None:
     if not r.begun:
         if r.world.is_main:
             resume.begin(r.cfg.out_dir, r.start)
+            try:
+                settings.write_settings(r.cfg, config_to_save(r), r.argv)
+            except files.WriteError as e:
+                r.log.warn(str(e))
         r.log.begin()
     r.begun = True
 
 
 def evaluate_splits(r: Run) -> list[float]:
-    count, size = r.cfg.eval_iters * r.cfg.batch_size, r.cfg.batch_size
-    return [evaluate_loss(r.model, data, data.windows(count), size, r.world, r.dtype)
-            for data in r.data.values()]
+    return [evaluate_loss(r.model, data, data.windows(r.cfg.eval_iters), r.cfg.batch_size,
+                          r.world, r.dtype) for data in r.data.values()]
 
 
 def save(r: Run, name: str) -> bool:
@@ -249,8 +263,8 @@ def save(r: Run, name: str) -> bool:
     moments = state_dicts.optimizer_state(r.model, r.optimizer) if whole else None
     error = None
     if r.world.is_main:
-        data = checkpoint.model_data(r.model, p.step, p.best_val_loss, asdict(cfg), r.tokenizer,
-                                     weights, p.run_id, r.start.lora)
+        data = checkpoint.model_data(r.model, p.step, p.best_val_loss, config_to_save(r),
+                                     r.tokenizer, weights, p.run_id, r.start.lora)
         if whole:
             data |= {"optimizer": moments, "scaler": r.scaler.state_dict(), "progress": asdict(p),
                      "data": {split: held.fingerprint for split, held in r.data.items()}}
@@ -349,7 +363,7 @@ def finish(r: Run, status: int) -> None:
         save(r, checkpoint.STATE_FILE)
     if status:
         r.log.say(f"stopped by a signal after step {r.progress.step - 1}; go on with:\n"
-                  f"  {resume_command(r.argv)}")
+                  f"  {resume_command(r.cfg.out_dir)}")
     for error in filter(None, r.not_saved.values()):
         raise UserError(error)
     if status == 0:
@@ -357,16 +371,28 @@ def finish(r: Run, status: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    cfg = configure(Config, argv)
+    if not argv:
+        return print_choices()
+    cfg, changes = read_config(Config, argv)
     if cfg.dry_run:
         return dry_run(cfg)
     world = check(cfg)
     with out_dir_lock(cfg, world):
-        run_on(set_up(cfg, argv, world))
+        run_on(set_up(cfg, argv, world), changes)
 
 
-def run_on(r: Run) -> None:
-    """Evaluates or trains, and ends the process."""
+def print_choices() -> None:
+    """Prints the config files and the prepared datasets, for a command line without arguments."""
+    print("Which run? Give a config file or fields (--help lists them):\n\n"
+          "    python train.py config/finetune_shakespeare.py --init_from=gpt2\n\nConfig files:")
+    for path in sorted(Path("config").glob("*.py")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        print(f"    {path}  {first}")
+    print("Datasets" + (prepared() or ": none is prepared; data/README.md lists them"))
+
+
+def run_on(r: Run, changes: list[str]) -> None:
+    """Evaluates or trains, and ends the process; `changes` are lines to print first."""
     cfg, p, main_rank = r.cfg, r.progress, r.world.is_main
     if cfg.eval_only:
         train_loss, val_loss = evaluate_splits(r)
@@ -378,6 +404,8 @@ def run_on(r: Run) -> None:
         wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name, p.run_id,
                                         asdict(cfg), cfg.out_dir)
     r.log = logbook.Logbook(cfg.out_dir, p.step, cfg.max_iters, main_rank, wandb_run)
+    for line in changes:
+        r.log.say(line)
     tell_plan(r)
     if not cfg.overwrite:
         begin(r)

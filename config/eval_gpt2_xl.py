@@ -2,5 +2,5 @@
 # n_layer=48, n_head=25, n_embd=1600
 init_from = "gpt2-xl"
 eval_only = True
-eval_iters = 500  # many, for a good estimate
+eval_iters = 4000  # many, for a good estimate
 batch_size = 8

@@ -3,7 +3,7 @@
 # thousands of steps. Give --dataset; an epoch or two is plenty.
 out_dir = "out-domain"
 eval_interval = 500
-eval_iters = 100
+eval_iters = 800
 log_interval = 10
 
 init_from = "gpt2"

@@ -2,7 +2,7 @@
 # a shorter context and few tokens a step: about 5 s a step on 2 cores
 out_dir = "out-shakespeare-cpu"
 eval_interval = 15
-eval_iters = 10
+eval_iters = 20
 sample_interval = 1  # watch the style arrive
 
 dataset = "shakespeare"

@@ -3,7 +3,7 @@
 # learning examples by heart, and the best checkpoint by validation loss. Give --dataset.
 out_dir = "out-task"
 eval_interval = 50
-eval_iters = 50
+eval_iters = 200
 
 init_from = "gpt2"
 batch_size = 4

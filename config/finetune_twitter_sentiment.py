@@ -2,7 +2,7 @@
 # data: python data/twitter_sentiment/prepare.py; all of it: make sentiment
 out_dir = "out-twitter-sentiment"
 eval_interval = 58  # half an epoch
-eval_iters = 7      # 14,336 tokens: the whole validation split, and as much of the other
+eval_iters = 28      # 14,336 tokens: the whole validation split, and as much of the other
 
 dataset = "twitter_sentiment"
 init_from = "gpt2"  # or EleutherAI/gpt-neo-125m

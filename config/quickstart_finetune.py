@@ -2,7 +2,7 @@
 # with --init_from=scratch the same steps without pretraining, to see what it bought
 out_dir = "out-quickstart"
 eval_interval = 50
-eval_iters = 10  # 10,240 tokens: nearly the whole validation split
+eval_iters = 80  # 10,240 tokens: nearly the whole validation split
 log_interval = 25
 always_save_checkpoint = False
 

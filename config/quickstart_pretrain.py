@@ -2,7 +2,7 @@
 # 2.6M parameters; about 2 minutes on 2 CPU cores
 out_dir = "out-quickstart-base"
 eval_interval = 200
-eval_iters = 10
+eval_iters = 80
 log_interval = 25
 
 dataset = "python_docs/docstrings"

@@ -14,7 +14,7 @@ max_iters = 600000  # 300B tokens
 lr_decay_iters = 600000
 
 eval_interval = 1000
-eval_iters = 200
+eval_iters = 2400
 log_interval = 10
 
 learning_rate = 6e-4

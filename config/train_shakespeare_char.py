@@ -1,7 +1,7 @@
 # a small GPT from scratch on the characters of Shakespeare: minutes on a GPU, an hour or two on CPU
 out_dir = "out-shakespeare-char"
 eval_interval = 250  # often, since so little data is soon overfitted
-eval_iters = 200
+eval_iters = 12800
 log_interval = 10
 always_save_checkpoint = False  # keep the best, not the last
 

@@ -147,9 +147,8 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def resume_command(argv: list[str]) -> str:
-    """The command that goes on with a stopped run of train.py, given its arguments."""
-    argv = [arg for arg in argv if not arg.startswith(("--init_from=", "--overwrite="))]
+def resume_command(out_dir: str) -> str:
+    """The command that goes on with a stopped run of train.py."""
     size = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --standalone --nproc_per_node={size}" if size else "python"
-    return f"{launcher} train.py {shlex.join([*argv, '--init_from=resume'])}"
+    return f"{launcher} train.py {shlex.join([f'--out_dir={out_dir}', '--init_from=resume'])}"

@@ -167,15 +167,18 @@ def test_rounding_is_drawn_from_seed_and_step(dataset, tmp_path):
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_resume_may_change_the_weights_dtype_but_not_the_optimizer(dataset, tmp_path, torchao,
-                                                                     monkeypatch, capsys):
+def test_a_resume_may_change_the_weights_by_force_but_not_the_optimizer(
+        dataset, tmp_path, torchao, monkeypatch, capsys):
     out = tmp_path / "out"
     assert run_train(dataset, out, **FIELDS | dict(max_iters=2, n_embd=64)) == 0
-    assert run_train(dataset, out, **FIELDS | dict(
-        max_iters=3, n_embd=64, weights="bfloat16", init_from="resume")) == 0
+    other = dict(max_iters=3, n_embd=64, weights="bfloat16", init_from="resume")
+    status, _, error = run_script(monkeypatch, capsys, train.main,
+                                  arguments(dataset, out, **FIELDS | other))
+    assert status == 1 and "was started with weights=float32, which a resume cannot" in error
+    assert run_train(dataset, out, **FIELDS | other, force_resume=True) == 0
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, out, **FIELDS | dict(n_embd=64, init_from="resume", optimizer="adamw8bit")))
-    assert status == 1 and "is of a run with optimizer=adamw: give --optimizer=adamw" in error
+    assert status == 1 and "was started with optimizer=adamw, which a resume cannot change" in error
 
 
 @pytest.mark.parametrize("fields, said", [

@@ -256,7 +256,7 @@ def other_fields(rank, argv):
     not wait for rank 0 to print first."""
     if rank == 1:
         cli.time.sleep = lambda seconds: None
-        for script in (train, evaluate):
+        for script in (run, evaluate):
             script.configure = lambda cls, first: configure(cls, [*first, *argv])
 
 

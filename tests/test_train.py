@@ -515,7 +515,7 @@ def test_the_files_and_lines_of_a_run(dataset, out, capsys):
     printed, err = capsys.readouterr()
     assert err == ""
     assert sorted(os.listdir(out)) == [".lock", "ckpt.pt", "loss.png", "metrics.jsonl", "run.json",
-                                       "state.1.pt", "state.pt"]
+                                       "settings.json", "state.1.pt", "state.pt"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     entries = read_metrics(out)
     assert [entry.get("step", entry.get("iter")) for entry in entries] == [0, 0, 1, 2, 3, 3, 4]
@@ -595,12 +595,12 @@ def test_wandb_finishes_where_the_run_fails(dataset, out, wandb_calls, monkeypat
 
 def test_resume_command_can_be_typed(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert train.resume_command(
-        ["config/x.py", "--init_from=gpt2", "--out_dir=my run", "--overwrite=True"]
-    ) == "python train.py config/x.py '--out_dir=my run' --init_from=resume"
+    assert train.resume_command("my run") == (
+        "python train.py '--out_dir=my run' --init_from=resume")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert train.resume_command(["--lora=1"]).startswith(
-        "torchrun --standalone --nproc_per_node=4 train.py ")
+    assert train.resume_command("out") == (
+        "torchrun --standalone --nproc_per_node=4 train.py --out_dir=out --init_from=resume")
+
 
 
 # -----------------------------------------------------------------------------

@@ -150,10 +150,14 @@ def dataset_folder(dataset: str) -> Path:
     for folder in (Path("data") / dataset, Path(dataset)):
         if folder.is_dir():
             return folder
+    raise UserError(f"the dataset folder {Path('data') / dataset} does not exist; "
+                    + how_to_prepare(Path("data") / dataset / "train.bin") + prepared())
+
+
+def prepared() -> str:
+    """' (prepared already: A, B)' with the datasets in data/, or ''."""
     known = sorted(str(p.parent.relative_to("data")) for p in Path("data").glob("**/train.bin"))
-    raise UserError(f"the dataset folder data/{dataset} does not exist; "
-                    + how_to_prepare(Path("data") / dataset / "train.bin")
-                    + (f" (prepared already: {', '.join(known)})" if known else ""))
+    return f" (prepared already: {', '.join(known)})" if known else ""
 
 
 def open_tokens(path: Path, block_size: int) -> np.ndarray:

@@ -73,7 +73,8 @@ def check_pairs(world: World, **chosen: object) -> None:
 
 
 def join(world: World, backend: str = "auto", timeout: float = 600) -> None:
-    """Joins the process group, and sets the CUDA device; outside torchrun there is no group.
+    """Joins the process group, unless it has, and sets the CUDA device; outside torchrun there is
+    no group.
 
     `backend` is nccl, gloo or auto. `timeout` in seconds is how long to wait for a process that
     does not answer, here and in each later collective. Raises torch.distributed.DistError if it
@@ -81,7 +82,7 @@ def join(world: World, backend: str = "auto", timeout: float = 600) -> None:
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    if not under_torchrun():
+    if not under_torchrun() or dist.is_initialized():
         return
     # a config with nccl, nanoGPT's default, also runs on the CPU
     if backend == "auto" or (backend == "nccl" and world.device.type != "cuda"):

@@ -155,17 +155,9 @@ def config_of(saved):
 
 
 def check_same_run(cfg: Any, start: Start) -> None:
-    """Raises UserError if a run with this train.Config cannot resume the run of `start`.
-
-    The optimizer and lora_rank must be equal; seed, dataset, block_size and global batch too, since
-    other values mean other data, unless cfg.force_resume.
-    """
-    then = {"optimizer": "adamw", "lora_rank": 0} | start.config
-    for key in ("optimizer", "lora_rank"):
-        if getattr(cfg, key) != then[key]:
-            raise UserError(f"{start.path} is of a run with {key}={then[key]}: give "
-                            f"--{key}={then[key]}, or begin a new run with its model by "
-                            f"--init_from={start.path.parent} --out_dir=ANOTHER")
+    """Raises UserError if a train.Config has another seed, dataset, block_size or global batch than
+    the run of `start`, since these mean other data, unless cfg.force_resume."""
+    then = start.config
     now = asdict(cfg) | {"block_size": cfg.block_size or then["block_size"],
                          "global batch": cfg.batch_size * cfg.gradient_accumulation_steps}
     differ = [f"{key} was {then[key]}, now {now[key]}"
@@ -325,5 +317,5 @@ def begin(out_dir: str | Path, start: Start) -> None:
 def clear(out_dir):
     """Removes the files of a run."""
     for path in (*state_files(out_dir), *(Path(out_dir) / name for name in (
-            MODEL_FILE, RUN_FILE, "metrics.jsonl", "loss.png"))):
+            MODEL_FILE, RUN_FILE, "settings.json", "metrics.jsonl", "loss.png"))):
         path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 Only rank 0 reads and writes out_dir and init_from, so machines need no shared disk.
 """
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from configurator import configure
 from model import GPT, GPTConfig
 from nanotune import files
 from nanotune.device import DTYPES, pick_compile, pick_dtype, tune_malloc
@@ -23,7 +25,7 @@ from nanotune.text.tokenizer import (
     limit_rows,
     tokenizer_of_dataset,
 )
-from nanotune.training import distributed, lora, plan, resume, state_dicts
+from nanotune.training import distributed, lora, plan, resume, settings, state_dicts
 from nanotune.training import optimizer as optimizers
 from nanotune.training.distributed import World, gather, read_world
 from nanotune.training.logbook import Logbook, check_wandb
@@ -113,6 +115,8 @@ def load_start(cfg, tokenizer, folder):
     if resume.resumes(cfg):
         start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
         resume.check_same_run(cfg, start)
+        if "settings_version" in start.config:
+            start.warnings += tuple(filter(None, [settings.check_settings(cfg.out_dir)]))
         check_same_tokenizer(start.tokenizer, tokenizer, cfg.out_dir, folder)
         if cfg.block_size is not None:
             start.model.crop_block_size(cfg.block_size)
@@ -162,6 +166,32 @@ def check_same_data(data, world):
                                 "the folder to each machine")
 
 
+def read_config(cls: type, argv: list[str]) -> tuple[Any, list[str]]:
+    """Returns (the train.Config of a command line, lines that tell what it changes of the run that
+    it resumes). A resumed run keeps the fields that it was trained with, which rank 0 reads."""
+    cfg = configure(cls, argv)
+    if cfg.init_from != "resume" and not cfg.auto_resume:
+        return cfg, []
+    world = read_world(cfg.device)
+    distributed.join(world, cfg.backend, cfg.timeout)
+    config = distributed.share(world, settings.read_run_config(cfg.out_dir)
+                               if world.is_main and resume.resumes(cfg) else None)
+    if not config:
+        return cfg, []
+    return settings.configure_resume(cls, argv, cfg.out_dir, config)
+
+
+def config_to_save(r: Run) -> dict[str, Any]:
+    """Returns what ckpt.pt and state.pt keep of the run's config; init_from is the first one."""
+    first = r.start.config.get("init_from", "resume") if r.start.path else r.cfg.init_from
+    return asdict(r.cfg) | {"init_from": first, "settings_version": settings.VERSION}
+
+
+def steps_of(epochs: float, data: TokenBin, samples_per_step: int) -> int:
+    """Returns the number of steps that make so many epochs, rounded up."""
+    return math.ceil(epochs * data.n_blocks / samples_per_step)
+
+
 def check(cfg: Any) -> World:
     """Returns the World of a train.Config. Raises UserError if config or data are unusable, as far
     as one process can tell without the model and without out_dir."""
@@ -200,6 +230,9 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     data = {split: open_dataset(folder / f"{split}.bin", model.config, cfg.seed)
             for split in SPLITS}
     check_same_data(data, world)
+    if cfg.epochs is not None:
+        cfg.max_iters = steps_of(cfg.epochs, data["train"],
+                                 cfg.batch_size * cfg.gradient_accumulation_steps)
     resume.check_same_data(cfg, start, data)
     model.recompute = cfg.recompute
     torch.set_float32_matmul_precision("high")  # TF32 for float32 products on a GPU
@@ -230,9 +263,11 @@ def dry_run(cfg: Any) -> None:
         config = checkpoint.model_config(checkpoint.pick_source(
             cfg.out_dir, "resume" if resume.resumes(cfg) else cfg.init_from))
         config = replace(config, block_size=cfg.block_size or config.block_size)
-    tokens = [len(open_tokens(folder / f"{split}.bin", config.block_size))
-              for split in SPLITS]
+    data = {split: open_dataset(folder / f"{split}.bin", config, cfg.seed) for split in SPLITS}
+    if cfg.epochs is not None:
+        cfg.max_iters = steps_of(cfg.epochs, data["train"],
+                                 cfg.batch_size * cfg.gradient_accumulation_steps)
     compiled = pick_compile(cfg.compile, world.device, weights=DTYPES[cfg.weights])
-    lines, _ = plan.plan_lines(cfg, config, world, dtype, compiled, *tokens)
+    lines, _ = plan.plan_lines(cfg, config, world, dtype, compiled, *map(len, data.values()))
     if world.is_main:
         print("\n".join(lines))

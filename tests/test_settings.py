@@ -1,0 +1,216 @@
+"""A run remembers how it was started; a resume goes on with that, and says what it changes."""
+import json
+import re
+
+import pytest
+import torch
+from tiny import arguments, nanogpt_checkpoint, run_script, run_train, write_dataset
+
+import evaluate
+import train
+from nanotune import files
+from nanotune.errors import UserError
+from nanotune.text.loader import open_dataset
+from nanotune.training import resume, settings
+
+
+FIELDS = dict(learning_rate=5e-3, dropout=0.1, decay_lr=False)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return write_dataset(tmp_path / "data" / "words")
+
+
+@pytest.fixture
+def out(dataset, tmp_path):
+    """A run of 3 steps."""
+    assert run_train(dataset, tmp_path / "out", max_iters=3, **FIELDS) == 0
+    return tmp_path / "out"
+
+
+def go_on(monkeypatch, capsys, out, *argv):
+    """train.py --out_dir=OUT --init_from=resume with further arguments: (status, all printed)."""
+    status, said, err = run_script(monkeypatch, capsys, train.main, [
+        f"--out_dir={out}", "--init_from=resume", "--device=cpu", *argv])
+    return status, said + err
+
+
+def config_of(out):
+    return files.load(out / "state.pt")["config"]
+
+
+def test_settings_are_written_by_section(out, dataset):
+    content = json.loads((out / "settings.json").read_text())
+    assert content["version"] == 1 and content["torch"] == torch.__version__
+    assert content["command"].startswith("python train.py --dataset=")
+    assert content["settings"]["optimizer"]["learning_rate"] == 5e-3
+    assert content["settings"]["data"]["dataset"] == str(dataset)
+    flat = {name: value for section in content["settings"].values()
+            for name, value in section.items()}
+    assert flat == {name: value for name, value in config_of(out).items()
+                    if name != "settings_version"}
+
+
+def test_a_resume_needs_only_the_folder(out, dataset, tmp_path, monkeypatch, capsys):
+    """It ends with the weights of a run that never stopped."""
+    status, said = go_on(monkeypatch, capsys, out, "--max_iters=6")
+    assert status == 0 and "max_iters: 3 -> 6\n" in said and said.count(" -> ") == 1
+    assert run_train(dataset, tmp_path / "once", max_iters=6, **FIELDS) == 0
+    one, other = (files.load(folder / "state.pt") for folder in (out, tmp_path / "once"))
+    for name, weight in one["model"].items():
+        assert torch.equal(weight, other["model"][name]), name
+    assert one["config"]["init_from"] == other["config"]["init_from"] == "scratch"
+
+
+def test_what_changes_is_said_and_kept(out, monkeypatch, capsys, tmp_path):
+    (tmp_path / "c.py").write_text("learning_rate = 1e-2\ndropout = 0.1\n")
+    status, said = go_on(monkeypatch, capsys, out, str(tmp_path / "c.py"), "--max_iters=4")
+    assert status == 0 and "learning_rate: 0.005 -> 0.01\n" in said and "dropout" not in said
+    assert config_of(out)["learning_rate"] == 1e-2
+    written = json.loads((out / "settings.json").read_text())["settings"]
+    assert written["optimizer"]["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--n_layer=3"], "--n_layer=3: the run in .* was started with n_layer=2, which a resume can"),
+    (["--weights=bfloat16"], "was started with weights=float32, which a resume cannot change"),
+    (["--init_from=gpt2", "--auto_resume"], "was started with init_from=scratch, which a resume"),
+    (["--seed=5"], "seed was 1337, now 5; give the old values, or --force_resume=True"),
+    (["--batch_size=3"], "global batch was 4, now 6"),
+])
+def test_what_a_resume_cannot_honour(out, argv, told, monkeypatch, capsys):
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    argv = [f"--out_dir={out}", "--init_from=resume", "--device=cpu", "--max_iters=9", *argv]
+    status, _, err = run_script(monkeypatch, capsys, train.main, argv)
+    assert status == 1 and err.count("\n") == 1
+    assert re.search(told, err), err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_the_same_command_resumes_by_itself(dataset, tmp_path, monkeypatch, capsys):
+    """init_from of the command is the one that the run began with."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert run_train(dataset, base, max_iters=1) == 0
+    for steps in (2, 3):
+        assert run_train(dataset, out, init_from=base, auto_resume=True, max_iters=steps,
+                         n_layer=None, n_head=None, n_embd=None) == 0
+    assert config_of(out)["init_from"] == str(base)
+    assert files.load(out / "state.pt")["iter_num"] == 3
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b"{}", b"[" * 100_000, b"\xff"])
+def test_a_damaged_settings_file_is_a_warning(out, content, monkeypatch, capsys):
+    good = (out / "settings.json").read_text()
+    (out / "settings.json").unlink()
+    if content is not None:
+        (out / "settings.json").write_bytes(content)
+    status, said = go_on(monkeypatch, capsys, out)
+    assert status == 0
+    assert "settings.json is missing" in said or "settings.json is damaged" in said
+    again = json.loads((out / "settings.json").read_text())
+    assert again["settings"] == json.loads(good)["settings"]
+
+
+def test_a_settings_file_of_a_newer_version(out, monkeypatch, capsys):
+    content = json.loads((out / "settings.json").read_text()) | {"version": 99}
+    (out / "settings.json").write_text(json.dumps(content))
+    status, said = go_on(monkeypatch, capsys, out)
+    assert status == 1 and "was written by a newer nanotune (version 99" in said
+
+
+def test_a_dataset_that_is_gone(out, dataset, monkeypatch, capsys):
+    dataset.rename(dataset.with_name("other"))
+    status, said = go_on(monkeypatch, capsys, out)
+    assert status == 1 and said.count("\n") == 1 and "words does not exist; run: python" in said
+
+
+def test_a_run_of_the_first_edition(out, monkeypatch, capsys):
+    """Its eval_iters counts batches, it has no settings.json, a resumed one forgot init_from."""
+    for name in ("state.pt", "ckpt.pt"):
+        data = files.load(out / name)
+        del data["config"]["settings_version"]
+        data["config"] |= {"eval_iters": 3, "batch_size": 2, "init_from": "resume"}
+        files.save(out / name, data)
+    (out / "settings.json").unlink()
+    config = settings.read_run_config(out)
+    assert config["eval_iters"] == 6 and "init_from" not in config
+    status, said = go_on(monkeypatch, capsys, out, "--max_iters=4")
+    assert status == 0 and "settings.json" not in said
+    assert config_of(out)["eval_iters"] == 6 and (out / "settings.json").is_file()
+
+
+def test_nanogpts_checkpoint(dataset, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    torch.save(nanogpt_checkpoint(dataset=dataset)[0], out / "ckpt.pt")
+    status, said = go_on(monkeypatch, capsys, out, "--max_iters=5", "--dtype=float32",
+                         "--compile=False", "--eval_interval=1", "--eval_iters=2")
+    assert status == 0 and "max_iters: 600000 -> 5" in said, said
+    kept = config_of(out)
+    assert (kept["learning_rate"], kept["warmup_iters"], kept["device"]) == (6e-4, 2000, "cpu")
+
+
+# -----------------------------------------------------------------------------
+# what else reads them
+
+def test_evaluation_does_not_depend_on_the_batch_size(dataset, tmp_path, monkeypatch, capsys):
+    losses = []
+    for size in (1, 2, 3, 8):
+        status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+            dataset, tmp_path / "out", eval_only=True, batch_size=size, eval_iters=7,
+            gradient_accumulation_steps=1))
+        assert status == 0
+        losses.append([float(word.strip(",")) for word in said.split() if "." in word])
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], abs=1.1e-4)  # four digits are printed
+
+
+def test_evaluate_takes_the_runs_dataset(out, dataset, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, said, err = run_script(monkeypatch, capsys, evaluate.main, [
+        f"--out_dir={out}", "--device=cpu"])
+    assert status == 0 and f"on {dataset} val: loss" in said, err
+    with pytest.raises(UserError, match=r"on which text\? gpt2 is no run .*already: words"):
+        evaluate.main(["--init_from=gpt2", "--device=cpu"])
+
+
+def test_train_without_arguments_lists_what_there_is(tmp_path, monkeypatch, capsys, dataset):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "mine.py").write_text("# my own\nmax_iters = 1\n")
+    train.main([])
+    said = capsys.readouterr().out
+    assert "config/mine.py  my own" in said and "prepared already: words" in said
+
+
+# -----------------------------------------------------------------------------
+# epochs
+
+def test_epochs_in_the_place_of_max_iters(dataset, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    fields = dict(max_iters=None, batch_size=16, gradient_accumulation_steps=2, eval_interval=10**6)
+    assert run_train(dataset, out, epochs=2, **fields) == 0
+    steps = files.load(out / "state.pt")["iter_num"]
+    data = open_dataset(dataset / "train.bin", resume_config(out))
+    assert steps == -(-2 * data.n_blocks // 32) > 1
+    status, said = go_on(monkeypatch, capsys, out, "--epochs=3")
+    assert status == 0 and "epochs: 2.0 -> 3.0" in said and "max_iters" not in said
+    assert files.load(out / "state.pt")["iter_num"] == -(-3 * data.n_blocks // 32)
+
+
+def resume_config(out):
+    return resume.load_start(out, 0.0, torch.float32).model.config
+
+
+def test_the_later_of_epochs_and_max_iters_wins(tmp_path):
+    (tmp_path / "c.py").write_text("max_iters = 7\n")
+    file = str(tmp_path / "c.py")
+    cfg, _ = train.read_config(train.Config, [file, "--epochs=2"])
+    assert (cfg.epochs, cfg.max_iters) == (2.0, train.Config.max_iters)
+    cfg, _ = train.read_config(train.Config, ["--epochs=2", file])
+    assert (cfg.epochs, cfg.max_iters) == (None, 7)
+    with pytest.raises(UserError, match="--epochs and --max_iters contradict each other"):
+        train.read_config(train.Config, ["--epochs=2", "--max_iters=7"])
+    with pytest.raises(UserError, match=r"--epochs=0\.0 must be above 0"):
+        train.read_config(train.Config, ["--epochs=0"])
