@@ -54,21 +54,29 @@ class Interval:
         return above and (x < self.high if self.ends[1] == ")" else x <= self.high)
 
     def __str__(self):
+        if self.ends == "[]":
+            return f"at least {self.low} and at most {self.high}"
         if self.high == math.inf:
-            return f"{'above' if self.ends[0] == '(' else 'at least'} {self.low}"
+            return f"at least {self.low}"
         return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
 
 
 AtLeast1 = Annotated[int, Interval(1)]
 AtLeast0 = Annotated[int, Interval(0)]
+UpTo1000 = Annotated[int, Interval(1, 1000, "[]")]    # what is built or renamed one by one
+UpTo65536 = Annotated[int, Interval(1, 65536, "[]")]  # sizes of tensors and lists
+Rank = Annotated[int, Interval(0, 65536, "[]")]
+Seconds = Annotated[int, Interval(1, 10**7, "[]")]
 NonNegative = Annotated[float, Interval(0)]
-AboveZero = Annotated[float, Interval(0, ends="()")]
 Fraction = Annotated[float, Interval(0, 1)]  # below 1
+Temperature = Annotated[float, Interval(0, 100, "[]")]
+Penalty = Annotated[float, Interval(0.01, 100, "[]")]
 Probability = Annotated[float, Interval(0, 1, "(]")]
 Seed = Annotated[int, Interval(0, 2**32)]    # what torch and numpy accept
 
 ESCAPED = "\\n, \\t and \\\\ of the command line are decoded"
 EscapedText = Annotated[str, ESCAPED]
+MOST = 2**53  # integers up to here are exact as floats
 
 BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
@@ -217,6 +225,8 @@ def check_value(kind, value, name):
                 raise UserError(f"--{name}={value}: use {', '.join(options[:-1])} or {options[-1]}")
         elif get_origin(member) is Annotated and value is not None:
             interval = get_args(member)[1]
+            if isinstance(value, int) and abs(value) > MOST:
+                raise UserError(f"--{name} is too large a number; the largest integer is {MOST}")
             if isinstance(interval, Interval) and not interval.holds(value):
                 wanted = interval if math.isfinite(value) else "a finite number"
                 raise UserError(f"--{name}={value} must be {wanted}")

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from configurator import AtLeast0, AtLeast1, configure
+from configurator import AtLeast0, AtLeast1, UpTo65536, configure
 from nanotune.cli import run
 from nanotune.device import DtypeName, autocast, pick_dtype
 from nanotune.errors import UserError
@@ -49,7 +49,7 @@ class Config:
     detokenize: bool = False  # perplexity: --input is WikiText; remove the spaces it inserts
     method: Literal["generate", "likelihood"] = "generate"  # classify: how to pick a label
     max_new_tokens: AtLeast1 | None = None  # classify; None: the longest label and end-of-text
-    batch_size: AtLeast1 | None = None  # None: 8 windows, or 32 prompts
+    batch_size: UpTo65536 | None = None  # None: 8 windows, or 32 prompts
     block_size: AtLeast1 | None = None  # tokens per window; None: the model's block_size
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
     dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16
@@ -162,10 +162,11 @@ def run_classify(cfg, model, tokenizer, source, world):
 def print_confusion(names, confusion):
     """Prints a table: one row per true label, one column per answer."""
     columns = [*names, "no label"]
+    columns = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in name) for name in columns]
     width = max(map(len, ["label", *columns])) + 2
     print("label".ljust(width) + "answered".rjust(width))
     print(" " * width + "".join(name.rjust(width) for name in columns))
-    for name, counts in zip(names, confusion):
+    for name, counts in zip(columns, confusion):
         print(name.ljust(width) + "".join(f"{n:,}".rjust(width) for n in counts))
 
 

@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 
 from configurator import (
-    AboveZero,
     AtLeast0,
     AtLeast1,
     EscapedText,
-    NonNegative,
+    Penalty,
     Probability,
+    Temperature,
+    UpTo65536,
     configure,
 )
 from nanotune.cli import run
@@ -37,12 +38,12 @@ class Config:
     init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
     # text
     start: EscapedText = "\n"         # the prompt, or FILE:path to read it from a file
-    num_samples: AtLeast1 = 10        # samples to generate as one batch
+    num_samples: UpTo65536 = 10       # samples to generate as one batch
     max_new_tokens: AtLeast1 = 500    # most tokens per sample
-    temperature: NonNegative = 0.8    # 0: the most likely token; below 1 less random, above 1 more
+    temperature: Temperature = 0.8    # 0: the most likely token; below 1 less random, above 1 more
     top_k: AtLeast0 = 200             # keep only the k most likely tokens; 0: all
     top_p: Probability = 1.0          # keep the fewest tokens that have this much probability
-    repetition_penalty: AboveZero = 1.0  # above 1: make tokens already in the text less likely
+    repetition_penalty: Penalty = 1.0  # above 1: make tokens already in the text less likely
     stop: EscapedText = "<|endoftext|>"  # end a sample before this text, or at end-of-text
     seed: AtLeast0 = 1337
     # system

@@ -21,7 +21,19 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configurator import AboveZero, AtLeast0, AtLeast1, EscapedText, Fraction, NonNegative, Seed
+from configurator import (
+    AboveZero,
+    AtLeast0,
+    AtLeast1,
+    EscapedText,
+    Fraction,
+    NonNegative,
+    Rank,
+    Seconds,
+    Seed,
+    UpTo1000,
+    UpTo65536,
+)
 from nanotune import files
 from nanotune.cli import StopSignals, resume_command, run
 from nanotune.device import DtypeName, autocast, matmul_peak, peak_memory
@@ -65,7 +77,7 @@ class Config:
     auto_resume: bool = False  # resume if out_dir has a state, else begin from init_from
     force_resume: bool = False  # resume even if seed, data, block_size or global batch differ
     save_interval: AtLeast1 | None = None  # steps between saves of state.pt; None: eval_interval
-    keep_states: AtLeast1 = 2  # states to keep: if the newest is damaged, resume from an older one
+    keep_states: UpTo1000 = 2  # states to keep: if the newest is damaged, resume from an older one
     sample_interval: AtLeast0 = 0     # evaluations between printed samples; 0: none
     sample_start: EscapedText = "\n"  # the sample's prompt
     # wandb
@@ -74,14 +86,14 @@ class Config:
     wandb_run_name: str = "gpt2"
     # data
     dataset: str = "openwebtext"      # a folder in data/, or a path
-    gradient_accumulation_steps: AtLeast1 = 5 * 8  # micro-steps per step, of all processes
-    batch_size: AtLeast1 = 12         # samples per micro-step
+    gradient_accumulation_steps: UpTo65536 = 5 * 8  # micro-steps per step, of all processes
+    batch_size: UpTo65536 = 12        # samples per micro-step
     block_size: AtLeast1 | None = None  # tokens per sample; None: the model's, 1024 from scratch
     separate_documents: bool = False  # tokens attend only to their own document
     # model (from scratch; a pretrained model only takes dropout)
-    n_layer: AtLeast1 = 12
-    n_head: AtLeast1 = 12
-    n_embd: AtLeast1 = 768
+    n_layer: UpTo1000 = 12
+    n_head: UpTo65536 = 12
+    n_embd: UpTo65536 = 768
     dropout: Fraction = 0.0           # for pretraining 0 is good, for finetuning try 0.1
     bias: bool = False                # biases in LayerNorms and Linears
     # optimizer
@@ -97,7 +109,7 @@ class Config:
     weights: Literal["float32", "bfloat16"] = "float32"  # bfloat16 halves weights and gradients
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments of 2 bytes, not 8
     recompute: bool = False  # recompute activations in the backward pass: 4/3 of the time
-    lora_rank: AtLeast0 = 0  # train only adapters of this rank; 0: train all weights
+    lora_rank: Rank = 0  # train only adapters of this rank; 0: train all weights
     # learning rate
     decay_lr: bool = True             # cosine decay after warmup; False: constant
     warmup_iters: AtLeast0 = 2000
@@ -106,7 +118,7 @@ class Config:
     # system
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: shard the model over the processes
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto, nccl, gloo
-    timeout: AtLeast1 = 600           # seconds to wait for a process that does not answer
+    timeout: Seconds = 600            # seconds to wait for a process that does not answer
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
     dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16 (with a GradScaler)
     compile: bool | Literal["auto"] = "auto"  # auto: if torch.compile is known to work

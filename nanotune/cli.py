@@ -6,6 +6,7 @@
 torch is looked at only if the script has imported it: the data scripts run without.
 """
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -101,10 +102,20 @@ def end_now(status: int) -> None:
 def last_line(e: Exception) -> str | None:
     """The line to end with, or None for a bug; waits where rank 0 is to print first."""
     if not isinstance(e, UserError):
-        return out_of_memory(e) or lost_rank(e)
+        return out_of_memory(e) or bad_path(e) or lost_rank(e)
     if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(5)
     return str(e)
+
+
+def bad_path(e: Exception) -> str | None:
+    """The line to print if the exception means that the system refuses a path; else None."""
+    refused = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR,
+               errno.ELOOP)
+    if not isinstance(e, OSError) or e.errno not in refused or e.filename is None:
+        return None
+    path = str(e.filename)
+    return f"{path if len(path) < 200 else path[:200] + '...'}: {e.strerror}; give another path"
 
 
 def lost_rank(e: Exception) -> str | None:

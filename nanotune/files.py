@@ -28,6 +28,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+MOST_UNPACKED = 100  # a checkpoint that unpacks to so many times its size is refused
+
 LOCK_FILE = ".lock"
 RETRY = 30.0  # seconds to wait for a lock: a run that is ending may still hold it
 STALE = 60.0  # without flock: a lock whose heartbeat is older counts as free
@@ -217,6 +219,7 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path} does not exist; give the --out_dir of a run that has saved")
     try:
         with zipfile.ZipFile(path) as archive:
+            check_size(archive, path)
             damaged = archive.testzip()
         with warnings.catch_warnings(action="ignore"):  # of odd pickles: refused below
             if damaged is None:
@@ -225,7 +228,7 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path} carries code or objects beside plain data; it was refused and "
                         "not run") from None
     except Exception as e:  # a damaged archive or pickle can raise nearly anything
-        if out_of_memory(e):
+        if out_of_memory(e) or isinstance(e, UserError):
             raise
         raise UserError(f"{path} is truncated, damaged or no checkpoint ({first_line(e)}); use "
                         "another copy of it") from None
@@ -235,6 +238,21 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path} is no checkpoint of nanotune or nanoGPT: it lacks 'model' or "
                         "'model_args'")
     return data
+
+
+def peek(path: str | Path) -> dict:
+    """Returns the content of a checkpoint file, whose tensors are mapped, not read. Raises
+    UserError, or whatever torch.load does, if the file is damaged: it checks only the index."""
+    with zipfile.ZipFile(path) as archive:
+        check_size(archive, path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_size(archive, path):
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > MOST_UNPACKED * os.path.getsize(path):
+        raise UserError(f"{path} unpacks to {unpacked:,} bytes, far more than its size: it is no "
+                        "checkpoint of ours, which are not compressed")
 
 
 @contextlib.contextmanager

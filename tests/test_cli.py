@@ -18,7 +18,7 @@ def test_a_user_error_is_one_line(monkeypatch, capsys):
         configure(train.Config, ["--batch_size=0"])
 
     assert run_script(monkeypatch, capsys, main, []) == (
-        1, "", "error: --batch_size=0 must be at least 1\n")
+        1, "", "error: --batch_size=0 must be at least 1 and at most 65536\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, capsys):

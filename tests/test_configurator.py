@@ -353,7 +353,8 @@ def test_help_text():
     (train, "--backend=mpi", "--backend=mpi: use auto, nccl or gloo"),
     (train, "--compile=fast", "--compile=fast: use auto, True or False"),
     (sample, "--top_p=0.0", "--top_p=0.0 must be in (0, 1]"),
-    (sample, "--repetition_penalty=0", "--repetition_penalty=0.0 must be above 0"),
+    (sample, "--repetition_penalty=0",
+     "--repetition_penalty=0.0 must be at least 0.01 and at most 100"),
     (evaluate, "--stride=0", "--stride=0 must be at least 1"),
 ])
 def test_a_value_outside_its_bounds(script, arg, said):

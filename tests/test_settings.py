@@ -13,7 +13,6 @@ from nanotune.errors import UserError
 from nanotune.text.loader import open_dataset
 from nanotune.training import resume, settings
 
-
 FIELDS = dict(learning_rate=5e-3, dropout=0.1, decay_lr=False)
 
 

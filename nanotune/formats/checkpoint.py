@@ -205,7 +205,7 @@ def history_of(source: str) -> dict:
     path = run_file(source)
     if path is None:
         return {}
-    data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    data = files.peek(path)
     return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
 
 
@@ -214,7 +214,7 @@ def model_config(source: str) -> GPTConfig:
     for path in (run_file(source), Path(source) / STATE_FILE):
         if path is not None and path.is_file():
             try:
-                data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                data = files.peek(path)
             except Exception:  # torch.load raises many kinds; files.load says what to do
                 data = files.load(path)
             with files.checked_parse(path):

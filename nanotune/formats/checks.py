@@ -11,7 +11,7 @@ from nanotune.errors import UserError
 
 # {field of a model's config: (type, least, most)}; the most are far above any model's
 NUMBERS = {
-    "block_size": (int, 1, 2**24), "vocab_size": (int, 1, 2**24), "n_layer": (int, 1, 10_000),
+    "block_size": (int, 1, 2**24), "vocab_size": (int, 1, 2**24), "n_layer": (int, 1, 1000),
     "n_head": (int, 1, 2**16), "n_embd": (int, 1, 2**20), "n_inner": (int, 1, 2**24),
     "local_window": (int, 1, 2**31), "doc_end": (int, 0, 2**31), "dropout": (float, 0, 1),
     "norm_eps": (float, 0, 1), "attn_scale": (float, 0, 1000)}

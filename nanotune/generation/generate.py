@@ -61,7 +61,7 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
     """logits (B, V) -> ids (B,) drawn from their softmax at this temperature; 0 takes the most
     likely. top_k keeps the k most likely tokens, top_p the fewest that have this probability. Each
     row uses one uniform number, by inverting the cumulative probabilities."""
-    if temperature == 0:
+    if temperature < 1e-5:  # the quotient below could be infinite, and 1e-5 decides as 0 does
         return logits.argmax(-1)
     ids = None
     if top_k is not None and top_k < logits.size(-1):
@@ -71,7 +71,9 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
     p = (logits / temperature).softmax(-1, dtype=torch.float32)
     upto = p.cumsum(-1)
     if top_p is not None and top_p < 1:
-        p = p.masked_fill(upto - p >= top_p, 0.0)  # the tokens before it are enough
+        enough = upto - p >= top_p  # the tokens before it are enough
+        enough[:, 0] = False  # 1e-320 is 0 in float32
+        p = p.masked_fill(enough, 0.0)
         upto = p.cumsum(-1)
     draw = torch.rand(len(p), 1, device=p.device, generator=generator)
     # stays below the sum after rounding, so a token of probability 0 is never drawn

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from nanotune.cli import say
 from nanotune.device import DTYPES, device_memory
+from nanotune.errors import UserError
 from nanotune.formats.checkpoint import model_class
 from nanotune.training.distributed import World
 from nanotune.training.lora import adapters, add_lora
@@ -27,8 +29,8 @@ def spell_bytes(n: float) -> str:
 # what train.py prints
 
 def plan_lines(cfg: Any, config: Any, world: World, dtype: torch.dtype, compiled: bool,
-               train_tokens: int, val_tokens: int) -> tuple[list[str], bool]:
-    """Returns (the plan of a train.Config and a GPTConfig as lines of text, whether it fits)."""
+               train_tokens: int, val_tokens: int) -> list[str]:
+    """Returns the plan of a train.Config and a GPTConfig as lines of text."""
     model, iters = meta_model(config, cfg), cfg.max_iters
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * config.block_size
     epochs = iters * tokens_per_iter / train_tokens
@@ -43,8 +45,8 @@ def plan_lines(cfg: Any, config: Any, world: World, dtype: torch.dtype, compiled
     if cfg.lora_rank:
         trained = sum(p.numel() for p in adapters(model).values())
         lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M of them are trained")
-    memory_lines, fits = describe_memory(config, cfg, world, dtype)
-    return lines + describe_saves(model, cfg, world) + memory_lines, fits
+    return [*lines, *describe_saves(model, cfg, world),
+            *describe_memory(config, cfg, world, dtype)[0]]
 
 
 def describe_saves(model: torch.nn.Module, cfg: Any, world: World) -> list[str]:
@@ -81,12 +83,9 @@ def tell_plan(r: Any) -> None:
         return
     for line in r.start.warnings:
         r.log.warn(line)
-    lines, fits = plan_lines(cfg, r.model.config, r.world, r.dtype, r.compiled,
-                             *map(len, r.data.values()))
-    for line in lines:
+    for line in plan_lines(cfg, r.model.config, r.world, r.dtype, r.compiled,
+                           *map(len, r.data.values())):
         r.log.say(line)
-    if not fits:
-        r.log.warn("the memory may not suffice, see above: the system may kill the run")
     data = r.data["train"]
     if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
         long, examples = data.count_long(r.tokenizer.eot)
@@ -185,6 +184,18 @@ def describe_memory(config: Any, cfg: Any, world: World,
     if peak <= share * USABLE:
         return lines, True
     return lines + advise(config, cfg, world, dtype, share * USABLE, peak), False
+
+
+def check_memory(cfg: Any, config: Any, world: World, dtype: torch.dtype) -> None:
+    """Warns of a run that may not fit, before it allocates anything. Raises UserError if the
+    predicted peak is 10 times the memory: that is no error of the prediction."""
+    lines, fits = describe_memory(config, cfg, world, dtype)
+    if fits:
+        return
+    if sum(memory(config, cfg, world, dtype).values()) > 10 * device_memory(world.device):
+        raise UserError(f"{lines[0]}: that does not fit; take a smaller model or batch_size")
+    say("\n".join([*lines, "warning: the memory may not suffice, see above: the system may kill "
+                           "the run"]))
 
 
 def advise(config, cfg, world, dtype, usable, peak):

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 import uuid
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -80,8 +81,9 @@ def resumes(cfg: Any) -> bool:
 
 def state_files(out_dir: str | Path) -> list[Path]:
     """Returns the state files of a folder, newest first."""
-    numbered = sorted(Path(out_dir).glob("state.[0-9]*.pt"),
-                      key=lambda path: int(path.suffixes[0][1:]))
+    numbered = [path for path in Path(out_dir).glob("state.*.pt")
+                if re.fullmatch(r"state\.[0-9]{1,9}\.pt", path.name)]
+    numbered.sort(key=lambda path: int(path.suffixes[0][1:]))
     return [path for path in (Path(out_dir) / STATE_FILE, *numbered) if path.is_file()]
 
 
@@ -222,7 +224,7 @@ def check_model_file(progress, path):
     """Resets the best loss, and yields a warning, if ckpt.pt is missing, damaged or of another run:
     the next evaluation then counts as the best. Maps the file, so that no weights are read."""
     try:
-        run_id = torch.load(path, mmap=True, weights_only=True).get("run_id")
+        run_id = files.peek(path).get("run_id")
         if run_id in (None, progress.run_id):
             return
         wrong = f"is of run {run_id}"

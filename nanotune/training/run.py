@@ -61,6 +61,8 @@ def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
         raise UserError(
             f"--gradient_accumulation_steps={accumulation} does not divide among {world.size} "
             f"processes; use a multiple, such as {lower or world.size}")
+    if not cfg.out_dir:
+        raise UserError("--out_dir is empty; give a folder")
     if cfg.auto_resume and cfg.overwrite:
         raise UserError("--auto_resume=True goes on with what --overwrite=True would replace at "
                         "each restart: give one of them")
@@ -109,8 +111,9 @@ def check_no_run_is_lost(cfg, out_dir):
                         "--out_dir")
 
 
-def load_start(cfg, tokenizer, folder):
-    """The resume.Start of the run: from scratch, from a pretrained model, or resumed."""
+def load_start(cfg, tokenizer, folder, fits):
+    """The resume.Start of the run: from scratch, from a pretrained model, or resumed. Calls
+    fits(config) before it allocates more than a file's weights."""
     weights = DTYPES[cfg.weights]
     if resume.resumes(cfg):
         start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
@@ -120,14 +123,18 @@ def load_start(cfg, tokenizer, folder):
         check_same_tokenizer(start.tokenizer, tokenizer, cfg.out_dir, folder)
         if cfg.block_size is not None:
             start.model.crop_block_size(cfg.block_size)
+        fits(start.model.config)
         return start
     if cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)
-        model = GPT(scratch_config(cfg, tokenizer))
+        config = scratch_config(cfg, tokenizer)
+        fits(config)
+        model = GPT(config)
         model.set_dtype(weights)
         return resume.Start(model)
     model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout, dtype=weights)
     check_same_tokenizer(held, tokenizer, cfg.init_from, folder)
+    fits(model.config)
     if not cfg.lora_rank:
         return resume.Start(model)
     lora.add_lora(model, cfg.lora_rank, cfg.seed)
@@ -216,7 +223,8 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     if cfg.separate_documents and tokenizer.eot is None:
         raise UserError("--separate_documents needs end-of-text between the documents, and "
                         f"{folder} with {tokenizer.name} has none; leave it out")
-    start = load_start(cfg, tokenizer, folder) if world.is_main else None
+    start = load_start(cfg, tokenizer, folder, lambda config: plan.check_memory(
+        cfg, config, world, dtype)) if world.is_main else None
 
     distributed.join(world, cfg.backend, cfg.timeout)
     check_same_arguments(cfg, dtype, world)
@@ -268,6 +276,6 @@ def dry_run(cfg: Any) -> None:
         cfg.max_iters = steps_of(cfg.epochs, data["train"],
                                  cfg.batch_size * cfg.gradient_accumulation_steps)
     compiled = pick_compile(cfg.compile, world.device, weights=DTYPES[cfg.weights])
-    lines, _ = plan.plan_lines(cfg, config, world, dtype, compiled, *map(len, data.values()))
     if world.is_main:
-        print("\n".join(lines))
+        print("\n".join(plan.plan_lines(cfg, config, world, dtype, compiled,
+                                        *map(len, data.values()))))
