@@ -2,7 +2,7 @@
 # make sentiment    GPT-2 and GPT-Neo on Twitter sentiment, three splits each; resumes where it
 #                   stopped; ARGS="--models=... --input=..." as experiments/twitter_sentiment.py
 # make test         the test suite; make test-slow runs what takes longer
-# make chaos        kills a tiny run 50 times at random, alters 200 checkpoints: minutes
+# make chaos        kills a tiny run 100 times at random, alters 200 checkpoints, and more: minutes
 # make bench        speed and memory of GPT-2 124M beside transformers'; ARGS as bench.py's
 # make lint         ruff
 #

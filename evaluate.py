@@ -161,8 +161,8 @@ def run_classify(cfg, model, tokenizer, source, world):
 
 def print_confusion(names, confusion):
     """Prints a table: one row per true label, one column per answer."""
-    columns = [*names, "no label"]
-    columns = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in name) for name in columns]
+    columns = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+               for name in (*names, "no label")]
     width = max(map(len, ["label", *columns])) + 2
     print("label".ljust(width) + "answered".rjust(width))
     print(" " * width + "".join(name.rjust(width) for name in columns))

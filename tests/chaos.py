@@ -1,6 +1,7 @@
-"""A campaign against a run's files: processes killed at random moments, checkpoints spoiled.
+"""A campaign against a run's files: processes killed at random moments, checkpoints spoiled, and
+the attacks of attacks.py.
 
-    make chaos                       # 50 kills on ddp, 50 on fsdp, 200 files
+    make chaos                       # 50 kills on ddp, 50 on fsdp, 200 files, all attacks
     PYTHONPATH=. python tests/chaos.py --kills=5 --altered=0 --parallel=fsdp --seed=1
 
 A tiny run is killed by SIGKILL (one rank, or all: then the machine went down) while it starts,
@@ -26,6 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from attacks import run_attacks
 from ranks import Job, run_ranks
 from tiny import arguments, losses, write_dataset
 
@@ -45,6 +47,10 @@ class Config:
     kills: int = 50              # for each way of running in parallel
     altered: int = 200           # checkpoints that are spoiled
     parallel: str = "ddp,fsdp"
+    looks: int = 1000            # at the states of a run that a second run wants to write
+    stops: int = 20              # Ctrl-C under a pipe
+    orphans: int = 3             # killed torchruns
+    fuzzed: int = 400            # runs with random fields
     seed: int = 0
 
 
@@ -285,6 +291,11 @@ def load_shipped(out, references, others):
 
 # -----------------------------------------------------------------------------
 
+def failures(count):
+    """Whether one of the counts is of a failure."""
+    return any(what.split(":")[0].isupper() for what in count)
+
+
 def main(argv):
     cfg = configure(Config, argv)
     began, failed = time.monotonic(), False
@@ -304,7 +315,11 @@ def main(argv):
             count = alterations(cfg.altered, folder, dataset, random.Random(cfg.seed))
             print(f"{cfg.altered} altered checkpoints: "
                   + ", ".join(f"{n} {what}" for what, n in sorted(count.items())))
-            failed |= any(what.isupper() or what.split(":")[0].isupper() for what in count)
+            failed |= failures(count)
+        for name, count in run_attacks(cfg, folder, dataset, same):
+            print(f"{name}: " + ", ".join(f"{n} {what}" for what, n in sorted(count.items())),
+                  flush=True)
+            failed |= failures(count)
     print(f"{'FAILED' if failed else 'passed'} in {time.monotonic() - began:.0f} s")
     sys.exit(failed)
 

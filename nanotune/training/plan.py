@@ -190,7 +190,7 @@ def check_memory(cfg: Any, config: Any, world: World, dtype: torch.dtype) -> Non
     """Warns of a run that may not fit, before it allocates anything. Raises UserError if the
     predicted peak is 10 times the memory: that is no error of the prediction."""
     lines, fits = describe_memory(config, cfg, world, dtype)
-    if fits:
+    if fits or cfg.eval_only:  # the prediction is of training
         return
     if sum(memory(config, cfg, world, dtype).values()) > 10 * device_memory(world.device):
         raise UserError(f"{lines[0]}: that does not fit; take a smaller model or batch_size")

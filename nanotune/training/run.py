@@ -111,9 +111,9 @@ def check_no_run_is_lost(cfg, out_dir):
                         "--out_dir")
 
 
-def load_start(cfg, tokenizer, folder, fits):
+def load_start(cfg, tokenizer, folder, check_memory):
     """The resume.Start of the run: from scratch, from a pretrained model, or resumed. Calls
-    fits(config) before it allocates more than a file's weights."""
+    check_memory(config) before it allocates more than a file's weights."""
     weights = DTYPES[cfg.weights]
     if resume.resumes(cfg):
         start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
@@ -123,18 +123,18 @@ def load_start(cfg, tokenizer, folder, fits):
         check_same_tokenizer(start.tokenizer, tokenizer, cfg.out_dir, folder)
         if cfg.block_size is not None:
             start.model.crop_block_size(cfg.block_size)
-        fits(start.model.config)
+        check_memory(start.model.config)
         return start
     if cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)
         config = scratch_config(cfg, tokenizer)
-        fits(config)
+        check_memory(config)
         model = GPT(config)
         model.set_dtype(weights)
         return resume.Start(model)
     model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout, dtype=weights)
     check_same_tokenizer(held, tokenizer, cfg.init_from, folder)
-    fits(model.config)
+    check_memory(model.config)
     if not cfg.lora_rank:
         return resume.Start(model)
     lora.add_lora(model, cfg.lora_rank, cfg.seed)
@@ -166,7 +166,7 @@ def check_same_arguments(cfg, dtype, world):
 def check_same_data(data, world):
     """Raises UserError if the files of a rank differ from those of rank 0."""
     for split in data.values():
-        held = gather(world, (split.path.absolute(), split.fingerprint))
+        held = gather(world, (str(split.path.absolute()), split.fingerprint))
         for rank, (path, fingerprint) in enumerate(held):
             if fingerprint != held[0][1]:
                 raise UserError(f"{path} of process {rank} differs from that of process 0: copy "
