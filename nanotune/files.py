@@ -133,7 +133,7 @@ def check_replaceable(path: Path, replaceable: Sequence[str], overwrite: bool) -
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link; give the folder that it points to")
     if not path.name:
-        raise UserError(f"{path} cannot be replaced as a whole; give a folder's name")
+        raise UserError(f"the folder {path} cannot be replaced; give one with a name")
     if not path.exists():
         return
     if not path.is_dir():

@@ -78,6 +78,13 @@ def test_a_path_of_5000_characters_is_one_line(dataset, out, tmp_path, monkeypat
     assert "File name too long" in line
 
 
+@pytest.mark.parametrize("folder", ["", ".", "/"])
+def test_a_folder_without_a_name_is_one_line(out, tmp_path, monkeypatch, capsys, folder):
+    monkeypatch.chdir(tmp_path)
+    argv = [f"--out_dir={out}", f"--export_dir={folder}"]
+    assert "give one with a name" in refused(monkeypatch, capsys, export.main, argv)
+
+
 def test_a_path_that_the_system_refuses_is_one_line():
     assert bad_path(PermissionError(errno.EACCES, "Permission denied", "a/b")) == (
         "a/b: Permission denied; give another path")
