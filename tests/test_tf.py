@@ -206,6 +206,18 @@ def test_variables_that_are_foreign_or_missing(write_tf, refused):
     assert "model/wpe is (16, 8)" in refused(write_tf(variables(HPARAMS), "other", wide))
 
 
+@pytest.mark.parametrize("change, said", [
+    (lambda a: a * np.float32("nan"), "h0/ln_1/g has values that are NaN"),
+    (lambda a: a.astype(np.int32), "h0/ln_1/g is not dense and floating-point"),
+    (lambda a: a.astype(np.complex64), "h0/ln_1/g is not dense and floating-point"),
+    (lambda a: a.astype(str), "damaged"),
+], ids=["NaN", "integers", "complex", "text"])
+def test_weights_that_are_no_finite_floats(write_tf, refused, change, said):
+    arrays = variables(HPARAMS)
+    arrays["model/h0/ln_1/g"] = change(arrays["model/h0/ln_1/g"])
+    assert said in refused(write_tf(arrays))
+
+
 def test_a_damaged_shard(write_tf, refused):
     folder = write_tf(variables(HPARAMS))
     shard = next(Path(folder).glob("*.data-*"))

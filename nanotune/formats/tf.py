@@ -121,15 +121,16 @@ def read_model(folder: Path, dropout: float = 0.0, device: str | torch.device = 
         reader = tf.train.load_checkpoint(str(prefix))
         check_names(set(reader.get_variable_to_shape_map()), params.keys(), prefix)
         for name, param in params.items():
-            tensor = torch.from_numpy(reader.get_tensor(name)).float()
+            tensor = torch.from_numpy(reader.get_tensor(name))
+            check_weight(tensor, name, prefix)
             if name.endswith("/w"):  # (1, in, out); a Linear has (out, in)
                 tensor = tensor.squeeze(0).t()
             if tensor.shape != param.shape:
                 raise UserError(f"{prefix}: {name} is {tuple(tensor.shape)} where hparams.json "
                                 f"means {tuple(param.shape)}")
-            check_weight(tensor, name, prefix)
             param.copy_(tensor)
-    except (tf.errors.OpError, RuntimeError, IndexError) as e:  # TensorFlow's, for a damaged file
+    except (tf.errors.OpError, RuntimeError, IndexError, TypeError) as e:
+        # OpError and the rest: TensorFlow's, for a damaged file; TypeError: no numbers
         raise UserError(f"{prefix} is damaged ({str(e).splitlines()[0][:200]}); copy it again"
                         ) from None
     return model
