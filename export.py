@@ -1,7 +1,9 @@
-"""Exports a model for other programs: as a Hugging Face folder, or as ONNX in float32, int8, int4.
+"""Exports a model for other programs: as a Hugging Face folder, as ONNX in float32, int8 or int4,
+or the adapters of a LoRA run for PEFT.
 
     python export.py --out_dir=out-shakespeare --format=hf --export_dir=shakespeare-hf
     python export.py --init_from=gpt2 --format=onnx --quantize=int8 --export_dir=gpt2-int8
+    python export.py --out_dir=out-lora --format=peft --export_dir=lora-peft
 
 The files are read back and compared before the folder gets its final name.
 """
@@ -18,16 +20,18 @@ from nanotune.cli import run
 from nanotune.device import DTYPES
 from nanotune.errors import UserError
 from nanotune.files import check_replaceable, write_folder
-from nanotune.formats.checkpoint import history_of, load_model, pick_source
+from nanotune.formats.checkpoint import history_of, load_model, pick_source, read_adapters
 from nanotune.formats.hf import write_hf, write_tokenizer
 from nanotune.formats.onnx_model import open_onnx
+from nanotune.formats.peft import name_of_base, needs_export, write_peft
 from nanotune.text.tokenizer import GPT2_VOCAB_SIZES
 from nanotune.training.logbook import kept_entries
 from nanotune.training.plan import spell_bytes
 
 # files that an export writes; a folder with any other file is never replaced
 WRITTEN = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
-           "tokenizer_config.json", "README.md", "model*.onnx", "model*.onnx.data")
+           "tokenizer_config.json", "README.md", "model*.onnx", "model*.onnx.data",
+           "adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass
@@ -36,7 +40,8 @@ class Config:
     out_dir: str = "out"              # the run whose ckpt.pt to export
     init_from: str = "resume"         # resume: out_dir; else a hub id, a Hugging Face folder, a run
     # as what
-    format: Literal["hf", "onnx"] = "hf"  # hf: a Hugging Face folder; onnx: a graph for onnxruntime
+    # hf: a Hugging Face folder; onnx: a graph for onnxruntime; peft: adapters of a LoRA run
+    format: Literal["hf", "onnx", "peft"] = "hf"
     export_dir: str = "export"        # the folder to write
     overwrite: bool = False           # replace an earlier export in export_dir
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # hf: dtype of the weights
@@ -44,10 +49,10 @@ class Config:
 
 
 def check_config(cfg):
-    if cfg.format == "hf" and cfg.quantize != "none":
+    if cfg.format != "onnx" and cfg.quantize != "none":
         raise UserError(f"--quantize={cfg.quantize} goes with --format=onnx; a Hugging Face "
                         "folder is made smaller by --dtype=float16 or bfloat16")
-    if cfg.format == "onnx" and cfg.dtype != "float32":
+    if cfg.format != "hf" and cfg.dtype != "float32":
         raise UserError(f"--dtype={cfg.dtype} goes with --format=hf; an ONNX file is made smaller "
                         "by --quantize=int8 or int4")
     if cfg.format == "onnx":
@@ -109,6 +114,21 @@ def check_onnx(path, model, quantize):
 
 
 # -----------------------------------------------------------------------------
+# PEFT
+
+def write_adapters(folder, model, source, tokenizer):
+    """Writes the adapters of a LoRA run; returns the name of their base in transformers. Prints
+    the command that exports the base if transformers cannot load it."""
+    spec, adapters = read_adapters(source)
+    write_peft(folder, asdict(model.config), adapters, spec, tokenizer)
+    base, name = spec["base"], name_of_base(spec["base"])
+    if needs_export(base):
+        print("transformers needs the base of these adapters too: python export.py "
+              f"--init_from={base} --format=hf --export_dir={name}")
+    return name
+
+
+# -----------------------------------------------------------------------------
 # the model card
 
 TOLD = ("init_from", "dataset", "max_iters", "batch_size", "gradient_accumulation_steps",
@@ -118,9 +138,10 @@ TOLD = ("init_from", "dataset", "max_iters", "batch_size", "gradient_accumulatio
 def card(cfg, source, model, facts, use):
     """The text of README.md: the model, its training, its losses, how to use the files."""
     config = model.config
-    lines = ["---", *(["library_name: transformers"] if cfg.format == "hf" else []),
+    library = {"hf": "transformers", "peft": "peft", "onnx": None}[cfg.format]
+    lines = ["---", *([f"library_name: {library}"] if library else []),
              "pipeline_tag: text-generation", "---", "", f"# {Path(source).name}", "",
-             f"A {model.family} model of "
+             f"{'LoRA adapters for a' if cfg.format == 'peft' else 'A'} {model.family} model of "
              f"{model.num_params() / 1e6:.2f}M parameters ({config.n_layer} layers, "
              f"{config.n_head} heads, {config.n_embd} wide), a context of {config.block_size} "
              f"tokens and a vocabulary of {config.vocab_size}.", ""]
@@ -164,6 +185,18 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 """
 
 
+PEFT_USE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")
+ids = tokenizer("To be", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=50)[0]))
+```
+"""
+
+
 ONNX_USE = """```
 python sample.py --init_from={name}/{file} --start="To be"
 ```
@@ -199,7 +232,7 @@ def main(argv: list[str]) -> None:
     source = pick_source(cfg.out_dir, cfg.init_from)
     model, tokenizer = load_model(source)
     model.eval()
-    if tokenizer is not None:
+    if tokenizer is not None and cfg.format != "peft":  # adapters have no vocabulary
         cut_padding(model, tokenizer)
 
     name = Path(cfg.export_dir).name
@@ -209,6 +242,8 @@ def main(argv: list[str]) -> None:
             write_hf(folder, asdict(model.config), dict(model.named_parameters()), tokenizer,
                      DTYPES[cfg.dtype])
             use = HF_USE.format(name=name)
+        elif cfg.format == "peft":
+            use = PEFT_USE.format(name=name, base=write_adapters(folder, model, source, tokenizer))
         else:
             write_onnx_folder(folder, model, tokenizer, cfg.quantize)
             use = ONNX_USE.format(name=name, file=onnx_name(cfg.quantize))
@@ -216,7 +251,7 @@ def main(argv: list[str]) -> None:
         Path(folder, "README.md").write_text(text, encoding="utf-8")
 
     write_folder(cfg.export_dir, write, WRITTEN, cfg.overwrite)
-    size = sum(file.stat().st_size for file in Path(cfg.export_dir).glob("model*"))
+    size = sum(file.stat().st_size for file in Path(cfg.export_dir).glob("*model*"))
     print(f"wrote {cfg.export_dir} (weights {spell_bytes(size)})")
 
 

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from nanotune.text.tokenizer import (
     tokenizer_of_folder,
 )
 from nanotune.text.tokenizer_files import merges_as_strings
+from nanotune.training import lora
 
 CHARS, JSON = CharTokenizer(sorted(set(TEXT))), JsonTokenizer(tiny_json())
 NEO = dict(local_window=5, attn_scale=1.0, qkv_bias=False, n_layer=3, block_size=24)
@@ -209,6 +211,83 @@ def test_a_lora_run_is_exported_merged(tmp_path, form):
     torch.testing.assert_close(back.eval().logits(idx), merged.logits(idx), atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def make_lora_run(make_run, tmp_path):
+    """make_lora_run(tokenizer, **fields) writes a run with adapters of rank 3, whose base is an
+    exported folder; returns (out_dir, the base's folder)."""
+    def make(tokenizer=JSON, base=None, **fields):
+        out_dir, model = make_run(tokenizer, name="base", **fields)
+        base = base or str(export_hf(out_dir, tmp_path / "base-hf"))
+        lora.add_lora(model, 3)
+        weights = {name: torch.randn_like(p) * 0.3 for name, p in lora.adapters(model).items()}
+        spec = dict(rank=3, base=base, hash=checkpoint.hash_of(base), weights="float32")
+        (tmp_path / "adapted").mkdir()
+        files.save(tmp_path / "adapted" / "ckpt.pt", checkpoint.model_data(
+            model, 0, 1.0, {}, tokenizer, weights, lora_spec=spec))
+        return tmp_path / "adapted", base
+    return make
+
+
+in_peft = pytest.mark.filterwarnings(  # transformers' and PEFT's, about each other and the base
+    "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Could not find a config file")
+
+
+@in_peft
+@pytest.mark.parametrize("fields", [
+    dict(), dict(bias=False, tied_head=False, activation="gelu", n_inner=40), NEO,
+], ids=["gpt2", "own head", "neo"])
+@torch.no_grad()
+def test_adapters_in_peft(make_lora_run, tmp_path, fields):
+    """PEFT's own forward, and the files that PEFT itself writes of them."""
+    peft = pytest.importorskip("peft", reason="needs requirements-dev.txt")
+    out_dir, base = make_lora_run(**fields)
+    folder = export_hf(out_dir, tmp_path / "peft", format="peft")
+    theirs, _ = in_transformers(base)
+    with warnings.catch_warnings(action="error", category=UserWarning):  # a wrong fan_in_fan_out
+        theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    ours, bare = (load_model(str(source))[0].eval() for source in (out_dir, base))
+    idx = torch.randint(JSON.n_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(theirs(idx).logits, ours.logits(idx), atol=1e-4, rtol=1e-4)
+    assert (bare.logits(idx) - ours.logits(idx)).abs().max() > 1
+    theirs.save_pretrained(tmp_path / "again")
+    again, written = (load_file(path / "adapter_model.safetensors")
+                      for path in (tmp_path / "again", folder))
+    assert again.keys() == written.keys()
+    assert all(torch.equal(again[key], written[key]) for key in again)
+    again, written = (json.loads((path / "adapter_config.json").read_text())
+                      for path in (tmp_path / "again", folder))
+    different = {key for key in written if written[key] != again[key]}
+    assert different <= {"base_model_name_or_path", "target_modules"}  # those are in any order
+    assert sorted(again["target_modules"]) == written["target_modules"]
+
+
+@in_peft
+def test_the_cards_program_loads_the_adapters(make_lora_run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("peft", reason="needs requirements-dev.txt")
+    out_dir, _ = make_lora_run(block_size=64)
+    folder = export_hf(out_dir, tmp_path / "peft", format="peft")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in card and "LoRA adapters for a GPT-2" in card
+    assert str(tmp_path) not in card + (folder / "adapter_config.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(card.partition("```python\n")[2].partition("```")[0].replace("To be", "what's"), {})
+    model, _ = load_model(str(out_dir))
+    idx = torch.tensor([JSON.encode("what's")])
+    assert capsys.readouterr().out == JSON.decode(
+        model.eval().generate(idx, 50, temperature=0)[0].tolist()) + "\n"
+
+
+def test_a_base_that_is_a_run_is_exported_too(make_run, make_lora_run, tmp_path, capsys):
+    make_run(JSON, name="base")
+    out_dir, base = make_lora_run(base=str(tmp_path / "base"))
+    folder = export_hf(out_dir, tmp_path / "peft", format="peft")
+    assert (f"python export.py --init_from={base} --format=hf --export_dir=base-hf"
+            in capsys.readouterr().out)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base-hf"
+
+
 # -----------------------------------------------------------------------------
 # ONNX: tests/test_onnx_model.py has what the graph computes
 
@@ -257,9 +336,11 @@ def refused(monkeypatch, capsys):
 
 
 def test_options_that_do_not_go_together(refused):
-    assert "hf or onnx" in refused("--format=tflite")
+    assert "hf, onnx or peft" in refused("--format=tflite")
     assert "--format=onnx" in refused("--quantize=int8")
     assert "--format=hf" in refused("--format=onnx", "--dtype=float16")
+    assert "--format=hf" in refused("--format=peft", "--dtype=float16")
+    assert "--format=onnx" in refused("--format=peft", "--quantize=int8")
     assert "int8" in refused("--format=onnx", "--quantize=int2")
     assert "float16" in refused("--dtype=float8")
 
@@ -361,6 +442,14 @@ def test_an_architecture_that_a_format_does_not_take(make_run, refused, tmp_path
     argv = (f"--out_dir={narrow}", f"--export_dir={tmp_path / 'int8'}")
     assert "multiple of 16" in refused(*argv, "--format=onnx", "--quantize=int8")
     assert not (tmp_path / "int8").exists()
+
+
+def test_a_run_without_adapters(make_run, refused, tmp_path):
+    out_dir, _ = make_run(CHARS)
+    argv = ("--format=peft", f"--export_dir={tmp_path / 'x'}")
+    for source in (f"--out_dir={out_dir}", f"--init_from={export_hf(out_dir, tmp_path / 'hf')}"):
+        assert "has no adapters" in refused(source, *argv)
+    assert not (tmp_path / "x").exists()
 
 
 def test_without_onnx(monkeypatch, refused, tmp_path):

@@ -253,6 +253,17 @@ def adapted_from(data, path, dropout, dtype):
     return model
 
 
+def read_adapters(source: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Returns (the `lora` entry, {name: adapter}) of a LoRA run's ckpt.pt. Raises UserError if the
+    source is no LoRA run."""
+    path = Path(source, MODEL_FILE)
+    data = files.load(path) if path.is_file() else {}
+    if not data.get("lora"):
+        raise UserError(f"{source} has no adapters: --format=peft exports a run that was trained "
+                        "with --lora_rank; use --format=hf")
+    return data["lora"], data["model"]
+
+
 def weight_files(source):
     """The paths of a source's weight files."""
     if (path := run_file(source)) is not None:

@@ -202,8 +202,6 @@ def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dty
     """Writes model.safetensors, config.json and generation_config.json, which say the ids of the
     tokenizer's special tokens. Raises UserError if a weight is not finite in `dtype`, OSError if
     the disk is full."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
     tensors = tensors_to_hf(fields, params, dtype)
     worst = next((key for key, t in tensors.items() if not bool(t.isfinite().all())), None)
     if worst is not None:
@@ -215,12 +213,19 @@ def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dty
     config = config_to_hf(fields) | ends | {"dtype": str(dtype).removeprefix("torch.")}
     for name, content in (("config.json", config), ("generation_config.json", ends)):
         Path(folder, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    file = Path(folder, "model.safetensors")
+    save_tensors(tensors, Path(folder, "model.safetensors"), like=Path(folder, "config.json"))
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path, like: Path) -> None:
+    """Writes a safetensors file with the access rights of `like`: the library makes it private to
+    its owner. Raises OSError if the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as e:  # also raised for errors of the file system
         raise OSError(str(e)) from e
-    shutil.copymode(Path(folder, "config.json"), file)  # save_file makes it private to the owner
+    shutil.copymode(like, file)
 
 
 def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, max_length: int) -> None:
