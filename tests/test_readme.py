@@ -1,4 +1,4 @@
-"""Every command that the README shows runs, on a tiny scale, in the order in which it stands."""
+"""Every command in README and docs runs, on a tiny scale, in the order in which it stands."""
 import importlib
 import json
 import os
@@ -15,6 +15,8 @@ from conftest import TEXT, hf_model
 from tiny import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
+EXPORT = (REPO / "docs" / "export.md").read_text(encoding="utf-8")
+FOREIGN = "llama.cpp/"  # scripts of other programs
 NAMES = ("gpt2", "gpt2-medium", "gpt2-xl")  # made as folders: a folder goes before the hub
 # what makes each script's commands small; appended, so that it wins
 TINY = {
@@ -25,6 +27,7 @@ TINY = {
     "evaluate.py": ["--batch_size=16", "--device=cpu"],
     "export.py": [],
     "data/shakespeare/prepare.py": ["--input=text.txt"],
+    "data/shakespeare_char/prepare.py": ["--input=text.txt"],
     "data/text/prepare.py": [],
     "data/python_docs/prepare.py": [],
     "data/jsonl/prepare.py": [],
@@ -46,7 +49,7 @@ def commands(text):
     code = re.findall(r"^```\w*\n(.*?)^```|^((?:    .*\n)+)", text, re.MULTILINE | re.DOTALL)
     lines = [line.strip().lstrip("!") for block in code for line in "".join(block).splitlines()]
     words = [shlex.split(line, comments=True) for line in lines
-             if re.match(r"(\.venv/bin/)?(python|torchrun) (?!-m)", line)]
+             if re.match(rf"(\.venv/bin/)?(python|torchrun) (?!-m|{FOREIGN})", line)]
     return list(dict.fromkeys(map(tuple, words)))  # once each, in order
 
 
@@ -81,8 +84,9 @@ def test_the_readme_shows_commands():
     assert scripts <= TINY.keys(), "tell TINY how to make a new script's commands small"
 
 
-def test_the_readmes_commands_run(sandbox, monkeypatch, capsys):
-    for command in commands(README):
+@pytest.mark.parametrize("document", [README, EXPORT], ids=["README", "export"])
+def test_a_documents_commands_run(sandbox, monkeypatch, capsys, document):
+    for command in commands(document):
         script, argv = script_and_arguments(command)
         if "torchrun" in command[0]:
             continue
@@ -98,6 +102,10 @@ def test_the_readmes_commands_run(sandbox, monkeypatch, capsys):
                 status = end.code
         assert not status, f"{' '.join(command)} ended with {status}"
         capsys.readouterr()
+    if document is EXPORT:  # its program compares the files that its commands wrote
+        programs = re.findall("```python\n(.*?)```", EXPORT, re.DOTALL)
+        exec(next(program for program in programs if "first[0]" in program), {})
+        assert re.fullmatch(r"\['0.00%', '\d+.\d+%', '\d+.\d+%'\]\n", capsys.readouterr().out)
 
 
 def test_the_readmes_torchrun_command_runs(sandbox):
@@ -135,5 +143,6 @@ def test_the_file_tree_is_whole():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
-        assert Path(REPO, target).exists(), target
+    for document, folder in ((README, REPO), (EXPORT, REPO / "docs")):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document):
+            assert Path(folder, target).exists(), target
