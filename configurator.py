@@ -57,7 +57,7 @@ class Interval:
         if self.ends == "[]":
             return f"at least {self.low} and at most {self.high}"
         if self.high == math.inf:
-            return f"at least {self.low}"
+            return f"{'above' if self.ends[0] == '(' else 'at least'} {self.low}"
         return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
 
 
@@ -72,6 +72,7 @@ Fraction = Annotated[float, Interval(0, 1)]  # below 1
 Temperature = Annotated[float, Interval(0, 100, "[]")]
 Penalty = Annotated[float, Interval(0.01, 100, "[]")]
 Probability = Annotated[float, Interval(0, 1, "(]")]
+AboveZero = Annotated[float, Interval(0, ends="()")]
 Seed = Annotated[int, Interval(0, 2**32)]    # what torch and numpy accept
 
 ESCAPED = "\\n, \\t and \\\\ of the command line are decoded"

@@ -10,6 +10,8 @@ A step takes gradient_accumulation_steps * batch_size samples, split among the p
 samples and random numbers depend only on the seed and the step, so a stopped run resumes exactly.
 """
 import math
+import os
+import shlex
 import signal
 import sys
 import time
@@ -83,7 +85,8 @@ class Config:
     # wandb
     wandb_log: bool = False
     wandb_project: str = "nanotune"
-    wandb_run_name: str = "gpt2"
+    wandb_run_name: str | None = None  # None: out_dir
+    tensorboard: bool = False         # log to out_dir/tensorboard
     # data
     dataset: str = "openwebtext"      # a folder in data/, or a path
     gradient_accumulation_steps: UpTo65536 = 5 * 8  # micro-steps per step, of all processes
@@ -233,9 +236,12 @@ def evaluate_and_save(r: Run) -> None:
     log.evaluation(p.step, train_loss, val_loss)
     if improved or cfg.always_save_checkpoint:
         saved = save(r, checkpoint.MODEL_FILE)
-        if not (saved or cfg.always_save_checkpoint):  # the best on disk is still the previous one
+        if improved and not saved:  # the best on disk is still the previous one
             p.best_val_loss, p.best_train_loss = before.best_val_loss, before.best_train_loss
             p.best_step = before.best_step
+        elif improved and cfg.always_save_checkpoint and r.world.is_main:
+            files.link(Path(cfg.out_dir) / checkpoint.MODEL_FILE,
+                       Path(cfg.out_dir) / checkpoint.BEST_FILE)
     if cfg.save_interval is None:  # after ckpt.pt: if killed between, a resume evaluates again
         save(r, checkpoint.STATE_FILE)
     evaluations = p.step // cfg.eval_interval
@@ -306,7 +312,7 @@ def show_sample(r, length=120):
                      n_vocab=r.tokenizer.n_vocab, generator=generator)
         ids = ids + [int(token) for token in new]
     r.model.train()
-    r.log.say("--- sample ---\n" + r.tokenizer.decode(ids) + "\n--------------")
+    r.log.sample(r.progress.step, r.tokenizer.decode(ids))
 
 
 # -----------------------------------------------------------------------------
@@ -357,10 +363,9 @@ def train(r: Run, signals: StopSignals) -> int:
 
 def tell_end(r):
     p, cfg = r.progress, r.cfg
-    r.log.say(f"best validation loss {p.best_val_loss:.4f} at step {p.best_step}; "
-              f"{cfg.out_dir}/ckpt.pt is "
-              + ("the latest" if cfg.always_save_checkpoint else "that one")
-              + f"; sample from it: python sample.py --out_dir={cfg.out_dir}")
+    path = os.path.join(cfg.out_dir, checkpoint.best_file(cfg.always_save_checkpoint))
+    r.log.say(f"best validation loss {p.best_val_loss:.4f} at step {p.best_step}, in {path}; "
+              f"sample from it: {shlex.join(['python', 'sample.py', f'--out_dir={path}'])}")
     if p.best_step == 0 and p.step:
         r.log.warn("no evaluation was better than the one at step 0: try another --learning_rate "
                    "or more data")
@@ -413,9 +418,12 @@ def run_on(r: Run, changes: list[str]) -> None:
         return
     wandb_run = None
     if cfg.wandb_log and main_rank:
-        wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name, p.run_id,
-                                        asdict(cfg), cfg.out_dir)
-    r.log = logbook.Logbook(cfg.out_dir, p.step, cfg.max_iters, main_rank, wandb_run)
+        wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name or cfg.out_dir,
+                                        p.run_id, asdict(cfg), cfg.out_dir)
+    tensorboard = None
+    if cfg.tensorboard and main_rank:
+        tensorboard = logbook.start_tensorboard(cfg.out_dir)
+    r.log = logbook.Logbook(cfg.out_dir, p.step, cfg.max_iters, main_rank, wandb_run, tensorboard)
     for line in changes:
         r.log.say(line)
     tell_plan(r)

@@ -85,6 +85,18 @@ def make_older(path, keep):
             os.replace(path, aged(1))
 
 
+def link(source: Path, target: Path) -> None:
+    """Makes `target` another name of the file `source`, atomically; where the file system has no
+    hard links, a copy. Raises WriteError if the disk is full."""
+    try:
+        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        with open(source, "rb") as f:
+            write_atomic(target, lambda copy: shutil.copyfileobj(f, copy))
+
+
 def sync_folder(folder):
     """Syncs the folder, so that a rename in it survives a power cut; no such call on Windows."""
     if os.name == "posix":

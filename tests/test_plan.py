@@ -25,33 +25,33 @@ def test_the_plan_of_finetuning_gpt2_xl(tmp_path):
     """nanoGPT's config/finetune_shakespeare.py says: 1 epoch is 9.2 iterations."""
     cfg = Config(out_dir=str(tmp_path), dataset="shakespeare", batch_size=1, max_iters=20,
                  gradient_accumulation_steps=32)
-    text = "\n".join(plan_lines(cfg, XL, ALONE, torch.bfloat16, True, 301_966, 36_059)[0])
+    text = "\n".join(plan_lines(cfg, XL, ALONE, torch.bfloat16, True, 301_966, 36_059))
     for part in ("1557.61M parameters, cpu, bfloat16, compiled", "301,966 training tokens",
                  "36,059 for validation", "tokens per iteration: 32,768",
                  "20 iterations make 2.17 epochs (1 epoch = 9.2 iterations)",
-                 "6.23 GB (ckpt.pt) + 18.69 GB (state.pt)", str(tmp_path)):
+                 "6.23 GB (ckpt.pt, and as much for best.pt) + 18.69 GB (state.pt)", str(tmp_path)):
         assert part in text
 
 
 def test_the_plan_names_several_processes():
     config = GPTConfig(16, 61, n_layer=1, n_head=2, n_embd=16)
     cfg = Config(batch_size=1, gradient_accumulation_steps=4, max_iters=0)
-    text = "\n".join(plan_lines(cfg, config, FOUR, torch.float32, False, 500, 100)[0])
+    text = "\n".join(plan_lines(cfg, config, FOUR, torch.float32, False, 500, 100))
     assert "cpu x 4 processes, float32\n" in text
     assert "0 iterations make 0.00 epochs" in text
 
 
 def test_a_disk_that_cannot_hold_the_saves_is_told(tmp_path, monkeypatch):
-    """While the newest state is written the kept ones stay: 6.23 + 3 * 18.69 GB."""
+    """While the newest state is written the kept ones stay: 2 * 6.23 + 3 * 18.69 GB."""
     def lines(keep_states):
         return describe_saves(model, Config(out_dir=str(tmp_path), keep_states=keep_states), ALONE)
 
     usage, model = collections.namedtuple("usage", "free"), GPT.empty(XL, "meta")
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(62_400_000_000))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(68_600_000_000))
     assert not any("warning" in line for line in lines(2))
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(62_200_000_000))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(68_430_000_000))
     *_, last = lines(2)
-    assert last.startswith("warning: ") and "free 104 MB, lower --keep_states" in last
+    assert last.startswith("warning: ") and "free 105 MB, lower --keep_states" in last
     assert len(lines(1)) == 1
 
 

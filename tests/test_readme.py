@@ -26,6 +26,7 @@ TINY = {
     "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
     "evaluate.py": ["--batch_size=16", "--device=cpu"],
     "export.py": [],
+    "runs.py": [],
     "data/shakespeare/prepare.py": ["--input=text.txt"],
     "data/shakespeare_char/prepare.py": ["--input=text.txt"],
     "data/text/prepare.py": [],

@@ -228,7 +228,7 @@ def test_a_state_alone_resumes_anywhere(whole, dataset, tmp_path, monkeypatch, c
     moved.mkdir()
     shutil.copy(whole / "state.1.pt", moved / "state.pt")
     status, said = resume_run(monkeypatch, capsys, dataset, moved)
-    assert status == 0 and "ckpt.pt is missing: the next evaluation writes it" in said
+    assert status == 0 and "best.pt is missing: the next evaluation writes it" in said
     assert_same_weights(moved, whole)
 
 

@@ -1,17 +1,21 @@
 """A run remembers how it was started; a resume goes on with that, and says what it changes."""
 import json
+import os
 import re
+import shlex
+import types
 
 import pytest
 import torch
 from tiny import arguments, nanogpt_checkpoint, run_script, run_train, write_dataset
 
 import evaluate
+import sample
 import train
 from nanotune import files
 from nanotune.errors import UserError
 from nanotune.text.loader import open_dataset
-from nanotune.training import resume, settings
+from nanotune.training import logbook, resume, run, settings
 
 FIELDS = dict(learning_rate=5e-3, dropout=0.1, decay_lr=False)
 
@@ -148,6 +152,83 @@ def test_nanogpts_checkpoint(dataset, tmp_path, monkeypatch, capsys):
     assert status == 0 and "max_iters: 600000 -> 5" in said, said
     kept = config_of(out)
     assert (kept["learning_rate"], kept["warmup_iters"], kept["device"]) == (6e-4, 2000, "cpu")
+
+
+# -----------------------------------------------------------------------------
+# the best model, and a record for people
+
+def worse_after_3(monkeypatch):
+    """Validation losses whose best is at step 3."""
+    losses = iter([2.0, 1.0, 1.5, 1.6])
+    monkeypatch.setattr(train, "evaluate_splits", lambda r: [1.0, next(losses)])
+
+
+def test_the_best_model_is_kept_beside_the_latest(dataset, tmp_path, monkeypatch, capsys):
+    worse_after_3(monkeypatch)
+    out = tmp_path / "my out"
+    status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, out, max_iters=9))
+    assert status == 0
+    best, latest = files.load(out / "best.pt"), files.load(out / "ckpt.pt")
+    assert (best["iter_num"], latest["iter_num"]) == (3, 9)
+    assert best["best_val_loss"] == latest["best_val_loss"] == 1.0
+    command = said.splitlines()[-1].partition("sample from it: ")[2]
+    assert f"best validation loss 1.0000 at step 3, in {out}/best.pt" in said
+    assert shlex.split(command) == ["python", "sample.py", f"--out_dir={out}/best.pt"]
+    sample.main([*shlex.split(command)[2:], "--device=cpu", "--max_new_tokens=3"])
+
+
+def test_without_always_save_the_best_is_ckpt(dataset, tmp_path, monkeypatch):
+    worse_after_3(monkeypatch)
+    assert run_train(dataset, tmp_path / "out", max_iters=9, always_save_checkpoint=False) == 0
+    assert files.load(tmp_path / "out/ckpt.pt")["iter_num"] == 3
+    assert not (tmp_path / "out/best.pt").exists()
+
+
+def test_a_best_that_is_the_latest_takes_no_disk(out):
+    assert os.path.samefile(out / "best.pt", out / "ckpt.pt")
+
+
+def test_a_file_system_without_hard_links_gets_a_copy(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"new")
+    (tmp_path / "b").write_bytes(b"old")
+    monkeypatch.setattr(files.os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no")))
+    files.link(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_was_printed_and_the_samples_are_kept(dataset, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for steps, more in ((3, {}), (6, {"init_from": "resume"})):
+        status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+            dataset, out, max_iters=steps, sample_interval=1, sample_start="abc", **more))
+        assert status == 0
+        log = (out / "train.log").read_text()
+        for line in said.splitlines():
+            assert line in log
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 0: train loss", log, re.MULTILINE)
+    samples = re.findall(r"=== step (\d+) ===\nabc", (out / "samples.txt").read_text())
+    assert samples == ["0", "3", "6"]
+    assert run_train(dataset, out, max_iters=0, overwrite=True) == 0
+    assert not (out / "samples.txt").exists()
+    assert "step 3" not in (out / "train.log").read_text()
+
+
+def test_tensorboard_gets_the_numbers(dataset, tmp_path, monkeypatch):
+    told = []
+    writer = types.SimpleNamespace(add_scalar=lambda *args: told.append(args),
+                                   close=lambda: told.append("closed"))
+    monkeypatch.setattr(run, "check_tensorboard", lambda: None)
+    monkeypatch.setattr(logbook, "start_tensorboard", lambda out_dir: writer)
+    assert run_train(dataset, tmp_path / "out", max_iters=2, tensorboard=True) == 0
+    assert told[-1] == "closed"
+    assert {args[0] for args in told[:-1]} >= {"loss", "val_loss", "train_loss", "tok_s"}
+
+
+def test_tensorboard_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(logbook.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        logbook.check_tensorboard()
 
 
 # -----------------------------------------------------------------------------

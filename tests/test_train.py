@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import train
 from configurator import configure
 from nanotune import files
-from nanotune.errors import NonFiniteLoss
+from nanotune.errors import NonFiniteLoss, UserError
 from nanotune.formats import checkpoint
 from nanotune.text.loader import TokenBin
 from nanotune.training import logbook
@@ -514,8 +514,9 @@ def test_the_files_and_lines_of_a_run(dataset, out, capsys):
     assert not end.value.code
     printed, err = capsys.readouterr()
     assert err == ""
-    assert sorted(os.listdir(out)) == [".lock", "ckpt.pt", "loss.png", "metrics.jsonl", "run.json",
-                                       "settings.json", "state.1.pt", "state.pt"]
+    assert sorted(os.listdir(out)) == [
+        ".lock", "best.pt", "ckpt.pt", "loss.png", "metrics.jsonl", "run.json", "settings.json",
+        "state.1.pt", "state.pt", "train.log"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     entries = read_metrics(out)
     assert [entry.get("step", entry.get("iter")) for entry in entries] == [0, 0, 1, 2, 3, 3, 4]
@@ -566,6 +567,7 @@ def wandb_calls(tmp_path, monkeypatch):
     notes = tmp_path / "notes.jsonl"
     (tmp_path / "fake" / "wandb.py").write_text(FAKE_WANDB.format(path=str(notes)))
     monkeypatch.syspath_prepend(tmp_path / "fake")
+    monkeypatch.setenv("WANDB_API_KEY", "k")
     yield lambda: [json.loads(line) for line in notes.read_text().splitlines()]
     sys.modules.pop("wandb", None)
 
@@ -584,6 +586,23 @@ def test_wandb_goes_on_with_the_same_run(dataset, out, wandb_calls):
     assert [call["step"] for call in logged] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
     assert logged[0]["log"].keys() == {"step", "train_loss", "val_loss"}
     assert sum("finish" in call for call in calls) == 2
+
+
+def test_wandb_without_a_key_is_told_before_training(dataset, out, wandb_calls, monkeypatch,
+                                                    tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(UserError, match=r"finds no key: run `wandb login`"):
+        train.main(arguments(dataset, out, wandb_log=True))
+    assert not out.exists()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    logbook.check_wandb()
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_train(dataset, out, wandb_log=True, max_iters=1)
+    init = next(call["init"] for call in wandb_calls() if "init" in call)
+    assert init["name"] == str(out)  # named after its folder
 
 
 def test_wandb_finishes_where_the_run_fails(dataset, out, wandb_calls, monkeypatch):

@@ -6,6 +6,7 @@
 
     out_dir/ckpt.pt    the model: weights, model_args, iter_num, best_val_loss, config (nanoGPT's
                        keys), tokenizer, run_id
+    out_dir/best.pt    the same with the best validation loss so far, where ckpt.pt is the latest
     out_dir/state.pt   the latest step for --init_from=resume: also optimizer, scaler, progress
 
 A LoRA run's files hold only the adapters, with the name and the hash of their base. nanoGPT's
@@ -35,7 +36,12 @@ from nanotune.text.tokenizer import (
 )
 from nanotune.training import lora
 
-MODEL_FILE, STATE_FILE = "ckpt.pt", "state.pt"
+MODEL_FILE, BEST_FILE, STATE_FILE = "ckpt.pt", "best.pt", "state.pt"
+
+
+def best_file(always_save_checkpoint: bool) -> str:
+    """Returns the name of the file with the best model: if ckpt.pt is the latest, another."""
+    return BEST_FILE if always_save_checkpoint else MODEL_FILE
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Logs a run: printed lines, a progress bar on a terminal, metrics.jsonl, loss.png, wandb.
+"""Logs a run: printed lines, a progress bar on a terminal, files in out_dir, wandb, TensorBoard.
+
+train.log has what was printed, with times; samples.txt the samples, with their steps; loss.png the
+curves.
 
 metrics.jsonl has one line per evaluation, {"step", "train_loss", "val_loss"}, and one per logged
 iteration, {"iter", "loss", "lr", "ms", "tok_s", "mfu", "memory"}. Losses are in nats per token, mfu
@@ -6,30 +9,35 @@ is a fraction, memory the peak so far in bytes.
 """
 import importlib.util
 import json
+import netrc
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from nanotune import files
 from nanotune.cli import say
 from nanotune.errors import UserError
+from nanotune.training.curves import draw
 
 
 class Logbook:
     """Writes and prints on rank 0 only (`is_main`).
 
-    `start` is the step that the run begins at. `wandb_run` is what start_wandb returned. Call
-    begin() before the first entry.
+    `start` is the step that the run begins at. `wandb_run` is what start_wandb returned,
+    `tensorboard` what start_tensorboard did. Call begin() before the first entry; no file is
+    written before that.
     """
     def __init__(self, out_dir: str, start: int, max_iters: int, is_main: bool,
-                 wandb_run: Any = None) -> None:
-        self.start, self.entries = start, []
-        self.is_main, self.wandb_run, self.disk_failed = is_main, wandb_run, False
-        self.metrics_path = os.path.join(out_dir, "metrics.jsonl")
-        self.picture_path = os.path.join(out_dir, "loss.png")
+                 wandb_run: Any = None, tensorboard: Any = None) -> None:
+        self.start, self.entries, self.out_dir = start, [], Path(out_dir)
+        self.is_main, self.wandb_run, self.tensorboard = is_main, wandb_run, tensorboard
+        self.disk_failed, self.waiting = False, []  # lines for train.log, until begin()
+        self.metrics_path = self.out_dir / "metrics.jsonl"
         self.bar = tqdm(total=max_iters, initial=start, unit="it", leave=False, dynamic_ncols=True,
                         disable=not (is_main and sys.stderr.isatty()))
 
@@ -38,6 +46,9 @@ class Logbook:
         if self.is_main:
             self.entries = kept_entries(self.metrics_path, self.start)
             self.on_disk(rewrite, self.metrics_path, map(json.dumps, self.entries))
+            waiting, self.waiting = self.waiting, None
+            for line in waiting:
+                self.on_disk(write_line, self.out_dir / "train.log", line)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar; that it cannot be printed is no error."""
@@ -45,6 +56,11 @@ class Logbook:
             self.bar.clear()
             say(text)
             self.bar.refresh()
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}"
+            if self.waiting is None:
+                self.on_disk(write_line, self.out_dir / "train.log", line)
+            else:
+                self.waiting.append(line)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
@@ -55,26 +71,37 @@ class Logbook:
             return
         self.entries.append(entry)
         self.on_disk(write_line, self.metrics_path, json.dumps(entry))
+        known = {key: value for key, value in entry.items() if value is not None}
         if self.wandb_run is not None:
-            self.wandb_run.log({k: v for k, v in entry.items() if v is not None}, step=step)
+            self.wandb_run.log(known, step=step)
+        if self.tensorboard is not None:
+            for key, value in known.items():
+                self.tensorboard.add_scalar(key, value, step)
 
     def on_disk(self, write, *args):
         """Calls write(*args). A failure must not stop the run: it warns, once."""
         try:
             write(*args)
         except (OSError, files.WriteError) as e:
-            if not self.disk_failed:
+            first, self.disk_failed = not self.disk_failed, True
+            if first:
                 reason = (e.__cause__ or e).strerror
-                self.warn(f"cannot write to {os.path.dirname(self.metrics_path)} ({reason}): "
-                          "metrics.jsonl and loss.png are incomplete from here on")
-            self.disk_failed = True
+                self.warn(f"cannot write to {self.out_dir} ({reason}): metrics.jsonl, train.log "
+                          "and loss.png are incomplete from here on")
 
     def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
         """Logs an evaluation, losses in nats per token, and draws loss.png again."""
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.record({"step": step, "train_loss": train_loss, "val_loss": val_loss}, step)
         if self.is_main:
-            self.on_disk(draw, self.entries, self.picture_path)
+            self.on_disk(draw, self.entries, self.out_dir / "loss.png")
+
+    def sample(self, step: int, text: str) -> None:
+        """Prints a sample and adds it to samples.txt."""
+        self.say(f"--- sample ---\n{text}\n--------------")
+        if self.is_main:
+            self.on_disk(write_line, self.out_dir / "samples.txt",
+                         f"=== step {step} ===\n{text}\n")
 
     def iteration(self, step: int, loss: float, lr: float, seconds: float, tokens: int,
                   mfu: float | None = None, skipped: int = 0, memory: int | None = None) -> None:
@@ -92,8 +119,10 @@ class Logbook:
                     step)
 
     def close(self, status: int = 0) -> None:
-        """Closes the progress bar, and the wandb run with this exit status."""
+        """Closes the progress bar, TensorBoard, and the wandb run with this exit status."""
         self.bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=status)
 
@@ -138,36 +167,38 @@ def parse_entry(line):
     return entry if fine else None
 
 
-def draw(entries, path):
-    """Draws loss.png: the losses of logged steps and of evaluations, by step."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    series = (("iter", "loss", "batch", "0.8", "-"), ("step", "train_loss", "train", "C0", "o-"),
-              ("step", "val_loss", "validation", "C1", "o-"))
-    for x, y, label, color, style in series:
-        points = [(entry[x], entry[y]) for entry in entries if x in entry]
-        if points:
-            axes.plot(*zip(*points), style, color=color, label=label, markersize=3)
-    evaluations = [entry for entry in entries if "step" in entry]
-    if evaluations:
-        best = min(evaluations, key=lambda entry: entry["val_loss"])
-        axes.axhline(best["val_loss"], color="C1", linewidth=0.5, linestyle="--")
-        axes.set_title(f"best validation loss {best['val_loss']:.4f} at step {best['step']}",
-                       fontsize=10)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.2)
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
 def check_wandb() -> None:
-    """Raises UserError if wandb is not installed; call it before training."""
+    """Raises UserError if wandb is not installed or has no key; call it before training."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb_log=True needs the wandb package: pip install wandb (or leave it "
                         "off: metrics.jsonl and loss.png do not need it)")
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or has_wandb_key():
+        return
+    raise UserError("--wandb_log=True finds no key: run `wandb login`, or set WANDB_API_KEY or "
+                    "WANDB_MODE=offline")
+
+
+def has_wandb_key():
+    """Whether wandb's key is where it looks for one: the environment, or the home's netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def check_tensorboard() -> None:
+    """Raises UserError if TensorBoard is not installed; call it before training."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard=True needs its package: pip install tensorboard")
+
+
+def start_tensorboard(out_dir: str) -> Any:
+    """Returns a SummaryWriter for out_dir/tensorboard; see it with tensorboard --logdir=OUT_DIR."""
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(os.path.join(out_dir, "tensorboard"))
 
 
 def start_wandb(project: str, name: str, run_id: str, config: dict, out_dir: str) -> Any:

@@ -58,9 +58,11 @@ def describe_saves(model: torch.nn.Module, cfg: Any, world: World) -> list[str]:
     there = next(path for path in (out_dir, *out_dir.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     # the new state is written before an old one is deleted
-    most = model_bytes + state_bytes * (cfg.keep_states + 1)
+    models = 2 if cfg.always_save_checkpoint else 1
+    most = models * model_bytes + state_bytes * (cfg.keep_states + 1)
     held = sum(path.stat().st_size for path in out_dir.glob("*.pt"))
-    lines = [f"a save takes {spell_bytes(model_bytes)} (ckpt.pt) + {spell_bytes(state_bytes)} "
+    best = "ckpt.pt, and as much for best.pt" if models == 2 else "ckpt.pt"
+    lines = [f"a save takes {spell_bytes(model_bytes)} ({best}) + {spell_bytes(state_bytes)} "
              f"(state.pt); with keep_states={cfg.keep_states} {out_dir} needs up to "
              f"{spell_bytes(most)}, of which it holds {spell_bytes(held)}; "
              f"{spell_bytes(free)} are free"]

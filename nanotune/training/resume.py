@@ -22,7 +22,7 @@ import torch
 from nanotune import files
 from nanotune.errors import UserError, first_line
 from nanotune.formats import checkpoint
-from nanotune.formats.checkpoint import MODEL_FILE, STATE_FILE
+from nanotune.formats.checkpoint import BEST_FILE, MODEL_FILE, STATE_FILE
 from nanotune.text.loader import TokenBin
 from nanotune.text.tokenizer import AnyTokenizer
 from nanotune.training import logbook, lora, state_dicts
@@ -97,8 +97,9 @@ def barely_begun(out_dir: str | Path) -> bool:
 
 
 def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
-               any_run: bool = False) -> Start:
-    """Returns the Start of the newest usable state in a folder, its matrices in `dtype`.
+               any_run: bool = False, best: str = MODEL_FILE) -> Start:
+    """Returns the Start of the newest usable state in a folder, its matrices in `dtype`. `best` is
+    the file that holds the best model.
 
     Only a state of the folder's own run counts, with `any_run` also one of another. Raises
     UserError if there is none, with what can still be used.
@@ -122,7 +123,7 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
                         else nothing_left(out_dir, reasons))
     start.passed_over = tuple(paths[:len(reasons)])
     start.warnings = (*tell_losses(start, reasons, last, reached_step(out_dir)),
-                      *check_model_file(start.progress, Path(out_dir) / MODEL_FILE))
+                      *check_model_file(start.progress, Path(out_dir) / best))
     return start
 
 
@@ -319,5 +320,6 @@ def begin(out_dir: str | Path, start: Start) -> None:
 def clear(out_dir):
     """Removes the files of a run."""
     for path in (*state_files(out_dir), *(Path(out_dir) / name for name in (
-            MODEL_FILE, RUN_FILE, "settings.json", "metrics.jsonl", "loss.png"))):
+            MODEL_FILE, BEST_FILE, RUN_FILE, "settings.json", "metrics.jsonl", "train.log",
+            "samples.txt", "loss.png"))):
         path.unlink(missing_ok=True)

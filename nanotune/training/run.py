@@ -28,7 +28,7 @@ from nanotune.text.tokenizer import (
 from nanotune.training import distributed, lora, plan, resume, settings, state_dicts
 from nanotune.training import optimizer as optimizers
 from nanotune.training.distributed import World, gather, read_world
-from nanotune.training.logbook import Logbook, check_wandb
+from nanotune.training.logbook import Logbook, check_tensorboard, check_wandb
 
 
 @dataclass
@@ -79,6 +79,8 @@ def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
         optimizers.check_8bit(world.device)
     if cfg.wandb_log:
         check_wandb()
+    if cfg.tensorboard:
+        check_tensorboard()
 
 
 @contextmanager
@@ -116,7 +118,8 @@ def load_start(cfg, tokenizer, folder, check_memory):
     check_memory(config) before it allocates more than a file's weights."""
     weights = DTYPES[cfg.weights]
     if resume.resumes(cfg):
-        start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
+        start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume,
+                                  best=checkpoint.best_file(cfg.always_save_checkpoint))
         resume.check_same_run(cfg, start)
         if "settings_version" in start.config:
             start.warnings += tuple(filter(None, [settings.check_settings(cfg.out_dir)]))

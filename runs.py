@@ -1,0 +1,118 @@
+"""Compares runs: a table, the settings in which they differ, and their curves in one picture.
+
+    python runs.py                        # every run in this folder
+    python runs.py out-a out-b            # writes runs.png
+    python runs.py out-a --picture=a.png
+
+Reads settings from the checkpoints and losses from metrics.jsonl; changes nothing in a run.
+"""
+import argparse
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanotune.cli import run
+from nanotune.errors import UserError
+from nanotune.formats.checkpoint import MODEL_FILE, model_config
+from nanotune.training import resume, settings
+from nanotune.training.curves import best_of, draw_runs
+from nanotune.training.logbook import read_entries
+
+# fields that differ between any two runs, or say nothing about the result
+NOT_COMPARED = ("out_dir", "wandb_run_name", "settings_version", "overwrite", "auto_resume",
+                "force_resume", "eval_only", "dry_run", "init_from", "dataset")
+
+
+@dataclass
+class Row:
+    """What the table tells of a run; losses in nats per token."""
+    name: str
+    config: dict
+    entries: list[dict]          # of metrics.jsonl
+    tokens_per_step: int
+
+    @property
+    def steps(self) -> int:
+        return max((entry.get("step", entry.get("iter", -1) + 1) for entry in self.entries),
+                   default=0)
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """(Lowest validation loss, its step), or None before the first evaluation."""
+        best = best_of(self.entries)
+        return (best["val_loss"], best["step"]) if best else None
+
+    @property
+    def speed(self) -> float | None:
+        """The median of the logged tokens per second."""
+        speeds = [entry["tok_s"] for entry in self.entries if "iter" in entry]
+        return statistics.median(speeds) if speeds else None
+
+
+def read_run(folder: Path) -> Row:
+    """Returns the Row of an out_dir. Raises UserError if it is no run."""
+    config = settings.read_run_config(folder)
+    if not config:
+        raise UserError(f"{folder} is no run: it has no readable {MODEL_FILE} or state.pt")
+    block_size = model_config(str(folder)).block_size
+    tokens = block_size * config.get("batch_size", 1) * config.get(
+        "gradient_accumulation_steps", 1)
+    return Row(str(folder), config, read_entries(folder / "metrics.jsonl"), tokens)
+
+
+def find_runs() -> list[Path]:
+    """Returns the folders in this one that hold a run. Raises UserError if there is none."""
+    found = sorted(path for path in Path().iterdir() if path.is_dir() and (
+        (path / MODEL_FILE).is_file() or resume.state_files(path)))
+    if not found:
+        raise UserError("no run is in this folder; name some: python runs.py OUT_DIR ...")
+    return found
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Prints rows of cells; the first row is the header, the first column is left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width)
+                                            for cell, width in zip(row[1:], widths[1:]))]
+        print("  ".join(cells).rstrip())
+
+
+def summary(row: Row) -> list[str]:
+    """The cells of a run."""
+    best = f"{row.best[0]:.4f} at {row.best[1]:,}" if row.best else "-"
+    return [row.name, str(row.config.get("init_from") or "?"), str(row.config.get("dataset")),
+            f"{row.steps:,}", f"{row.steps * row.tokens_per_step:,}", best,
+            f"{row.speed:,.0f}" if row.speed else "-"]
+
+
+def differences(rows: list[Row]) -> list[list[str]]:
+    """The table of fields in which the runs differ; a header alone if there are none."""
+    names = dict.fromkeys(name for row in rows for name in row.config)
+    table = [["field", *(row.name for row in rows)]]
+    for name in names:
+        values = [str(row.config.get(name, "-")) for row in rows]
+        if name not in NOT_COMPARED and len(set(values)) > 1:
+            table.append([name, *values])
+    return table
+
+
+def main(argv: list[str]) -> None:
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="*", type=Path, metavar="OUT_DIR")
+    p.add_argument("--picture", default="runs.png", metavar="FILE", help="(default: runs.png)")
+    args = p.parse_args(argv)
+    rows = [read_run(folder) for folder in args.runs or find_runs()]
+    header = ["run", "base", "dataset", "steps", "tokens", "best validation loss", "tokens/s"]
+    print_table([header, *map(summary, rows)])
+    differ = differences(rows)
+    if len(differ) > 1:
+        print()
+        print_table(differ)
+    draw_runs({row.name: row.entries for row in rows}, args.picture)
+    print(f"\n{args.picture}: validation losses, and training losses in pale")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,45 @@
+"""runs.py: the table of runs, the fields in which they differ, their curves."""
+import pytest
+from tiny import run_train, write_dataset
+
+import runs
+from nanotune.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two runs of 3 and 6 steps, and a folder that is none."""
+    folder = tmp_path_factory.mktemp("runs")
+    dataset = write_dataset(folder / "words")
+    assert run_train(dataset, folder / "out-a", max_iters=3) == 0
+    assert run_train(dataset, folder / "out-b", max_iters=6, learning_rate=5e-3) == 0
+    return folder
+
+
+def test_the_table(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    runs.main([])
+    header, a, b, blank, *fields = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["run", "base", "dataset", "steps"] and blank == ""
+    run_a = runs.read_run(folder / "out-a")
+    assert a.split()[:5] == ["out-a", "scratch", str(folder / "words"), "3",
+                             str(3 * run_a.tokens_per_step)]
+    assert f"{run_a.best[0]:.4f} at {run_a.best[1]}" in a and b.split()[3] == "6"
+    differ = {line.split()[0]: line.split()[1:] for line in fields if line and "png" not in line}
+    assert differ["learning_rate"] == ["0.01", "0.005"] and differ["max_iters"] == ["3", "6"]
+    assert differ.keys() == {"field", "learning_rate", "max_iters"}
+    assert (folder / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_run_and_another_picture(folder, tmp_path, capsys):
+    runs.main([str(folder / "out-b"), f"--picture={tmp_path / 'b.png'}"])
+    assert "field" not in capsys.readouterr().out and (tmp_path / "b.png").is_file()
+
+
+def test_folders_that_are_no_runs(folder, tmp_path, monkeypatch):
+    for path in (folder / "words", tmp_path / "none"):
+        with pytest.raises(UserError, match=r"is no run: it has no readable ckpt\.pt"):
+            runs.main([str(path)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no run is in this folder"):
+        runs.main([])
