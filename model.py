@@ -323,14 +323,16 @@ class GPT(nn.Module):
         """Returns the number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, counted: float = 1.0) -> float:
         """Returns the FLOPs of forward and backward per token at full context: 6 N + 12 L C T, N
-        without the position embeddings (PaLM, Chowdhery et al. 2022, app. B)."""
-        c = self.config
-        n = self.num_params() - self.transformer.wpe.weight.numel()
-        if not c.tied_head:  # an embedding that is not the head costs no product
-            n -= self.transformer.wte.weight.numel()
-        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+        without the position embeddings (PaLM, Chowdhery et al. 2022, app. B). Frozen weights have
+        no gradient, 4 N; the head takes part for the `counted` share of tokens, whose loss counts.
+        """
+        c, head = self.config, self.lm_head.weight
+        lookups = {id(head), id(self.transformer.wte.weight), id(self.transformer.wpe.weight)}
+        params = [(p, 1.0) for p in self.parameters() if id(p) not in lookups] + [(head, counted)]
+        products = sum((6 if p.requires_grad else 4) * p.numel() * share for p, share in params)
+        return products + 12 * c.n_layer * c.n_embd * c.block_size
 
     def activation_bytes(self, batch_size: int, device_type: str,
                          dtype: torch.dtype) -> tuple[int, int]:

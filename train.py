@@ -43,7 +43,6 @@ from nanotune.errors import NonFiniteLoss, UserError
 from nanotune.evaluation.perplexity import evaluate_loss
 from nanotune.formats import checkpoint
 from nanotune.generation.generate import stream
-from nanotune.text.loader import prepared
 from nanotune.training import distributed, logbook, resume, settings, state_dicts
 from nanotune.training import optimizer as optimizers
 from nanotune.training.distributed import share, sum_over_ranks
@@ -54,6 +53,7 @@ from nanotune.training.run import (
     config_to_save,
     dry_run,
     out_dir_lock,
+    print_choices,
     read_config,
     set_up,
 )
@@ -150,14 +150,19 @@ def seed_draws(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
 
 
+def count_targets(r: Run, step: int) -> int:
+    """The targets of a step's *global* batch that count in the loss."""
+    samples = r.cfg.gradient_accumulation_steps * r.cfg.batch_size
+    return r.data["train"].count_targets(step * samples, samples)
+
+
 def forward_backward(r: Run, step: int) -> torch.Tensor:
     """Accumulates the gradients of this rank's micro-batches. Returns their summed loss divided by
     the targets of the *global* batch: the sum over ranks is the mean loss, in nats per token."""
     cfg, world = r.cfg, r.world
     micro_steps = cfg.gradient_accumulation_steps
     first = step * micro_steps * cfg.batch_size
-    count = max(1, r.data["train"].count_targets(first, micro_steps * cfg.batch_size))
-    total = 0.0
+    count, total = max(1, count_targets(r, step)), 0.0
     for micro in range(world.rank, micro_steps, world.size):
         x, y = r.data["train"].batch(first + micro * cfg.batch_size, cfg.batch_size)
         if world.device.type == "cuda":  # pinned memory: the copy overlaps with the GPU's work
@@ -324,6 +329,8 @@ def train(r: Run, signals: StopSignals) -> int:
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * r.model.config.block_size
     peak = matmul_peak(r.world.device, r.dtype)
     began, timed, skipped = time.perf_counter(), 0, 0
+    # the evaluation at step 0 has no dropout: the first loss would look like another model's
+    note = f", with dropout {cfg.dropout}" if cfg.dropout else ""
     r.model.train()
     while True:
         step = p.step
@@ -352,10 +359,12 @@ def train(r: Run, signals: StopSignals) -> int:
         log.bar.update(1)
         if step % cfg.log_interval == 0:
             seconds = (time.perf_counter() - began) / timed
-            flops = tokens_per_iter * r.model.flops_per_token() / seconds
-            mfu = flops / (peak * r.world.size) if peak else None
-            log.iteration(step, loss, lr, seconds, tokens_per_iter, mfu, p.skipped,
-                          peak_memory(r.world.device))
+            targets = count_targets(r, step)
+            flops = tokens_per_iter * r.model.flops_per_token(targets / tokens_per_iter) / seconds
+            mfu = flops / (peak * r.world.size)
+            log.iteration(step, loss, lr, seconds, tokens_per_iter, mfu if mfu <= 1 else None,
+                          p.skipped, peak_memory(r.world.device), targets, note)
+            note = ""
             began, timed = time.perf_counter(), 0
         if stop:
             return 128 + int(signals.received or signal.SIGTERM)
@@ -396,16 +405,6 @@ def main(argv: list[str]) -> None:
     world = check(cfg)
     with out_dir_lock(cfg, world):
         run_on(set_up(cfg, argv, world), changes)
-
-
-def print_choices() -> None:
-    """Prints the config files and the prepared datasets, for a command line without arguments."""
-    print("Which run? Give a config file or fields (--help lists them):\n\n"
-          "    python train.py config/finetune_shakespeare.py --init_from=gpt2\n\nConfig files:")
-    for path in sorted(Path("config").glob("*.py")):
-        first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-        print(f"    {path}  {first}")
-    print("Datasets" + (prepared() or ": none is prepared; data/README.md lists them"))
 
 
 def run_on(r: Run, changes: list[str]) -> None:

@@ -5,8 +5,10 @@ import re
 import shlex
 import types
 
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_gpt
 from tiny import arguments, nanogpt_checkpoint, run_script, run_train, write_dataset
 
 import evaluate
@@ -14,8 +16,8 @@ import sample
 import train
 from nanotune import files
 from nanotune.errors import UserError
-from nanotune.text.loader import open_dataset
-from nanotune.training import logbook, resume, run, settings
+from nanotune.text.loader import TokenBin, open_dataset
+from nanotune.training import logbook, lora, resume, run, settings
 
 FIELDS = dict(learning_rate=5e-3, dropout=0.1, decay_lr=False)
 
@@ -69,7 +71,7 @@ def test_a_resume_needs_only_the_folder(out, dataset, tmp_path, monkeypatch, cap
 def test_what_changes_is_said_and_kept(out, monkeypatch, capsys, tmp_path):
     (tmp_path / "c.py").write_text("learning_rate = 1e-2\ndropout = 0.1\n")
     status, said = go_on(monkeypatch, capsys, out, str(tmp_path / "c.py"), "--max_iters=4")
-    assert status == 0 and "learning_rate: 0.005 -> 0.01\n" in said and "dropout" not in said
+    assert status == 0 and "learning_rate: 0.005 -> 0.01\n" in said and "dropout: " not in said
     assert config_of(out)["learning_rate"] == 1e-2
     written = json.loads((out / "settings.json").read_text())["settings"]
     assert written["optimizer"]["learning_rate"] == 1e-2
@@ -265,6 +267,51 @@ def test_train_without_arguments_lists_what_there_is(tmp_path, monkeypatch, caps
 
 
 # -----------------------------------------------------------------------------
+# numbers that make sense
+
+def test_mfu_counts_what_is_computed():
+    """6 N + 12 L C T; 4 N where weights are frozen; of the head the share of targets that count."""
+    model = tiny_gpt(61, tied_head=False)
+    head, whole = model.lm_head.weight.numel(), model.flops_per_token()
+    n = model.num_params() - (16 + 61) * 16  # without the embeddings
+    assert whole == 6 * n + 12 * 2 * 16 * 16
+    assert whole - model.flops_per_token(0.25) == 0.75 * 6 * head
+    lora.add_lora(model, 2)
+    trained = sum(p.numel() for p in lora.adapters(model).values())
+    assert model.flops_per_token() == 4 * n + 6 * trained + 12 * 2 * 16 * 16
+
+
+def test_mfu_is_left_out_where_the_peak_cannot_be_right(dataset, tmp_path, monkeypatch, capsys):
+    for peak, there in ((1.0, False), (1e15, True)):
+        monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, peak=peak: peak)
+        _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+            dataset, tmp_path / "out", max_iters=1, overwrite=True))
+        assert (", mfu " in said) == there
+
+
+def test_the_first_loss_says_that_it_has_dropout(dataset, tmp_path, monkeypatch, capsys):
+    for dropout, count in ((0.1, 1), (0.0, 0)):
+        _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+            dataset, tmp_path / "out", max_iters=3, dropout=dropout, overwrite=True))
+        assert said.count("with dropout 0.1") == count
+        assert not count or ", with dropout 0.1, time" in next(
+            line for line in said.splitlines() if line.startswith("iter 0"))
+
+
+def test_a_step_without_a_target_says_so(dataset, tmp_path, monkeypatch, capsys):
+    mask = np.ones(2000, np.uint8)
+    mask[:400] = 0
+    for split, held in (("train", mask), ("val", np.ones(400, np.uint8))):
+        held.tofile(dataset / f"{split}.mask.bin")
+    monkeypatch.setattr(TokenBin, "position", lambda self, n: 0 if n < 4 else 1000)
+    _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, tmp_path / "out", max_iters=2))
+    lines = [line for line in said.splitlines() if line.startswith("iter")]
+    assert lines[0].startswith("iter 0: no token counts in the loss, time")
+    assert lines[1].startswith("iter 1: loss ")
+
+
+# -----------------------------------------------------------------------------
 # epochs
 
 def test_epochs_in_the_place_of_max_iters(dataset, tmp_path, monkeypatch, capsys):
@@ -281,6 +328,19 @@ def test_epochs_in_the_place_of_max_iters(dataset, tmp_path, monkeypatch, capsys
 
 def resume_config(out):
     return resume.load_start(out, 0.0, torch.float32).model.config
+
+
+def test_many_epochs_of_finetuning_are_warned_of(dataset, tmp_path, monkeypatch, capsys):
+    base = tmp_path / "base"
+    assert run_train(dataset, base, max_iters=0) == 0
+    for fields, warned in ((dict(init_from=base, epochs=21), True),
+                           (dict(init_from=base, epochs=19), False), (dict(epochs=30), False)):
+        cfg = train.Config(dataset=str(dataset), out_dir=str(tmp_path / "out"), device="cpu",
+                           batch_size=16, gradient_accumulation_steps=1, block_size=8,
+                           **{name: str(value) if name == "init_from" else value
+                              for name, value in fields.items()})
+        run.dry_run(cfg)
+        assert ("learns the text by heart" in capsys.readouterr().out) == warned
 
 
 def test_the_later_of_epochs_and_max_iters_wins(tmp_path):

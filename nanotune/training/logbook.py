@@ -104,14 +104,17 @@ class Logbook:
                          f"=== step {step} ===\n{text}\n")
 
     def iteration(self, step: int, loss: float, lr: float, seconds: float, tokens: int,
-                  mfu: float | None = None, skipped: int = 0, memory: int | None = None) -> None:
+                  mfu: float | None = None, skipped: int = 0, memory: int | None = None,
+                  targets: int | None = None, note: str = "") -> None:
         """Logs a step: its loss (nats per token), learning rate, duration and number of tokens.
 
         `mfu` is a fraction, None if unknown; `skipped` is how many steps the loss scaler skipped so
-        far; `memory` the peak in bytes, None if unknown.
+        far; `memory` the peak in bytes, None if unknown; `targets` the number of tokens that count
+        in the loss; `note` is printed after the loss.
         """
         tok_s = tokens / seconds
-        line = f"iter {step}: loss {loss:.4f}, time {seconds * 1e3:.2f}ms, tok/s {tok_s:,.0f}"
+        said = "no token counts in the loss" if targets == 0 else f"loss {loss:.4f}{note}"
+        line = f"iter {step}: {said}, time {seconds * 1e3:.2f}ms, tok/s {tok_s:,.0f}"
         line += "" if mfu is None else f", mfu {mfu:.2%}"
         self.say(line + (f", {skipped} steps skipped by the scaler" if skipped else ""))
         self.record({"iter": step, "loss": loss, "lr": lr, "ms": round(seconds * 1e3, 3),

@@ -42,6 +42,9 @@ def plan_lines(cfg: Any, config: Any, world: World, dtype: torch.dtype, compiled
         f"tokens per iteration: {tokens_per_iter:,}; {iters} iterations make {epochs:.2f} epochs "
         f"(1 epoch = {train_tokens / tokens_per_iter:.1f} iterations)",
     ]
+    if epochs > 20 and cfg.init_from != "scratch":
+        lines.append(f"warning: {epochs:,.0f} epochs of finetuning: the model learns the text by "
+                     "heart; --epochs=3 is usual")
     if cfg.lora_rank:
         trained = sum(p.numel() for p in adapters(model).values())
         lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M of them are trained")

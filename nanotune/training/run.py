@@ -18,7 +18,14 @@ from nanotune import files
 from nanotune.device import DTYPES, pick_compile, pick_dtype, tune_malloc
 from nanotune.errors import UserError
 from nanotune.formats import checkpoint
-from nanotune.text.loader import SPLITS, TokenBin, dataset_folder, open_dataset, open_tokens
+from nanotune.text.loader import (
+    SPLITS,
+    TokenBin,
+    dataset_folder,
+    open_dataset,
+    open_tokens,
+    prepared,
+)
 from nanotune.text.tokenizer import (
     AnyTokenizer,
     check_same_tokenizer,
@@ -174,6 +181,16 @@ def check_same_data(data, world):
             if fingerprint != held[0][1]:
                 raise UserError(f"{path} of process {rank} differs from that of process 0: copy "
                                 "the folder to each machine")
+
+
+def print_choices() -> None:
+    """Prints the config files and the prepared datasets, for a command line without arguments."""
+    print("Which run? Give a config file or fields (--help lists them):\n\n"
+          "    python train.py config/finetune_shakespeare.py --init_from=gpt2\n\nConfig files:")
+    for path in sorted(Path("config").glob("*.py")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        print(f"    {path}  {first}")
+    print("Datasets" + (prepared() or ": none is prepared; data/README.md lists them"))
 
 
 def read_config(cls: type, argv: list[str]) -> tuple[Any, list[str]]:
