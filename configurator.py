@@ -83,9 +83,10 @@ BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
 
 def configure(cls: type[T], argv: list[str]) -> T:
-    """Returns cls() filled from argv, a list of config file paths and `--key=value` strings.
-    `--help` prints all fields and exits. Raises UserError if a field is unknown, a value has
-    another type, a number is outside the field's Interval, or a string is none of its Literal's.
+    """Returns cls() filled from argv, a list of config file paths and `--key=value` strings; a
+    bare `--key` of a bool is True. `--help` prints all fields and exits. Raises UserError if a
+    field is unknown, a value has another type, a number is outside the field's Interval, or a
+    string is none of its Literal's.
     """
     return build(cls, read_sources(cls, argv))
 
@@ -260,7 +261,7 @@ def parse(kind, text, where):
     if bool in allowed and text in BOOLS:
         return BOOLS[text]
     if str in allowed:
-        if ESCAPED in get_args(kind) and not text.startswith("FILE:"):  # not in a path
+        if ESCAPED in get_args(kind) and not text.startswith(("FILE:", "LINES:")):
             decoded = {"n": "\n", "t": "\t", "\\": "\\"}
             text = re.sub(r"\\([nt\\])", lambda match: decoded[match[1]], text)
         return text

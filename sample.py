@@ -3,7 +3,11 @@
     python sample.py --out_dir=out-shakespeare
     python sample.py --init_from=gpt2 --start="What is the answer?" --num_samples=5
     python sample.py --out_dir=out-mine --start=FILE:prompt.txt --stop="\\n\\n" --temperature=0
+    python sample.py --out_dir=out-mine --start=LINES:prompts.txt --num_samples=1 > samples.jsonl
+    python sample.py --out_dir=out-mine --interactive --num_samples=1
 """
+import contextlib
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -26,7 +30,7 @@ from nanotune.device import DtypeName, autocast, pick_compile, pick_device, pick
 from nanotune.errors import UserError
 from nanotune.formats.checkpoint import load_model, pick_source
 from nanotune.generation.fast import for_generation
-from nanotune.generation.generate import TextPieces, stream
+from nanotune.generation.generate import TextPieces, encode_prompt, stream
 from nanotune.text.read import check_surrogates, read_text
 from nanotune.text.tokenizer import EOT
 
@@ -37,8 +41,10 @@ class Config:
     out_dir: str = "out"              # the run whose ckpt.pt to read
     init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
     # text
-    start: EscapedText = "\n"         # the prompt, or FILE:path to read it from a file
-    num_samples: UpTo65536 = 10       # samples to generate as one batch
+    start: EscapedText = "\n"  # the prompt, or FILE:path; LINES:path, each line is a prompt
+    interactive: bool = False         # ask for prompt after prompt, without loading again
+    num_samples: UpTo65536 = 10       # samples per prompt, generated as one batch
+    batch_size: UpTo65536 = 16        # LINES: generate at most so many samples together
     max_new_tokens: AtLeast1 = 500    # most tokens per sample
     temperature: Temperature = 0.8    # 0: the most likely token; below 1 less random, above 1 more
     top_k: AtLeast0 = 200             # keep only the k most likely tokens; 0: all
@@ -54,62 +60,114 @@ class Config:
 
 def read_prompt(start):
     """The text of --start."""
-    if start.startswith("FILE:"):
-        return read_text(start.removeprefix("FILE:"))
+    for mark in ("FILE:", "LINES:"):
+        if start.startswith(mark):
+            return read_text(start.removeprefix(mark))
     check_surrogates(start, "--start")
     return start
 
 
-def encode_prompt(tokenizer, text, block_size):
-    """The prompt's ids; an empty prompt becomes end-of-text, after which a document begins."""
-    ids = tokenizer.encode(text)
-    if not ids and tokenizer.eot is None:
-        raise UserError("--start is empty, and the model's vocabulary has no end-of-text to begin "
-                        "with; give it a character")
-    if len(ids) > block_size:
-        raise UserError(f"--start has {len(ids)} tokens, the model reads at most {block_size}; "
-                        "give a shorter prompt")
-    return ids or [tokenizer.eot]
-
-
 def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
-    device = pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
     prompt = read_prompt(cfg.start)
-    source = pick_source(cfg.out_dir, cfg.init_from)
-    model, tokenizer = load_model(source, device=device, with_onnx=True)
-    if tokenizer is None:
-        raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
-    ids = encode_prompt(tokenizer, prompt, model.config.block_size)
-    model.eval()
-    model = for_generation(model, device, dtype, pick_compile(cfg.compile, device))
+    sampler = Sampler(cfg)
+    if cfg.interactive:
+        answer_terminal(sampler)
+    elif cfg.start.startswith("LINES:"):
+        answer_lines(sampler, prompt)
+    else:
+        print_samples(sampler, prompt)
 
-    pieces = [TextPieces(tokenizer, ids, "" if cfg.stop == EOT else cfg.stop)
-              for _ in range(cfg.num_samples)]
-    live = cfg.num_samples == 1 and sys.stdout.isatty()
-    shown = tokenizer.decode(ids if prompt else [])  # hides the end-of-text of an empty prompt
-    texts = [[shown] for _ in pieces]
+
+class Sampler:
+    """The loaded model of a command line, and its options."""
+    def __init__(self, cfg):
+        self.cfg, self.device = cfg, pick_device(cfg.device)
+        self.dtype = pick_dtype(cfg.dtype, self.device)
+        source = pick_source(cfg.out_dir, cfg.init_from)
+        model, self.tokenizer = load_model(source, device=self.device, with_onnx=True)
+        if self.tokenizer is None:
+            raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the "
+                            "folder")
+        self.model = for_generation(model.eval(), self.device, self.dtype,
+                                    pick_compile(cfg.compile, self.device))
+        self.stops = [] if cfg.stop in ("", EOT) else [cfg.stop]
+
+    def encode(self, text, where="--start"):
+        return encode_prompt(self.tokenizer, text, self.model.config.block_size, where)
+
+    def generator(self):
+        return torch.Generator(self.device).manual_seed(self.cfg.seed)
+
+    def stream(self, prompts, generator):
+        """Yields the new text of each prompt (ids), token by token, at last what was held back."""
+        cfg, tokenizer = self.cfg, self.tokenizer
+        pieces = [TextPieces(tokenizer, ids, self.stops) for ids in prompts]
+        with autocast(self.device, self.dtype, cache=True):
+            for token in stream(
+                    self.model, prompts, cfg.max_new_tokens, temperature=cfg.temperature,
+                    top_k=cfg.top_k or None, top_p=cfg.top_p,
+                    repetition_penalty=cfg.repetition_penalty, stop_token=tokenizer.eot,
+                    n_vocab=tokenizer.n_vocab, generator=generator):
+                yield [piece.add(id) for piece, id in zip(pieces, token.tolist())]
+                if all(piece.done for piece in pieces):
+                    break
+        yield [piece.rest() for piece in pieces]
+
+
+def print_samples(sampler, prompt):
+    """Prints the samples of one prompt; a single one on a terminal as it grows."""
+    n, ids = sampler.cfg.num_samples, sampler.encode(prompt)
+    live = n == 1 and sys.stdout.isatty()
+    shown = sampler.tokenizer.decode(ids if prompt else [])  # hides an empty prompt's end-of-text
+    texts = [[shown] for _ in range(n)]
     if live:
         print(shown, end="", flush=True)
     times = [time.perf_counter()]
-    with autocast(device, dtype, cache=True):
-        tokens = stream(
-            model, [ids] * cfg.num_samples, cfg.max_new_tokens, temperature=cfg.temperature,
-            top_k=cfg.top_k or None, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,
-            stop_token=tokenizer.eot, n_vocab=tokenizer.n_vocab,
-            generator=torch.Generator(device).manual_seed(cfg.seed))
-        for token in tokens:
-            for text, piece, id in zip(texts, pieces, token.tolist()):
-                text.append(piece.add(id))
-            times.append(time.perf_counter())
-            if live:
-                print(texts[0][-1], end="", flush=True)
-            if all(piece.done for piece in pieces):
-                break
-    for text, piece in zip(texts, pieces):
-        print(piece.rest() if live else "".join([*text, piece.rest(), "\n", "-" * 15]))
-    print(speed(times, cfg.num_samples), file=sys.stderr)
+    for new in sampler.stream([ids] * n, sampler.generator()):
+        times.append(time.perf_counter())
+        for text, piece in zip(texts, new):
+            text.append(piece)
+        if live:
+            print(new[0], end="", flush=True)
+    for text in texts:
+        print("" if live else "".join([*text, "\n", "-" * 15]))
+    print(speed(times[:-1], n), file=sys.stderr)
+
+
+def answer_terminal(sampler):
+    """Reads prompts, a line each, until the end of the input; samples each from the seed anew.
+    Ctrl-C ends the sample. A bad prompt prints its error."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # Windows
+            import readline  # noqa: F401  arrow keys and history for input()
+        print("a prompt a line; Ctrl-C ends a sample, Ctrl-D the session", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        try:
+            check_surrogates(prompt, "the prompt")
+            print_samples(sampler, prompt)
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+
+
+def answer_lines(sampler, text):
+    """Prints a JSON object per prompt: its line, the prompt, the new text of its samples."""
+    n = sampler.cfg.num_samples
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    ids = [sampler.encode(line, f"line {number} of --start") for number, line in lines]
+    size, generator = max(1, sampler.cfg.batch_size // n), sampler.generator()
+    for first in range(0, len(lines), size):
+        batch = [prompt for prompt in ids[first:first + size] for _ in range(n)]
+        texts = ["".join(pieces) for pieces in zip(*sampler.stream(batch, generator))]
+        for at, (number, line) in enumerate(lines[first:first + size]):
+            print(json.dumps({"line": number, "prompt": line,
+                              "samples": texts[at * n:(at + 1) * n]}), flush=True)
 
 
 def speed(times: list[float], num_samples: int) -> str:

@@ -259,6 +259,12 @@ def test_missing_files(config_file, tmp_path):
     refuse(["max_iters=3"], "max_iters=3 does not exist", "--name=value")
 
 
+def test_a_bare_flag_is_true():
+    cfg = configure(Config, ["--bias", "--compile"])
+    assert cfg.bias is True and cfg.compile is True
+    assert configure(Config, ["--bias", "--bias=False"]).bias is False
+
+
 # -----------------------------------------------------------------------------
 # names
 
@@ -266,7 +272,7 @@ def test_missing_files(config_file, tmp_path):
     ("--learning_rte=1", ["--learning_rte", "did you mean learning_rate?", "--help"]),
     ("--outdir=x", ["did you mean out_dir?"]), ("--zzzzz=1", ["no such field; --help"]),
     ("--max_iters", ["--max_iters has no value: write --max_iters=VALUE"]),
-    ("--biass", ["did you mean bias?"]),
+    ("--min_lr", ["--min_lr has no value"]), ("--biass", ["did you mean bias?"]),
     ("--max-iters=3", ["did you mean max_iters?"]), ("--=3", ["no such field"]),
     ("--__class__=3", ["no such field"]),
 ])

@@ -450,6 +450,22 @@ def test_a_penalty_counts_each_row_alone():
         assert row == [int(token) for token in stream(model, [prompt], 12, **options)]
 
 
+def test_a_stream_with_logits_yields_the_models_own():
+    """The same tokens; logits without a penalty and without the vocabulary's padding."""
+    model, prompt = tiny_gpt(61), [1, 2, 3]
+    options = dict(temperature=0.8, top_k=5, repetition_penalty=1.5, n_vocab=60)
+
+    def draw(**more):
+        return stream(model, [prompt], 12, **options, **more,
+                      generator=torch.Generator().manual_seed(0))
+    pairs = list(draw(with_logits=True))
+    assert [int(token) for token, _ in pairs] == list(map(int, draw()))
+    idx = torch.tensor([[*prompt, *(int(token) for token, _ in pairs)]])
+    with torch.no_grad():
+        expected = model.logits(idx)[0, 2:-1, :60]
+    assert torch.allclose(torch.cat([logits for _, logits in pairs]), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 4)])
 @torch.no_grad()
 def test_a_cache_is_rewound_and_reordered(lengths):

@@ -1,7 +1,10 @@
 """sample.py as a user runs it, on tiny runs: what it prints, and what it refuses."""
+import io
+import json
 import os
 import re
 from contextlib import redirect_stdout
+from itertools import accumulate
 
 import huggingface_hub
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 
 import sample
 from nanotune.errors import UserError
+from nanotune.generation import generate
 from nanotune.generation.generate import TextPieces
 from nanotune.text.tokenizer import EOT, CharTokenizer, JsonTokenizer
 from sample import main
@@ -59,6 +63,14 @@ def test_options_are_heeded(chars, samples):
     wild = dict(start="Line", num_samples=3, temperature=5.0)
     assert samples(chars, **wild, top_k=0) == samples(chars, **wild, top_k=99)
     assert samples(chars, **wild, top_k=0) != samples(chars, **wild, top_k=2)
+
+
+def test_the_smallest_temperature_and_top_p_are_greedy(chars, samples):
+    """Numbers that float32 rounds to 0 drew an id beyond the vocabulary."""
+    greedy = samples(chars, start="Line", num_samples=2, temperature=0)
+    for small in (1e-30, 1e-40, 1e-300):
+        assert samples(chars, start="Line", num_samples=2, temperature=small) == greedy
+        assert samples(chars, start="Line", num_samples=2, top_p=small) == greedy
 
 
 def test_past_the_context(chars, samples):
@@ -159,22 +171,38 @@ class Cut:
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
 
-@example("é", [b"\xf0\x9f", b"\x99\x82", b"\xe6\x97a"], "", 1)   # half characters
-@example("a", [b"xa", b"a\n", b"aa"], "a\naa", 1)                 # a stop text, token by token
+@example("é", [b"\xf0\x9f", b"\x99\x82", b"\xe6\x97a"], [], 1)  # half characters
+@example("a", [b"xa", b"a\n", b"aa"], ["a\naa"], 1)                # a stop text, token by token
 @given(st.text("aé日🙂\n", max_size=8),
        st.lists(st.binary(min_size=1, max_size=4) | st.text("aé日🙂\n", min_size=1, max_size=3)
                 .map(str.encode), max_size=12),
-       st.sampled_from(["", "a", "aa", "日", "🙂\n", "a\naé"]), st.integers(1, 3))
-def test_a_growing_sample_is_printed_once(prompt, new, stop, cut):
+       st.lists(st.sampled_from(["a", "aa", "日", "🙂\n", "a\naé"]), max_size=1),
+       st.integers(1, 3))
+def test_a_growing_sample_is_printed_once(prompt, new, stops, cut):
     data = b"".join(new)
     pieces = [prompt.encode()] + [data[i:i + cut] for i in range(0, len(data), cut)]
-    text, printed = TextPieces(Cut(pieces), [0], stop), prompt
+    text, printed = TextPieces(Cut(pieces), [0], stops), prompt
     whole = data.decode("utf-8", "replace")
-    expected = prompt + (whole.partition(stop)[0] if stop else whole)
+    expected = prompt + (whole.partition(stops[0])[0] if stops else whole)
     for token in range(1, len(pieces)):
         printed += text.add(token)
         assert expected.startswith(printed)
     assert printed + text.rest() == expected
+
+
+@given(st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=12),
+       st.lists(st.sampled_from(["a", "ab", "bab", "\n\n", "b\nb"]), min_size=1, max_size=4))
+def test_several_stops_end_a_sample_at_the_first_to_come(new, stops):
+    text, printed = TextPieces(Cut([piece.encode() for piece in new]), [], stops), ""
+    for token, so_far in enumerate(accumulate(new)):
+        printed += text.add(token)
+        found = [so_far.index(stop) for stop in stops if stop in so_far]
+        assert text.done == bool(found)
+        if found:
+            assert printed + text.rest() == so_far[:min(found)]
+            return
+        assert not any(stop in printed for stop in stops)
+    assert printed + text.rest() == "".join(new)
 
 
 def test_decoding_costs_the_new_tokens_alone():
@@ -189,6 +217,62 @@ def test_decoding_costs_the_new_tokens_alone():
     text = TextPieces(Counted([b"one "] * 1000), [0] * 500)
     assert "".join(text.add(i) for i in range(1000)) + text.rest() == "one " * 1000
     assert max(lengths) <= TextPieces.CONTEXT + 1
+
+
+# -----------------------------------------------------------------------------
+# prompt after prompt, and a prompt per line
+
+def test_lines_become_jsonl_in_batches(chars, capsys, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("Line 1\n\nL\r\nLine 22\n", encoding="utf-8")
+    batches = []
+
+    def stream(model, prompts, *args, **options):
+        batches.append(len(prompts))
+        return generate.stream(model, prompts, *args, **options)
+    monkeypatch.setattr(sample, "stream", stream)
+    main([f"--out_dir={chars}", f"--start=LINES:{tmp_path / 'prompts.txt'}", "--num_samples=2",
+          "--batch_size=5", "--temperature=0", "--max_new_tokens=7", "--device=cpu"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert batches == [4, 2]
+    assert [(line["line"], line["prompt"]) for line in found] == [
+        (1, "Line 1"), (3, "L"), (4, "Line 22")]
+    assert all(len(line["samples"]) == 2 for line in found)
+    assert all(len(text) == 7 for line in found for text in line["samples"])
+
+
+def test_a_line_gets_what_it_gets_alone(chars, samples, capsys, tmp_path):
+    prompts = ["Line 1", "L", "Line 22: wh"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    alone = [samples(chars, start=prompt, num_samples=1, temperature=0)[0] for prompt in prompts]
+    main([f"--out_dir={chars}", f"--start=LINES:{tmp_path / 'prompts.txt'}", "--num_samples=1",
+          "--temperature=0", "--max_new_tokens=12", "--device=cpu", "--dtype=float32"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] + line["samples"][0] for line in found] == alone
+
+
+def test_interactive_answers_each_line(chars, samples, capsys, monkeypatch):
+    """As one command per prompt; a bad prompt is one line, and the session goes on."""
+    alone = [samples(chars, start=prompt, num_samples=2) for prompt in ("Line ", "L")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Line \né\nL\n"))
+    main([f"--out_dir={chars}", "--interactive", "--num_samples=2", "--max_new_tokens=12",
+          "--device=cpu", "--dtype=float32"])
+    out, err = capsys.readouterr()
+    assert out == "".join(text + RULE for text in (*alone[0], *alone[1]))
+    assert "error: the character 'é' is not in the model's vocabulary" in err
+
+
+def test_ctrl_c_ends_a_sample_and_not_the_session(chars, capsys, monkeypatch):
+    calls = []
+
+    def stream(model, prompts, *args, **options):
+        calls.append(prompts)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return generate.stream(model, prompts, *args, **options)
+    monkeypatch.setattr(sample, "stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("L\nLine\n"))
+    main([f"--out_dir={chars}", "--interactive", "--num_samples=1", "--device=cpu"])
+    assert len(calls) == 2 and "Line" in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
@@ -209,6 +293,8 @@ def test_bad_prompts(chars, tmp_path):
     (tmp_path / "latin1.txt").write_bytes("Line, café".encode("latin-1"))
     refuse(chars, "latin1.txt is not UTF-8: byte 0xe9 at offset 9",
            f"--start=FILE:{tmp_path / 'latin1.txt'}")
+    (tmp_path / "prompts.txt").write_text("Line\n" + "L" * 17, encoding="utf-8")
+    refuse(chars, "line 2 of --start has 17 tokens", f"--start=LINES:{tmp_path / 'prompts.txt'}")
 
 
 def test_the_longest_prompt(chars, samples):

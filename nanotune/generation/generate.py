@@ -9,15 +9,30 @@ from typing import Any
 
 import torch
 
+from nanotune.errors import UserError
 from nanotune.text.tokenizer import AnyTokenizer
+
+
+
+def encode_prompt(tokenizer: AnyTokenizer, text: str, block_size: int, where: str) -> list[int]:
+    """Returns the prompt's ids; an empty prompt becomes end-of-text, after which a document begins.
+    Raises UserError, which names the prompt `where`, if it does not fit or cannot be encoded."""
+    ids = tokenizer.encode(text)
+    if not ids and tokenizer.eot is None:
+        raise UserError(f"{where} is empty, and the model's vocabulary has no end-of-text to begin "
+                        "with; give it a character")
+    if len(ids) > block_size:
+        raise UserError(f"{where} has {len(ids)} tokens, the model reads at most {block_size}; "
+                        "give a shorter prompt")
+    return ids or [tokenizer.eot]
 
 
 @torch.no_grad()
 def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
            temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
            repetition_penalty: float = 1.0, stop_token: int | None = None,
-           n_vocab: int | None = None,
-           generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
+           n_vocab: int | None = None, generator: torch.Generator | None = None,
+           with_logits: bool = False) -> Iterator[Any]:
     """Yields the next token of each of B prompts, (B,), up to max_new_tokens times. Prompts may
     differ in length; of one longer than block_size only the end is used.
 
@@ -27,6 +42,8 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
 
     When the context is full, its later half is read again as a prompt. So the model always sees at
     least half a context, at the cost of one prompt every block_size / 2 tokens.
+
+    with_logits yields (token, logits): the model's own, (B, n_vocab), without the penalty.
     """
     block_size = model.config.block_size
     cache, logits = model.start([ids[-block_size:] for ids in prompts], max_new_tokens)
@@ -41,15 +58,14 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
             cache, logits = model.start(rows, left, cache)
         elif new:
             logits = model.step(new[-1][:, None], cache)
-        if seen is not None:
-            logits = penalize(logits, seen, repetition_penalty)
-        token = sample_token(logits[:, :n_vocab], temperature, top_k, top_p, generator)
+        scores = logits if seen is None else penalize(logits, seen, repetition_penalty)
+        token = sample_token(scores[:, :n_vocab], temperature, top_k, top_p, generator)
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
         if stop_token is not None:
             token = torch.where(done, stop_token, token)
             done |= token == stop_token
-        yield token
+        yield (token, logits[:, :n_vocab]) if with_logits else token
         if stop_token is not None and bool(done.all()):  # note: a CPU-GPU sync point
             return
         new.append(token)
@@ -116,17 +132,17 @@ class TextPieces:
         for token in tokens: print(pieces.add(token), end="")
         print(pieces.rest())
 
-    The text ends before `stop` or the tokenizer's eot; `done` is then True. A piece has only whole
-    characters, and not what may be the beginning of `stop`.
+    The text ends before the first of `stops` or the tokenizer's eot; `done` is then True. A piece
+    has only whole characters, and not what may be the beginning of a stop.
     """
     CONTEXT = 8  # previous tokens to decode with the new ones: the text may depend on them
 
     def __init__(self, tokenizer: AnyTokenizer, prompt_ids: Sequence[int] = (),
-                 stop: str = "") -> None:
-        self.tokenizer, self.stop, self.done = tokenizer, stop, False
+                 stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops, self.done = tokenizer, stops, False
         self.window = list(prompt_ids)[-self.CONTEXT:]  # tokens to decode next
         self.shown = len(self.window)                   # how many of them were decoded before
-        self.held = ""                                  # decoded, may be the beginning of `stop`
+        self.held = ""                                  # decoded, may be the beginning of a stop
 
     def add(self, token: int) -> str:
         """Returns the text that is ready after this token; "" after the end."""
@@ -145,18 +161,20 @@ class TextPieces:
         return self.tokenizer.decode(self.window)[len(before):]
 
     def before_stop(self, new):
-        """The held text and `new` up to `stop`; holds back what may be its beginning."""
+        """The held text and `new` up to a stop; holds back what may be the beginning of one."""
         text = self.held + new
-        if not self.stop:
-            return text
-        ready, found, _ = text.partition(self.stop)
-        self.done = bool(found)
-        keep = 0 if found else next(n for n in range(min(len(text), len(self.stop) - 1), -1, -1)
-                                    if text.endswith(self.stop[:n]))
-        self.held = ready[len(ready) - keep:]
-        return ready[:len(ready) - keep]
+        found = self.find_stop(text)
+        self.done = found is not None
+        keep = 0 if self.done else max((
+            n for stop in self.stops for n in range(min(len(text) + 1, len(stop)))
+            if text.endswith(stop[:n])), default=0)
+        ready, self.held = text[:found][:len(text) - keep], text[len(text) - keep:]
+        return ready
+
+    def find_stop(self, text):
+        return min((text.find(stop) for stop in self.stops if stop in text), default=None)
 
     def rest(self) -> str:
         """Returns the text held back; call it after the last token."""
         text = self.held + self.decode_new()
-        return text.partition(self.stop)[0] if self.stop else text
+        return text[:self.find_stop(text)]
