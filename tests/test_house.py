@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-SCRIPTS = {"train", "sample", "evaluate", "export", "runs", "bench"}
+SCRIPTS = {"train", "sample", "serve", "evaluate", "export", "runs", "bench"}
 MODELS = {"model"}
 GROUND = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", "nanotune.files",
           "nanotune.head_loss", "nanotune.torch_private", "nanotune.text.tokenizer",

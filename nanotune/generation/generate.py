@@ -13,7 +13,6 @@ from nanotune.errors import UserError
 from nanotune.text.tokenizer import AnyTokenizer
 
 
-
 def encode_prompt(tokenizer: AnyTokenizer, text: str, block_size: int, where: str) -> list[int]:
     """Returns the prompt's ids; an empty prompt becomes end-of-text, after which a document begins.
     Raises UserError, which names the prompt `where`, if it does not fit or cannot be encoded."""

@@ -1,0 +1,74 @@
+"""Who may use the server: checks Host, Origin and the token.
+
+    access = Access("127.0.0.1")
+    access.check(headers)           # raises ApiError
+    access.check_token(headers)
+
+A browser that visits another site must not use a server on its own machine. By DNS rebinding a site
+makes its own name mean this machine; its requests then carry that name as Host. A site's scripts
+and forms carry its address as Origin.
+"""
+import hmac
+import ipaddress
+from dataclasses import dataclass
+from email.message import Message
+from urllib.parse import urlsplit
+
+from nanotune.serving.api import ApiError
+
+
+def address_of(host):
+    """An IP address, or None for a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine reaches a server bound to `host`."""
+    address = address_of(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+@dataclass
+class Access:
+    """Who may ask: the host that the server is bound to, the token ("": none is needed) and more
+    names that its address has, as behind a proxy."""
+    host: str = "127.0.0.1"
+    token: str = ""
+    names: tuple[str, ...] = ()
+
+    def check(self, headers: Message) -> None:
+        """Raises ApiError for a request to another host, or sent by another site's page."""
+        hosts, origin = headers.get_all("Host", []), headers.get("Origin")
+        host = hosts[0] if len(hosts) == 1 else ""
+        if not self.knows(hostname(host)):
+            raise ApiError(403, f"the host {host[:99]!r} is not this server; if it is, start it "
+                           "with --allow_host=NAME")
+        site = origin and origin.lower().removeprefix("https://").removeprefix("http://")
+        if site not in (None, host.lower()) and hostname(site) not in self.names:
+            raise ApiError(403, f"pages of {origin[:99]!r} may not use this server")
+
+    def knows(self, name):
+        """Whether a Host is this server. Bound to all addresses, any address is: DNS rebinding, by
+        which a site makes its name mean this machine, needs a name."""
+        bound = address_of(self.host)
+        to_all = bound is not None and bound.is_unspecified
+        return (name in (self.host, *self.names) or (to_all and address_of(name) is not None)
+                or (is_loopback(name) and (to_all or is_loopback(self.host))))
+
+    def check_token(self, headers: Message) -> None:
+        """Raises ApiError if a token is needed and is not the one given."""
+        scheme, _, given = headers.get("Authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self.token.encode())
+        if self.token and not (right and scheme.lower() == "bearer"):
+            raise ApiError(401, "give the server's token: Authorization: Bearer TOKEN")
+
+
+def hostname(host):
+    """The name or address of a Host header, without its port; "" if it is malformed."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

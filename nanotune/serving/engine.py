@@ -1,0 +1,251 @@
+"""Runs one model for many clients: a queue, and one thread that generates.
+
+    engine = Engine("out-mine", open_model("out-mine", device, dtype), max_queue=16)
+    job = engine.submit(request)        # raises Busy if too many wait
+    while (pieces := job.results.get()) is not None: ...
+    engine.cancel(job)                  # ends it within a token, or takes it out of the queue
+
+All work on a model is done by its one thread: requests are answered in the order in which they
+came, and CUDA graphs and OpenMP's workers, which belong to a thread, are made once. A client that
+reads slowly holds up nobody: its results wait in the job.
+"""
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Condition, Thread
+from typing import Any, NamedTuple
+
+import torch
+
+from nanotune.device import autocast
+from nanotune.errors import UserError, out_of_memory
+from nanotune.formats.checkpoint import load_model
+from nanotune.generation.fast import for_generation
+from nanotune.generation.generate import TextPieces, stream
+from nanotune.text.tokenizer import AnyTokenizer
+
+
+class Busy(Exception):
+    """As many requests wait as may."""
+
+
+class Token(NamedTuple):
+    """A token's text, its log-probability (None of a prompt's first), and those of the most likely
+    tokens in its place, {text: log-probability}, by the model alone: temperature 1, no penalty."""
+    text: str
+    logprob: float | None
+    top: dict[str, float] | None
+
+
+@dataclass
+class Piece:
+    """New text of the sample `row`; `finish` is stop or length at its end, where `count` is the
+    number of its tokens. `tokens`, if asked for, are those that the text comes from."""
+    row: int
+    text: str
+    tokens: list[Token]
+    finish: str | None = None
+    count: int = 0
+
+
+@dataclass
+class Request:
+    """What to generate: a sample after each of the prompts (ids), as one batch, as stream()."""
+    prompts: list[list[int]]
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0                # 0: all
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stops: list[str] = field(default_factory=list)
+    logprobs: int | None = None   # so many alternatives of each token; None: no probabilities
+    echo: list[str] | None = None  # texts of the prompts, to come first
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in work. `results` gives lists of Piece, one per token; at the end None, or the
+    exception that ended it."""
+    request: Request
+    results: SimpleQueue = field(default_factory=SimpleQueue)
+    cancelled: bool = False
+
+
+@dataclass
+class Model:
+    """A loaded model: as it is, and in its fastest form for stream()."""
+    plain: Any
+    fast: Any
+    tokenizer: AnyTokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+
+def open_model(source: str, device: torch.device, dtype: torch.dtype, compiled: bool = False
+               ) -> Model:
+    """Loads a model from any source of load_model. Raises UserError as it, and if the model has no
+    tokenizer."""
+    model, tokenizer = load_model(source, device=device, with_onnx=True)
+    if tokenizer is None:
+        raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
+    tokenizer.encode("")  # loads GPT-2's vocabulary, or fails, before the first request
+    model.eval()
+    return Model(model, for_generation(model, device, dtype, compiled), tokenizer, device, dtype)
+
+
+class Engine:
+    """One model, its queue and its thread. `name` is what clients call it."""
+    def __init__(self, name: str, model: Model, max_queue: int) -> None:
+        self.name, self.model, self.max_queue = name, model, max_queue
+        self.waiting, self.running, self.closed = deque(), None, False
+        self.changed = Condition()
+        self.thread = Thread(target=self.work, name=f"engine {name}", daemon=True)
+        self.thread.start()
+
+    def submit(self, request: Request) -> Job:
+        """Puts a request into the queue. Raises Busy if max_queue others wait already."""
+        job = Job(request)
+        with self.changed:
+            if len(self.waiting) + (self.running is not None) > self.max_queue:
+                raise Busy
+            self.waiting.append(job)
+            self.changed.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job; does nothing after its end."""
+        job.cancelled = True
+        with self.changed:
+            if job in self.waiting:
+                self.waiting.remove(job)
+
+    def close(self) -> None:
+        """Ends all jobs, with a ConnectionAbortedError, and the thread."""
+        with self.changed:
+            self.closed = True
+            if self.running is not None:
+                self.running.cancelled = True
+            for job in self.waiting:
+                job.results.put(ConnectionAbortedError())
+            self.changed.notify()
+        self.thread.join()
+
+    def work(self):
+        while (job := self.next_job()) is not None:
+            try:
+                for pieces in generate(self.model, job.request):
+                    job.results.put(pieces)
+                    if job.cancelled:
+                        break
+                job.results.put(ConnectionAbortedError() if job.cancelled else None)
+            except Exception as e:  # the server goes on; the client is told
+                if not out_of_memory(e):
+                    traceback.print_exc()
+                job.results.put(e)
+
+    def next_job(self):
+        """Waits for the next job; None after close()."""
+        with self.changed:
+            self.running = None
+            self.changed.wait_for(lambda: self.waiting or self.closed)
+            if not self.closed:
+                self.running = self.waiting.popleft()
+            return self.running
+
+
+# -----------------------------------------------------------------------------
+# one request
+
+def generate(model: Model, request: Request) -> Iterator[list[Piece]]:
+    """Yields the new pieces of text after each token; the prompts first, if they are to be echoed.
+    A sample ends at end-of-text, at a stop, or after max_tokens."""
+    r, tokenizer = request, model.tokenizer
+    rows = [Row(i, tokenizer, ids, r.stops) for i, ids in enumerate(r.prompts)]
+    with autocast(model.device, model.dtype, cache=True):
+        if r.echo is not None:
+            yield echo(model, r)
+        tokens = stream(
+            model.fast, r.prompts, r.max_tokens, temperature=r.temperature, top_k=r.top_k or None,
+            top_p=r.top_p, repetition_penalty=r.repetition_penalty, stop_token=tokenizer.eot,
+            n_vocab=tokenizer.n_vocab, with_logits=True,
+            generator=torch.Generator(model.device).manual_seed(r.seed))
+        for ids, logits in tokens if r.max_tokens else ():
+            known = [None] * len(rows)
+            if r.logprobs is not None:
+                known = describe(tokenizer, logits, ids, r.logprobs)
+            found = [row.add(id, token) for row, id, token in zip(rows, ids.tolist(), known)
+                     if row.finish is None]
+            yield [piece for piece in found if piece is not None]
+            if all(row.finish for row in rows):
+                return
+    yield [row.end() for row in rows if row.finish is None]
+
+
+class Row:
+    """A sample as it grows, and the tokens whose text is not ready yet."""
+    def __init__(self, index, tokenizer, ids, stops):
+        self.index, self.eot = index, tokenizer.eot
+        self.pieces = TextPieces(tokenizer, ids, stops)
+        self.pending, self.count, self.finish = [], 0, None
+
+    def add(self, id, token):
+        """The Piece that is ready with this token (a Token or None), or None."""
+        self.count += 1
+        if id != self.eot and token is not None:
+            self.pending.append(token)
+        text = self.pieces.add(id)
+        if self.pieces.done:
+            return self.end(text)
+        return self.piece(text) if text else None
+
+    def end(self, text=""):
+        self.finish = "stop" if self.pieces.done else "length"
+        return self.piece(text + self.pieces.rest())
+
+    def piece(self, text):
+        tokens, self.pending = self.pending if text else [], []  # a stop's tokens have no text
+        return Piece(self.index, text, tokens, self.finish, self.count)
+
+
+def describe(tokenizer, logits, ids, k):
+    """The Token of each of R ids (R,) that follow where the model gives logits (R, V), with k
+    alternatives each. A part of a character has no text, and is told by its id."""
+    def text(id):
+        found = tokenizer.decode([id])
+        return f"token_id:{id}" if "\ufffd" in found else found
+
+    logp = logits.float().log_softmax(-1)
+    chosen = logp.gather(1, ids[:, None])[:, 0]
+    tops = []
+    for values, columns in zip(*(part.tolist() for part in logp.topk(min(k, logp.size(1))))):
+        top = {}
+        for id, value in zip(columns, values):
+            top.setdefault(text(id), value)  # of tokens with one text, the most likely
+        tops.append(top)
+    return [Token(text(id), value, top)
+            for id, value, top in zip(ids.tolist(), chosen.tolist(), tops)]
+
+
+def echo(model, request):
+    """The prompts as pieces, with the log-probabilities of their tokens if asked for."""
+    found = {}  # the n samples of a prompt share them
+    for ids, text in zip(request.prompts, request.echo):
+        if request.logprobs is not None and tuple(ids) not in found:
+            found[tuple(ids)] = prompt_tokens(model, ids, request.logprobs) if text else []
+    return [Piece(row, text, found.get(tuple(ids), []))
+            for row, (ids, text) in enumerate(zip(request.prompts, request.echo))]
+
+
+@torch.no_grad()
+def prompt_tokens(model, ids, k):
+    """The Token of each of a prompt's ids."""
+    tokens = [Token(model.tokenizer.decode(ids[:1]), None, None)]
+    if len(ids) > 1:
+        idx = torch.tensor([ids], device=model.device)
+        for logits in model.plain.logits_at(idx[:, :-1], idx[:, 1:]):  # (n, V) at a time
+            targets = idx[0, len(tokens):len(tokens) + len(logits)]
+            tokens += describe(model.tokenizer, logits[:, :model.tokenizer.n_vocab], targets, k)
+    return tokens

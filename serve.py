@@ -1,0 +1,101 @@
+"""Serves models in the browser, and behind an API like OpenAI's.
+
+    python serve.py --out_dir=out-shakespeare
+    python serve.py --out_dir=out-quickstart-base,out-quickstart      # side by side
+    python serve.py --init_from=mine-hf,mine-int8/model.int8.onnx
+
+It prints the page's address. Only this machine reaches it, unless --host says otherwise.
+"""
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from configurator import AtLeast0, AtLeast1, Interval, configure
+from nanotune.cli import run
+from nanotune.device import DtypeName, pick_compile, pick_device, pick_dtype
+from nanotune.errors import UserError
+from nanotune.serving.access import Access, is_loopback
+from nanotune.serving.api import Limits
+from nanotune.serving.engine import Engine, open_model
+from nanotune.serving.server import Server
+from nanotune.text.read import read_text
+
+SHORTEST_TOKEN = 16
+
+
+@dataclass
+class Config:
+    # models
+    out_dir: str = "out"       # the runs whose ckpt.pt to read, with commas
+    init_from: str = "resume"  # resume: out_dir; else hub ids, folders, runs, .onnx files
+    # address
+    host: str = "127.0.0.1"    # 0.0.0.0: all networks of this machine; needs a token
+    port: Annotated[int, Interval(0, 65536)] = 8000  # 0: any that is free
+    token: str = ""            # what clients must send; FILE:path, read from a file
+    allow_host: str = ""       # more names of this address, with commas, as behind a proxy
+    # limits
+    max_tokens: AtLeast1 = 2048  # most tokens per sample
+    max_batch: AtLeast1 = 16   # most samples per request, prompts x n: its memory
+    max_queue: AtLeast0 = 16   # most requests that wait for a model
+    # system
+    device: str = "auto"       # auto, cpu, cuda, cuda:N, mps
+    dtype: DtypeName = "auto"  # auto, float32, bfloat16, float16
+    compile: bool | Literal["auto"] = False  # auto: on a GPU; takes a minute at the start
+
+
+def read_token(cfg):
+    """The text of --token. Raises UserError if it is too weak, or needed and missing."""
+    token = cfg.token
+    if token.startswith("FILE:"):
+        token = read_text(token.removeprefix("FILE:")).strip()
+    if not token and not is_loopback(cfg.host):
+        raise UserError(f"--host={cfg.host} lets other machines in: give a --token that they must "
+                        "send, such as the output of: python -c \"import secrets; "
+                        "print(secrets.token_urlsafe())\"")
+    if token and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable()
+                  or " " in token):
+        raise UserError(f"--token needs at least {SHORTEST_TOKEN} ASCII characters, no spaces")
+    return token
+
+
+def name_sources(text: str) -> dict[str, str]:
+    """{name: source} of sources with commas; a name is the end of its path, made unique."""
+    named = {}
+    for source in filter(None, map(str.strip, text.split(","))):
+        name = last = Path(source).name or source
+        number = 1
+        while name in named:
+            number += 1
+            name = f"{last}-{number}"
+        named[name] = source
+    if not named:
+        raise UserError("no model given: --out_dir=RUN, or --init_from=")
+    return named
+
+
+def make_server(cfg: Config) -> Server:
+    """Binds the address, then loads the models."""
+    names = tuple(filter(None, cfg.allow_host.lower().split(",")))
+    sources = name_sources(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
+    device = pick_device(cfg.device)
+    dtype, compiled = pick_dtype(cfg.dtype, device), pick_compile(cfg.compile, device)
+    server = Server((cfg.host, cfg.port), Access(cfg.host.lower(), read_token(cfg), names),
+                    Limits(cfg.max_tokens, cfg.max_batch))
+    for name, source in sources.items():
+        model = open_model(source, device, dtype, compiled)
+        server.add(Engine(name, model, cfg.max_queue), source)
+    return server
+
+
+def main(argv: list[str]) -> None:
+    cfg = configure(Config, argv)
+    with make_server(cfg) as server, suppress(KeyboardInterrupt):
+        host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+        print(f"{', '.join(server.engines)}: http://{host}:{server.server_address[1]}/ "
+              "(Ctrl-C ends the server)", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    run(main)
