@@ -2,6 +2,8 @@
 # make sentiment    GPT-2 and GPT-Neo on Twitter sentiment, three splits each; resumes where it
 #                   stopped; ARGS="--models=... --input=..." as experiments/twitter_sentiment.py
 # make test         the test suite; make test-slow runs what takes longer
+# make test-browser serve.py's page in Chromium, which must be installed (Debian: apt-get install
+#                   chromium); another browser of its family: CHROMIUM=/path
 # make chaos        kills a tiny run 100 times at random, alters 200 checkpoints, and more: minutes
 # make bench        speed and memory of GPT-2 124M beside transformers'; ARGS as bench.py's
 # make lint         ruff
@@ -11,7 +13,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: quickstart sentiment test test-slow chaos bench lint clean
+.PHONY: quickstart sentiment test test-slow test-browser chaos bench lint clean
 
 quickstart: .venv/.runs
 	$(PY) data/python_docs/prepare.py
@@ -37,6 +39,10 @@ test: .venv/.tests
 
 test-slow: .venv/.tests
 	$(PY) -m pytest -q -m slow
+
+test-browser: .venv/.tests
+	$(PY) -m pip install -q "playwright>=1.49,<2"
+	$(PY) -m pytest -q -m browser
 
 chaos: .venv/.tests
 	PYTHONPATH=. PYTHONWARNINGS=ignore::UserWarning:multiprocessing.resource_tracker $(PY) tests/chaos.py

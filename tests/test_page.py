@@ -1,0 +1,267 @@
+"""The page of serve.py in a real Chromium (make test-browser)."""
+import json
+import os
+import shutil
+import subprocess
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from conftest import TEXT
+from serving import CPU, served, tiny_model, wait_until
+
+from nanotune.serving.access import Access
+from nanotune.serving.engine import open_model
+from nanotune.text.tokenizer import CharTokenizer
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+ARGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ATTACK = "<img src='/' onerror='window.hacked=1'>"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on the PATH")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Two models, of which b takes 10 ms per token."""
+    with served({"a": tiny_model(seed=1), "b": tiny_model(seconds=0.01)}) as server:
+        yield server
+
+
+@pytest.fixture
+def open_page(browser):
+    """open_page(server, **options) opens the page with a fresh profile. At the end: no request left
+    this machine, and the page raised no error and broke no rule of its CSP."""
+    contexts, hosts, faults = [], set(), []
+
+    def open_(server, **options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(15_000)
+        page.on("request", lambda r: hosts.add(urlsplit(r.url).hostname))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda m: faults.append(m.text) if "Security" in m.text else None)
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        return page
+    yield open_
+    for context in contexts:
+        context.close()
+    assert hosts <= {"127.0.0.1", None} and faults == []  # None: the icon, a data: URL
+
+
+def generate(page, wait=True, **fields):
+    """Fills the form and presses Generate; the text of each column."""
+    for name, value in ({"prompt": "Line", "max_tokens": 20} | fields).items():
+        page.locator(f"[name={name}]").fill(str(value))
+    page.locator("#go").click()
+    if wait:
+        settle(page)
+        return texts(page)
+
+
+def settle(page):
+    page.wait_for_function("() => document.querySelector('#stop').hidden"
+                           " && document.querySelector('.sample')")
+
+
+def texts(page):
+    columns = page.locator("article").all()
+    return [column.locator(".sample").all_inner_texts() for column in columns]
+
+
+def wait_for_spans(page, count):
+    page.wait_for_function(f"() => document.querySelectorAll('.sample span').length > {count}")
+
+
+def states(page):
+    return page.locator(".state").all_inner_texts()
+
+
+def test_tokens_come_in_pieces(server, open_page):
+    page = open_page(server)
+    generate(page, wait=False, max_tokens=150)
+    spans = page.locator("article:nth-child(2) .sample span")
+    page.wait_for_function("() => document.querySelector('article:nth-child(2) span')")
+    early = spans.count()
+    assert page.locator("article.busy").count() >= 1 and page.locator("#stop").is_visible()
+    settle(page)
+    assert early < spans.count() and page.locator(".busy").count() == 0
+    assert all("150 tokens" in state for state in states(page))
+
+
+@pytest.mark.parametrize("stop", [lambda page: page.locator("#stop").click(),
+                                  lambda page: page.keyboard.press("Escape")], ids=["click", "key"])
+def test_stop_ends_the_generation(server, open_page, stop):
+    page = open_page(server)
+    generate(page, wait=False, max_tokens=2000)
+    wait_for_spans(page, 30)
+    stop(page)
+    page.wait_for_selector("#go:visible")
+    assert "stopped after" in states(page)[1]
+    wait_until(lambda: server.engines["b"].running is None)
+    assert server.engines["b"].model.fast.steps < 1000
+
+
+def test_the_same_seed_gives_the_same_text(server, open_page):
+    page = open_page(server)
+    first = generate(page, n=2, seed=7)
+    assert first == generate(page, n=2, seed=7) != generate(page, n=2, seed=8)
+    assert [len(samples) for samples in first] == [2, 2]
+    page.locator("#again").click()  # another seed, and begins
+    assert page.locator("[name=seed]").input_value() != "8"
+    settle(page)
+
+
+def test_the_keyboard_alone(server, open_page):
+    page = open_page(server)
+    page.wait_for_selector("article")
+    page.keyboard.type("Line 1")  # the prompt has the focus
+    page.keyboard.press("Control+Enter")
+    settle(page)
+    assert texts(page)[0][0].startswith("Line 1")
+    page.locator(".sample").first.focus()
+    page.keyboard.press("ArrowRight")
+    first = page.locator("#tip").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#tip").is_visible() and page.locator("#tip").inner_text() != first
+    assert page.locator(".at").count() == 1
+
+
+def test_models_stand_side_by_side(server, open_page):
+    page = open_page(server)
+    a, b = generate(page)
+    assert a[0].startswith("Line") and b[0].startswith("Line") and a != b
+    assert page.locator("h2").all_inner_texts()[:2] == ["a", "b"]
+    assert all("seed 1337" in state for state in states(page))
+    boxes = [article.bounding_box() for article in page.locator("article").all()]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
+
+
+def test_a_token_tells_its_alternatives(server, open_page):
+    page = open_page(server)
+    generate(page)
+    token = page.locator(".sample span").nth(3)
+    token.hover()
+    tip = page.locator("#tip")
+    assert tip.is_visible() and tip.locator("div").count() == 5 and "%" in tip.inner_text()
+    assert tip.locator("h3").first.inner_text().split("\n")[0].replace("␣", " ") == \
+        token.inner_text()
+    background = "e => getComputedStyle(e).backgroundColor"
+    shades = {span.evaluate(background) for span in page.locator(".sample span").all()}
+    assert len(shades) > 3
+    page.locator("#shade").uncheck()
+    assert not tip.is_visible() and token.evaluate(background) == "rgba(0, 0, 0, 0)"
+
+
+def test_html_in_prompt_and_output_stays_text(server, open_page, monkeypatch):
+    tokenizer = server.engines["a"].model.tokenizer
+
+    def stream(model, prompts, *args, **options):
+        for id in tokenizer.encode(ATTACK):
+            yield torch.tensor([id] * len(prompts)), torch.zeros(len(prompts), tokenizer.n_vocab)
+    monkeypatch.setattr("nanotune.serving.engine.stream", stream)
+    page = open_page(server)
+    for column in generate(page, prompt=ATTACK):
+        assert column == [ATTACK * 2]
+    page.locator(".sample span").first.hover()
+    page.locator(".curl summary").click()
+    assert ATTACK.replace("'", "'\\''") in page.locator("#curl").inner_text()
+    assert page.locator("img").count() == 0 and page.evaluate("window.hacked") is None
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_the_curl_command_gives_the_same_text(server, open_page):
+    page = open_page(server)
+    prompt = "Line 1: what's more"
+    text = generate(page, prompt=prompt, seed=5, stop="zz\\n")[0][0]
+    page.locator(".curl summary").click()
+    command = page.locator("#curl").inner_text()
+    answer = subprocess.run(["bash", "-c", command + " -s"], capture_output=True, text=True)
+    assert prompt + json.loads(answer.stdout)["choices"][0]["text"] == text
+    page.locator("#copy").click()
+    assert page.locator("#copy").inner_text() == "Copied"
+
+
+def test_a_runs_curve_and_settings(open_page, make_run):
+    out_dir, _ = make_run(CharTokenizer(sorted(set(TEXT))))
+    (out_dir / "metrics.jsonl").write_text("".join(
+        f'{{"step": {i}, "train_loss": {3 - i / 10}, "val_loss": {"NaN" if i == 2 else 3.2}}}\n'
+        f'{{"iter": {i}, "loss": 3.0}}\n' for i in range(4)))
+    with served({"run": open_model(str(out_dir), CPU, torch.float32), "other": tiny_model()},
+                sources={"run": out_dir}) as server:
+        page = open_page(server)
+        page.wait_for_selector("article")
+        assert [run.is_visible() for run in page.locator(".run").all()] == [True, False]
+        page.locator(".run summary").first.click()
+        page.wait_for_selector(".run svg")
+        assert page.locator("circle.train").count() == 4 and page.locator("circle.val").count() == 3
+        assert "train 2.70" in page.locator("svg").inner_html()
+        assert "step 0 · validation loss 1.00" in page.locator(".facts").first.inner_text()
+
+
+def test_the_death_of_the_server_is_shown_and_its_return(open_page):
+    with served({"a": tiny_model(seconds=0.02)}) as server:
+        page = open_page(server)
+        generate(page, wait=False, max_tokens=2000)
+        wait_for_spans(page, 3)
+    page.wait_for_selector("#gone:visible")
+    assert "does not answer" in page.locator("#gone").inner_text()
+    assert "the server went away after" in states(page)[0]
+    page.locator("#go").click()
+    settle(page)
+    assert "the server went away after 0" in states(page)[0]
+    with served({"a": tiny_model()}, port=server.port):
+        page.wait_for_selector("#gone", state="hidden")
+        assert generate(page)[0][0].startswith("Line")
+
+
+def test_errors_are_shown_in_words(server, open_page):
+    page = open_page(server)
+    generate(page, prompt="L" * 500)
+    assert "the model reads at most 64; give a shorter prompt" in states(page)[0]
+    page.locator(".settings summary").click()
+    page.locator("[name=max_tokens]").evaluate("input => { input.value = '' }")
+    page.locator("#go").click()
+    assert page.locator("[name=max_tokens]").is_visible()  # what is missing is shown
+
+
+def test_the_token_is_asked_for(open_page):
+    with served({"a": tiny_model()}, Access(token="correct-horse-battery")) as server:
+        page = open_page(server)
+        for given in ("wrong", "correct-horse-battery"):
+            page.wait_for_selector("dialog[open]")
+            page.locator("dialog input").fill(given)
+            page.keyboard.press("Enter")
+        assert generate(page)[0][0].startswith("Line")
+        assert "$TOKEN" in page.locator("#curl").text_content()
+        page.reload()
+        page.wait_for_selector("article")
+
+
+def test_a_phone_and_the_dark(server, open_page):
+    papers = []
+    for scheme in ("light", "dark"):
+        page = open_page(server, viewport={"width": 360, "height": 740}, color_scheme=scheme,
+                         has_touch=True)
+        page.wait_for_selector("article")
+        page.locator(".settings summary").tap()
+        page.locator(".curl summary").tap()
+        generate(page, max_tokens=60)
+        page.locator(".sample span").nth(8).tap()
+        box = page.locator("#tip").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
+        papers.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert papers[0] != papers[1]
