@@ -1,5 +1,6 @@
 """Every command in README and docs runs, on a tiny scale, in the order in which it stands."""
 import importlib
+import io
 import json
 import os
 import re
@@ -15,7 +16,8 @@ from conftest import TEXT, hf_model
 from tiny import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
-EXPORT = (REPO / "docs" / "export.md").read_text(encoding="utf-8")
+DOCS = {name: (REPO / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for name in ("serve", "export")}
 FOREIGN = "llama.cpp/"  # scripts of other programs
 NAMES = ("gpt2", "gpt2-medium", "gpt2-xl")  # made as folders: a folder goes before the hub
 # what makes each script's commands small; appended, so that it wins
@@ -24,6 +26,7 @@ TINY = {
                  "--gradient_accumulation_steps=2", "--block_size=16", "--n_layer=1", "--n_head=1",
                  "--n_embd=16", "--device=cpu", "--overwrite=True"],
     "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
+    "serve.py": ["--port=0", "--device=cpu"],
     "evaluate.py": ["--batch_size=16", "--device=cpu"],
     "export.py": [],
     "runs.py": [],
@@ -36,6 +39,8 @@ TINY = {
 FILES = {
     "text.txt": TEXT * 3,
     "my_texts/one.txt": TEXT * 3,
+    "prompts.txt": "Line 1\nLine 2\n",
+    "token.txt": "correct-horse-battery\n",
     "wikitext-2.txt": " = A title = \n\n" + TEXT,
     "examples.jsonl": "".join(
         json.dumps({"prompt": f"Tweet: number {i}\nSentiment:", "completion": f" {label}"}) + "\n"
@@ -50,7 +55,8 @@ def commands(text):
     code = re.findall(r"^```\w*\n(.*?)^```|^((?:    .*\n)+)", text, re.MULTILINE | re.DOTALL)
     lines = [line.strip().lstrip("!") for block in code for line in "".join(block).splitlines()]
     words = [shlex.split(line, comments=True) for line in lines
-             if re.match(rf"(\.venv/bin/)?(python|torchrun) (?!-m|{FOREIGN})", line)]
+             if re.match(rf"(\.venv/bin/)?(python|torchrun) (?!-[cm] |{FOREIGN})", line)]
+    words = [command[:command.index(">")] if ">" in command else command for command in words]
     return list(dict.fromkeys(map(tuple, words)))  # once each, in order
 
 
@@ -80,14 +86,18 @@ def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf):
 
 
 def test_the_readme_shows_commands():
-    scripts = {script_and_arguments(command)[0] for command in commands(README)}
+    scripts = {script_and_arguments(command)[0] for command in commands(README + "".join(DOCS.values()))}
     assert {"train.py", "sample.py", "evaluate.py", "data/shakespeare/prepare.py"} <= scripts
     assert scripts <= TINY.keys(), "tell TINY how to make a new script's commands small"
 
 
-@pytest.mark.parametrize("document", [README, EXPORT], ids=["README", "export"])
-def test_a_documents_commands_run(sandbox, monkeypatch, capsys, document):
-    for command in commands(document):
+# docs/serve.md shows the runs that the README's commands make
+@pytest.mark.parametrize("text", [README + DOCS["serve"], DOCS["export"]],
+                         ids=["README and serve", "export"])
+def test_a_documents_commands_run(sandbox, monkeypatch, capsys, text):
+    monkeypatch.setattr("nanotune.serving.server.Server.serve_forever", lambda server: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Line 1\n"))
+    for command in commands(text):
         script, argv = script_and_arguments(command)
         if "torchrun" in command[0]:
             continue
@@ -103,8 +113,8 @@ def test_a_documents_commands_run(sandbox, monkeypatch, capsys, document):
                 status = end.code
         assert not status, f"{' '.join(command)} ended with {status}"
         capsys.readouterr()
-    if document is EXPORT:  # its program compares the files that its commands wrote
-        programs = re.findall("```python\n(.*?)```", EXPORT, re.DOTALL)
+    if text is DOCS["export"]:  # its program compares the files that its commands wrote
+        programs = re.findall("```python\n(.*?)```", text, re.DOTALL)
         exec(next(program for program in programs if "first[0]" in program), {})
         assert re.fullmatch(r"\['0.00%', '\d+.\d+%', '\d+.\d+%'\]\n", capsys.readouterr().out)
 
@@ -144,6 +154,6 @@ def test_the_file_tree_is_whole():
 
 
 def test_links_lead_somewhere():
-    for document, folder in ((README, REPO), (EXPORT, REPO / "docs")):
+    for document, folder in ((README, REPO), *((text, REPO / "docs") for text in DOCS.values())):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document):
             assert Path(folder, target).exists(), target
