@@ -69,6 +69,8 @@ def read_prompt(start):
 
 def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
+    if cfg.interactive and cfg.start != Config.start:
+        raise UserError("--interactive asks for prompts; leave --start out")
     prompt = read_prompt(cfg.start)
     sampler = Sampler(cfg)
     if cfg.interactive:

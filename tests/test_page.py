@@ -209,6 +209,10 @@ def test_a_runs_curve_and_settings(open_page, make_run):
         assert page.locator("circle.train").count() == 4 and page.locator("circle.val").count() == 3
         assert "train 2.70" in page.locator("svg").inner_html()
         assert "step 0 · validation loss 1.00" in page.locator(".facts").first.inner_text()
+        (out_dir / "metrics.jsonl").write_text("")  # read again each time it is opened
+        for _ in range(2):
+            page.locator(".run summary").first.click()
+        page.wait_for_selector("figure:has-text('Nothing is logged yet')")
 
 
 def test_the_death_of_the_server_is_shown_and_its_return(open_page):

@@ -297,6 +297,10 @@ def test_bad_prompts(chars, tmp_path):
     refuse(chars, "line 2 of --start has 17 tokens", f"--start=LINES:{tmp_path / 'prompts.txt'}")
 
 
+def test_interactive_takes_no_start(chars):
+    refuse(chars, "--interactive asks for prompts; leave --start out", "--interactive", "--start=L")
+
+
 def test_the_longest_prompt(chars, samples):
     text, = samples(chars, start="L" * 16, num_samples=1)
     assert len(text) == 16 + 12

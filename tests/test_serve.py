@@ -12,7 +12,7 @@ import sample
 import serve
 from nanotune.errors import UserError
 from nanotune.serving.api import Limits
-from nanotune.serving.engine import open_model
+from nanotune.serving.engine import Engine, open_model
 from nanotune.text.tokenizer import CharTokenizer
 
 
@@ -169,10 +169,11 @@ def test_defaults_and_what_changes_nothing(server):
 
 
 @pytest.mark.parametrize("body, param, message", [
-    ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty is not supported; only 0"),
-    ({"best_of": True}, "best_of", "not supported; only 1"),
-    ({"suffix": "x"}, "suffix", "only None"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty is not supported"),
+    ({"best_of": True}, "best_of", "best_of is not supported; leave it out"),
+    ({"suffix": "x"}, "suffix", "suffix is not supported"),
     ({"tempratur": 1}, "tempratur", "tempratur is not supported"),
+    ({"tempratur": None}, "tempratur", "tempratur is not supported"),
     ({"max_tokens": -1}, "max_tokens", "must be at least 0, not -1"),
     ({"max_tokens": 101}, "max_tokens", "is 101, this server generates at most 100"),
     ({"max_tokens": 10**300}, "max_tokens", "at most 100"),
@@ -313,6 +314,17 @@ def test_who_leaves_the_queue_frees_a_place(slow):
     assert len(slow.engine.model.fast.starts) <= 2  # who left was never begun
 
 
+def test_the_thread_works_on_its_models_gpu(monkeypatch):
+    """A thread's current device, on which CUDA graphs are recorded, is its own."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(
+        (threading.current_thread().name, device.index)))
+    model = tiny_model()
+    model.device = torch.device("cuda", 1)
+    Engine("gpu", model, 1).close()
+    assert found == [("engine gpu", 1)]
+
+
 def test_two_models_generate_at_once():
     with served({"a": tiny_model(seconds=0.01), "b": tiny_model()}) as server:
         held = start_request(server, model="a", max_tokens=2000)
@@ -378,6 +390,9 @@ def test_a_runs_losses(make_run):
         log.write_text("".join(f'{{"iter": {i}, "loss": 2.0}}\n' for i in range(5000)))
         content = ask(server, "GET", "/runs/a%20run/metrics")[2]
         assert 500 < len(json.loads(content)["batch"]) <= 1000
+        log.unlink()
+        content = ask(server, "GET", "/runs/a%20run/metrics")[2]
+        assert json.loads(content) == {"settings": {}, "batch": [], "evaluations": []}
 
 
 def test_health_and_unknown_paths(server):

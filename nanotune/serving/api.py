@@ -27,7 +27,7 @@ NUMBERS = {
     "seed": (int, Interval(0, 2**63)), "logprobs": (int, Interval(0, 20, "[]")),
 }
 OTHERS = {"model": str, "echo": bool, "stream": bool, "prompt": str | list, "stop": str | list}
-# fields of OpenAI's that are not here, with the value that changes nothing
+# fields of OpenAI's that are not here, with the value besides null that changes nothing
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1, "logit_bias": {},
            "suffix": None, "stream_options": None, "user": None}
 MOST_STOPS, LONGEST_STOP = 4, 200
@@ -67,8 +67,8 @@ def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -
     """Checks the body of a request, as JSON gave it. Raises ApiError, which names the field."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
-    given = {key: check_field(key, value) for key, value in body.items() if value is not None
-             and not is_neutral(key, value)}
+    given = {key: check_field(key, value) for key, value in body.items()}
+    given = {key: value for key, value in given.items() if value is not None}
     engine = engines.get(given.pop("model", next(iter(engines))))
     if engine is None:
         raise ApiError(404, f"there is no model {shown(body['model'])}; GET /v1/models lists "
@@ -92,13 +92,13 @@ def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -
     return Completion(engine, request, sum(map(len, ids)), stream)
 
 
-def is_neutral(key, value):
-    """Whether this is a field that is not supported, with the value that changes nothing."""
-    return key in NEUTRAL and value == NEUTRAL[key] and not isinstance(value, bool)
-
-
 def check_field(key, value):
-    """The value of a known field, if it has the right type and is within bounds."""
+    """The value of a field, if it has the right type and is within bounds; None: the default."""
+    neutral = key in NEUTRAL and value == NEUTRAL[key] and not isinstance(value, bool)
+    if not (key in NUMBERS or key in OTHERS or neutral or (key in NEUTRAL and value is None)):
+        raise ApiError(400, f"{key[:99]} is not supported; leave it out", key[:99])
+    if value is None or neutral:
+        return None
     if key in NUMBERS:
         kind, interval = NUMBERS[key]
         if type(value) not in (int, kind):
@@ -107,9 +107,6 @@ def check_field(key, value):
         if not interval.holds(value):
             raise ApiError(400, f"{key} must be {interval}, not {shown(value)}", key)
         return kind(value)
-    if key not in OTHERS:
-        instead = f"; only {NEUTRAL[key]!r} is" if key in NEUTRAL else ""
-        raise ApiError(400, f"{key[:99]} is not supported{instead}", key[:99])
     if not isinstance(value, OTHERS[key]):
         name = {str: "a string", bool: "true or false"}.get(OTHERS[key], "a string or a list")
         raise ApiError(400, f"{key} must be {name}, not {shown(value)}", key)

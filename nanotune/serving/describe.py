@@ -45,8 +45,11 @@ def describe_run(source: str) -> dict:
 
 
 def read_entries(path):
-    """The entries of a metrics.jsonl, without a last line that is being written."""
+    """The entries of a metrics.jsonl, if it is still there; a line that is being written is not
+    JSON yet."""
     entries = []
+    if not path.is_file():
+        return entries
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entries.append(json.loads(line))
@@ -62,4 +65,4 @@ def finite(value):
 
 def plain(value):
     """A setting as JSON can hold it."""
-    return value if isinstance(value, str | bool | int) else finite(value)
+    return finite(value) if isinstance(value, float) else value

@@ -134,6 +134,8 @@ class Engine:
         self.thread.join()
 
     def work(self):
+        if self.model.device.type == "cuda":  # each thread has its own current device
+            torch.cuda.set_device(self.model.device)
         while (job := self.next_job()) is not None:
             try:
                 for pieces in generate(self.model, job.request):

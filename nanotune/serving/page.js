@@ -178,6 +178,7 @@ function curve(series) {
     return made;
   };
   const all = Object.values(series).flat().filter(([, y]) => y !== null);
+  if (!all.length) return "Nothing is logged yet.";
   const top = Math.max(1, ...all.map(([x]) => x));
   const low = Math.min(...all.map(([, y]) => y)), high = Math.max(...all.map(([, y]) => y));
   const X = x => left + x / top * (W - left - right);

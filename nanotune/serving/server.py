@@ -14,6 +14,7 @@ Each connection has a thread and one request. No request names a path or loads a
 """
 import io
 import json
+import os
 import socket
 import sys
 import time
@@ -54,6 +55,7 @@ class Server(ThreadingHTTPServer):
     """Listens on (host, port) at once; add() gives it models. Raises UserError if the address is
     taken or not of this machine. server_close() ends the engines too."""
     request_queue_size = 128
+    allow_reuse_address = os.name == "posix"  # on Windows two servers would share a port
 
     def __init__(self, address: tuple[str, int], access: Access, limits: Limits) -> None:
         self.access, self.limits, self.engines, self.models = access, limits, {}, []
@@ -100,7 +102,7 @@ class Server(ThreadingHTTPServer):
             self.slots.release()
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), OSError):  # else the client went away
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
@@ -133,7 +135,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version, server_version, sys_version = "HTTP/1.1", "nanotune", ""
     disable_nagle_algorithm = True  # a token is sent at once
     requestline = command = path = ""  # until the request was read
-    request_version = protocol_version
     sent = False    # whether the headers of the answer were sent
     unread = False  # whether a part of the request was not read
 
@@ -169,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
             self.route(unquote(self.path.partition("?")[0]))
         except ApiError as e:
             self.send_failure(e)
-        except OSError:
+        except (ConnectionError, TimeoutError):
             pass  # the client went away, or did not read
         except Exception:
             self.send_failure(ApiError(500, "a bug of the server; its terminal shows more"))
@@ -291,12 +292,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """What http.server finds wrong with a request, in the form of all errors."""
-        self.request_version = self.protocol_version  # else it was 0.9, and gets no headers
         self.unread = self.close_connection = True
         self.send_json(code, ApiError(code, message or self.responses[code][0]).body())
 
     def start(self, status, kind, headers=()):
         self.connection.settimeout(WRITE_SECONDS)
+        self.request_version = self.protocol_version  # HTTP/0.9's answers have no headers
         self.send_response(status)
         headers = HEADERS | {"Content-Type": kind} | dict(headers)
         if status == 401:
