@@ -19,6 +19,7 @@ pytestmark = pytest.mark.browser
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 ARGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+BUSY = "[aria-busy=true]"
 ATTACK = "<img src='/' onerror='window.hacked=1'>"
 
 
@@ -95,9 +96,9 @@ def test_tokens_come_in_pieces(server, open_page):
     spans = page.locator("article:nth-child(2) .sample span")
     page.wait_for_function("() => document.querySelector('article:nth-child(2) span')")
     early = spans.count()
-    assert page.locator("article.busy").count() >= 1 and page.locator("#stop").is_visible()
+    assert page.locator(BUSY).count() >= 1 and page.locator("#stop").is_visible()
     settle(page)
-    assert early < spans.count() and page.locator(".busy").count() == 0
+    assert early < spans.count() and page.locator(BUSY).count() == 0
     assert all("150 tokens" in state for state in states(page))
 
 
@@ -112,6 +113,17 @@ def test_stop_ends_the_generation(server, open_page, stop):
     assert "stopped after" in states(page)[1]
     wait_until(lambda: server.engines["b"].running is None)
     assert server.engines["b"].model.fast.steps < 1000
+
+
+def test_a_new_run_takes_the_place_of_the_old(server, open_page):
+    page = open_page(server)
+    generate(page, wait=False, max_tokens=2000)
+    wait_for_spans(page, 30)
+    page.locator("[name=max_tokens]").fill("60")
+    page.locator("#again").click()
+    assert page.locator(BUSY).count() >= 1
+    settle(page)
+    assert "60 tokens" in states(page)[1] and page.locator(BUSY).count() == 0
 
 
 def test_the_same_seed_gives_the_same_text(server, open_page):

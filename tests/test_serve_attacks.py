@@ -167,6 +167,8 @@ def test_a_second_request_on_a_connection_is_not_read(server):
     (b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", {431}),
     (b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 200 + b"\r\n", {431}),
     (b"GET / HTTP/1.1\r\n" + b"".join(b"X%d: a\r\n" % i for i in range(50_000)), {431}),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + (b"X: " + b"a" * 500 + b"\r\n") * 90 + b"\r\n",
+     {431}),
     (b"\0\xff\x16\x03\x01\r\n\r\n", {400}), (b"GET / HTTP/9.9\r\n\r\n", {505}),
     (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", {404}),
     (b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n", {501}),

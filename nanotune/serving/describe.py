@@ -1,9 +1,8 @@
 """Tells about a served model: its kind and size, its run's step, losses and settings.
 
-    about = describe_model(engine.name, source, engine.model.plain)
-    losses = read_losses(source)
+    about = describe_model("out-mine", source, model)
+    run = describe_run(source)
 """
-import json
 import math
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from nanotune.formats.checkpoint import history_of, model_class
+from nanotune.training.logbook import kept_entries
 
 MOST_POINTS = 1000  # of a curve of logged iterations: more do not show
 
@@ -35,27 +35,13 @@ def describe_run(source: str) -> dict:
     """Returns {"settings", "batch", "evaluations"} of a run: the fields that it was trained with,
     [[iter, loss], ...] of logged iterations, thinned out, and [[step, train_loss, val_loss], ...]
     of evaluations. Reads the files again, so a run that trains shows its latest."""
-    entries = read_entries(Path(source, "metrics.jsonl"))
+    entries = kept_entries(Path(source, "metrics.jsonl"), start=math.inf)
     batch = [[e["iter"], finite(e["loss"])] for e in entries if "iter" in e]
     settings = history_of(source).get("config") or {}
     return {"settings": {key: plain(value) for key, value in settings.items()},
             "batch": batch[::1 + len(batch) // MOST_POINTS],
             "evaluations": [[e["step"], finite(e["train_loss"]), finite(e["val_loss"])]
                             for e in entries if "step" in e]}
-
-
-def read_entries(path):
-    """The entries of a metrics.jsonl, if it is still there; a line that is being written is not
-    JSON yet."""
-    entries = []
-    if not path.is_file():
-        return entries
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
 
 
 def finite(value):

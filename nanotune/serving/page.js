@@ -44,16 +44,18 @@ function showRunning() {
   $("#stop").hidden = running === null;
 }
 
-async function run({root, about}, signal) {
-  const body = request(about.id), state = $(".state", root);
+async function run(column, signal) {
+  const {root, about} = column, body = request(about.id), state = $(".state", root);
   const samples = Array.from({length: body.n}, () => element("div",
     {className: "sample", tabIndex: 0, dir: "auto"}, element("b", {textContent: body.prompt})));
-  const say = (text, bad = false) => {
+  const say = (text, busy = true, bad = false) => {
+    if (column.signal !== signal) return;  // another run has begun
     state.textContent = text;
     state.classList.toggle("bad", bad);
+    root.ariaBusy = busy;
   };
+  column.signal = signal;
   $(".samples", root).replaceChildren(...samples);
-  root.classList.add("busy");
   say("waiting for the model");
   let count = 0, rate = "", begin = null, complete = false;
   try {
@@ -68,18 +70,17 @@ async function run({root, about}, signal) {
       count += show(event.choices[0], samples);
       begin ??= performance.now();
       const seconds = (performance.now() - begin) / 1000;
-      if (seconds > 0.5) rate = `, ${(count / seconds).toFixed(count < 10 * seconds ? 1 : 0)} per second`;
+      if (seconds > 0.5) rate = `, ${Number((count / seconds).toPrecision(3))} per second`;
       say(`${count} tokens${rate}`);
     }
     if (!complete) throw new TypeError("the stream broke off");
-    say(`${count} tokens${rate}, seed ${body.seed}`);
+    say(`${count} tokens${rate}, seed ${body.seed}`, false);
   } catch (error) {
     const lost = error instanceof TypeError;  // what fetch throws if there is no connection
     if (lost && !signal.aborted) showGone(true);
     say(signal.aborted ? `stopped after ${count} tokens`
-      : lost ? `the server went away after ${count} tokens` : error.message, !signal.aborted);
+      : lost ? `the server went away after ${count} tokens` : error.message, false, !signal.aborted);
   }
-  root.classList.remove("busy");
 }
 
 async function* events(response) {
@@ -212,7 +213,7 @@ function curve(series) {
 function showGone(gone) {
   document.body.classList.toggle("gone", gone);
   $("#gone").hidden = !gone;
-  $("#status").textContent = gone ? "no server" : `${location.host}`;
+  $("#status").textContent = gone ? "no server" : location.host;
 }
 
 async function watch() {

@@ -90,10 +90,14 @@ class Server(ThreadingHTTPServer):
             engine.close()
 
     def process_request(self, request, client_address):
-        if self.slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self.slots.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # the system starts no more threads
+            self.slots.release()
+            raise
 
     def process_request_thread(self, request, client_address):
         try:
