@@ -95,7 +95,7 @@ class Sampler:
                                     pick_compile(cfg.compile, self.device))
         self.stops = [] if cfg.stop in ("", EOT) else [cfg.stop]
 
-    def encode(self, text, where="--start"):
+    def encode(self, text, where):
         return encode_prompt(self.tokenizer, text, self.model.config.block_size, where)
 
     def generator(self):
@@ -117,9 +117,9 @@ class Sampler:
         yield [piece.rest() for piece in pieces]
 
 
-def print_samples(sampler, prompt):
+def print_samples(sampler, prompt, where="--start"):
     """Prints the samples of one prompt; a single one on a terminal as it grows."""
-    n, ids = sampler.cfg.num_samples, sampler.encode(prompt)
+    n, ids = sampler.cfg.num_samples, sampler.encode(prompt, where)
     live = n == 1 and sys.stdout.isatty()
     shown = sampler.tokenizer.decode(ids if prompt else [])  # hides an empty prompt's end-of-text
     texts = [[shown] for _ in range(n)]
@@ -151,7 +151,7 @@ def answer_terminal(sampler):
             return
         try:
             check_surrogates(prompt, "the prompt")
-            print_samples(sampler, prompt)
+            print_samples(sampler, prompt, "the prompt")
         except UserError as e:
             print(f"error: {e}", file=sys.stderr)
         except KeyboardInterrupt:

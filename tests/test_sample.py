@@ -253,12 +253,13 @@ def test_a_line_gets_what_it_gets_alone(chars, samples, capsys, tmp_path):
 def test_interactive_answers_each_line(chars, samples, capsys, monkeypatch):
     """As one command per prompt; a bad prompt is one line, and the session goes on."""
     alone = [samples(chars, start=prompt, num_samples=2) for prompt in ("Line ", "L")]
-    monkeypatch.setattr("sys.stdin", io.StringIO("Line \né\nL\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Line \né\n{'L' * 17}\nL\n"))
     main([f"--out_dir={chars}", "--interactive", "--num_samples=2", "--max_new_tokens=12",
           "--device=cpu", "--dtype=float32"])
     out, err = capsys.readouterr()
     assert out == "".join(text + RULE for text in (*alone[0], *alone[1]))
     assert "error: the character 'é' is not in the model's vocabulary" in err
+    assert "error: the prompt has 17 tokens, the model reads at most 16" in err
 
 
 def test_ctrl_c_ends_a_sample_and_not_the_session(chars, capsys, monkeypatch):

@@ -166,7 +166,7 @@ def test_a_second_request_on_a_connection_is_not_read(server):
     (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", {414, 431}),
     (b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", {431}),
     (b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 200 + b"\r\n", {431}),
-    (b"GET / HTTP/1.1\r\n" + b"".join(b"X%d: a\r\n" % i for i in range(50_000)), {431}),
+    (b"GET / HTTP/1.1\r\n" + b"".join(b"X%d: a\r\n" % i for i in range(500_000)), {431}),
     (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + (b"X: " + b"a" * 500 + b"\r\n") * 90 + b"\r\n",
      {431}),
     (b"\0\xff\x16\x03\x01\r\n\r\n", {400}), (b"GET / HTTP/9.9\r\n\r\n", {505}),
@@ -240,6 +240,7 @@ def test_silent_connections_hold_up_nobody_and_end(server, monkeypatch):
 
 
 def test_connections_beyond_the_limit_are_closed(server, monkeypatch):
+    monkeypatch.setattr(server_module, "READ_SECONDS", 60)
     monkeypatch.setattr(server, "slots", threading.BoundedSemaphore(2))
     held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
     wait_until(lambda: len(handler_threads()) == 2)
