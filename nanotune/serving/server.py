@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             super().handle_one_request()
         except ApiError as e:  # the headers are too long
-            self.unread = self.close_connection = True
+            self.unread = True
             self.send_failure(e)
 
     def finish(self):
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self):
         """Answers the request, errors included."""
-        self.close_connection = True
+        self.close_connection = True  # one request each, even if nothing is sent
         self.unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         try:
             self.server.access.check(self.headers)
@@ -296,7 +296,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """What http.server finds wrong with a request, in the form of all errors."""
-        self.unread = self.close_connection = True
+        self.unread = True
         self.send_json(code, ApiError(code, message or self.responses[code][0]).body())
 
     def start(self, status, kind, headers=()):
