@@ -95,10 +95,10 @@ def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -
 def check_field(key, value):
     """The value of a field, if it has the right type and is within bounds; None: the default."""
     neutral = key in NEUTRAL and value == NEUTRAL[key] and not isinstance(value, bool)
-    if not (key in NUMBERS or key in OTHERS or neutral or (key in NEUTRAL and value is None)):
-        raise ApiError(400, f"{key[:99]} is not supported; leave it out", key[:99])
-    if value is None or neutral:
+    if neutral or (value is None and key in NUMBERS | OTHERS | NEUTRAL):
         return None
+    if key not in NUMBERS | OTHERS:
+        raise ApiError(400, f"{key[:99]} is not supported; leave it out", key[:99])
     if key in NUMBERS:
         kind, interval = NUMBERS[key]
         if type(value) not in (int, kind):
