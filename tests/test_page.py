@@ -137,7 +137,7 @@ def test_the_same_seed_gives_the_same_text(server, open_page):
 
 
 def test_the_keyboard_alone(server, open_page):
-    page = open_page(server)
+    page = open_page(server, viewport={"width": 1000, "height": 400})
     page.wait_for_selector("article")
     page.keyboard.type("Line 1")  # the prompt has the focus
     page.keyboard.press("Control+Enter")
@@ -148,6 +148,10 @@ def test_the_keyboard_alone(server, open_page):
     first = page.locator("#tip").inner_text()
     page.keyboard.press("ArrowRight")
     assert page.locator("#tip").is_visible() and page.locator("#tip").inner_text() != first
+    page.evaluate("scrollBy(0, 20)")
+    page.evaluate("new Promise(requestAnimationFrame)")
+    page.keyboard.press("ArrowRight")  # goes on after the page scrolled
+    assert page.locator(".sample span").nth(3).get_attribute("class") == "at"
     assert page.locator(".at").count() == 1
 
 

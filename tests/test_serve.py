@@ -277,15 +277,16 @@ def test_one_generation_at_a_time_and_then_429(slow):
     running = start_request(slow, max_tokens=2000)
     wait_until(lambda: slow.engine.running)
     waiting = []
-    for length in (3, 5):
-        waiting.append(start_request(slow, max_tokens=length))
+    for n in (2, 3):
+        waiting.append(start_request(slow, max_tokens=4, n=n))
         wait_until(lambda: len(slow.engine.waiting) == len(waiting))
     error = refusal(slow, {"prompt": "L"}, 429)
     assert error["type"] == "rate_limit_error" and "too many requests" in error["message"]
     assert slow.engine.model.fast.starts == [1]
     running.close()  # ends it: the others come in their order
     found = [json.loads(connection.getresponse().read()) for connection in waiting]
-    assert [len(texts(answer)[0]) for answer in found] == [3, 5]
+    assert [len(texts(answer)) for answer in found] == [2, 3]
+    assert slow.engine.model.fast.starts == [1, 2, 3]
 
 
 @pytest.mark.parametrize("stream", [True, False])

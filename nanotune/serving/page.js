@@ -129,7 +129,7 @@ function explain(span) {
       row.style.setProperty("--p", Math.exp(logprob));
       return row;
     })]));
-  const at = span.getClientRects()[0], box = tip.getBoundingClientRect();
+  const at = span.getClientRects()[0] ?? span.getBoundingClientRect(), box = tip.getBoundingClientRect();
   const below = at.bottom + 8 + box.height < innerHeight;
   tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - box.width - 8))}px`;
   tip.style.top = `${below ? at.bottom + 8 : Math.max(8, at.top - box.height - 8)}px`;
@@ -138,7 +138,7 @@ function explain(span) {
 const spanOf = event => event.target.closest?.(".sample span");
 document.addEventListener("pointerover", event => explain(spanOf(event)));
 document.addEventListener("click", event => explain(spanOf(event)));
-document.addEventListener("scroll", () => explain(null), {passive: true});
+document.addEventListener("scroll", () => explain($(".at")), {passive: true});
 document.addEventListener("focusin", event => {
   if (event.target.matches(".sample:focus-visible")) explain($("span", event.target));
 });
