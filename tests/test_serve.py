@@ -355,9 +355,9 @@ def test_a_failed_generation_is_one_answer(slow, monkeypatch, capsys, failure, s
 def test_the_end_of_the_server_ends_a_generation():
     model = tiny_model(seconds=0.01)
     with served({"slow": model}) as server:
-        connection = start_request(server, max_tokens=2000)
+        answer = start_request(server, max_tokens=2000, stream=True).getresponse()
         wait_until(lambda: model.fast.steps > 2)
-    connection.close()
+    assert b"[DONE]" not in answer.read()  # so that the client knows
     assert model.fast.steps < 1000
     assert not any(thread.name.startswith("engine slow") for thread in threading.enumerate())
 
