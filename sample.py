@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from configurator import (
     AtLeast0,
@@ -102,7 +103,8 @@ class Sampler:
         return torch.Generator(self.device).manual_seed(self.cfg.seed)
 
     def stream(self, prompts, generator):
-        """Yields the new text of each prompt (ids), token by token, at last what was held back."""
+        """Yields (the new text of each prompt (ids), whether each has ended), token by token, at
+        last what was held back."""
         cfg, tokenizer = self.cfg, self.tokenizer
         pieces = [TextPieces(tokenizer, ids, self.stops) for ids in prompts]
         with autocast(self.device, self.dtype, cache=True):
@@ -111,29 +113,41 @@ class Sampler:
                     top_k=cfg.top_k or None, top_p=cfg.top_p,
                     repetition_penalty=cfg.repetition_penalty, stop_token=tokenizer.eot,
                     n_vocab=tokenizer.n_vocab, generator=generator):
-                yield [piece.add(id) for piece, id in zip(pieces, token.tolist())]
+                before = [piece.done for piece in pieces]
+                new = [piece.add(id) for piece, id in zip(pieces, token.tolist())]
+                yield ([text + piece.rest() if piece.done and not was else text
+                        for text, piece, was in zip(new, pieces, before)],
+                       [piece.done for piece in pieces])
                 if all(piece.done for piece in pieces):
                     break
-        yield [piece.rest() for piece in pieces]
+        yield ["" if piece.done else piece.rest() for piece in pieces], [True] * len(pieces)
 
 
 def print_samples(sampler, prompt, where="--start"):
-    """Prints the samples of one prompt; a single one on a terminal as it grows."""
+    """Prints the samples of one prompt, each when it and those before it have ended; a single one
+    on a terminal as it grows. Several show their progress."""
     n, ids = sampler.cfg.num_samples, sampler.encode(prompt, where)
     live = n == 1 and sys.stdout.isatty()
     shown = sampler.tokenizer.decode(ids if prompt else [])  # hides an empty prompt's end-of-text
-    texts = [[shown] for _ in range(n)]
+    texts, printed = [[shown] for _ in range(n)], 0
     if live:
         print(shown, end="", flush=True)
     times = [time.perf_counter()]
-    for new in sampler.stream([ids] * n, sampler.generator()):
-        times.append(time.perf_counter())
-        for text, piece in zip(texts, new):
-            text.append(piece)
-        if live:
-            print(new[0], end="", flush=True)
-    for text in texts:
-        print("" if live else "".join([*text, "\n", "-" * 15]))
+    with tqdm(total=sampler.cfg.max_new_tokens, unit="tok", leave=False,
+              disable=None if n > 1 else True) as bar:
+        for new, done in sampler.stream([ids] * n, sampler.generator()):
+            times.append(time.perf_counter())
+            bar.update()
+            for text, piece in zip(texts, new):
+                text.append(piece)
+            if live:
+                print(new[0], end="", flush=True)
+            while not live and printed < n and done[printed]:
+                bar.clear()
+                print("".join([*texts[printed], "\n", "-" * 15]), flush=True)
+                printed += 1
+    if live:
+        print()
     print(speed(times[:-1], n), file=sys.stderr)
 
 
@@ -166,7 +180,8 @@ def answer_lines(sampler, text):
     size, generator = max(1, sampler.cfg.batch_size // n), sampler.generator()
     for first in range(0, len(lines), size):
         batch = [prompt for prompt in ids[first:first + size] for _ in range(n)]
-        texts = ["".join(pieces) for pieces in zip(*sampler.stream(batch, generator))]
+        new = (pieces for pieces, _ in sampler.stream(batch, generator))
+        texts = ["".join(pieces) for pieces in zip(*new)]
         for at, (number, line) in enumerate(lines[first:first + size]):
             print(json.dumps({"line": number, "prompt": line,
                               "samples": texts[at * n:(at + 1) * n]}), flush=True)

@@ -15,6 +15,7 @@ from configurator import AtLeast0, AtLeast1, Interval, configure
 from nanotune.cli import run
 from nanotune.device import DtypeName, pick_compile, pick_device, pick_dtype
 from nanotune.errors import UserError
+from nanotune.formats.checkpoint import pick_source
 from nanotune.serving.access import Access, is_loopback
 from nanotune.serving.api import Limits
 from nanotune.serving.engine import Engine, open_model
@@ -83,6 +84,8 @@ def make_server(cfg: Config) -> Server:
     server = Server((cfg.host, cfg.port), Access(cfg.host.lower(), read_token(cfg), names),
                     Limits(cfg.max_tokens, cfg.max_batch))
     for name, source in sources.items():
+        if cfg.init_from == "resume":
+            pick_source(source, "resume")  # an out_dir is never a hub id
         model = open_model(source, device, dtype, compiled)
         server.add(Engine(name, model, cfg.max_queue), source)
     return server

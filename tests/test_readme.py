@@ -86,7 +86,8 @@ def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf):
 
 
 def test_the_readme_shows_commands():
-    scripts = {script_and_arguments(command)[0] for command in commands(README + "".join(DOCS.values()))}
+    shown = README + "".join(DOCS.values())
+    scripts = {script_and_arguments(command)[0] for command in commands(shown)}
     assert {"train.py", "sample.py", "evaluate.py", "data/shakespeare/prepare.py"} <= scripts
     assert scripts <= TINY.keys(), "tell TINY how to make a new script's commands small"
 

@@ -118,6 +118,22 @@ def test_end_of_text_ends_a_sample(json_run, samples, monkeypatch):
     assert next(fed) == [9, 9, 9]  # nothing is drawn beyond the last end
 
 
+def test_a_sample_appears_when_it_ends(json_run, monkeypatch, capsys):
+    """And not after the slowest; an incomplete character at an end is left out."""
+    tokenizer = JsonTokenizer(tiny_json())
+    eot, (first, *_) = tokenizer.eot, tokenizer.encode("\U0001f642")
+    seen = []
+
+    def stream(*args, **options):
+        for row in [[5, 6], [eot, 7], [eot, first]]:
+            yield sample.torch.tensor(row)
+            seen.append(capsys.readouterr().out)
+    monkeypatch.setattr(sample, "stream", stream)
+    main([f"--out_dir={json_run}", "--device=cpu", "--start=Line", "--num_samples=2"])
+    assert seen[0] == "" and seen[1] == "Line" + tokenizer.decode([5]) + RULE
+    assert capsys.readouterr().out == "Line" + tokenizer.decode([6, 7]) + RULE
+
+
 def test_an_empty_prompt_begins_after_end_of_text(json_run, samples):
     started = samples(json_run, start="", num_samples=2, temperature=0)
     assert all(text and EOT not in text for text in started)
@@ -183,7 +199,8 @@ def test_a_growing_sample_is_printed_once(prompt, new, stops, cut):
     pieces = [prompt.encode()] + [data[i:i + cut] for i in range(0, len(data), cut)]
     text, printed = TextPieces(Cut(pieces), [0], stops), prompt
     whole = data.decode("utf-8", "replace")
-    expected = prompt + (whole.partition(stops[0])[0] if stops else whole)
+    stopped = stops and stops[0] in whole
+    expected = prompt + (whole.partition(stops[0])[0] if stopped else whole.rstrip("\ufffd"))
     for token in range(1, len(pieces)):
         printed += text.add(token)
         assert expected.startswith(printed)

@@ -174,6 +174,7 @@ class TextPieces:
         return min((text.find(stop) for stop in self.stops if stop in text), default=None)
 
     def rest(self) -> str:
-        """Returns the text held back; call it after the last token."""
-        text = self.held + self.decode_new()
+        """Returns the text held back, without an incomplete character at its end; call it after the
+        last token."""
+        text = self.held + self.decode_new().rstrip("\ufffd")
         return text[:self.find_stop(text)]

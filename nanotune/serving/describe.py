@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nanotune.formats.checkpoint import history_of, model_class
-from nanotune.training.logbook import kept_entries
+from nanotune.training.logbook import read_entries
 
 MOST_POINTS = 1000  # of a curve of logged iterations: more do not show
 
@@ -35,7 +35,7 @@ def describe_run(source: str) -> dict:
     """Returns {"settings", "batch", "evaluations"} of a run: the fields that it was trained with,
     [[iter, loss], ...] of logged iterations, thinned out, and [[step, train_loss, val_loss], ...]
     of evaluations. Reads the files again, so a run that trains shows its latest."""
-    entries = kept_entries(Path(source, "metrics.jsonl"), start=math.inf)
+    entries = read_entries(Path(source, "metrics.jsonl"))
     batch = [[e["iter"], finite(e["loss"])] for e in entries if "iter" in e]
     settings = history_of(source).get("config") or {}
     return {"settings": {key: plain(value) for key, value in settings.items()},
