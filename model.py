@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -47,6 +47,7 @@ class GPTConfig:
     qkv_bias: bool | None = None      # None: as bias; GPT-Neo: False
     local_window: int | None = None   # GPT-Neo: odd layers attend to this many last tokens
     doc_end: int | None = None        # tokens attend to their own document, which this id ends
+    takes_pairs: ClassVar[bool] = False  # of a source and a target, as T5 does
 
 
 class KVCache:

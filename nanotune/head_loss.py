@@ -35,7 +35,8 @@ def head_chunk(device_type: str, dtype: torch.dtype) -> HeadChunk:
 def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
               dtype: torch.dtype) -> torch.Tensor:
     """x (N, C), weight (V, C), targets (N,) -> the cross-entropies of x @ weight.T, in nats summed
-    over the targets that are not -1, (). Matrix products are computed in `dtype`."""
+    over the targets that are not -1, (). Matrix products are computed in `dtype`, sums in float32;
+    all in float64 if that is `dtype`."""
     device = x.device.type
     # skips rows that do not count, 9 of 10 in a prompt with a short answer; not on a GPU, where
     # indexing is a sync point, nor compiled, which needs fixed shapes
@@ -58,9 +59,10 @@ class HeadLoss(torch.autograd.Function):
         # weights of a smaller dtype are cast in parts, again for each chunk of rows
         in_parts = weight.dtype.itemsize < dtype.itemsize and len(weight) > size.ids
         w = weight if in_parts else weight.to(dtype)
-        loss = torch.zeros((), device=x.device)
+        wide = torch.promote_types(dtype, torch.float32)
+        loss = torch.zeros((), device=x.device, dtype=wide)
         dx = torch.empty_like(x) if with_grad else None
-        dw = (torch.zeros_like(weight, dtype=torch.float32)
+        dw = (torch.zeros_like(weight, dtype=wide)
               if with_grad and ctx.needs_input_grad[1] else None)  # None: the head is frozen
         for begin in range(0, len(x), size.rows):
             rows = slice(begin, begin + size.rows)
@@ -87,9 +89,9 @@ class HeadLoss(torch.autograd.Function):
 def cross_entropy_(logits, targets, with_grad):
     """logits (n, V), targets (n,) -> the sum of their cross-entropies, computed in float32;
     with_grad overwrites the logits with their gradient, p - 1[target]."""
-    counts = (targets != IGNORED).float()[:, None]
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counts = (targets != IGNORED).to(p.dtype)[:, None]
     targets = targets.clamp(min=0)[:, None]
-    p = logits.float()
     highest, at_target = p.amax(-1, keepdim=True), p.gather(-1, targets)
     p = p.sub_(highest).exp_()
     total = p.sum(-1, keepdim=True)

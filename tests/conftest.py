@@ -197,6 +197,21 @@ def hf_model(neo=False, seed=0, **fields):
     return model
 
 
+def hf_t5(tied=True, seed=0, **fields):
+    """transformers' T5, tiny, in evaluation mode, with weights that matter."""
+    import transformers as t
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=61, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+                 decoder_start_token_id=0, dropout_rate=0.0)
+    model = t.T5ForConditionalGeneration(t.T5Config(**sizes | fields)).eval()
+    if not tied:  # the class ties it whatever the config says
+        model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param) * 0.2)
+    return model
+
+
 def hf_tensors(model):
     """Its state dict without the head, where that is the embedding: as save_pretrained has it."""
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}

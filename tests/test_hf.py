@@ -290,7 +290,7 @@ def edit_json(file, change):
 
 
 @pytest.mark.parametrize("neo, fields, message", [
-    (False, dict(model_type="llama"), "is a 'llama' model; .*gpt2 and gpt_neo"),
+    (False, dict(model_type="llama"), "is a 'llama' model; .*gpt2, gpt_neo, t5"),
     (False, dict(model_type="gpt_neox"), "is a 'gpt_neox' model"),
     (False, dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
     (False, dict(reorder_and_upcast_attn=True), "reorder_and_upcast_attn=True"),

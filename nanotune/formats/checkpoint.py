@@ -16,6 +16,7 @@ import hashlib
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ from nanotune.text.tokenizer import (
     tokenizer_of_source,
 )
 from nanotune.training import lora
+from t5 import T5, T5Config
 
 MODEL_FILE, BEST_FILE, STATE_FILE = "ckpt.pt", "best.pt", "state.pt"
 
@@ -46,18 +48,34 @@ def best_file(always_save_checkpoint: bool) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its classes, and the transformers model_types that it reads."""
+    """A model family."""
     model: type
     config: type
-    model_types: tuple[str, ...]
+    model_types: tuple[str, ...]  # transformers' names of what it reads
+    lacking: dict[str, object]    # what a checkpoint means by a field that it lacks
+    float16: bool                 # whether the model computes in it without overflow
 
 
-FAMILIES = (Family(GPT, GPTConfig, ("gpt2", "gpt_neo")),)
+FAMILIES = (
+    Family(GPT, GPTConfig, ("gpt2", "gpt_neo"), {"activation": "gelu"}, True),  # nanoGPT's
+    Family(T5, T5Config, ("t5",), {}, False),  # its MLP's numbers are above 65504
+)
+AnyModel = GPT | T5
+AnyConfig = GPTConfig | T5Config
 
 
-def model_class(config: GPTConfig) -> type[GPT]:
+def model_class(config: AnyConfig) -> type[AnyModel]:
     """Returns the model class of a config."""
     return next(family.model for family in FAMILIES if isinstance(config, family.config))
+
+
+def check_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Raises UserError if the model would overflow in this dtype of matrix products."""
+    wrong = next((family for family in FAMILIES
+                  if isinstance(model, family.model) and not family.float16), None)
+    if wrong and dtype == torch.float16:
+        raise UserError(f"{model.family} overflows in float16; use --dtype=bfloat16 or "
+                        "--dtype=float32")
 
 
 def family_of(hf_config: dict, name: str) -> Family:
@@ -67,25 +85,27 @@ def family_of(hf_config: dict, name: str) -> Family:
     if found is None:
         known = [kind for family in FAMILIES for kind in family.model_types]
         raise UserError(f"{name} is a {kind!r} model; nanotune takes those of model_type "
-                        f"{' and '.join(known)}")
+                        f"{', '.join(known)}")
     return found
 
 
-def config_from_args(args: dict, path: str | Path) -> GPTConfig:
-    """Returns the config of a checkpoint's model_args; without an activation, as in nanoGPT, it is
-    exact GELU. Raises UserError if a field is unknown or has no possible value."""
-    args = {"activation": "gelu"} | args
-    family = FAMILIES[0]
-    unknown = args.keys() - {f.name for f in fields(family.config)}
+def config_from_args(args: dict, path: str | Path) -> AnyConfig:
+    """Returns the config of a checkpoint's model_args. Raises UserError if a field is unknown or
+    has no possible value."""
+    names = [{f.name for f in fields(family.config)} for family in FAMILIES]
+    at = next((i for i, known in enumerate(names) if args.keys() <= known), 0)
+    family, unknown = FAMILIES[at], args.keys() - names[at]
     if unknown:
         raise UserError(f"{path}: model_args has unknown fields: {', '.join(sorted(unknown))}")
+    args = family.lacking | args
     check_fields(args, f"{path}: model_args")
     return family.config(**args)
 
 
 def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
                device: str | torch.device = "cpu", with_onnx: bool = False,
-               dtype: torch.dtype = torch.float32) -> tuple[GPT | OnnxGPT, AnyTokenizer | None]:
+               dtype: torch.dtype = torch.float32,
+               ) -> tuple[AnyModel | OnnxGPT, AnyTokenizer | None]:
     """Returns (model, tokenizer) of a run's out_dir or .pt file, a Hugging Face folder, a hub id or
     a folder with a TensorFlow checkpoint; with `with_onnx` also of an exported .onnx file or its
     folder, as an OnnxGPT.
@@ -120,7 +140,7 @@ def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
 
 
 def load_run(path, dropout, device, dtype):
-    """(GPT, tokenizer or None) of a ckpt.pt, with adapters merged."""
+    """(model, tokenizer or None) of a ckpt.pt, with adapters merged."""
     data = files.load(path)
     with files.checked_parse(path):
         model = model_from(data, path, dropout, dtype)
@@ -183,8 +203,8 @@ def check_can_be_pretrained(source):
 
 
 def model_from(data: dict, path: str | Path, dropout: float = 0.0,
-               dtype: torch.dtype = torch.float32) -> GPT:
-    """Returns the GPT of a loaded checkpoint, nanoGPT's included, with LoRA adapters not merged.
+               dtype: torch.dtype = torch.float32) -> AnyModel:
+    """Returns the model of a loaded checkpoint, nanoGPT's included, with LoRA adapters not merged.
     Tensors of the wanted dtype are not copied. Raises UserError if they do not fit model_args."""
     if data.get("lora"):
         return adapted_from(data, path, dropout, dtype)
@@ -215,7 +235,7 @@ def history_of(source: str) -> dict:
     return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
 
 
-def model_config(source: str) -> GPTConfig:
+def model_config(source: str) -> AnyConfig:
     """Returns the config of load_model's model without reading weights. Raises UserError as it."""
     for path in (run_file(source), Path(source) / STATE_FILE):
         if path is not None and path.is_file():
@@ -245,8 +265,9 @@ def adapted_from(data, path, dropout, dtype):
         raise UserError(f"{path} holds LoRA adapters of {spec['base']}, which has changed since "
                         "they were trained (its hash differs): put the old one back")
     # in the dtype of training: the weights are rounded the same
-    model, _ = load_model(spec["base"], data["model_args"]["block_size"], dropout,
+    model, _ = load_model(spec["base"], data["model_args"].get("block_size"), dropout,
                           dtype=DTYPES[spec["weights"]])
+    model.config = replace(config_from_args(data["model_args"], path), dropout=dropout)
     model.set_dtype(dtype)
     lora.add_lora(model, spec["rank"])
     params, saved = lora.adapters(model), data["model"]
@@ -303,14 +324,14 @@ def tokenizer_from(data: dict) -> AnyTokenizer | None:
     return found or gpt2_by_size(data["model_args"].get("vocab_size"))
 
 
-def saved_weights(model: GPT) -> dict[str, torch.Tensor]:
+def saved_weights(model: AnyModel) -> dict[str, torch.Tensor]:
     """Returns {name: tensor} to save of a model that is not sharded, without copies; of a LoRA run
     only the adapters."""
     return ({name: param.detach() for name, param in lora.adapters(model).items()}
             or dict(model.state_dict()))
 
 
-def model_data(model: GPT, iter_num: int, best_val_loss: float, config: dict,
+def model_data(model: AnyModel, iter_num: int, best_val_loss: float, config: dict,
                tokenizer: AnyTokenizer, weights: dict[str, torch.Tensor] | None = None,
                run_id: str | None = None, lora_spec: dict | None = None) -> dict:
     """Returns the content of ckpt.pt. Pass the whole `weights` if the model is sharded. `lora_spec`

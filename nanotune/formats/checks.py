@@ -14,8 +14,11 @@ NUMBERS = {
     "block_size": (int, 1, 2**24), "vocab_size": (int, 1, 2**24), "n_layer": (int, 1, 1000),
     "n_head": (int, 1, 2**16), "n_embd": (int, 1, 2**20), "n_inner": (int, 1, 2**24),
     "local_window": (int, 1, 2**31), "doc_end": (int, 0, 2**31), "dropout": (float, 0, 1),
-    "norm_eps": (float, 0, 1), "attn_scale": (float, 0, 1000)}
-FLAGS = ("bias", "qkv_bias", "tied_head")
+    "norm_eps": (float, 0, 1), "attn_scale": (float, 0, 1000), "n_decoder_layer": (int, 1, 10_000),
+    "head_size": (int, 1, 2**20), "n_buckets": (int, 4, 2**16), "max_distance": (int, 2, 2**31),
+    "start_id": (int, 0, 2**31), "pad_id": (int, 0, 2**31), "end_id": (int, 0, 2**31),
+    "source_length": (int, 1, 2**24), "target_length": (int, 1, 2**24)}
+FLAGS = ("bias", "qkv_bias", "tied_head", "gated", "scale_head")
 OPTIONAL = ("n_inner", "local_window", "doc_end", "attn_scale", "qkv_bias")  # may be None
 
 

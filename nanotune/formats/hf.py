@@ -3,10 +3,11 @@
     fill_parameters(params, fields, weight_files)           # params: {our name: tensor}
     write_hf(folder, fields, params, tokenizer, dtype)      # then reads back and compares
 
-`fields` are those of model.GPTConfig; hf_config.py reads and writes config.json. This reads, and
-tests cover: OpenAI's gpt2 repositories, whose keys lack the `transformer.` prefix and whose masks
-are stored as buffers; finetuned models, which have the prefix and may have an untied head; weights
-in any dtype, in one file or in shards, as safetensors or as pytorch_model.bin.
+`fields` are those of GPTConfig or T5Config; hf_config.py reads and writes config.json. This reads,
+and tests cover: OpenAI's gpt2 repositories, whose keys lack the `transformer.` prefix and whose
+masks are stored as buffers; finetuned models, which have the prefix and may have an untied head;
+T5's, whose embedding may come three times; weights in any dtype, in one file or in shards, as
+safetensors or as pytorch_model.bin.
 """
 import json
 import pickle
@@ -21,18 +22,21 @@ import torch
 from nanotune.errors import UserError
 from nanotune.formats.checks import check_weight
 from nanotune.formats.hf_config import (
-    LAYOUTS,
     check_hf_takes,
     config_from_hf,
     config_to_hf,
     keys_of,
-    model_type_of,
+    layout_of,
 )
 from nanotune.formats.hub import read_json
 from nanotune.text.tokenizer import AnyTokenizer, tokenizer_of_folder
-from nanotune.text.tokenizer_files import SPECIAL, merges_as_strings
+from nanotune.text.tokenizer_files import SPECIAL, merges_as_strings, with_end_appended
 
-BUFFERS = re.compile(r"\.attn\.(attention\.)?(bias|masked_bias)$")  # masks stored as weights
+# masks stored as weights; a table that old files of T5 have and nothing reads
+BUFFERS = re.compile(r"\.attn\.(attention\.)?(bias|masked_bias)$"
+                     r"|\.EncDecAttention\.relative_attention_bias\.weight$")
+
+EMBEDDINGS = ("wte.weight", "shared.weight", "embed_tokens.weight")
 
 
 # -----------------------------------------------------------------------------
@@ -98,23 +102,21 @@ def head_is_tied(weight_files: list[str], tied: bool) -> bool:
     """
     found = {}
     for file in weight_files:
-        for key, tensor in read_tensors(file, only=("lm_head.weight", "wte.weight")):
-            found[key.removeprefix("transformer.")] = tensor
-    if len(found) < 2:
-        return tied
-    return tied and torch.equal(found["lm_head.weight"], found["wte.weight"])
+        for key, tensor in read_tensors(file, only=("lm_head.weight", *EMBEDDINGS)):
+            found[key.endswith("lm_head.weight")] = tensor
+    return tied and (len(found) < 2 or torch.equal(found[False], found[True]))
 
 
 @torch.no_grad()
 def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
                     weight_files: list[str]) -> None:
-    """Copies the tensors of the files into `params`, {name: parameter} of a GPT with these
-    GPTConfig `fields`.
+    """Copies the tensors of the files into `params`, {name: parameter} of a model with these config
+    `fields`.
 
     Raises UserError if a file is damaged, a shape differs, a tensor is neither a parameter nor a
     known buffer, a weight is not finite, or a parameter is missing or comes twice.
     """
-    layout, places = LAYOUTS[model_type_of(fields)], {}
+    layout, places = layout_of(fields), {}
     for name in params:
         keys, transposed = keys_of(name, layout)
         places |= {key: (name, part, len(keys), transposed) for part, key in enumerate(keys)}
@@ -123,7 +125,12 @@ def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
             if key == "lm_head.weight" and fields["tied_head"]:
                 continue
             full = key if key == "lm_head.weight" else (
-                "transformer." + key.removeprefix("transformer."))
+                layout.prefix + key.removeprefix(layout.prefix))
+            if full in layout.copies:
+                full = layout.copies[0]
+                if full not in places:
+                    check_copy(params[full], tensor, key, file)
+                    continue
             if full not in places:
                 raise UserError(f"{file}: the tensor {key} has no place in the model, or came "
                                 "twice")
@@ -140,22 +147,31 @@ def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
                         + (f" and {len(names) - 3} more" if names[3:] else ""))
 
 
+def check_copy(embedding, tensor, key, file):
+    """Raises UserError unless a tensor that a file holds again is what came before."""
+    if not torch.equal(embedding, tensor.to(embedding.dtype)):
+        raise UserError(f"{file}: {key} differs from the shared embedding, which it must equal; "
+                        "use another copy of it")
+
+
 # -----------------------------------------------------------------------------
 # writing
 
 def write_hf(folder: Path, fields: dict, params: dict[str, torch.Tensor],
              tokenizer: AnyTokenizer | None, dtype: torch.dtype) -> None:
-    """Writes a GPT (GPTConfig fields, {name: parameter}) and its tokenizer into a folder, as
+    """Writes a model (its config's fields, {name: parameter}) and its tokenizer into a folder, as
     `dtype`, and reads them back.
 
     Raises UserError if transformers cannot express the model, a weight is not finite in `dtype`,
     or what is read back differs; OSError if the disk is full.
     """
     check_hf_takes(fields)
-    params = with_biases(params, LAYOUTS[model_type_of(fields)])
+    layout = layout_of(fields)
+    params = with_biases(params, layout) if layout.biases else with_head(params, fields)
     write_model(folder, fields, params, dtype, tokenizer)
     if tokenizer is not None:
-        write_tokenizer(folder, tokenizer, fields["block_size"])
+        write_tokenizer(folder, tokenizer, fields.get("block_size") or fields["source_length"],
+                        layout.ends_prompts)
     check_written(folder, params, tokenizer, dtype)
 
 
@@ -185,11 +201,18 @@ def with_biases(params, layout):
     return whole
 
 
+def with_head(params, fields):
+    """A T5's parameters, with the head even if it is tied and its input is not scaled: transformers
+    before 5 scales it unless the head is untied."""
+    tied = fields["tied_head"] and not fields["scale_head"]
+    return params | ({"lm_head.weight": params["shared.weight"].clone()} if tied else {})
+
+
 def tensors_to_hf(fields: dict, params: dict[str, torch.Tensor],
                   dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Returns {key: tensor in `dtype`} as transformers stores these parameters, without a tied
     head."""
-    layout, tensors = LAYOUTS[model_type_of(fields)], {}
+    layout, tensors = layout_of(fields), {}
     for name, param in params.items():
         keys, transposed = keys_of(name, layout)
         for key, part in zip(keys, param.detach().to(dtype).chunk(len(keys))):
@@ -210,8 +233,9 @@ def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dty
     special = special_names(tokenizer) if tokenizer is not None else {}
     ends = {f"{key}_id": tokenizer.encode(special[key])[0] if key in special else None
             for key in ("bos_token", "eos_token", "pad_token")}
-    config = config_to_hf(fields) | ends | {"dtype": str(dtype).removeprefix("torch.")}
-    for name, content in (("config.json", config), ("generation_config.json", ends)):
+    config = ends | config_to_hf(fields) | {"dtype": str(dtype).removeprefix("torch.")}
+    generation = {key: config[key] for key in (*ends, "decoder_start_token_id") if key in config}
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
         Path(folder, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_tensors(tensors, Path(folder, "model.safetensors"), like=Path(folder, "config.json"))
 
@@ -228,10 +252,13 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path, like: Path) -> No
     shutil.copymode(like, file)
 
 
-def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, max_length: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, max_length: int,
+                    ends_prompts: bool = False) -> None:
     """Writes tokenizer.json and tokenizer_config.json; `max_length` is the model's context in
-    tokens."""
+    tokens. With `ends_prompts` other programs append the end token to a text."""
     text = merges_as_strings(tokenizer.to_json())
+    if ends_prompts:
+        text = with_end_appended(text, tokenizer.special["eos_token"], tokenizer.eot)
     Path(folder, "tokenizer.json").write_text(text, encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
               "clean_up_tokenization_spaces": False} | special_names(tokenizer)

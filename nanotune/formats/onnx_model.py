@@ -104,6 +104,7 @@ class OnnxGPT:
     def start(self, prompts: Sequence[list[int]], room: int,
               cache: OnnxCache | None = None) -> tuple[OnnxCache, torch.Tensor]:
         """As GPT.start, always with a new cache."""
+        prompts = [ids[-self.config.block_size:] for ids in prompts]
         length = max(map(len, prompts))
         cache = OnnxCache(min(length + room, self.config.block_size))
         if min(map(len, prompts)) == length:

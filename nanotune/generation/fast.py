@@ -38,6 +38,8 @@ def for_generation(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtyp
         return model
     if not compiled or dtype != torch.float32:  # Inductor has its own layout for float32
         pack(model, device, dtype)
+    if not hasattr(model, "new_cache"):  # a T5: its steps have no fixed shapes to record
+        return model
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs and streams are the current one's
         return Decoder(model, cuda_graph, compiled)

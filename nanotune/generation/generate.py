@@ -33,7 +33,8 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
            n_vocab: int | None = None, generator: torch.Generator | None = None,
            with_logits: bool = False) -> Iterator[Any]:
     """Yields the next token of each of B prompts, (B,), up to max_new_tokens times. Prompts may
-    differ in length; of one longer than block_size only the end is used.
+    differ in length; of one longer than a GPT's block_size only the end is used. A T5's prompts
+    are sources, and its tokens the target.
 
     Sampling is as in sample_token(). repetition_penalty above 1 makes tokens that are already in
     the row less likely (Keskar et al. 2019, "CTRL"). A row that drew stop_token repeats it; when
@@ -44,14 +45,14 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
 
     with_logits yields (token, logits): the model's own, (B, n_vocab), without the penalty.
     """
-    block_size = model.config.block_size
-    cache, logits = model.start([ids[-block_size:] for ids in prompts], max_new_tokens)
+    cache, logits = model.start(prompts, max_new_tokens)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
-    seen = None if repetition_penalty == 1 else tokens_in(prompts, logits)
+    texts = [[] if model.config.takes_pairs else ids for ids in prompts]  # before the new tokens
+    seen = None if repetition_penalty == 1 else tokens_in(texts, logits)
     new = []
     for left in range(max_new_tokens, 0, -1):
         if new and cache.full:
-            half = max(1, block_size // 2)
+            half = max(1, model.config.block_size // 2)
             rows = [[*ids, *ours][-half:]
                     for ids, ours in zip(prompts, torch.stack(new, 1).tolist())]
             cache, logits = model.start(rows, left, cache)
@@ -101,7 +102,7 @@ def tokens_in(prompts, logits):
     """A mask (B, V) bool, True for the tokens of each prompt."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, ids in zip(seen, prompts):
-        row[torch.tensor(ids, device=row.device)] = True
+        row[torch.tensor(ids, dtype=torch.long, device=row.device)] = True
     return seen
 
 
@@ -113,8 +114,10 @@ def penalize(logits, seen, penalty):
 
 def read_prompts(model: Any, prompts: Sequence[list[int]], room: int,
                  cache: Any = None) -> tuple[Any, torch.Tensor]:
-    """Returns (cache, logits (B, V)) after B prompts, which are left-padded to one length. A given
-    KVCache is overwritten; a new one has room for `room` more tokens, within block_size."""
+    """Returns (cache, logits (B, V)) after B prompts, the last block_size tokens of each, which are
+    left-padded to one length. A given KVCache is overwritten; a new one has room for `room` more
+    tokens, within block_size."""
+    prompts = [ids[-model.config.block_size:] for ids in prompts]
     length = max(map(len, prompts))
     pad = [length - len(ids) for ids in prompts]
     x = torch.tensor([[0] * n + list(ids) for n, ids in zip(pad, prompts)], device=model.device)

@@ -33,6 +33,7 @@ from nanotune.text.tokenizer_files import (
     VOCAB_AND_MERGES,
     characters_json,
     gpt2_json,
+    json_of_sentencepiece,
     json_of_vocab_and_merges,
     read_meta,
     read_optional,
@@ -229,8 +230,8 @@ def tokenizer_from_spec(spec: dict) -> AnyTokenizer:
 def tokenizer_of_folder(folder: str | Path) -> AnyTokenizer | None:
     """Returns the tokenizer of a dataset or model folder, or None if the folder has none.
 
-    Reads meta.pkl (characters), tokenizer.json, or a pair of VOCAB_AND_MERGES, the first that
-    exists. Raises UserError if that file is damaged.
+    Reads meta.pkl (characters), tokenizer.json, a pair of VOCAB_AND_MERGES, or T5's spiece.model,
+    the first that exists. Raises UserError if that file is damaged.
     """
     folder = Path(folder)
     if (folder / "meta.pkl").is_file():
@@ -242,6 +243,8 @@ def tokenizer_of_folder(folder: str | Path) -> AnyTokenizer | None:
         text = read_utf8(file)
     elif pair is not None:
         file, text = pair[0], json_of_vocab_and_merges(*pair)
+    elif (folder / "spiece.model").is_file():
+        file, text = folder, json_of_sentencepiece(folder)
     else:
         return None
     tokenizer = JsonTokenizer(text, file, special_tokens(folder))
@@ -265,7 +268,8 @@ def tokenizer_of_source(source: str) -> AnyTokenizer | None:
     if not path.is_dir():
         path = hub.download(source, "config.json", "tokenizer.json", *NAMED_IN)
         if not (path / "tokenizer.json").is_file():
-            hub.download(source, "config.json", *VOCAB_AND_MERGES[0], "added_tokens.json")
+            hub.download(source, "config.json", *VOCAB_AND_MERGES[0], "added_tokens.json",
+                         "spiece.model")
     return tokenizer_of_folder(path) or (
         gpt2_by_size(read_optional(path / "config.json").get("vocab_size")))
 

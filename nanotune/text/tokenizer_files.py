@@ -95,6 +95,19 @@ def read_meta(path: Path) -> list[str]:
                         "again") from None
 
 
+def json_of_sentencepiece(folder: Path) -> str:
+    """Returns the tokenizer.json of a T5 that has only spiece.model, such as t5-v1_1, converted by
+    transformers. Raises UserError if it or what it needs is not installed, or the file is damaged.
+    """
+    try:
+        from transformers import T5TokenizerFast
+        return T5TokenizerFast.from_pretrained(folder).backend_tokenizer.to_str()
+    except Exception as e:  # each of the packages raises its own
+        raise UserError(f"{folder / 'spiece.model'} cannot be converted ({first_line(e)}); run: "
+                        "pip install transformers sentencepiece protobuf, or put a tokenizer.json "
+                        "beside it, such as that of google-t5/t5-small") from None
+
+
 def merges_as_strings(text: str) -> str:
     """Returns a tokenizer.json with its merges as "a b", which every version of the tokenizers
     library reads; before 0.20 it did not read ["a", "b"]. Keeps pairs if a token holds a space."""
@@ -104,6 +117,19 @@ def merges_as_strings(text: str) -> str:
         return text
     data["model"]["merges"] = [" ".join(merge) for merge in merges]
     return json.dumps(data, ensure_ascii=False) if merges else text
+
+
+def with_end_appended(text: str, end: str, id: int) -> str:
+    """Returns a tokenizer.json that appends the token `end` to a text, as T5's does. Keeps a
+    post-processor that it has."""
+    data = json.loads(text)
+    if data.get("post_processor") is None:
+        parts = [{"Sequence": {"id": "A", "type_id": 0}},
+                 {"SpecialToken": {"id": end, "type_id": 0}}]
+        data["post_processor"] = {
+            "type": "TemplateProcessing", "single": parts, "pair": parts,
+            "special_tokens": {end: {"id": end, "ids": [id], "tokens": [end]}}}
+    return json.dumps(data, ensure_ascii=False)
 
 
 def gpt2_json(encoding: Any) -> str:

@@ -212,8 +212,9 @@ def shard(model, world, dtype):
     for block in model.blocks():  # the device gets one whole block at a time
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
     fsdp.fully_shard(model, mesh=mesh)
-    for method in ("step", "logits", "logits_at"):  # they gather the weights as forward does
-        fsdp.register_fsdp_forward_method(model, method)
+    for method in ("encode", "step", "logits", "logits_at"):  # they gather the weights, as forward
+        if hasattr(model, method):
+            fsdp.register_fsdp_forward_method(model, method)
     dcp.set_model_state_dict(model, whole, options=dcp.StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-LAYERS = ("c_attn", "c_proj", "c_fc")  # all matrices of a block: attention and MLP
+LAYERS = ("c_attn", "c_q", "c_kv", "c_proj", "c_fc")  # all matrices of a block
 SCALE = 2.0  # alpha / rank in the paper; alpha = 2 rank is usual
 
 

@@ -1,0 +1,417 @@
+"""T5 in one file: the model, its loss, its cache. Built as model.py is.
+
+Letters in the shape comments:
+    B batch   S source tokens   T target tokens, the new ones if there is a cache
+    P target tokens, those in the cache included
+    C channels (n_embd)   nh heads   hs head size   V vocabulary
+
+References: T5, Raffel et al. 2020; its version 1.1 (flan-t5 too) has the gate of Shazeer 2020, "GLU
+Variants Improve Transformer". Checked against transformers' T5ForConditionalGeneration.
+"""
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from model import GPT, Embedding, Linear, additive
+from nanotune.errors import UserError
+from nanotune.formats import hf, hf_config, hub
+from nanotune.head_loss import head_bytes, head_chunk, head_loss
+from nanotune.text.loader import IGNORED
+
+
+@dataclass(frozen=True)
+class T5Config:
+    vocab_size: int = 32128
+    n_layer: int = 6                  # of the encoder
+    n_decoder_layer: int = 6
+    n_head: int = 8
+    n_embd: int = 512
+    head_size: int = 64               # n_head * head_size need not be n_embd
+    n_inner: int = 2048               # width of the MLP
+    gated: bool = False               # MLP: ReLU; True: GELU with a gate (1.1)
+    n_buckets: int = 32               # of relative positions
+    max_distance: int = 128           # positions farther apart share a bucket
+    dropout: float = 0.0
+    norm_eps: float = 1e-6
+    tied_head: bool = True            # the head shares the weights of the embedding
+    scale_head: bool = True           # the head's input is divided by sqrt(n_embd); 1.1: False
+    start_id: int = 0                 # a target begins after this id,
+    pad_id: int = 0                   # has this one where it is not known,
+    end_id: int = 1                   # and ends with this one, as a source does
+    source_length: int = 512          # tokens of a pair in training; longer ones are cut
+    target_length: int = 512
+    block_size: ClassVar[float] = math.inf  # positions are relative: it reads any length
+    takes_pairs: ClassVar[bool] = True
+
+
+class T5Cache:
+    """The decoder's keys and values of all layers for one batch, at most `length` tokens per row,
+    and those of the source. `pos` is the number of target tokens in the cache."""
+    def __init__(self, config: T5Config, batch_size: int, length: int,
+                 device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        shape = (config.n_decoder_layer, batch_size, config.n_head, length, config.head_size)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.pos = 0
+        self.source, self.mask = None, None             # (B, S, C); (B, 1, 1, S), as encode()
+        self.source_kv = [None] * config.n_decoder_layer  # of each layer, from its first step on
+
+    @property
+    def full(self) -> bool:
+        """Returns whether there is no room for another token."""
+        return self.pos == self.k.size(3)
+
+    def rewind(self, pos: int) -> None:
+        """Keeps the first `pos` tokens and drops the rest, without a copy."""
+        self.pos = pos
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Replaces row i by row rows[i], rows (B,), as beam search does."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.source, self.mask = self.source[rows], self.mask[rows]
+        self.source_kv = [kv and tuple(t[rows] for t in kv) for kv in self.source_kv]
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Writes the new k, v (B, nh, T, hs) of a layer; returns all, (B, nh, P, hs) each."""
+        end = self.pos + k.size(2)
+        self.k[layer, :, :, self.pos:end] = k
+        self.v[layer, :, :, self.pos:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def bucket_of(distance: torch.Tensor, n_buckets: int, max_distance: int,
+              both_ways: bool) -> torch.Tensor:
+    """Returns the bucket of each distance, the key's position minus the query's: one for each
+    distance below half of the buckets, then logarithmically wider ones up to max_distance. With
+    `both_ways`, the encoder, half of them are for keys behind the query; else those have bucket 0.
+    """
+    first = torch.zeros_like(distance)
+    if both_ways:
+        n_buckets //= 2
+        first = (distance > 0) * n_buckets
+        far = distance.abs()
+    else:
+        far = (-distance).clamp(min=0)
+    half = n_buckets // 2
+    octave = (far.clamp(min=half) / half).log() / math.log(max_distance / half)
+    wide = (half + (octave * (n_buckets - half)).long()).clamp(max=n_buckets - 1)
+    return first + torch.where(far < half, far, wide)
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root of the mean square, which is computed in float32; has no bias."""
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.eps = config.norm_eps
+
+    def forward(self, x):
+        x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * x
+
+
+def attend(q, k, v, mask, dropout):
+    """(B, T, nh hs) x heads (B, nh, S, hs) -> (B, T, nh hs). T5 does not scale the products: the
+    initial weights of q are smaller instead. `mask` is added to them; it has the bias."""
+    B, T, _ = q.size()
+    q = q.view(B, T, k.size(1), -1).transpose(1, 2).to(k.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+    return y.transpose(1, 2).reshape(B, T, -1)
+
+
+def split_heads(x, n_head):
+    """k and v of x (B, S, 2 nh hs), each (B, nh, S, hs)."""
+    return (t.view(*t.shape[:2], n_head, -1).transpose(1, 2) for t in x.chunk(2, dim=2))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.width = config.n_head * config.head_size
+        self.c_attn = Linear(config.n_embd, 3 * self.width, bias=False)
+        self.c_proj = Linear(self.width, config.n_embd, bias=False)
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+
+    def forward(self, x, mask, cache):
+        q, kv = self.c_attn(x).split((self.width, 2 * self.width), dim=2)
+        k, v = split_heads(kv, self.n_head)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.c_proj(attend(q, k, v, mask, self.dropout if self.training else 0.0))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.width = config.n_head * config.head_size
+        self.c_q = Linear(config.n_embd, self.width, bias=False)
+        self.c_kv = Linear(config.n_embd, 2 * self.width, bias=False)
+        self.c_proj = Linear(self.width, config.n_embd, bias=False)
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+
+    def forward(self, x, source, mask, cache):
+        kv = cache and cache.source_kv[self.layer]
+        if kv is None:
+            kv = tuple(split_heads(self.c_kv(source), self.n_head))
+            if cache is not None:
+                cache.source_kv[self.layer] = kv
+        y = attend(self.c_q(x), *kv, mask, self.dropout if self.training else 0.0)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gated, self.dropout = config.gated, config.dropout
+        self.c_fc = Linear(config.n_embd, (1 + config.gated) * config.n_inner, bias=False)
+        self.c_proj = Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        if self.gated:
+            x, gate = x.chunk(2, dim=2)
+            x = F.gelu(x, approximate="tanh") * gate
+        else:
+            x = F.relu(x)
+        return self.c_proj(F.dropout(x, self.dropout, self.training))
+
+
+class Block(nn.Module):
+    """A layer of the encoder, or with `cross` of the decoder."""
+    def __init__(self, config, layer, cross):
+        super().__init__()
+        self.ln_1 = RMSNorm(config)
+        self.attn = SelfAttention(config, layer)
+        if cross:
+            self.ln_x = RMSNorm(config)
+            self.cross = CrossAttention(config, layer)
+        self.ln_2 = RMSNorm(config)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask, source=None, source_mask=None, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), mask, cache))
+        if source is not None:
+            x = x + self.drop(self.cross(self.ln_x(x), source, source_mask, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class Stack(nn.Module):
+    """The encoder, or with `cross` the decoder."""
+    def __init__(self, config, n_layer, cross):
+        super().__init__()
+        self.bias = Embedding(config.n_buckets, config.n_head)  # one for all layers
+        self.h = nn.ModuleList(Block(config, layer, cross) for layer in range(n_layer))
+        self.ln_f = RMSNorm(config)
+        self.drop = nn.Dropout(config.dropout)
+        self.recompute = False
+        self.buckets = dict(n_buckets=config.n_buckets, max_distance=config.max_distance,
+                            both_ways=not cross)
+
+    def position_bias(self, row, S):
+        """What attention adds for tokens in columns `row` (T,) to columns 0 to S - 1, (nh, T, S).
+        """
+        distance = torch.arange(S, device=row.device) - row[:, None]
+        return self.bias(bucket_of(distance, **self.buckets)).permute(2, 0, 1)
+
+    def forward(self, x, *others):
+        """x (B, T, C) -> (B, T, C); `others` are the arguments of each block."""
+        x = self.drop(x)
+        for block in self.h:
+            if self.recompute and torch.is_grad_enabled():
+                # restores the random state: dropout is the same
+                x = checkpoint(block, x, *others, use_reentrant=False)
+            else:
+                x = block(x, *others)
+        return self.drop(self.ln_f(x))
+
+
+class T5(nn.Module):
+    """An encoder-decoder transformer."""
+    family = "T5"
+    is_masked = True  # attention has a mask in training
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = Embedding(config.vocab_size, config.n_embd)
+        self.encoder = Stack(config, config.n_layer, cross=False)
+        self.decoder = Stack(config, config.n_decoder_layer, cross=True)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_head()
+        if not self.lm_head.weight.is_meta:  # else the weights come from a file
+            self.apply(self.init_weights)
+
+    # as GPT's
+    num_params, param_groups, set_dtype = GPT.num_params, GPT.param_groups, GPT.set_dtype
+    compute_dtype, empty = GPT.compute_dtype, classmethod(GPT.empty.__func__)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the backward pass recomputes activations, block by block."""
+        return self.encoder.recompute
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        self.encoder.recompute = self.decoder.recompute = on
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Returns the layers, which are sharded and recomputed one at a time."""
+        return [*self.encoder.h, *self.decoder.h]
+
+    def tied_names(self) -> dict[str, str]:
+        """Returns {parameter name: the name of the same parameter elsewhere}."""
+        return {"lm_head.weight": "shared.weight"} if self.config.tied_head else {}
+
+    def tie_head(self) -> None:
+        """Shares the embedding's weights with the head; to() may have split them."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.shared.weight
+
+    def init_weights(self, module):
+        """N(0, 1) for embedding and head; for a matrix 1 / sqrt(its inputs); for that of queries
+        also 1 / sqrt(hs), since attention does not scale."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+        if isinstance(module, SelfAttention | CrossAttention):
+            queries = module.c_attn if isinstance(module, SelfAttention) else module.c_q
+            with torch.no_grad():
+                queries.weight[:module.width] *= self.config.head_size ** -0.5
+        if isinstance(module, Stack):
+            nn.init.normal_(module.bias.weight, std=self.config.n_embd ** -0.5)
+        if module is self:  # apply() comes to the model after its parts
+            nn.init.normal_(self.shared.weight)
+            nn.init.normal_(self.lm_head.weight)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x (B, S), sources padded with -1, and y (B, T), targets -> the loss, in nats *summed*
+        over the targets that are not -1."""
+        hidden = self.hidden(x, y).flatten(0, 1)
+        return head_loss(hidden, self.lm_head.weight, y.flatten(), self.compute_dtype)
+
+    def hidden(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x (B, S), y (B, T) as in forward() -> the input of the head, (B, T, C)."""
+        source, mask = T5.encode(self, x)  # not self.encode: FSDP has wrapped that
+        before = F.pad(y[:, :-1], (1, 0), value=self.config.start_id)
+        before = before.masked_fill(before == IGNORED, self.config.pad_id)
+        return self.decode(before, source, mask)
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, S) sources padded with -1 -> the encoder's output, (B, S, C), and what attention to
+        it adds, (B, 1, 1, S): 0, or -inf for padding."""
+        mask = additive((x != IGNORED)[:, None, None], self.stream_dtype)
+        bias = self.encoder.position_bias(torch.arange(x.size(1), device=x.device), x.size(1))
+        both = (bias + mask).to(self.compute_dtype)  # (B, nh, S, S)
+        x = self.shared(x.clamp(min=0)).to(self.stream_dtype)
+        return self.encoder(x, both), mask.to(self.compute_dtype)
+
+    def decode(self, idx, source, source_mask, cache=None):
+        """idx (B, T), the tokens before each target -> the input of the head, (B, T, C)."""
+        begin = 0 if cache is None else cache.pos
+        row = torch.arange(begin, begin + idx.size(1), device=idx.device)
+        column = torch.arange(begin + idx.size(1), device=idx.device)
+        mask = additive(column <= row[:, None], self.stream_dtype)
+        mask = (self.decoder.position_bias(row, len(column)) + mask)[None]  # (1, nh, T, P)
+        x = self.shared(idx).to(self.stream_dtype)
+        x = self.decoder(x, mask.to(source_mask.dtype), source, source_mask, cache)
+        if cache is not None:
+            cache.pos += idx.size(1)
+        return x * self.config.n_embd ** -0.5 if self.config.scale_head else x
+
+    def start(self, prompts: Sequence[list[int]], room: int,
+              cache: T5Cache | None = None) -> tuple[T5Cache, torch.Tensor]:
+        """Reads B sources, each with its end token, which is appended if it lacks. Returns (a cache
+        with room for `room` more tokens, logits of the first token of each target, (B, V))."""
+        end = self.config.end_id
+        rows = [torch.tensor([*ids] if ids[-1:] == [end] else [*ids, end]) for ids in prompts]
+        x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        x = x.to(self.device)
+        cache = T5Cache(self.config, len(x), 1 + room, self.device, self.compute_dtype)
+        cache.source, cache.mask = self.encode(x)
+        return cache, self.step(torch.full_like(x[:, :1], self.config.start_id), cache)
+
+    def step(self, idx: torch.Tensor, cache: T5Cache) -> torch.Tensor:
+        """idx (B, T), the next tokens of each row -> the logits after the last, (B, V) float32."""
+        x = self.decode(idx, cache.source, cache.mask, cache)
+        return self.lm_head(x[:, -1]).float()
+
+    def logits_at(self, x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tensor]:
+        """x (B, S), y (B, T) -> chunks (n, V) float32 of the logits whose target is not -1."""
+        hidden = self.hidden(x, y)[y != IGNORED]
+        rows = head_chunk(hidden.device.type, torch.float32).rows
+        return (self.lm_head(part).float() for part in hidden.split(rows))
+
+    def flops_per_token(self) -> int:
+        """Returns the FLOPs of forward and backward per token, of source and target alike: 6 N, N
+        half of the weights, since a token passes the encoder or the decoder. Counts no products of
+        attention: pairs are short."""
+        return 3 * (self.num_params() - self.shared.weight.numel())
+
+    def activation_bytes(self, batch_size: int, device_type: str,
+                         dtype: torch.dtype) -> tuple[int, int]:
+        """Returns (bytes that the forward pass keeps for the backward, bytes of temporaries), for a
+        batch of pairs of source_length and target_length tokens.
+
+        A norm keeps its input, that divided by its size, both float32, and its output. Attention
+        with a bias that needs a gradient keeps all pairs of tokens, with dropout three times, in
+        float32 as q, k and v. Dropout keeps a mask, autocast the cast matrices. With recompute only
+        the inputs of the blocks are kept.
+        """
+        c, e, drop = self.config, dtype.itemsize, 3 if self.config.dropout else 1
+        S, T, width, pairs = c.source_length, c.target_length, c.n_head * c.head_size, 4 * c.n_head
+        mlp = e * c.n_inner * ((4 if c.gated else 1) + (drop > 1) * (1 if c.gated else 2))
+        part = 8 * c.n_embd + e * c.n_embd * (1 + (drop > 1)) + (4 + e) * width  # per sublayer
+        encoder = S * (2 * part - (4 + e) * width + mlp + 8 * width + pairs * S * drop)
+        decoder = (T * (3 * part - (4 + e) * width + mlp + 8 * width + pairs * (S + T) * drop)
+                   + S * 8 * width)
+        cast = [sum(p.numel() * e for p in stack.h[0].parameters()
+                    if p.dim() >= 2 and p.dtype != dtype) for stack in (self.encoder, self.decoder)]
+        kept = [batch_size * encoder + cast[0], batch_size * decoder + cast[1]]
+        backward = batch_size * max(S, T) * (2 * e * c.n_inner * (1 + c.gated) + 8 * c.n_embd
+                                             + 3 * pairs * S)
+        if self.recompute:
+            inputs = 4 * c.n_embd * batch_size * (c.n_layer * S + c.n_decoder_layer * T)
+            return inputs, max(kept) + backward
+        return c.n_layer * kept[0] + c.n_decoder_layer * kept[1], backward
+
+    def head_bytes(self, batch_size: int, device_type: str, dtype: torch.dtype) -> tuple[int, int]:
+        """As head_loss.head_bytes, for a batch of targets of target_length tokens."""
+        rows = batch_size * self.config.target_length
+        return head_bytes(self.lm_head.weight, rows, device_type, dtype)
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Raises UserError: there are no positions to crop."""
+        raise UserError(f"--block_size={block_size} is for models of plain text; T5 takes "
+                        "--source_length and --target_length")
+
+    def crop_vocab(self, n_vocab: int) -> None:
+        """Does nothing: T5 has always had rows without a token."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.ln_f.weight.device
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Returns the dtype of the residual stream: float32, as set_dtype leaves the vectors."""
+        return self.decoder.ln_f.weight.dtype
+
+    @classmethod
+    def from_pretrained(cls, name: str, dropout: float = 0.0, device: str | torch.device = "cpu",
+                        dtype: torch.dtype = torch.float32) -> "T5":
+        """Returns a T5 of a hub id ('google-t5/t5-small', 'google/flan-t5-base', ...) or a Hugging
+        Face folder, in training mode, its matrices in `dtype`. Raises UserError if the files are
+        not found, are of another architecture or do not fit."""
+        config_file, weight_files = hub.find_pretrained(name)
+        fields = hf_config.config_from_hf(hub.read_json(config_file), name)
+        fields["tied_head"] = hf.head_is_tied(weight_files, tied=True)  # whatever the config says
+        config = T5Config(**fields | {"dropout": dropout})
+        model = cls.empty(config, device, dtype)
+        hf.fill_parameters(dict(model.named_parameters()), asdict(config), weight_files)
+        return model
