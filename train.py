@@ -93,6 +93,8 @@ class Config:
     batch_size: UpTo65536 = 12        # samples per micro-step
     block_size: AtLeast1 | None = None  # tokens per sample; None: the model's, 1024 from scratch
     separate_documents: bool = False  # tokens attend only to their own document
+    source_length: AtLeast1 | None = None  # pairs: most tokens of a source; None: the model's, 512
+    target_length: AtLeast1 | None = None  # pairs: most tokens of a target; None: the model's, 512
     # model (from scratch; a pretrained model only takes dropout)
     n_layer: UpTo1000 = 12
     n_head: UpTo65536 = 12
@@ -309,15 +311,17 @@ def show_sample(r, length=120):
     """Prints a sample of `length` new tokens. All ranks must call it: a sharded model needs all."""
     r.model.eval()
     generator = torch.Generator(r.world.device).manual_seed(r.cfg.seed)
-    ids = r.tokenizer.encode(r.cfg.sample_start)
+    ids, pairs = r.tokenizer.encode(r.cfg.sample_start), r.model.config.takes_pairs
     # eager: these shapes would be compiled again
     with (torch.compiler.set_stance("force_eager"), sdpa_kernel(ANY_LENGTH),
           autocast(r.world.device, r.dtype, cache=True)):
         new = stream(r.model, [ids], length, temperature=0.8, top_k=200,
+                     stop_token=r.tokenizer.eot if pairs else None,
                      n_vocab=r.tokenizer.n_vocab, generator=generator)
-        ids = ids + [int(token) for token in new]
+        new = [int(token) for token in new]
     r.model.train()
-    r.log.sample(r.progress.step, r.tokenizer.decode(ids))
+    texts = map(r.tokenizer.decode, [ids, new] if pairs else [ids + new])
+    r.log.sample(r.progress.step, "\n".join(texts))
 
 
 # -----------------------------------------------------------------------------
@@ -326,7 +330,8 @@ def show_sample(r, length=120):
 
 def train(r: Run, signals: StopSignals) -> int:
     cfg, p, log = r.cfg, r.progress, r.log
-    tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * r.model.config.block_size
+    samples = cfg.gradient_accumulation_steps * cfg.batch_size
+    tokens_per_iter = round(samples * r.data["train"].tokens_per_sample)
     peak = matmul_peak(r.world.device, r.dtype)
     began, timed, skipped = time.perf_counter(), 0, 0
     # the evaluation at step 0 has no dropout: the first loss would look like another model's

@@ -3,7 +3,9 @@
 A dataset is a folder with train.bin and val.bin: token ids as little-endian uint16, without a
 header. The tokenizer is beside them: meta.pkl (characters), tokenizer.json (the tokenizers
 library), or no file, which means GPT-2's byte pair encoding. If only some tokens count in the loss,
-train.mask.bin and val.mask.bin hold one byte per token, 1 or 0.
+train.mask.bin and val.mask.bin hold one byte per token, 1 or 0. If the dataset is of pairs, for T5,
+train.pairs.bin and val.pairs.bin hold two little-endian uint32 per pair: how many tokens its source
+has and how many its target, which follow each other and each end with the end token.
 """
 import argparse
 import contextlib
@@ -42,10 +44,11 @@ from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts
 )
 
 TOKEN = np.dtype("<u2")
+LENGTH = np.dtype("<u4")
 MIN_TOKENS = 8                  # a shorter split is a mistake
 # files that describe the .bin files: deleted when those are replaced
 COMPANIONS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "train.mask.bin",
-              "val.mask.bin", "test.jsonl")
+              "val.mask.bin", "train.pairs.bin", "val.pairs.bin", "test.jsonl")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}   # of a table's columns
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
@@ -369,6 +372,70 @@ def read_rows(path: Path, content: str, strict: bool = True,
                         ) from None
 
 
+# names of the columns of a prompt and its completion
+PAIRS = (("prompt", "completion"), ("source_text", "target_text"), ("question", "answer"))
+
+
+def add_example_options(p: argparse.ArgumentParser) -> None:
+    """Adds the options that name the columns and divide the examples."""
+    p.add_argument("--prompt_column", metavar="NAME", help="(default: as above)")
+    p.add_argument("--completion_column", metavar="NAME", help="(default: as above)")
+    p.add_argument("--val_fraction", type=float, default=0.1, help="(default: 0.1)")
+    p.add_argument("--val_input", type=Path, metavar="FILE",
+                   help="validate on the examples of this file instead of a part of --input")
+    p.add_argument("--test_fraction", type=float, default=0.0, help="(default: 0)")
+    p.add_argument("--seed", type=int, default=1337, help="of the order and the split")
+
+
+def check_example_options(args: argparse.Namespace) -> None:
+    """Raises UserError if an option of add_example_options() lacks another or is impossible."""
+    if args.prompt_column and not args.completion_column:
+        raise UserError(f"--prompt_column={args.prompt_column} needs --completion_column too")
+    check_fraction("val_fraction", args.val_fraction)
+    check_fraction("test_fraction", args.test_fraction)
+
+
+def pick_columns(where: str, fields: dict, args: argparse.Namespace,
+                 pairs: Sequence[tuple[str | None, str]],
+                 wanted: str) -> tuple[str | None, str]:
+    """Returns the columns of prompt and completion: those that the options name, or the first of
+    `pairs` that the fields have. Raises UserError, with what is `wanted`, if there are none."""
+    if args.completion_column:
+        pairs = [(args.prompt_column, args.completion_column)]
+        wanted = " and ".join(filter(None, pairs[0]))
+    for prompt, completion in pairs:
+        if completion in fields and (prompt is None or prompt in fields):
+            return prompt, completion
+    raise UserError(f"{where}: wants {wanted}; it has {', '.join(map(str, fields)) or 'nothing'}")
+
+
+def as_text(where: str, fields: dict, column: str) -> str:
+    """A field's text; a number is written out. Raises UserError for null, a list or an object."""
+    value = fields[column]
+    if isinstance(value, int | float):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: its {column} is {json.dumps(value)[:40]}, not a text")
+    return value
+
+
+def split_examples(examples: list[Example], val: list[Example], val_fraction: float,
+                   test_fraction: float, seed: int) -> dict[str, list[Example]]:
+    """Shuffled and dealt out; of examples that are the same only one stays, so that none is in
+    two splits. Those of `val`, if it has any, are the validation split."""
+    val = list(dict.fromkeys(val))
+    distinct = [example for example in dict.fromkeys(examples) if example not in set(val)]
+    if len(distinct) < len(examples):
+        print(f"note: {len(examples) - len(distinct):,} examples repeat others and are left out")
+    random.Random(seed).shuffle(distinct)
+    n_test = round(len(distinct) * test_fraction)
+    if val:
+        return {"test": distinct[:n_test], "val": val, "train": distinct[n_test:]}
+    n_val = max(1, round(len(distinct) * val_fraction))
+    return {"test": distinct[:n_test], "val": distinct[n_test:n_test + n_val],
+            "train": distinct[n_test + n_val:]}
+
+
 def check_fraction(name: str, value: float) -> None:
     """Raises UserError if value is not in [0, 1)."""
     if not 0 <= value < 1:
@@ -411,8 +478,7 @@ def write_examples(out_dir: Path, splits: dict[str, list[Example]], tokenizer: A
         if loss_on == "completion":
             files[f"{split}.mask.bin"] = mask.tobytes()
     if splits["test"]:
-        files["test.jsonl"] = "".join(json.dumps(example._asdict(), ensure_ascii=False) + "\n"
-                                      for example in splits["test"]).encode("utf-8")
+        files["test.jsonl"] = jsonl(splits["test"])
     counts = write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
     targets = "completions" if loss_on == "completion" else "all tokens"
     print("examples: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "val", "test"))
@@ -423,6 +489,52 @@ def write_examples(out_dir: Path, splits: dict[str, list[Example]], tokenizer: A
               f"--block_size={block_size}: they stay, but no window holds one whole, so the model "
               "sees its end without its beginning; shorten them or raise --block_size")
     return counts
+
+
+def write_pairs(out_dir: Path, splits: dict[str, list[Example]], tokenizer: AnyTokenizer,
+                most: tuple[int, int]) -> tuple[int, int]:
+    """Writes train.bin and val.bin with their lengths, and test.jsonl; returns both lengths in
+    tokens. Prints how many sources and targets have more than `most` tokens, and how many tokens
+    the vocabulary does not know. Raises UserError if the tokenizer has no end token."""
+    if tokenizer.eot is None:
+        raise UserError(f"{tokenizer.name} has no end token, which ends a source and a target; use "
+                        "T5's own")
+    files, lengths, tokens = dict(tokenizer.files), {}, {}
+    for split in ("train", "val"):
+        texts = [text for example in splits[split] for text in example]
+        ids = [[*ids, tokenizer.eot] for ids in tokenizer.encode_batch(texts)]
+        lengths[split] = np.array(list(map(len, ids)), dtype=LENGTH).reshape(-1, 2)
+        tokens[split] = np.array([i for text in ids for i in text], dtype=TOKEN)
+        files[f"{split}.pairs.bin"] = lengths[split].tobytes()
+    if splits["test"]:
+        files["test.jsonl"] = jsonl(splits["test"])
+    counts = write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
+    lengths = np.concatenate([lengths["train"], lengths["val"]])
+    print("pairs: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "val", "test")) + "; "
+          + ", ".join(f"{mean:.1f} tokens a {name}, {longest} at most" for name, mean, longest in
+                      zip(("source", "target"), lengths.mean(0), lengths.max(0))))
+    for name, limit, column in zip(("source", "target"), most, lengths.T):
+        if long := int((column > limit).sum()):
+            print(f"note: {long:,} of {len(column):,} {name}s are longer than "
+                  f"--{name}_length={limit}: train.py cuts them at its own --{name}_length")
+    tell_unknown(tokenizer, np.concatenate([tokens["train"], tokens["val"]]))
+    return counts
+
+
+def tell_unknown(tokenizer: AnyTokenizer, tokens: np.ndarray) -> None:
+    """Says how many of the tokens are the unknown one, if there are."""
+    name = tokenizer.special.get("unk_token")
+    unknown = int((tokens == tokenizer.encode(name)[0]).sum()) if name else 0
+    if unknown:
+        print(f"note: {unknown:,} of {len(tokens):,} tokens are {name}, for characters that the "
+              "vocabulary lacks (T5's lacks {, }, < and line ends): the model cannot tell them "
+              "apart or write them")
+
+
+def jsonl(examples: Sequence[Example]) -> bytes:
+    """The content of a .jsonl file with one example per line."""
+    return "".join(json.dumps(example._asdict(), ensure_ascii=False) + "\n"
+                   for example in examples).encode("utf-8")
 
 
 # -----------------------------------------------------------------------------
@@ -465,7 +577,7 @@ def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.n
             (out_dir / name).unlink(missing_ok=True)
         raise
     print(f"{out_dir}: train.bin {counts[0]:,} tokens, val.bin {counts[1]:,} tokens")
-    if min(counts) <= 1024:
+    if min(counts) <= 1024 and "train.pairs.bin" not in files:
         print(f"note: one is shorter than GPT-2's context of 1,024 tokens: train with "
               f"--block_size={min(counts) - 1} or less")
     return counts

@@ -74,7 +74,7 @@ def tiny_json(text=TEXT, vocab_size=300):
 def save_odd(folder, kind):
     """A folder with an odd tokenizer: tokens added behind a BPE, in one file or in the old layout;
     a Unigram model with </s>, as T5's; words with [UNK]."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "words":
         made = Tokenizer(models.WordLevel({"[UNK]": 0, "Line": 1, ":": 2, "[END]": 3}, "[UNK]"))
@@ -84,7 +84,7 @@ def save_odd(folder, kind):
     elif kind == "unigram":
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁Line", -3.0)]
         made = Tokenizer(models.Unigram([*pieces, *((c, -4.0) for c in "abcdefghijklm: ")], 2))
-        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         made.add_special_tokens(["<pad>", "</s>", "<unk>"])
         made.enable_padding(pad_id=0, pad_token="<pad>", length=64)
         names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}

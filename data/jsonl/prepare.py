@@ -23,8 +23,6 @@ space is one token, and a space alone another.
 --test_fraction=0.05    keeps so much apart as test.jsonl, for evaluate.py --task=classify
 """
 import argparse
-import json
-import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fetch
 from fetch import UserError
 
-PAIRS = (("prompt", "completion"), ("source_text", "target_text"), ("question", "answer"),
-         ("instruction", "output"))
+PAIRS = (*fetch.PAIRS, ("instruction", "output"))
 WANTED = "the columns prompt and completion, or text (--help lists others)"
 # the prompts of Stanford Alpaca (Taori et al. 2023), without and with an input
 ALPACA = """Below is an instruction that describes a task. Write a response that appropriately \
@@ -61,25 +58,8 @@ provides further context. Write a response that appropriately completes the requ
 def find_columns(where: str, fields: dict, args: argparse.Namespace) -> tuple[str | None, str]:
     """Returns the names of the prompt's column, None for a plain text, and of the completion's.
     Raises UserError if the fields have no such columns."""
-    if args.completion_column:
-        pairs = [(args.prompt_column, args.completion_column)]
-    else:
-        pairs = [*PAIRS, *([] if {"prompt", "completion"} & fields.keys() else [(None, "text")])]
-    for prompt, completion in pairs:
-        if completion in fields and (prompt is None or prompt in fields):
-            return prompt, completion
-    wanted = " and ".join(filter(None, pairs[0])) if args.completion_column else WANTED
-    raise UserError(f"{where}: wants {wanted}; it has {', '.join(map(str, fields)) or 'nothing'}")
-
-
-def as_text(where: str, fields: dict, column: str) -> str:
-    """A field's text; a number is written out. Raises UserError for null, a list or an object."""
-    value = fields[column]
-    if isinstance(value, int | float):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: its {column} is {json.dumps(value)[:40]}, not a text")
-    return value
+    text = [] if {"prompt", "completion"} & fields.keys() else [(None, "text")]
+    return fetch.pick_columns(where, fields, args, [*PAIRS, *text], WANTED)
 
 
 def to_examples(where: str, fields: dict, tokenizer: fetch.AnyTokenizer,
@@ -87,14 +67,14 @@ def to_examples(where: str, fields: dict, tokenizer: fetch.AnyTokenizer,
     """Returns the example of a line's fields; of a text one for each document in it. End-of-text
     at the end of a completion is dropped, since each example gets one. Raises UserError."""
     prompt_column, column = find_columns(where, fields, args)
-    completion = as_text(where, fields, column)
+    completion = fetch.as_text(where, fields, column)
     if prompt_column is None:
         prompt, texts = "", fetch.split_at(tokenizer.special.get("eos_token"), completion)
     else:
-        prompt = as_text(where, fields, prompt_column)
+        prompt = fetch.as_text(where, fields, prompt_column)
         texts = [fetch.without_end(completion, tokenizer)]
         if (prompt_column, column) == ("instruction", "output"):
-            given = as_text(where, {"input": ""} | fields, "input")
+            given = fetch.as_text(where, {"input": ""} | fields, "input")
             prompt = (ALPACA_INPUT if given else ALPACA).format(instruction=prompt, input=given)
     if not "".join(texts).strip():
         raise UserError(f"{where}: its {column} is empty, there is nothing to learn")
@@ -116,23 +96,6 @@ def read_examples(rows: Iterator[tuple[str, dict]], tokenizer: fetch.AnyTokenize
             for example in to_examples(where, fields, tokenizer, args)]
 
 
-def split(examples: list[fetch.Example], val: list[fetch.Example], val_fraction: float,
-          test_fraction: float, seed: int) -> dict[str, list[fetch.Example]]:
-    """Shuffled and dealt out; of examples that are the same only one stays, so that none is in
-    two splits. Those of `val`, if it has any, are the validation split."""
-    val = list(dict.fromkeys(val))
-    distinct = [example for example in dict.fromkeys(examples) if example not in set(val)]
-    if len(distinct) < len(examples):
-        print(f"note: {len(examples) - len(distinct):,} examples repeat others and are left out")
-    random.Random(seed).shuffle(distinct)
-    n_test = round(len(distinct) * test_fraction)
-    if val:
-        return {"test": distinct[:n_test], "val": val, "train": distinct[n_test:]}
-    n_val = max(1, round(len(distinct) * val_fraction))
-    return {"test": distinct[:n_test], "val": distinct[n_test:n_test + n_val],
-            "train": distinct[n_test + n_val:]}
-
-
 def tell_spaces(examples: list[fetch.Example]) -> None:
     """Says what looks like the commonest mistake of prompts for GPT-2."""
     pairs = [e for e in examples if e.prompt]
@@ -146,24 +109,15 @@ def tell_spaces(examples: list[fetch.Example]) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = fetch.parser(__doc__, Path(__file__).parent, "a .jsonl, .csv or .tsv file")
     p.add_argument("--hub", metavar="OWNER/NAME", help="a dataset of the hub in its place")
-    p.add_argument("--prompt_column", metavar="NAME", help="(default: as above)")
-    p.add_argument("--completion_column", metavar="NAME", help="(default: as above)")
+    fetch.add_example_options(p)
     p.add_argument("--loss_on", default="all", choices=["all", "completion"],
                    help="which tokens are learnt (default: all)")
-    p.add_argument("--val_fraction", type=float, default=0.1, help="(default: 0.1)")
-    p.add_argument("--val_input", type=Path, metavar="FILE",
-                   help="validate on the examples of this file instead of a part of --input")
-    p.add_argument("--test_fraction", type=float, default=0.0, help="(default: 0)")
-    p.add_argument("--seed", type=int, default=1337, help="of the order and the split")
     p.add_argument("--block_size", type=int, default=1024,
                    help="longer examples are counted (default: 1024, GPT-2's context)")
     args = p.parse_args(argv)
     if (args.input is None) == (args.hub is None):
         raise UserError("which examples? pass --input=FILE or --hub=OWNER/NAME")
-    if args.prompt_column and not args.completion_column:
-        raise UserError(f"--prompt_column={args.prompt_column} needs --completion_column too")
-    fetch.check_fraction("val_fraction", args.val_fraction)
-    fetch.check_fraction("test_fraction", args.test_fraction)
+    fetch.check_example_options(args)
     return args
 
 
@@ -181,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{source} holds texts without prompts, each of whose tokens is to be "
                         "learnt; use --loss_on=all")
     tell_spaces(examples)
-    splits = split(examples, val, args.val_fraction, args.test_fraction, args.seed)
+    splits = fetch.split_examples(examples, val, args.val_fraction, args.test_fraction, args.seed)
     if not splits["train"]:
         raise UserError(f"{source}: {len(examples)} examples leave none to train on; give it "
                         "more of them")

@@ -4,6 +4,8 @@ r"""Tweets and their sentiment: Sentiment140 (Go, Bhayani and Huang 2009) as pro
     python train.py config/finetune_twitter_sentiment.py
     python evaluate.py --task=classify --out_dir=out-twitter-sentiment --dataset=twitter_sentiment
 
+With --pairs --tokenizer=google-t5/t5-base they are pairs for config/finetune_t5_sentiment.py.
+
 The prompt is "Tweet: ...\nSentiment:", the completion " positive" or " negative". As many of each
 are drawn by --seed; a twentieth is kept for the test (test.jsonl), and of the rest a twentieth
 validates: the test never chooses a checkpoint. Of tweets that are the same one is taken.
@@ -26,6 +28,11 @@ URL = "https://cs.stanford.edu/people/alecmgo/trainingandtestdata.zip"
 MEMBER = "training.1600000.processed.noemoticon.csv"
 LABELS = {"0": "negative", "4": "positive"}
 UNLABELLED = ("", "2")      # 2 is neutral, in Sentiment140's small test file
+
+
+# {whether they are pairs: the form of a prompt and of its completion}. T5 knows the prefix of SST-2
+# from its pretraining (Raffel et al. 2020, appendix D)
+FORMS = {False: ("Tweet: {}\nSentiment:", " {}"), True: ("sst2 sentence: {}", "{}")}
 
 
 def read_content(path: Path) -> str:
@@ -73,7 +80,7 @@ def read_tweets(path: Path, tokenizer: fetch.AnyTokenizer) -> list[tuple[str, st
 
 
 def split(tweets: list[tuple[str, str]], samples: int, test_fraction: float, val_fraction: float,
-          seed: int) -> dict[str, list[fetch.Example]]:
+          seed: int, pairs: bool = False) -> dict[str, list[fetch.Example]]:
     """As many examples of each label in each split, in a drawn order; says how many were taken."""
     rng = random.Random(seed)
     by_label = {label: sorted(text for text, its in tweets if its == label)
@@ -93,7 +100,8 @@ def split(tweets: list[tuple[str, str]], samples: int, test_fraction: float, val
         raise UserError(f"{each} tweets of a label make a split of none: give --samples or more "
                         "tweets, or other fractions")
     for label, texts in by_label.items():
-        drawn = [fetch.Example(f"Tweet: {text}\nSentiment:", f" {label}")
+        prompt, completion = FORMS[pairs]
+        drawn = [fetch.Example(prompt.format(text), completion.format(label))
                  for text in rng.sample(texts, each)]
         splits["test"] += drawn[:n_test]
         splits["val"] += drawn[n_test:n_test + n_val]
@@ -110,6 +118,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--val_fraction", type=float, default=0.05,
                    help="of what the test leaves (default: 0.05)")
     p.add_argument("--seed", type=int, default=0, help="draws the tweets and the split")
+    p.add_argument("--pairs", action="store_true", help="pairs for T5, see --tokenizer")
     p.add_argument("--loss_on", default="completion", choices=["all", "completion"],
                    help="which tokens are learnt (default: completion)")
     p.add_argument("--block_size", type=int, default=1024,
@@ -128,7 +137,12 @@ def main(argv: list[str] | None = None) -> None:
     source = args.input or fetch.download(URL, args.out_dir / Path(URL).name)
     tokenizer = fetch.choose_tokenizer(args.tokenizer)
     splits = split(read_tweets(source, tokenizer), args.samples, args.test_fraction,
-                   args.val_fraction, args.seed)
+                   args.val_fraction, args.seed, args.pairs)
+    if args.pairs:
+        counts = fetch.write_pairs(args.out_dir, splits, tokenizer, (512, 512))
+        fetch.print_next("finetune_t5_sentiment", args.out_dir, counts,
+                         fetch.model_option(args.tokenizer), context=0)
+        return
     counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
     fetch.print_next("finetune_twitter_sentiment", args.out_dir, counts, context=512)
 

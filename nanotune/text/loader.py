@@ -1,14 +1,16 @@
 """Reads token files as batches: a batch is a pure function of (seed, sample number).
 
 A .bin file holds uint16 token ids end to end, without a header. An optional .mask.bin beside it
-holds one byte per token, 0 if the token is no target of the loss.
+holds one byte per token, 0 if the token is no target of the loss. A .pairs.bin says that the file
+holds pairs for T5: two uint32 for each, the tokens of its source and of its target.
 
 Sample n belongs to epoch n // N. Each epoch cuts the file into N blocks of T tokens, from a random
 offset on (the phase), and shuffles them; both depend on the seed. So each token is a target once
 per epoch, except for less than two blocks at the edges; a resumed run needs only its step; and a
-global batch is the same for any number of ranks and micro-steps.
+global batch is the same for any number of ranks and micro-steps. Pairs come once per epoch too.
 """
 import zlib
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from nanotune.errors import UserError
 IGNORED = -1         # the target that the loss does not count
 SPLITS = ("train", "val")
 SCAN_LIMIT = 2**28   # tokens: a file up to this size is checked when it is opened (0.2 s)
+SORTED = 32          # global batches of pairs that are sorted by length together
 PIECE, PIECES = 2**19, 40  # of a larger file, the checksum reads so many tokens in so many places
 
 
@@ -40,7 +43,7 @@ class TokenBin:
         else:
             self.tokens = tokens
         if len(self.tokens) <= SCAN_LIMIT:
-            self.check_ids(self.tokens, 0)
+            check_ids(self.path, self.tokens, 0, self.vocab_size)
         targets = len(self.tokens) - 1
         self.n_blocks = max(1, targets // block_size - 1)
         # possible offsets of the first block: with the largest, the file's last token is read
@@ -53,12 +56,15 @@ class TokenBin:
     @cached_property
     def fingerprint(self) -> tuple[int, int]:
         """(Number of tokens, CRC-32 of tokens and mask); reads at most 64 MB, spread evenly."""
-        crc, n = 0, len(self.tokens)
-        for start in range(0, n, max(PIECE, n // PIECES)):
-            crc = zlib.crc32(self.tokens[start:start + PIECE], crc)
-            if self.mask is not None:
-                crc = zlib.crc32(self.mask[start:start + PIECE], crc)
-        return n, crc
+        return len(self.tokens), checksum(self.tokens, self.mask)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.block_size
+
+    def largest(self, config: Any) -> Any:
+        """Returns the model's config for the largest batch: each is of block_size tokens."""
+        return config
 
     def epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
         """(phase, order of the blocks). Uses RandomState, whose streams numpy never changes: a run
@@ -80,7 +86,7 @@ class TokenBin:
         """Returns how many targets of these samples count in the loss; reads only the mask."""
         if self.mask is None:
             return size * self.block_size
-        self.check_length()
+        check_length(self.path, self.mask)
         starts = (self.position(n) + 1 for n in range(first, first + size))
         return sum(int(np.count_nonzero(self.mask[s:s + self.block_size])) for s in starts)
 
@@ -88,6 +94,13 @@ class TokenBin:
         """Returns (examples of more than block_size tokens, all examples); eot ends an example."""
         ends = np.flatnonzero(self.tokens == eot)
         return int((np.diff(ends, prepend=-1) > self.block_size).sum()), len(ends)
+
+    def warnings(self, eot: int | None) -> list[str]:
+        """Returns a line on long examples, if there are prompts and completions."""
+        long, examples = (0, 0) if self.mask is None or eot is None else self.count_long(eot)
+        return [f"{long:,} of {examples:,} examples are longer than block_size={self.block_size}: "
+                "no window holds one whole, so the model sees the end of one without its "
+                "beginning; raise --block_size or shorten them"] if long else []
 
     def windows(self, count: int = 0, stride: int | None = None) -> list[tuple[int, int]]:
         """Returns [(start, first), ...]: a window has block_size inputs from token `start` on, and
@@ -109,12 +122,12 @@ class TokenBin:
     def read(self, windows: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns inputs and targets of these windows, (B, T) int64 each. Targets that do not count
         are -1. A block cut short by the end of the file is padded with input 0 and target -1."""
-        self.check_length()
+        check_length(self.path, self.tokens, self.mask)
         x = np.zeros((len(windows), self.block_size), dtype=np.int64)
         y = np.full((len(windows), self.block_size), IGNORED, dtype=np.int64)
         for row, (start, first) in enumerate(windows):
             block = self.tokens[start:start + self.block_size + 1]
-            self.check_ids(block, start)
+            check_ids(self.path, block, start, self.vocab_size)
             x[row, :len(block) - 1] = block[:-1]
             y[row, first:len(block) - 1] = block[first + 1:]
             if self.mask is not None:
@@ -122,26 +135,160 @@ class TokenBin:
                 y[row, :len(keep)][keep == 0] = IGNORED
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def check_length(self):
-        """Raises UserError if a mapped file was cut short: reading on would end in SIGBUS."""
-        for array in (self.tokens, self.mask):
-            if isinstance(array, np.memmap) and array.base.size() < array.nbytes:
-                raise UserError(f"{self.path} or its mask was cut short while it was in use: put "
-                                "the old files back and resume")
 
-    def check_ids(self, tokens, start):
-        if int(tokens.max()) < self.vocab_size:
-            return
-        at = int(np.argmax(tokens >= self.vocab_size))
-        raise UserError(f"{self.path}: token {start + at} is {tokens[at]}, beyond the model's "
-                        f"vocabulary of {self.vocab_size}; the file was made with another "
-                        "tokenizer, or is damaged: run its prepare.py again")
+class PairBin:
+    """One split of a dataset of pairs, each a source and a target, both with their end token.
+
+    `config` is a T5Config: of a source longer than source_length the beginning and the end token
+    are read, of a target longer than target_length the beginning. A global batch of `global_batch`
+    pairs is drawn first and then shared among ranks and micro-steps. Raises UserError as TokenBin.
+    """
+    def __init__(self, path: str | Path, config: Any, seed: int = 0,
+                 global_batch: int = 1) -> None:
+        self.path, self.seed, self.global_batch = Path(path), seed, global_batch
+        self.vocab_size = config.vocab_size
+        self.most = np.array([config.source_length, config.target_length])
+        self.tokens = open_tokens(self.path, 1)
+        self.lengths = open_lengths(self.path, len(self.tokens))  # (N, 2)
+        self.starts = self.lengths.sum(1).cumsum() - self.lengths.sum(1)
+        self.read_lengths = np.minimum(self.lengths, self.most)
+        self.n_blocks = len(self.lengths)  # samples of an epoch
+        if len(self.tokens) <= SCAN_LIMIT:
+            check_ids(self.path, self.tokens, 0, self.vocab_size)
+        self.epoch_order = lru_cache(maxsize=2)(self.epoch_order)  # a batch may span two epochs
+
+    def __len__(self) -> int:
+        return int(self.read_lengths.sum())
+
+    @cached_property
+    def fingerprint(self) -> tuple[int, int]:
+        """As TokenBin's, of tokens and lengths."""
+        return len(self.tokens), checksum(self.tokens, self.lengths)
+
+    @property
+    def tokens_per_sample(self) -> float:
+        return float(self.read_lengths.sum(1).mean())
+
+    def largest(self, config: Any) -> Any:
+        """Returns the model's config with the lengths of the largest batch, for the plan."""
+        source, target = map(padded_length, self.read_lengths.max(0).tolist())
+        return replace(config, source_length=source, target_length=target)
+
+    def warnings(self, eot: int | None) -> list[str]:
+        """Returns a line for sources, and one for targets, that are cut, if there are."""
+        cut = (self.lengths > self.most).sum(0)
+        return [f"{n:,} of {len(self.lengths):,} {name}s are longer than {name}_length={most} and "
+                f"are cut; raise --{name}_length or shorten them"
+                for name, n, most in zip(("source", "target"), cut, self.most) if n]
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """The pairs in the order of an epoch, (N,): SORTED global batches of pairs are sorted by
+        length, so that a batch has little padding, and the batches shuffled. Those pairs that fill
+        up the last batch of the epoch before, and those left for the next, are not sorted."""
+        rng = np.random.RandomState([self.seed, epoch])
+        n, size = len(self.lengths), self.global_batch
+        order = rng.permutation(n)
+        begin = min(-epoch * n % size, n)
+        batches = order[begin:begin + (n - begin) // size * size]  # a view
+        for start in range(0, len(batches), SORTED * size):
+            window = batches[start:start + SORTED * size]
+            source, target = self.read_lengths[window].T
+            window[:] = window[np.lexsort((target, source))]
+        shuffled = batches.reshape(-1, size)[rng.permutation(len(batches) // size)]
+        batches[:] = shuffled.ravel()
+        return order
+
+    def pairs(self, first: int, size: int) -> list[int]:
+        """The pairs that are samples first to first + size - 1."""
+        n = len(self.lengths)
+        return [int(self.epoch_order(i // n)[i % n]) for i in range(first, first + size)]
+
+    def batch(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As TokenBin's; sources and targets as read()."""
+        return self.read(self.pairs(first, size))
+
+    def count_targets(self, first: int, size: int) -> int:
+        """As TokenBin's."""
+        return int(self.read_lengths[self.pairs(first, size), 1].sum())
+
+    def windows(self, count: int = 0, stride: int | None = None) -> list[int]:
+        """Returns `count` pairs, evenly spaced in the file, or all if count is 0 or too large;
+        the longest first, for little padding. `stride` is not used."""
+        n = len(self.lengths)
+        chosen = np.arange(n)
+        if 0 < count < n:
+            chosen = np.arange(count) * (n - 1) // max(1, count - 1)
+        source, target = -self.read_lengths[chosen].T
+        return chosen[np.lexsort((target, source))].tolist()
+
+    def read(self, pairs: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns sources (B, S) and targets (B, T) of these pairs, int64, padded with -1."""
+        check_length(self.path, self.tokens)
+        S, T = map(padded_length, self.read_lengths[pairs].max(0).tolist())
+        x = np.full((len(pairs), S), IGNORED, dtype=np.int64)
+        y = np.full((len(pairs), T), IGNORED, dtype=np.int64)
+        for row, pair in enumerate(pairs):
+            start, (n_source, n_target) = int(self.starts[pair]), self.lengths[pair].tolist()
+            ids = self.tokens[start:start + n_source + n_target]
+            check_ids(self.path, ids, start, self.vocab_size)
+            source, target = self.read_lengths[pair].tolist()
+            x[row, :source] = ids[:source]
+            x[row, source - 1] = ids[n_source - 1]  # a source that is cut keeps its end token
+            y[row, :target] = ids[n_source:n_source + target]
+        return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def open_dataset(path: str | Path, config: Any, seed: int = 0,
-                 tokens: np.ndarray | None = None) -> TokenBin:
+def padded_length(n: int) -> int:
+    """Returns the length that n tokens are padded to: 4 lengths an octave, so at most a fifth is
+    padding, and torch.compile and the allocator meet few shapes."""
+    step = max(1, 1 << n.bit_length() >> 3)
+    return -(-n // step) * step
+
+
+def checksum(tokens: np.ndarray, beside: np.ndarray | None) -> int:
+    """Returns the CRC-32 of pieces of a file's tokens and of what lies beside them."""
+    crc, n = 0, len(tokens)
+    for start in range(0, n, max(PIECE, n // PIECES)):
+        crc = zlib.crc32(tokens[start:start + PIECE], crc)
+        if beside is not None:
+            crc = zlib.crc32(beside[start:start + PIECE], crc)
+    return crc
+
+
+def check_length(path, *arrays):
+    """Raises UserError if a mapped file was cut short: reading on would end in SIGBUS."""
+    for array in arrays:
+        if isinstance(array, np.memmap) and array.base.size() < array.nbytes:
+            raise UserError(f"{path} or its mask was cut short while it was in use: put "
+                            "the old files back and resume")
+
+
+def check_ids(path, tokens, start, vocab_size):
+    if int(tokens.max()) < vocab_size:
+        return
+    at = int(np.argmax(tokens >= vocab_size))
+    raise UserError(f"{path}: token {start + at} is {tokens[at]}, beyond the model's "
+                    f"vocabulary of {vocab_size}; the file was made with another "
+                    "tokenizer, or is damaged: run its prepare.py again")
+
+
+def open_dataset(path: str | Path, config: Any, seed: int = 0, tokens: np.ndarray | None = None,
+                 global_batch: int = 1) -> TokenBin | PairBin:
     """Returns the dataset of a .bin file, or of a text in memory (see TokenBin), for a model's
-    config. This is the only place that chooses the class. Raises UserError as TokenBin."""
+    config. This is the only place that chooses the class. Raises UserError as TokenBin, and if the
+    model takes pairs and the data are none, or the other way round."""
+    path = Path(path)
+    has_pairs = tokens is None and path.with_suffix(".pairs.bin").is_file()
+    if has_pairs and not config.takes_pairs:
+        raise UserError(f"{path} holds pairs of a source and a target, for T5: give such a model "
+                        "(--init_from=google-t5/t5-small), or for a GPT prepare them by "
+                        "data/jsonl/prepare.py")
+    if config.takes_pairs and not has_pairs:
+        raise UserError(f"{path} holds plain text, and T5 takes pairs of a source and a target; "
+                        "run: python data/pairs/prepare.py --input=FILE --tokenizer=MODEL "
+                        f"--out_dir={path.parent}")
+    if has_pairs:
+        return PairBin(path, config, seed, global_batch)
     return TokenBin(path, config.block_size, config.vocab_size, seed, tokens)
 
 
@@ -186,6 +333,18 @@ def open_mask(path, length):
                         "are not of one run of prepare.py; run it again, or delete the mask to "
                         "train on every token")
     return np.memmap(mask_path, dtype=np.uint8, mode="r")
+
+
+def open_lengths(path, n_tokens):
+    """The lengths of the sources and targets of a file of pairs, (N, 2) int64."""
+    file = path.with_suffix(".pairs.bin")
+    lengths = np.frombuffer(file.read_bytes()[:file.stat().st_size // 8 * 8], "<u4")
+    lengths = lengths.reshape(-1, 2).astype(np.int64)
+    if not len(lengths) or lengths.min() < 1 or int(lengths.sum()) != n_tokens:
+        raise UserError(f"{file} has lengths of {int(lengths.sum())} tokens for the {n_tokens} of "
+                        f"{path}, or empty ones: they are not of one run of prepare.py; run it "
+                        "again")
+    return lengths
 
 
 def how_to_prepare(path):

@@ -29,18 +29,21 @@ def spell_bytes(n: float) -> str:
 # what train.py prints
 
 def plan_lines(cfg: Any, config: Any, world: World, dtype: torch.dtype, compiled: bool,
-               train_tokens: int, val_tokens: int) -> list[str]:
-    """Returns the plan of a train.Config and a GPTConfig as lines of text."""
+               train_tokens: int, val_tokens: int,
+               tokens_per_sample: float | None = None) -> list[str]:
+    """Returns the plan of a train.Config and a model's config as lines of text; tokens_per_sample
+    is block_size unless given."""
     model, iters = meta_model(config, cfg), cfg.max_iters
-    tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * config.block_size
+    samples = cfg.gradient_accumulation_steps * cfg.batch_size
+    tokens_per_iter = samples * (tokens_per_sample or config.block_size)
     epochs = iters * tokens_per_iter / train_tokens
     ranks = f" x {world.size} processes" if world.size > 1 else ""
     precision = str(dtype).removeprefix("torch.") + (", compiled" if compiled else "")
     lines = [
         f"model: {model.num_params() / 1e6:.2f}M parameters, {world.device}{ranks}, {precision}",
         f"data: {cfg.dataset}, {train_tokens:,} training tokens, {val_tokens:,} for validation",
-        f"tokens per iteration: {tokens_per_iter:,}; {iters} iterations make {epochs:.2f} epochs "
-        f"(1 epoch = {train_tokens / tokens_per_iter:.1f} iterations)",
+        f"tokens per iteration: {round(tokens_per_iter):,}; {iters} iterations make {epochs:.2f} "
+        f"epochs (1 epoch = {train_tokens / tokens_per_iter:.1f} iterations)",
     ]
     if epochs > 20 and cfg.init_from != "scratch":
         lines.append(f"warning: {epochs:,.0f} epochs of finetuning: the model learns the text by "
@@ -88,16 +91,12 @@ def tell_plan(r: Any) -> None:
         return
     for line in r.start.warnings:
         r.log.warn(line)
-    for line in plan_lines(cfg, r.model.config, r.world, r.dtype, r.compiled,
-                           *map(len, r.data.values())):
-        r.log.say(line)
     data = r.data["train"]
-    if data.mask is not None and r.tokenizer.eot is not None:  # prompts and completions
-        long, examples = data.count_long(r.tokenizer.eot)
-        if long:
-            r.log.warn(f"{long:,} of {examples:,} examples are longer than block_size="
-                       f"{data.block_size}: no window holds one whole, so the model sees the end "
-                       "of one without its beginning; raise --block_size or shorten them")
+    for line in plan_lines(cfg, data.largest(r.model.config), r.world, r.dtype, r.compiled,
+                           *map(len, r.data.values()), data.tokens_per_sample):
+        r.log.say(line)
+    for line in data.warnings(r.tokenizer.eot):
+        r.log.warn(line)
     if p.step:
         r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
     if p.step >= cfg.max_iters and p.evaluated == p.step:
@@ -208,7 +207,8 @@ def advise(config, cfg, world, dtype, usable, peak):
     lines = [f"that does not fit: {spell_bytes(peak)} of {spell_bytes(usable)} that can be used"]
     for change in changes(config, cfg, world):
         tried = replace(cfg, **change)
-        with_config = replace(config, block_size=tried.block_size or config.block_size)
+        with_config = replace(config, **{name: value for name, value in change.items()
+                                         if name == length_name(config)})
         left = sum(memory(with_config, tried, world, dtype).values())
         if left >= peak * 0.99:
             continue
@@ -237,5 +237,11 @@ def changes(config, cfg, world):
             yield {"weights": "bfloat16"}
         if not cfg.lora_rank and cfg.init_from != "scratch":
             yield {"optimizer": "adamw", "lora_rank": 16}
-    if config.block_size > 256:
-        yield {"block_size": config.block_size // 2}
+    length = getattr(config, length_name(config))
+    if length > 256:
+        yield {length_name(config): length // 2}
+
+
+def length_name(config):
+    """The option that limits the tokens of a sample."""
+    return "source_length" if config.takes_pairs else "block_size"

@@ -23,12 +23,13 @@ from nanotune import files
 from nanotune.errors import UserError, first_line
 from nanotune.formats import checkpoint
 from nanotune.formats.checkpoint import BEST_FILE, MODEL_FILE, STATE_FILE
-from nanotune.text.loader import TokenBin
+from nanotune.text.loader import PairBin, TokenBin
 from nanotune.text.tokenizer import AnyTokenizer
 from nanotune.training import logbook, lora, state_dicts
 from nanotune.training.distributed import World, share
 
 RUN_FILE = "run.json"
+LENGTHS = ("block_size", "source_length", "target_length")  # tokens of a sample
 RUN_FIELDS = {"run_id": str, "status": str, "pid": int, "host": str, "saved_step": int | None}
 
 
@@ -150,7 +151,7 @@ def read_start(path, dropout, dtype=torch.float32):
 def config_of(saved):
     """The config that a state was saved with, and the values that check_same_run compares."""
     config = dict(saved.get("config") or {})
-    config["block_size"] = saved["model_args"].get("block_size")
+    config |= {name: saved["model_args"].get(name) for name in LENGTHS}
     if "batch_size" in config:
         config["global batch"] = (int(config["batch_size"])
                                   * int(config.get("gradient_accumulation_steps", 1)))
@@ -158,20 +159,21 @@ def config_of(saved):
 
 
 def check_same_run(cfg: Any, start: Start) -> None:
-    """Raises UserError if a train.Config has another seed, dataset, block_size or global batch than
+    """Raises UserError if a train.Config has another seed, dataset, LENGTHS or global batch than
     the run of `start`, since these mean other data, unless cfg.force_resume."""
     then = start.config
-    now = asdict(cfg) | {"block_size": cfg.block_size or then["block_size"],
+    now = asdict(cfg) | {name: getattr(cfg, name) or then[name] for name in LENGTHS} | {
                          "global batch": cfg.batch_size * cfg.gradient_accumulation_steps}
     differ = [f"{key} was {then[key]}, now {now[key]}"
-              for key in ("seed", "dataset", "block_size", "global batch")
+              for key in ("seed", "dataset", *LENGTHS, "global batch")
               if key in then and then[key] != now[key]]
     if differ and not cfg.force_resume:
         raise UserError(f"{start.path} is of another run: {'; '.join(differ)}; give the old "
                         "values, or --force_resume=True to go on with the new ones")
 
 
-def check_same_data(cfg: Any, start: Start, data: dict[str, TokenBin]) -> None:
+def check_same_data(cfg: Any, start: Start,
+                    data: dict[str, TokenBin | PairBin]) -> None:
     """Raises UserError if a split's files changed since the state was saved, unless
     cfg.force_resume."""
     for split, now in data.items():

@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nanotune.errors import UserError
 from nanotune.formats import checkpoint
 from nanotune.text.loader import (
     SPLITS,
+    PairBin,
     TokenBin,
     dataset_folder,
     open_dataset,
@@ -51,7 +52,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: optimizers.LossScaler
     tokenizer: AnyTokenizer
-    data: dict[str, TokenBin]    # by split
+    data: dict[str, TokenBin | PairBin]  # by split
     start: resume.Start          # what the run began with, without its model and optimizer
     progress: resume.Progress
     tried_step: int | None       # the step of the last state.pt written, or whose write failed
@@ -161,6 +162,28 @@ def scratch_config(cfg, tokenizer):
         bias=cfg.bias)
 
 
+def run_config(cfg, config, tokenizer):
+    """The model's config with the options of the run. Raises UserError for an option that the model
+    does not have."""
+    known = {f.name for f in fields(config)}
+    options = {name: getattr(cfg, name) for name in resume.LENGTHS}
+    options["doc_end"] = tokenizer.eot if cfg.separate_documents else None
+    for name, value in options.items():
+        if value is not None and name not in known:
+            option = "separate_documents" if name == "doc_end" else name
+            takers = "plain text" if config.takes_pairs else "pairs, such as T5"
+            raise UserError(f"--{option} is for models of {takers}; leave it out")
+    return replace(config, **{name: value for name, value in options.items() if name in known
+                              and (value is not None or name == "doc_end")})
+
+
+def open_splits(cfg, folder, config):
+    """{split: its dataset}"""
+    global_batch = cfg.batch_size * cfg.gradient_accumulation_steps
+    return {split: open_dataset(folder / f"{split}.bin", config, cfg.seed,
+                                global_batch=global_batch) for split in SPLITS}
+
+
 # fields that may differ among ranks: where files are, and what only rank 0 uses
 MAY_DIFFER = ("out_dir", "init_from", "overwrite", "auto_resume", "force_resume", "keep_states",
               "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "dataset", "backend",
@@ -214,7 +237,7 @@ def config_to_save(r: Run) -> dict[str, Any]:
     return asdict(r.cfg) | {"init_from": first, "settings_version": settings.VERSION}
 
 
-def steps_of(epochs: float, data: TokenBin, samples_per_step: int) -> int:
+def steps_of(epochs: float, data: TokenBin | PairBin, samples_per_step: int) -> int:
     """Returns the number of steps that make so many epochs, rounded up."""
     return math.ceil(epochs * data.n_blocks / samples_per_step)
 
@@ -251,12 +274,11 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     start = resume.spread(start, world, DTYPES[cfg.weights])
     model, progress = start.model, start.progress
     limit_rows(tokenizer, model.config.vocab_size, folder)
-    model.config = replace(
-        model.config, doc_end=tokenizer.eot if cfg.separate_documents else None)
+    checkpoint.check_dtype(model, dtype)
+    model.config = run_config(cfg, model.config, tokenizer)
     if model.is_masked:
         torch.backends.cuda.enable_cudnn_sdp(False)  # NaN under masks: pytorch issue 196678
-    data = {split: open_dataset(folder / f"{split}.bin", model.config, cfg.seed)
-            for split in SPLITS}
+    data = open_splits(cfg, folder, model.config)
     check_same_data(data, world)
     if cfg.epochs is not None:
         cfg.max_iters = steps_of(cfg.epochs, data["train"],
@@ -285,17 +307,19 @@ def dry_run(cfg: Any) -> None:
     """Prints the plan of a train.Config; loads no weights. Raises UserError as set_up()."""
     world = check(cfg)
     dtype, folder = pick_dtype(cfg.dtype, world.device), dataset_folder(cfg.dataset)
+    tokenizer = tokenizer_of_dataset(folder)
     if cfg.init_from == "scratch":
-        config = scratch_config(cfg, tokenizer_of_dataset(folder))
+        config = scratch_config(cfg, tokenizer)
     else:
         config = checkpoint.model_config(checkpoint.pick_source(
             cfg.out_dir, "resume" if resume.resumes(cfg) else cfg.init_from))
-        config = replace(config, block_size=cfg.block_size or config.block_size)
-    data = {split: open_dataset(folder / f"{split}.bin", config, cfg.seed) for split in SPLITS}
+    config = run_config(cfg, config, tokenizer)
+    data = open_splits(cfg, folder, config)
     if cfg.epochs is not None:
         cfg.max_iters = steps_of(cfg.epochs, data["train"],
                                  cfg.batch_size * cfg.gradient_accumulation_steps)
     compiled = pick_compile(cfg.compile, world.device, weights=DTYPES[cfg.weights])
+    lines = plan.plan_lines(cfg, data["train"].largest(config), world, dtype, compiled,
+                            *map(len, data.values()), data["train"].tokens_per_sample)
     if world.is_main:
-        print("\n".join(plan.plan_lines(cfg, config, world, dtype, compiled,
-                                        *map(len, data.values()))))
+        print("\n".join(lines))

@@ -1,0 +1,220 @@
+"""train.py on pairs: as a transformers loop, resumed, on ranks, and with each option."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import hf_t5, save_odd
+from ranks import run_ranks
+from safetensors.torch import save_file
+from test_pairs import write_pairs
+from tiny import arguments, losses, run_script, run_train, write_dataset
+
+import train
+from nanotune import files
+from nanotune.formats import checkpoint
+from nanotune.formats.checkpoint import load_model
+from nanotune.text.loader import open_dataset
+from nanotune.training import plan
+from nanotune.training.distributed import World
+
+torch.set_num_threads(1)
+# a tokenizer of 22 tokens, and rows in the model beyond them
+VOCAB, ROWS = 20, 24
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(a T5's folder, a dataset of pairs with its tokenizer)"""
+    base = tmp_path_factory.mktemp("t5")
+    model, data = base / "model", base / "pairs"
+    save_odd(model, "unigram")
+    theirs = hf_t5(vocab_size=ROWS)
+    (model / "config.json").write_text(theirs.config.to_json_string(use_diff=False))
+    save_file({name: p.detach().clone() for name, p in theirs.named_parameters()},
+              model / "model.safetensors")
+    for split, n in (("train", 60), ("val", 12)):
+        write_pairs(data, n, split, vocab_size=VOCAB, seed=n)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, data)
+    return model, data
+
+
+@pytest.fixture
+def fields(folders):
+    """What makes tiny.arguments() a run of T5."""
+    return dict(init_from=folders[0], dataset=folders[1], block_size=None, eval_iters=0,
+                keep_states=1, gradient_accumulation_steps=4, weight_decay=0.01, decay_lr=False)
+
+
+def on_ranks(size, out, **fields):
+    argv = arguments(fields.pop("dataset"), out, **fields)
+    statuses, said = run_ranks(size, argv, out.with_suffix(f".log{size}"))
+    assert statuses == [0] * size, said
+    return said
+
+
+def weights_of(out):
+    return files.load(out / checkpoint.STATE_FILE)["model"]
+
+
+def assert_same_weights(a, b):
+    ours, theirs = weights_of(a), weights_of(b)
+    assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+
+
+def test_twenty_steps_are_those_of_a_transformers_loop(folders, fields, tmp_path):
+    """AdamW on the mean loss of a global batch's target tokens, clipped: nothing else."""
+    from transformers import AutoModelForSeq2SeqLM
+    model, data = folders
+    run_train(fields.pop("dataset"), tmp_path / "out", **fields | dict(
+        batch_size=2, max_iters=20, eval_interval=20, dropout=0.0))
+    ours = [entry["loss"] for entry in losses(tmp_path / "out") if "loss" in entry]
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(model).train()
+    pairs = open_dataset(data / "train.bin", checkpoint.model_config(str(model)), 1337,
+                         global_batch=8)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in theirs.parameters() if p.dim() >= 2]},
+         {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0}],
+        lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
+    for step, loss in enumerate(ours):
+        x, y = pairs.batch(8 * step, 8)
+        wanted = theirs(input_ids=x.clamp(min=0), attention_mask=(x >= 0).long(),
+                        labels=y.masked_fill(y < 0, -100)).loss
+        assert loss == pytest.approx(wanted.item(), rel=1e-4)
+        wanted.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(ours) == 20 and ours[-1] < ours[0]
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(recompute=True), dict(weights="bfloat16"), dict(lora_rank=2),
+    dict(optimizer="adamw8bit"), dict(source_length=8, target_length=3)], ids=str)
+def test_three_steps_and_three_are_six(fields, tmp_path, monkeypatch, options):
+    """Bit for bit, with dropout; the epoch of 60 pairs ends on the way."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # of torchao's update
+    data, fields = fields.pop("dataset"), fields | options | dict(batch_size=4)
+    run_train(data, tmp_path / "whole", **fields)
+    run_train(data, tmp_path / "half", **fields | dict(max_iters=3))
+    run_train(data, tmp_path / "half", **fields | dict(init_from="resume"))
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "half", tmp_path / "whole")
+    model, _ = load_model(str(tmp_path / "whole"))
+    assert model.config.source_length == options.get("source_length", 512)
+
+
+def assert_same_run(a, b):
+    """To rounding: sums come in another order."""
+    for ours, theirs in zip(losses(a), losses(b), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    for key, tensor in weights_of(b).items():
+        torch.testing.assert_close(weights_of(a)[key], tensor, rtol=0, atol=2e-3)
+
+
+def test_any_split_into_micro_steps_is_the_same_run(fields, tmp_path):
+    data, fields = fields.pop("dataset"), fields | dict(dropout=0.0)
+    run_train(data, tmp_path / "8", **fields | dict(batch_size=8, gradient_accumulation_steps=1))
+    run_train(data, tmp_path / "1", **fields | dict(batch_size=1, gradient_accumulation_steps=8))
+    assert_same_run(tmp_path / "1", tmp_path / "8")
+
+
+def test_two_ranks_are_one(fields, tmp_path):
+    """By DDP, also stopped and resumed, and by FSDP, which draws samples too. With
+    dropout, which depends on the micro-step."""
+    alone = {name: value for name, value in fields.items() if name != "dataset"}
+    run_train(fields["dataset"], tmp_path / "one", **alone)
+    on_ranks(2, tmp_path / "ddp", **fields)
+    on_ranks(2, tmp_path / "half", **fields | dict(max_iters=3))
+    on_ranks(2, tmp_path / "half", **fields | dict(init_from="resume"))
+    assert losses(tmp_path / "half") == losses(tmp_path / "ddp")
+    assert_same_weights(tmp_path / "half", tmp_path / "ddp")
+    sharded = dict(parallel="fsdp", sample_interval=1, sample_start="Line a")
+    assert "--- sample ---\nLine a\n" in on_ranks(2, tmp_path / "fsdp", **fields | sharded)
+    for name in ("ddp", "fsdp"):
+        assert_same_run(tmp_path / name, tmp_path / "one")
+
+
+def test_it_can_be_traced_for_a_compiler(folders):
+    model, _ = load_model(str(folders[0]))
+    data = open_dataset(folders[1] / "train.bin", model.config)
+    batch = data.batch(0, 4)
+    loss = model(*batch)
+    model.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(model(*batch), loss)  # its head has other chunks
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_run(fields, tmp_path, capsys):
+    """By Inductor, over batches of several lengths: minutes."""
+    data = fields.pop("dataset")
+    run_train(data, tmp_path / "eager", **fields | dict(dropout=0.0))
+    run_train(data, tmp_path / "compiled", **fields | dict(dropout=0.0, compile=True))
+    assert "float32, compiled" in capsys.readouterr().out
+    assert_same_run(tmp_path / "compiled", tmp_path / "eager")
+
+
+def test_the_plan_and_its_warnings(fields, tmp_path, capsys):
+    run_train(fields.pop("dataset"), tmp_path / "out", **fields | dict(
+        source_length=8, max_iters=15, eval_interval=15))
+    out = capsys.readouterr().out
+    assert "15 iterations make 2.00 epochs (1 epoch = 7.5 iterations)" in out
+    assert "of 60 sources are longer than source_length=8 and are cut" in out
+    assert "targets are longer" not in out
+
+
+def test_a_dry_run(fields, tmp_path, capsys):
+    train.main(arguments(fields.pop("dataset"), tmp_path, **fields, dry_run=True))
+    assert "7.5 iterations" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(dtype="float16"), "T5 overflows in float16; use --dtype=bfloat16"),
+    (dict(block_size=16), "T5 takes --source_length and --target_length"),
+    (dict(separate_documents=True), "--separate_documents is for models of plain text"),
+    (dict(init_from="scratch", separate_documents=True), "holds pairs of a source and a target"),
+    (dict(init_from="scratch"), "holds pairs of a source and a target, for T5"),
+    (dict(sample_interval=1, sample_start=""), "--sample_start is empty"),
+    (dict(target_length=0), "--target_length=0 must be at least 1"),
+])
+def test_refused_options(fields, tmp_path, monkeypatch, capsys, options, said):
+    argv = arguments(fields.pop("dataset"), tmp_path / "out", **fields | options)
+    status, _, err = run_script(monkeypatch, capsys, train.main, argv)
+    assert status == 1 and said in err and err.count("\n") == 1, err
+
+
+def test_plain_text_and_a_gpts_options_are_refused(folders, fields, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text"
+    shutil.copytree(folders[1], text, ignore=shutil.ignore_patterns("*.pairs.bin"))
+    argv = arguments(text, tmp_path / "out", **{k: v for k, v in fields.items() if k != "dataset"})
+    _, _, err = run_script(monkeypatch, capsys, train.main, argv)
+    assert "holds plain text, and T5 takes pairs" in err and err.count("\n") == 1
+    argv = arguments(write_dataset(tmp_path / "chars"), tmp_path / "out", source_length=8)
+    _, _, err = run_script(monkeypatch, capsys, train.main, argv)
+    assert "--source_length is for models of pairs, such as T5" in err and err.count("\n") == 1
+
+
+def test_other_lengths_are_another_run(fields, tmp_path, monkeypatch, capsys):
+    data = fields.pop("dataset")
+    run_train(data, tmp_path / "out", **fields | dict(source_length=8, max_iters=3))
+    argv = arguments(data, tmp_path / "out", **fields | dict(init_from="resume", source_length=9))
+    _, _, err = run_script(monkeypatch, capsys, train.main, argv)
+    assert "source_length was 8, now 9" in err
+    run_train(data, tmp_path / "out", **fields | dict(init_from="resume", max_iters=4))
+
+
+def test_the_plan_knows_the_longest_batch(folders):
+    """Memory grows with the lengths of the data, not with the limits."""
+    model, data = folders
+    config = checkpoint.model_config(str(model))
+    longest = open_dataset(data / "train.bin", config).largest(config)
+    cfg = train.Config(batch_size=64, dropout=0.1)
+    world = World(rank=0, size=1, device=torch.device("cuda"))
+    sums = [sum(plan.memory(c, cfg, world, torch.bfloat16).values()) for c in (longest, config)]
+    assert sums[0] < sums[1] / 5
+    assert np.isfinite(sums).all()
+    saving = [change for change in plan.changes(config, cfg, world) if "source_length" in change]
+    assert saving == [{"source_length": 256}]
+    assert plan.advise(config, cfg, world, torch.bfloat16, 1.0, sums[1])[-2].startswith(
+        "  --source_length=256 saves")
