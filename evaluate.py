@@ -3,11 +3,14 @@
     python evaluate.py --out_dir=out-shakespeare --dataset=shakespeare
     python evaluate.py --init_from=gpt2 --input=FILE.txt --stride=512
     python evaluate.py --task=classify --out_dir=out-twitter-sentiment --dataset=twitter_sentiment
+    python evaluate.py --task=generate --out_dir=out-t5 --dataset=mine
     python evaluate.py --task=lambada --init_from=gpt2 --input=lambada_test.jsonl
 
 perplexity   of a dataset's split or a text file; the loss is computed as in train.py
 classify     a dataset's test.jsonl: generates labels, or with --method=likelihood picks the most
              likely; accuracy, macro F1, confusion matrix, and out_dir/predictions.jsonl
+generate     a dataset's test.jsonl: generates answers; exact match, F1 of words, and
+             out_dir/predictions.jsonl
 lambada      the last word of each line {"text"}, with and without the stop-word filter
 """
 import json
@@ -26,7 +29,7 @@ from nanotune.device import DtypeName, autocast, pick_dtype
 from nanotune.errors import UserError
 from nanotune.evaluation import perplexity, tasks
 from nanotune.files import write_atomic
-from nanotune.formats.checkpoint import history_of, load_model, pick_source
+from nanotune.formats.checkpoint import check_dtype, history_of, load_model, pick_source
 from nanotune.generation.fast import pack
 from nanotune.text.loader import dataset_folder, open_dataset, open_tokens, prepared
 from nanotune.text.read import read_text
@@ -37,7 +40,7 @@ from nanotune.training.distributed import check_same_fields, join, read_world, s
 @dataclass
 class Config:
     # what
-    task: Literal["perplexity", "classify", "lambada"] = "perplexity"
+    task: Literal["perplexity", "classify", "generate", "lambada"] = "perplexity"
     out_dir: str = "out"              # the run whose ckpt.pt to read; gets predictions.jsonl
     init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
     dataset: str | None = None        # a folder in data/, or a path; None: the run's
@@ -48,7 +51,7 @@ class Config:
     stride: AtLeast1 | None = None  # perplexity: tokens between windows; None: block_size
     detokenize: bool = False  # perplexity: --input is WikiText; remove the spaces it inserts
     method: Literal["generate", "likelihood"] = "generate"  # classify: how to pick a label
-    max_new_tokens: AtLeast1 | None = None  # classify; None: the longest label and end-of-text
+    max_new_tokens: AtLeast1 | None = None  # None: the longest label and its end; generate: 128
     batch_size: UpTo65536 | None = None  # None: 8 windows, or 32 prompts
     block_size: AtLeast1 | None = None  # tokens per window; None: the model's block_size
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
@@ -95,6 +98,9 @@ def read_input(cfg, tokenizer):
 def run_perplexity(cfg, model, tokenizer, source, world):
     block_size, batch_size = model.config.block_size, cfg.batch_size or 8
     stride = cfg.stride or block_size
+    pairs = model.config.takes_pairs
+    if pairs and cfg.stride:
+        raise UserError(f"--stride={stride} is for windows of plain text; leave it out for pairs")
     if stride > block_size:
         raise UserError(f"--stride={stride} is more than the windows' {block_size} tokens, so it "
                         "skips tokens; use --stride of at most that")
@@ -105,6 +111,8 @@ def run_perplexity(cfg, model, tokenizer, source, world):
         name = path = cfg.input
         tokens, words = read_input(cfg, tokenizer)
     data = open_dataset(path, model.config, tokens=tokens)
+    for line in data.warnings(None) if pairs and world.is_main else []:
+        print(f"note: {line}")
     # with eval_iters: the windows that train.py evaluates
     windows = data.windows(cfg.eval_iters, stride)
     sums = perplexity.perplexity_sums(model, data, windows, batch_size, world, tokenizer.n_bytes)
@@ -113,8 +121,10 @@ def run_perplexity(cfg, model, tokenizer, source, world):
         return
     loss = r["loss"]
     print(f"{source} on {name}: loss {loss:.4f} nats a token, perplexity {exp(loss):.2f}, "
-          f"windows of {block_size}" + (f" every {stride}" if stride < block_size else ""))
-    print(f"  standard error of the loss {r['standard_error']:.4f} over {r['windows']:,} windows; "
+          + ("targets of pairs" if pairs else f"windows of {block_size}")
+          + (f" every {stride}" if stride < block_size else ""))
+    print(f"  standard error of the loss {r['standard_error']:.4f} over {r['windows']:,} "
+          f"{'pairs' if pairs else 'windows'}; "
           f"{r['bits_per_byte']:.4f} bits per byte; {r['tokens']:,} tokens counted")
     if words:
         print(f"  perplexity {exp(loss * r['tokens'] / words):.2f} a word, of {words:,} between "
@@ -125,34 +135,50 @@ def exp(x):
     return math.exp(min(x, 700))
 
 
-def run_classify(cfg, model, tokenizer, source, world):
-    folder = dataset_folder(cfg.dataset)
-    path = folder / "test.jsonl"
+def test_file(cfg):
+    """The path of the dataset's test.jsonl."""
+    path = dataset_folder(cfg.dataset) / "test.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist; prepare the dataset with --test_fraction=0.05")
-    prompts, truth, labels = tasks.read_prompts(path, tokenizer, model.config.block_size)
-    names, batch_size = list(labels), cfg.batch_size or 32
+    return path
+
+
+def generate_answers(cfg, model, tokenizer, prompts, wanted):
+    """(the text of each prompt's answer, whether each was cut at so many tokens as are wanted or
+    fit into the context)."""
+    # + 1: the model does not read the last new token
+    most = min(wanted, model.config.block_size - max(map(len, prompts)) + 1)
+    new = tasks.answer(model, prompts, most, tokenizer.eot, tokenizer.n_vocab,
+                       cfg.batch_size or 32)
+    return [tokenizer.decode(ids) for ids in new], [len(ids) == most for ids in new]
+
+
+def save_predictions(cfg, rows):
+    """Writes out_dir/predictions.jsonl; returns its path."""
+    path = Path(cfg.out_dir) / "predictions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda f: f.write("".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")))
+    return path
+
+
+def run_classify(cfg, model, tokenizer, source, world):
+    prompts, truth, labels = tasks.read_prompts(test_file(cfg), tokenizer, model.config.block_size)
+    names = list(labels)
     began = time.perf_counter()
     if cfg.method == "likelihood":
         scores = tasks.score_labels(model, prompts, list(labels.values()), tokenizer.eot,
-                                    batch_size)
+                                    cfg.batch_size or 32)
         predicted = answers = [names[i] for i in scores.argmax(1).tolist()]
     else:
-        # + 1: the model does not read the last new token
-        room = model.config.block_size - max(map(len, prompts)) + 1
         wanted = cfg.max_new_tokens or max(map(len, labels.values())) + 1
-        new = tasks.answer(model, prompts, min(wanted, room), tokenizer.eot, tokenizer.n_vocab,
-                           batch_size)
-        answers = [tokenizer.decode(ids) for ids in new]
+        answers, _ = generate_answers(cfg, model, tokenizer, prompts, wanted)
         predicted = [tasks.parse_label(text, names) for text in answers]
     seconds = time.perf_counter() - began
     r = tasks.classification_scores(truth, predicted, names)
     rows = [{"prompt": tokenizer.decode(ids), "label": label, "answer": text, "predicted": guess}
             for ids, label, text, guess in zip(prompts, truth, answers, predicted)]
-    saved = Path(cfg.out_dir) / "predictions.jsonl"
-    saved.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(saved, lambda f: f.write("".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")))
+    saved = save_predictions(cfg, rows)
     print(f"{source} on {cfg.dataset} test by {cfg.method}: accuracy {r['accuracy']:.2%}, "
           f"macro F1 {r['macro_f1']:.2%}; {len(prompts):,} prompts, {r['no_label']:,} answers were "
           f"no label; {seconds:.1f} s, {len(prompts) / seconds:.1f} prompts a second; {saved}")
@@ -170,7 +196,27 @@ def print_confusion(names, confusion):
         print(name.ljust(width) + "".join(f"{n:,}".rjust(width) for n in counts))
 
 
+def run_generate(cfg, model, tokenizer, source, world):
+    prompts, targets = tasks.read_targets(test_file(cfg), tokenizer, model.config.block_size)
+    began = time.perf_counter()
+    answers, cut = generate_answers(cfg, model, tokenizer, prompts, cfg.max_new_tokens or 128)
+    seconds = time.perf_counter() - began
+    scores = list(map(tasks.answer_scores, targets, answers))
+    saved = save_predictions(cfg, [
+        {"prompt": tokenizer.decode(ids), "target": target, "answer": text, "exact": exact,
+         "f1": f1, "cut": was_cut}
+        for ids, target, text, (exact, f1), was_cut in zip(prompts, targets, answers, scores, cut)])
+    exact, f1 = map(tasks.mean_and_error, zip(*scores))
+    print(f"{source} on {cfg.dataset} test: exact match {exact[0]:.2%} (standard error "
+          f"{exact[1]:.2%}), F1 of words {f1[0]:.2%} ({f1[1]:.2%}); {len(prompts):,} prompts, "
+          f"{sum(cut):,} answers cut by --max_new_tokens; {seconds:.1f} s, "
+          f"{len(prompts) / seconds:.1f} prompts a second; {saved}")
+
+
 def run_lambada(cfg, model, tokenizer, source, world):
+    if model.config.takes_pairs:
+        raise UserError("--task=lambada predicts the next word of a text, which T5 does not; give "
+                        "a GPT")
     pairs = []
     for where, fields in tasks.read_lines(Path(cfg.input), "text"):
         pair = tasks.split_last_word(fields["text"], tokenizer)
@@ -191,7 +237,8 @@ def run_lambada(cfg, model, tokenizer, source, world):
           f"{exp(float(losses.double().mean())):.2f} a last word; {n:,} texts")
 
 
-RUN = {"perplexity": run_perplexity, "classify": run_classify, "lambada": run_lambada}
+RUN = {"perplexity": run_perplexity, "classify": run_classify, "generate": run_generate,
+       "lambada": run_lambada}
 
 
 def main(argv: list[str]) -> None:
@@ -208,6 +255,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_model(source, cfg.block_size, device=world.device, with_onnx=True)
     of_data = tokenizer if cfg.input is not None else tokenizer_of_dataset(folder)
     check_same_tokenizer(tokenizer, of_data, source, cfg.input or folder)
+    check_dtype(model, dtype)
     model.eval()
     pack(model, world.device, dtype)
     join(world)

@@ -20,7 +20,13 @@ from nanotune.cli import run
 from nanotune.device import DTYPES
 from nanotune.errors import UserError
 from nanotune.files import check_replaceable, write_folder
-from nanotune.formats.checkpoint import history_of, load_model, pick_source, read_adapters
+from nanotune.formats.checkpoint import (
+    check_dtype,
+    history_of,
+    load_model,
+    pick_source,
+    read_adapters,
+)
 from nanotune.formats.hf import write_hf, write_tokenizer
 from nanotune.formats.onnx_model import open_onnx
 from nanotune.formats.peft import name_of_base, needs_export, write_peft
@@ -132,19 +138,22 @@ def write_adapters(folder, model, source, tokenizer):
 # the model card
 
 TOLD = ("init_from", "dataset", "max_iters", "batch_size", "gradient_accumulation_steps",
-        "block_size", "learning_rate", "weight_decay", "dropout", "seed")
+        "block_size", "source_length", "target_length", "learning_rate", "weight_decay", "dropout",
+        "seed")
 
 
 def card(cfg, source, model, facts, use):
     """The text of README.md: the model, its training, its losses, how to use the files."""
-    config = model.config
+    config, pairs = model.config, model.config.takes_pairs
+    layers = f"{config.n_layer} + {config.n_decoder_layer}" if pairs else config.n_layer
+    context = "" if pairs else f"a context of {config.block_size} tokens and "
+    task = "text2text-generation" if pairs else "text-generation"
     library = {"hf": "transformers", "peft": "peft", "onnx": None}[cfg.format]
     lines = ["---", *([f"library_name: {library}"] if library else []),
-             "pipeline_tag: text-generation", "---", "", f"# {Path(source).name}", "",
+             f"pipeline_tag: {task}", "---", "", f"# {Path(source).name}", "",
              f"{'LoRA adapters for a' if cfg.format == 'peft' else 'A'} {model.family} model of "
-             f"{model.num_params() / 1e6:.2f}M parameters ({config.n_layer} layers, "
-             f"{config.n_head} heads, {config.n_embd} wide), a context of {config.block_size} "
-             f"tokens and a vocabulary of {config.vocab_size}.", ""]
+             f"{model.num_params() / 1e6:.2f}M parameters ({layers} layers, {config.n_head} heads, "
+             f"{config.n_embd} wide), {context}a vocabulary of {config.vocab_size}.", ""]
     return "\n".join(lines + training_lines(source, facts) + ["", "## Use", "", use])
 
 
@@ -181,6 +190,17 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ids = tokenizer("To be", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+"""
+
+
+HF_USE_PAIRS = """```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}")
+ids = tokenizer("Good day.", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0], skip_special_tokens=True))
 ```
 """
 
@@ -231,6 +251,10 @@ def main(argv: list[str]) -> None:
     check_replaceable(Path(cfg.export_dir), WRITTEN, cfg.overwrite)
     source = pick_source(cfg.out_dir, cfg.init_from)
     model, tokenizer = load_model(source)
+    pairs = model.config.takes_pairs
+    if pairs and cfg.format != "hf":
+        raise UserError(f"--format={cfg.format} does not take T5 yet; use --format=hf")
+    check_dtype(model, DTYPES[cfg.dtype])
     model.eval()
     if tokenizer is not None and cfg.format != "peft":  # adapters have no vocabulary
         cut_padding(model, tokenizer)
@@ -241,7 +265,7 @@ def main(argv: list[str]) -> None:
         if cfg.format == "hf":
             write_hf(folder, asdict(model.config), dict(model.named_parameters()), tokenizer,
                      DTYPES[cfg.dtype])
-            use = HF_USE.format(name=name)
+            use = (HF_USE_PAIRS if pairs else HF_USE).format(name=name)
         elif cfg.format == "peft":
             use = PEFT_USE.format(name=name, base=write_adapters(folder, model, source, tokenizer))
         else:

@@ -5,6 +5,7 @@
     python sample.py --out_dir=out-mine --start=FILE:prompt.txt --stop="\\n\\n" --temperature=0
     python sample.py --out_dir=out-mine --start=LINES:prompts.txt --num_samples=1 > samples.jsonl
     python sample.py --out_dir=out-mine --interactive --num_samples=1
+    python sample.py --init_from=google-t5/t5-small --start="translate English to German: Good day."
 """
 import contextlib
 import json
@@ -29,7 +30,7 @@ from configurator import (
 from nanotune.cli import run
 from nanotune.device import DtypeName, autocast, pick_compile, pick_device, pick_dtype
 from nanotune.errors import UserError
-from nanotune.formats.checkpoint import load_model, pick_source
+from nanotune.formats.checkpoint import check_dtype, load_model, pick_source
 from nanotune.generation.fast import for_generation
 from nanotune.generation.generate import TextPieces, encode_prompt, stream
 from nanotune.text.read import check_surrogates, read_text
@@ -92,12 +93,17 @@ class Sampler:
         if self.tokenizer is None:
             raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the "
                             "folder")
+        check_dtype(model, self.dtype)
         self.model = for_generation(model.eval(), self.device, self.dtype,
                                     pick_compile(cfg.compile, self.device))
         self.stops = [] if cfg.stop in ("", EOT) else [cfg.stop]
 
     def encode(self, text, where):
         return encode_prompt(self.tokenizer, text, self.model.config.block_size, where)
+
+    def before(self, ids):
+        """The ids of a prompt that the new text goes on from; none if it is an answer."""
+        return [] if self.model.config.takes_pairs else ids
 
     def generator(self):
         return torch.Generator(self.device).manual_seed(self.cfg.seed)
@@ -106,7 +112,7 @@ class Sampler:
         """Yields (the new text of each prompt (ids), whether each has ended), token by token, at
         last what was held back."""
         cfg, tokenizer = self.cfg, self.tokenizer
-        pieces = [TextPieces(tokenizer, ids, self.stops) for ids in prompts]
+        pieces = [TextPieces(tokenizer, self.before(ids), self.stops) for ids in prompts]
         with autocast(self.device, self.dtype, cache=True):
             for token in stream(
                     self.model, prompts, cfg.max_new_tokens, temperature=cfg.temperature,
@@ -120,7 +126,8 @@ class Sampler:
                        [piece.done for piece in pieces])
                 if all(piece.done for piece in pieces):
                     break
-        yield ["" if piece.done else piece.rest() for piece in pieces], [True] * len(pieces)
+        yield (["" if piece.done else piece.rest() for piece in pieces],
+               [piece.done for piece in pieces])
 
 
 def print_samples(sampler, prompt, where="--start"):
@@ -128,7 +135,8 @@ def print_samples(sampler, prompt, where="--start"):
     on a terminal as it grows. Several show their progress."""
     n, ids = sampler.cfg.num_samples, sampler.encode(prompt, where)
     live = n == 1 and sys.stdout.isatty()
-    shown = sampler.tokenizer.decode(ids if prompt else [])  # hides an empty prompt's end-of-text
+    # hides the end-of-text of an empty prompt
+    shown = sampler.tokenizer.decode(sampler.before(ids) if prompt else [])
     texts, printed = [[shown] for _ in range(n)], 0
     if live:
         print(shown, end="", flush=True)
@@ -146,8 +154,11 @@ def print_samples(sampler, prompt, where="--start"):
                 bar.clear()
                 print("".join([*texts[printed], "\n", "-" * 15]), flush=True)
                 printed += 1
-    if live:
-        print()
+    for text in texts[printed:]:
+        print("" if live else "".join([*text, "\n", "-" * 15]))
+    if sampler.model.config.takes_pairs and not all(done):
+        print(f"{done.count(False)} of {n} answers were cut at "
+              f"--max_new_tokens={sampler.cfg.max_new_tokens}", file=sys.stderr)
     print(speed(times[:-1], n), file=sys.stderr)
 
 

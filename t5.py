@@ -10,7 +10,7 @@ Variants Improve Transformer". Checked against transformers' T5ForConditionalGen
 """
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -391,7 +391,12 @@ class T5(nn.Module):
                         "--source_length and --target_length")
 
     def crop_vocab(self, n_vocab: int) -> None:
-        """Does nothing: T5 has always had rows without a token."""
+        """Keeps the first n_vocab rows of embedding and head."""
+        self.config = replace(self.config, vocab_size=n_vocab)
+        for module in (self.shared, self.lm_head):
+            module.weight = nn.Parameter(module.weight.detach()[:n_vocab].clone())
+        self.shared.num_embeddings = self.lm_head.out_features = n_vocab
+        self.tie_head()
 
     @property
     def device(self) -> torch.device:

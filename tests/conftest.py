@@ -6,6 +6,7 @@ is absent, and says so.
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import save_file
+from tiny import write_pairs
 
 from model import GPT, GPTConfig
 from nanotune import files
@@ -210,6 +212,22 @@ def hf_t5(tied=True, seed=0, **fields):
         for param in model.parameters():
             param.add_(torch.randn_like(param) * 0.2)
     return model
+
+
+@pytest.fixture(scope="session")
+def t5_folders(tmp_path_factory):
+    """(a tiny T5's folder, a dataset of pairs with its tokenizer); the model has 4 rows more."""
+    model, data = (tmp_path_factory.mktemp("t5") / name for name in ("model", "pairs"))
+    save_odd(model, "unigram")
+    theirs = hf_t5(vocab_size=24)
+    (model / "config.json").write_text(theirs.config.to_json_string(use_diff=False))
+    save_file({name: p.detach().clone() for name, p in theirs.named_parameters()},
+              model / "model.safetensors")
+    for split, n in (("train", 60), ("val", 12)):
+        write_pairs(data, n, split, vocab_size=20, seed=n)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, data)
+    return model, data
 
 
 def hf_tensors(model):

@@ -10,7 +10,7 @@ import torch
 from conftest import save_odd
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import REPO
+from tiny import REPO, write_pairs
 
 from model import GPTConfig
 from nanotune.errors import UserError
@@ -19,18 +19,6 @@ from nanotune.text.tokenizer import tokenizer_of_dataset
 from t5 import T5Config
 
 CONFIG = T5Config(vocab_size=61, source_length=30, target_length=10)
-
-
-def write_pairs(folder, n=40, split="train", longest=(24, 9), seed=0, vocab_size=61):
-    """n pairs of random tokens from 2 on, end token 1; returns [(source, target)]."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.RandomState(seed)
-    pairs = [tuple([*rng.randint(2, vocab_size, rng.randint(most)).tolist(), 1] for most in longest)
-             for _ in range(n)]
-    np.array([i for pair in pairs for ids in pair for i in ids], "<u2").tofile(
-        folder / f"{split}.bin")
-    np.array([list(map(len, pair)) for pair in pairs], "<u4").tofile(folder / f"{split}.pairs.bin")
-    return pairs
 
 
 def rows(x, y):

@@ -4,10 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import hf_t5, save_odd
 from ranks import run_ranks
-from safetensors.torch import save_file
-from test_pairs import write_pairs
 from tiny import arguments, losses, run_script, run_train, write_dataset
 
 import train
@@ -19,31 +16,10 @@ from nanotune.training import plan
 from nanotune.training.distributed import World
 
 torch.set_num_threads(1)
-# a tokenizer of 22 tokens, and rows in the model beyond them
-VOCAB, ROWS = 20, 24
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """(a T5's folder, a dataset of pairs with its tokenizer)"""
-    base = tmp_path_factory.mktemp("t5")
-    model, data = base / "model", base / "pairs"
-    save_odd(model, "unigram")
-    theirs = hf_t5(vocab_size=ROWS)
-    (model / "config.json").write_text(theirs.config.to_json_string(use_diff=False))
-    save_file({name: p.detach().clone() for name, p in theirs.named_parameters()},
-              model / "model.safetensors")
-    for split, n in (("train", 60), ("val", 12)):
-        write_pairs(data, n, split, vocab_size=VOCAB, seed=n)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model / name, data)
-    return model, data
-
-
 @pytest.fixture
-def fields(folders):
+def fields(t5_folders):
     """What makes tiny.arguments() a run of T5."""
-    return dict(init_from=folders[0], dataset=folders[1], block_size=None, eval_iters=0,
+    return dict(init_from=t5_folders[0], dataset=t5_folders[1], block_size=None, eval_iters=0,
                 keep_states=1, gradient_accumulation_steps=4, weight_decay=0.01, decay_lr=False)
 
 
@@ -63,10 +39,10 @@ def assert_same_weights(a, b):
     assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
 
 
-def test_twenty_steps_are_those_of_a_transformers_loop(folders, fields, tmp_path):
+def test_twenty_steps_are_those_of_a_transformers_loop(t5_folders, fields, tmp_path):
     """AdamW on the mean loss of a global batch's target tokens, clipped: nothing else."""
     from transformers import AutoModelForSeq2SeqLM
-    model, data = folders
+    model, data = t5_folders
     run_train(fields.pop("dataset"), tmp_path / "out", **fields | dict(
         batch_size=2, max_iters=20, eval_interval=20, dropout=0.0))
     ours = [entry["loss"] for entry in losses(tmp_path / "out") if "loss" in entry]
@@ -136,9 +112,9 @@ def test_two_ranks_are_one(fields, tmp_path):
         assert_same_run(tmp_path / name, tmp_path / "one")
 
 
-def test_it_can_be_traced_for_a_compiler(folders):
-    model, _ = load_model(str(folders[0]))
-    data = open_dataset(folders[1] / "train.bin", model.config)
+def test_it_can_be_traced_for_a_compiler(t5_folders):
+    model, _ = load_model(str(t5_folders[0]))
+    data = open_dataset(t5_folders[1] / "train.bin", model.config)
     batch = data.batch(0, 4)
     loss = model(*batch)
     model.compile(backend="eager", fullgraph=True)
@@ -184,9 +160,10 @@ def test_refused_options(fields, tmp_path, monkeypatch, capsys, options, said):
     assert status == 1 and said in err and err.count("\n") == 1, err
 
 
-def test_plain_text_and_a_gpts_options_are_refused(folders, fields, tmp_path, monkeypatch, capsys):
+def test_plain_text_and_a_gpts_options_are_refused(t5_folders, fields, tmp_path, monkeypatch,
+                                                   capsys):
     text = tmp_path / "text"
-    shutil.copytree(folders[1], text, ignore=shutil.ignore_patterns("*.pairs.bin"))
+    shutil.copytree(t5_folders[1], text, ignore=shutil.ignore_patterns("*.pairs.bin"))
     argv = arguments(text, tmp_path / "out", **{k: v for k, v in fields.items() if k != "dataset"})
     _, _, err = run_script(monkeypatch, capsys, train.main, argv)
     assert "holds plain text, and T5 takes pairs" in err and err.count("\n") == 1
@@ -204,9 +181,9 @@ def test_other_lengths_are_another_run(fields, tmp_path, monkeypatch, capsys):
     run_train(data, tmp_path / "out", **fields | dict(init_from="resume", max_iters=4))
 
 
-def test_the_plan_knows_the_longest_batch(folders):
+def test_the_plan_knows_the_longest_batch(t5_folders):
     """Memory grows with the lengths of the data, not with the limits."""
-    model, data = folders
+    model, data = t5_folders
     config = checkpoint.model_config(str(model))
     longest = open_dataset(data / "train.bin", config).largest(config)
     cfg = train.Config(batch_size=64, dropout=0.1)

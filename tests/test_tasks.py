@@ -299,7 +299,7 @@ def test_no_test_file_and_another_tokenizer(task, make_dataset):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--task=bleu"], "--task=bleu: use perplexity, classify or lambada"),
+    (["--task=bleu"], "--task=bleu: use perplexity, classify, generate or lambada"),
     (["--task=classify", "--method=beam"], "--method=beam: use generate or likelihood"),
     (["--task=lambada"], "--task=lambada needs --input=FILE"),
     (["--detokenize=True"], "--detokenize needs the text"),

@@ -37,6 +37,18 @@ def write_dataset(folder, n_train=2000, n_val=400, alphabet="\n abcdefghijklmnop
     return folder
 
 
+def write_pairs(folder, n=40, split="train", longest=(24, 9), seed=0, vocab_size=61):
+    """n pairs of random tokens from 2 on, end token 1; returns [(source, target)]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.RandomState(seed)
+    pairs = [tuple([*rng.randint(2, vocab_size, rng.randint(most)).tolist(), 1] for most in longest)
+             for _ in range(n)]
+    np.array([i for pair in pairs for ids in pair for i in ids], "<u2").tofile(
+        folder / f"{split}.bin")
+    np.array([list(map(len, pair)) for pair in pairs], "<u4").tofile(folder / f"{split}.pairs.bin")
+    return pairs
+
+
 def arguments(dataset, out_dir, /, **fields):
     """The command line of a tiny run; a field given as None is left at its default."""
     fields = {"dataset": dataset, "out_dir": out_dir} | FIELDS | fields

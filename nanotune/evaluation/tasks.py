@@ -1,14 +1,16 @@
-"""Tasks that evaluate.py scores by prompting: classification and LAMBADA.
+"""Tasks that evaluate.py scores by prompting: classification, generated answers and LAMBADA.
 
     answer(model, prompts, ...)          greedy answers to prompts of any lengths, in batches
     score_labels(model, prompts, ...)    the log-probability of each label after each prompt
     lambada(model, pairs, ...)           the loss and accuracy of the last word of each text
 
-A model is a GPT or an OnnxGPT, in evaluation mode.
+A model is a GPT, a T5 or an OnnxGPT, in evaluation mode.
 """
 import contextlib
 import itertools
 import math
+import statistics
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -89,7 +91,8 @@ def batches_by_length(rows, batch_size):
 
 def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, eot: int | None,
            n_vocab: int, batch_size: int) -> list[list[int]]:
-    """Returns the ids of each prompt's greedy continuation, which ends before `eot`."""
+    """Returns the ids of each prompt's greedy continuation, which ends before `eot`. One of
+    max_new_tokens ids was cut."""
     answers = [None] * len(prompts)
     for batch in batches_by_length(prompts, batch_size):
         new = stream(model, [prompts[i] for i in batch], max_new_tokens, temperature=0,
@@ -150,6 +153,38 @@ def classification_scores(truth: list[str], predicted: list[str | None],
                                        zero_division=0)),
             "no_label": named.count(none),
             "confusion": confusion_matrix(truth, named, labels=[*labels, none])[:-1].tolist()}
+
+
+# -----------------------------------------------------------------------------
+# generated answers
+
+def read_targets(path: Path, tokenizer: AnyTokenizer,
+                 block_size: int) -> tuple[list[list[int]], list[str]]:
+    """Returns (ids of each prompt, the text that should follow it) of a test.jsonl. Raises
+    UserError if a prompt is empty or leaves no room in block_size."""
+    prompts, targets = [], []
+    for where, fields in read_lines(path, "prompt", "completion"):
+        prompts.append(tokenizer.encode(fields["prompt"]))
+        targets.append(without_end(fields["completion"], tokenizer))
+        if not 1 <= len(prompts[-1]) <= block_size:
+            raise UserError(f"{where}: the prompt has {len(prompts[-1])} tokens; the model reads 1 "
+                            f"to {block_size}; shorten or drop it")
+    return prompts, targets
+
+
+def answer_scores(target: str, answer: str) -> tuple[float, float]:
+    """Returns (exact match, F1 of words), 0 to 1, of an answer; white space does not count. F1 is
+    SQuAD's (Rajpurkar et al. 2016): words in common, with their number, over those of each."""
+    wanted, given = target.split(), answer.split()
+    common = sum((Counter(wanted) & Counter(given)).values())
+    f1 = 2 * common / (len(wanted) + len(given)) if wanted or given else 1.0
+    return float(wanted == given), f1
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Returns the mean and its standard error; that of one value is not a number."""
+    n = len(values)
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,143 @@
+"""T5 in sample.py, evaluate.py and export.py: a run that has learnt to tell two kinds of lines."""
+import json
+import runpy
+
+import pytest
+import torch
+from tiny import REPO, read_metrics, run_script, run_train
+
+import evaluate
+import export
+import sample
+from nanotune.evaluation.tasks import answer_scores, mean_and_error
+
+LINES = "prompt,completion\n" + "".join(
+    f"Line {'ab'[i % 2]} {'cdefghijkl'[i // 2 % 10] * (1 + i // 20)},{('bad', 'a cab')[i % 2]}\n"
+    for i in range(120))
+
+
+@pytest.fixture(scope="module")
+def trained(t5_folders, tmp_path_factory):
+    """(out_dir, dataset): lines with an a are "bad", those with a b "a cab"."""
+    base = tmp_path_factory.mktemp("trained")
+    (base / "lines.csv").write_text(LINES)
+    runpy.run_path(str(REPO / "data" / "pairs" / "prepare.py"))["main"]([
+        f"--input={base / 'lines.csv'}", f"--tokenizer={t5_folders[0]}",
+        f"--out_dir={base / 'data'}", "--test_fraction=0.2"])
+    run_train(base / "data", base / "out", init_from=t5_folders[0], block_size=None, eval_iters=0,
+              max_iters=80, eval_interval=80, batch_size=8, gradient_accumulation_steps=1,
+              decay_lr=False, dropout=0.0)
+    assert read_metrics(base / "out")[-1]["val_loss"] < 0.1
+    return base / "out", base / "data"
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script(module, **fields) -> (status, stdout, stderr)"""
+    def call(module, **fields):
+        argv = [f"--{name}={value}" for name, value in fields.items()]
+        return run_script(monkeypatch, capsys, module.main, [*argv, *(
+            [] if module is export else ["--device=cpu"] + ["--dtype=float32"] * (
+                "dtype" not in fields))])
+    return call
+
+
+def test_a_sample_is_the_answer_alone(trained, script):
+    _, out, err = script(sample, out_dir=trained[0], start="Line a c", num_samples=2,
+                         temperature=0, compile="True")
+    assert out == ("bad\n" + "-" * 15 + "\n") * 2 and "cut" not in err
+    _, out, err = script(sample, out_dir=trained[0], start="Line b c", num_samples=2,
+                         temperature=0, max_new_tokens=4)
+    assert out.startswith("a c\n") and "2 of 2 answers were cut at --max_new_tokens=4" in err
+
+
+def predictions(out_dir):
+    return [json.loads(line) for line in (out_dir / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["generate", "likelihood"])
+def test_it_classifies(trained, script, method):
+    out_dir, data = trained
+    _, out, _ = script(evaluate, task="classify", out_dir=out_dir, dataset=data, method=method)
+    assert "accuracy 100.00%, macro F1 100.00%; 24 prompts, 0 answers were no label" in out
+    rows = predictions(out_dir)
+    assert len(rows) == 24 and {row["answer"] for row in rows} == {"bad", "a cab"}
+
+
+def test_it_generates(trained, script):
+    """Batched as one at a time, and an answer that the limit cut is marked."""
+    out_dir, data = trained
+    files = []
+    for size in (1, 5):
+        _, out, _ = script(evaluate, task="generate", out_dir=out_dir, dataset=data,
+                           batch_size=size)
+        assert ("exact match 100.00% (standard error 0.00%), F1 of words 100.00% (0.00%); "
+                "24 prompts, 0 answers cut") in out
+        files.append((out_dir / "predictions.jsonl").read_text())
+    assert files[0] == files[1]
+    _, out, _ = script(evaluate, task="generate", out_dir=out_dir, dataset=data, max_new_tokens=5)
+    rows = predictions(out_dir)
+    cut = [row for row in rows if row["cut"]]
+    assert 0 < len(cut) < 24 and all(row["target"] == "a cab" for row in cut)
+    assert f"{len(cut)} answers cut by --max_new_tokens" in out and cut[0]["exact"] == 0
+
+
+def test_the_loss_of_pairs(trained, script):
+    out_dir, data = trained
+    _, out, _ = script(evaluate, out_dir=out_dir, dataset=data)
+    logged = read_metrics(out_dir)[-1]["val_loss"]
+    assert f"loss {logged:.4f} nats a token" in out and "targets of pairs" in out
+    assert "over 12 pairs" in out
+
+
+def test_the_scores_of_an_answer():
+    assert answer_scores(" a cab", "a  cab\n") == (1.0, 1.0)
+    assert answer_scores("a cab", "a a") == (0.0, 0.5)
+    assert answer_scores("bad", "") == (0.0, 0.0) and answer_scores("", " ") == (1.0, 1.0)
+    assert mean_and_error([1.0, 0.0]) == (0.5, 0.5)
+
+
+def test_an_export_answers_in_transformers(trained, script, tmp_path):
+    """By AutoTokenizer and AutoModelForSeq2SeqLM, with no further word; and it loads back."""
+    import transformers
+    folder = tmp_path / "hf"
+    status, _, err = script(export, out_dir=trained[0], format="hf", export_dir=folder)
+    assert status == 0, err
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+    batch = tokenizer(["Line a c", "Line b kkk"], return_tensors="pt", padding=True)
+    texts = tokenizer.batch_decode(model.generate(**batch, max_new_tokens=8),
+                                   skip_special_tokens=True)
+    assert texts == ["bad", "a cab"]
+    card = (folder / "README.md").read_text()
+    assert "A T5 model" in card and "2 + 2 layers" in card and "AutoModelForSeq2SeqLM" in card
+    _, out, _ = script(sample, init_from=folder, start="Line b c", num_samples=1, temperature=0)
+    assert out.startswith("a cab\n")
+
+
+@pytest.mark.parametrize("module, fields, said", [
+    (export, dict(format="onnx"), "--format=onnx does not take T5 yet; use --format=hf"),
+    (export, dict(dtype="float16"), "T5 overflows in float16"),
+    (sample, dict(dtype="float16"), "T5 overflows in float16"),
+    (evaluate, dict(dtype="float16"), "T5 overflows in float16"),
+    (evaluate, dict(stride=4), "--stride=4 is for windows of plain text"),
+    (evaluate, dict(input=__file__), "holds plain text, and T5 takes pairs"),
+    (evaluate, dict(block_size=4), "T5 takes --source_length and --target_length"),
+    (evaluate, dict(task="lambada", input="lambada.jsonl"), "which T5 does not; give a GPT"),
+])
+def test_refused(trained, script, tmp_path, monkeypatch, module, fields, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lambada.jsonl").write_text('{"text": "Line a c"}\n')
+    data = {"dataset": trained[1]} if module is evaluate else {}
+    status, _, err = script(module, **{"out_dir": trained[0]} | data | fields)
+    assert status == 1 and said in err and err.count("\n") == 1, err
+
+
+def test_a_folder_without_a_tokenizer(trained, t5_folders, script, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((t5_folders[0] / name).read_bytes())
+    status, _, err = script(sample, init_from=tmp_path)
+    assert status == 1 and "has no tokenizer file" in err
+    status, _, err = script(evaluate, init_from=tmp_path, dataset=trained[1])
+    assert status == 1 and "has no tokenizer file" in err and err.count("\n") == 1
+    assert torch.is_grad_enabled()
