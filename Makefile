@@ -1,5 +1,5 @@
 # make quickstart   pretrain a small GPT, finetune it, sample from it: 5 minutes on 2 CPU cores
-# make sentiment    GPT-2 and GPT-Neo on Twitter sentiment, three splits each; resumes where it
+# make sentiment    GPT-2, GPT-Neo and T5 on Twitter sentiment, three splits each; resumes where it
 #                   stopped; ARGS="--models=... --input=..." as experiments/twitter_sentiment.py
 # make test         the test suite; make test-slow runs what takes longer
 # make test-browser serve.py's page in Chromium, which must be installed (Debian: apt-get install

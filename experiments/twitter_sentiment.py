@@ -1,17 +1,19 @@
-"""Twitter sentiment as one experiment: GPT-2 and GPT-Neo on the same splits, and a floor.
+"""Twitter sentiment as one experiment: GPT-2, GPT-Neo and T5 on the same splits, and a floor.
 
     python experiments/twitter_sentiment.py        (or: make sentiment)
     python experiments/twitter_sentiment.py --models=FOLDER,gpt2 --input=tweets.csv
     python experiments/twitter_sentiment.py --train="--batch_size=4 --gradient_accumulation_steps=2"
 
-For each split: data/twitter_sentiment/prepare.py with that seed; for each model train.py with
-config/finetune_twitter_sentiment.py and evaluate.py --task=classify; last a table of macro F1 with
-means and standard deviations over the splits. The floor is logistic regression on TF-IDF of words
+For each split: data/twitter_sentiment/prepare.py with that seed, for T5 as pairs; for each model
+train.py with config/finetune_twitter_sentiment.py, or finetune_t5_sentiment.py, and evaluate.py
+--task=classify; last a table of macro F1 with means, standard deviations over the splits, and the
+standard error that so many test tweets leave. The floor is logistic regression on TF-IDF of words
 and pairs of words, trained on the same tweets. What is done is not done again: after a stop, the
 same command goes on where it was.
 """
 import argparse
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -25,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from nanotune.cli import run  # noqa: E402
 from nanotune.errors import UserError  # noqa: E402
 from nanotune.evaluation.tasks import check_sklearn, classification_scores  # noqa: E402
+from nanotune.formats.checkpoint import model_config  # noqa: E402
 from nanotune.formats.hub import find_pretrained  # noqa: E402
 from nanotune.text.tokenizer import GPT2Tokenizer  # noqa: E402
 
@@ -34,8 +37,9 @@ FLOOR = "TF-IDF + logistic regression"
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--models", default="gpt2,EleutherAI/gpt-neo-125m",
-                   help="what --init_from takes, with commas (default: gpt2 and gpt-neo-125m)")
+    p.add_argument("--models", default="gpt2,EleutherAI/gpt-neo-125m,google-t5/t5-base",
+                   help="what --init_from takes, with commas (default: gpt2, gpt-neo-125m and "
+                        "t5-base)")
     p.add_argument("--splits", type=int, default=3, help="how many, seeds 0, 1, ... (default: 3)")
     p.add_argument("--input", type=Path, help="Sentiment140's CSV (default: it is downloaded)")
     p.add_argument("--samples", type=int, default=10000, help="tweets in all (default: 10000)")
@@ -73,16 +77,19 @@ def command(script, *options):
         sys.exit(status)
 
 
-def prepare(args, seed):
-    """The split's folder. test.jsonl is what prepare.py puts in place last."""
-    folder = args.out_dir.resolve() / f"split-{seed}"
+def prepare(args, seed, model=None):
+    """The split's folder, as text, or with a `model` as pairs for its tokenizer: the same tweets.
+    """
+    name = f"split-{seed}" + (f"-{short_name(model)}" if model else "")
+    folder = args.out_dir.resolve() / name
+    form = [f"--tokenizer={source_of(model)}", "--pairs"] if model else []
     if not (folder / "test.jsonl").is_file():
         source = [f"--input={args.input.resolve()}"] if args.input else []
-        if not source and seed > 0:  # the first split's download serves all
+        if not source and (seed > 0 or model):  # the first split's download serves all
             first = args.out_dir.resolve() / "split-0"
             source = [f"--input={download}" for download in first.glob("*.zip")]
         command("data/twitter_sentiment/prepare.py", f"--seed={seed}", f"--out_dir={folder}",
-                f"--samples={args.samples}", *source)
+                f"--samples={args.samples}", *form, *source)
     return folder
 
 
@@ -91,16 +98,23 @@ def short_name(model):
     return Path(model).resolve().name
 
 
+def source_of(model):
+    """The model as the scripts take it from another folder: a local one by its full path."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
 def train_and_evaluate(args, model, seed, folder):
     """The test's macro F1 of a model on a split, of a run that was done before too."""
+    pairs = model_config(model).takes_pairs
+    config = "finetune_t5_sentiment" if pairs else "finetune_twitter_sentiment"
+    folder = prepare(args, seed, model) if pairs else folder
     out_dir = args.out_dir.resolve() / f"{short_name(model)}-{seed}"
     predictions = out_dir / "predictions.jsonl"
     if not predictions.is_file():
         begun = (out_dir / "state.pt").is_file()
-        source = str(Path(model).resolve()) if Path(model).is_dir() else model
-        command("train.py", "config/finetune_twitter_sentiment.py", f"--dataset={folder}",
+        command("train.py", f"config/{config}.py", f"--dataset={folder}",
                 f"--out_dir={out_dir}", f"--seed={1337 + seed}", *shlex.split(args.train),
-                f"--init_from={'resume' if begun else source}")
+                f"--init_from={'resume' if begun else source_of(model)}")
         command("evaluate.py", "--task=classify", f"--dataset={folder}", f"--out_dir={out_dir}")
     rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
     truth, predicted = [row["label"] for row in rows], [row["predicted"] for row in rows]
@@ -124,15 +138,19 @@ def floor(folder):
     return classification_scores(truth, predicted, sorted(set(truth)))["macro_f1"]
 
 
-def table(results):
-    """A Markdown table of {model: [macro F1 of each split]}."""
+def table(results, tests):
+    """A Markdown table of {model: [macro F1 of each split]}, each on so many test tweets. The
+    standard error of the mean is that of a share of all of them, which macro F1 is near."""
     splits = len(next(iter(results.values())))
     lines = ["| macro F1, % | " + " | ".join(f"split {i}" for i in range(splits))
-             + " | mean | standard deviation |", "| --- |" + " --- |" * (splits + 2)]
+             + " | mean | standard error | standard deviation |",
+             "| --- |" + " --- |" * (splits + 3)]
     for model, scores in results.items():
+        mean = statistics.mean(scores)
+        error = math.sqrt(mean * (1 - mean) / (tests * splits))
         spread = f"{100 * statistics.stdev(scores):.1f}" if splits > 1 else "-"
         lines.append(f"| {model} | " + " | ".join(f"{100 * score:.1f}" for score in scores)
-                     + f" | {100 * statistics.mean(scores):.1f} | {spread} |")
+                     + f" | {100 * mean:.1f} | {100 * error:.1f} | {spread} |")
     return "\n".join(lines) + "\n"
 
 
@@ -155,7 +173,8 @@ def main(argv=None):
     for model in models:
         results[short_name(model)] = [
             train_and_evaluate(args, model, seed, folder) for seed, folder in enumerate(folders)]
-    text = table(results)
+    tests = len((folders[0] / "test.jsonl").read_text(encoding="utf-8").splitlines())
+    text = table(results, tests)
     (args.out_dir / "results.md").write_text(text, encoding="utf-8")
     print(text, end="")
 

@@ -68,11 +68,12 @@ def test_it_goes_on_where_it_stopped(experiment, arguments, tmp_path, monkeypatc
     module.main(arguments)  # the run that was not evaluated is resumed, not begun again
     assert commands[3:] == ["train.py", "evaluate.py"] * 4
     first = (tmp_path / "out/results.md").read_text()
-    assert first.startswith("| macro F1, % | split 0 | split 1 | mean | standard deviation |\n")
+    assert first.startswith("| macro F1, % | split 0 | split 1 | mean | standard error | "
+                            "standard deviation |\n")
     assert [line.split(" | ")[0] for line in first.splitlines()[2:]] == [
         "| TF-IDF + logistic regression", "| tiny-gpt2", "| tiny-neo"]
     # the word tells: the floor is perfect, and two steps teach a tiny model nothing
-    assert first.splitlines()[2].endswith("| 100.0 | 100.0 | 100.0 | 0.0 |")
+    assert first.splitlines()[2].endswith("| 100.0 | 100.0 | 100.0 | 0.0 | 0.0 |")
     del commands[:]
     module.main(arguments)
     assert commands == [] and (tmp_path / "out/results.md").read_text() == first
@@ -85,12 +86,26 @@ def test_it_goes_on_where_it_stopped(experiment, arguments, tmp_path, monkeypatc
     assert commands == []
 
 
+def test_a_t5_gets_pairs(experiment, arguments, t5_folders, tmp_path, capsys):
+    """Of the same tweets, which its own tokenizer encodes."""
+    module, commands = experiment
+    options = TINY.replace("--block_size=32 ", "")
+    module.main([arguments[0], f"--models={t5_folders[0]}", "--splits=1",
+                 f"--out_dir={tmp_path / 'out'}", f"--train={options}"])
+    prepare = "data/twitter_sentiment/prepare.py"
+    assert commands == [prepare, prepare, "train.py", "evaluate.py"]
+    assert "| model |" in (tmp_path / "out/results.md").read_text()
+    text, pairs = ((tmp_path / "out" / f"split-0{name}" / "test.jsonl").read_text().splitlines()
+                   for name in ("", "-model"))
+    assert len(text) == len(pairs) and "sst2 sentence: " in pairs[0]
+
+
 def test_the_table():
     module = script("experiments/twitter_sentiment.py")
-    rows = module.table({"a": [0.70, 0.72, 0.77], "b": [0.5, 0.5, 0.5]}).splitlines()
-    assert rows[2] == "| a | 70.0 | 72.0 | 77.0 | 73.0 | 3.6 |"
-    assert rows[3] == "| b | 50.0 | 50.0 | 50.0 | 50.0 | 0.0 |"
-    assert module.table({"a": [0.5]}).endswith("| a | 50.0 | 50.0 | - |\n")
+    rows = module.table({"a": [0.70, 0.72, 0.77], "b": [0.5, 0.5, 0.5]}, 500).splitlines()
+    assert rows[2] == "| a | 70.0 | 72.0 | 77.0 | 73.0 | 1.1 | 3.6 |"
+    assert rows[3] == "| b | 50.0 | 50.0 | 50.0 | 50.0 | 1.3 | 0.0 |"
+    assert module.table({"a": [0.8]}, 500).endswith("| a | 80.0 | 80.0 | 1.8 | - |\n")
 
 
 def test_the_config_is_one_of_train():
