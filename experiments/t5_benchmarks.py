@@ -1,0 +1,254 @@
+"""T5 beside transformers' on the tweets of data/twitter_sentiment, with random weights.
+
+    python experiments/t5_benchmarks.py train --input=tweets.csv --dtype=bfloat16
+    python experiments/t5_benchmarks.py generate --input=tweets.csv
+    python experiments/t5_benchmarks.py f1 --input=tweets.csv
+
+train      pairs a second and peak memory of t5-base's shape: ours; transformers in a plain loop,
+           each batch padded to its longest row; the same padded to 300 + 200, as SimpleT5 does
+generate   500 predictions of t5-small's shape, batched and one at a time
+f1         macro F1 of a small T5 from scratch, by train.py and by a transformers loop, three splits
+
+Both need `pip install transformers`. Each case of train is a process of its own, in turns. The
+tokenizer is trained on the tweets.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from nanotune.cli import run  # noqa: E402
+from nanotune.device import DTYPES, autocast, peak_memory, tune_malloc  # noqa: E402
+from nanotune.evaluation.tasks import answer, classification_scores  # noqa: E402
+from nanotune.formats.checkpoint import load_model  # noqa: E402
+from nanotune.formats.hf import write_hf  # noqa: E402
+from nanotune.generation.fast import pack  # noqa: E402
+from nanotune.text.loader import open_dataset  # noqa: E402
+from nanotune.text.read import read_text  # noqa: E402
+from nanotune.text.tokenizer import JsonTokenizer  # noqa: E402
+from nanotune.training.optimizer import make_optimizer  # noqa: E402
+from t5 import T5, T5Config  # noqa: E402
+
+CPU = torch.device("cpu")
+SHAPES = {"base": dict(n_layer=12, n_decoder_layer=12, n_head=12, n_embd=768, n_inner=3072),
+          "small": {},
+          "tiny": dict(n_layer=2, n_decoder_layer=2, n_head=4, n_embd=128, head_size=32,
+                       n_inner=512, vocab_size=4000)}
+LONGEST, SIMPLE_T5 = None, (300, 200)  # the rows of a batch: as its longest, or always so long
+LEARNING_RATE = 1e-3                   # of the tiny model
+
+
+def command(script, *options):
+    subprocess.run([sys.executable, ROOT / script, *map(str, options)], check=True, cwd=ROOT)
+
+
+def train_tokenizer(source, size):
+    """A Unigram vocabulary of tweets, with T5's special tokens and ids, and the labels as tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    lines = read_text(source).splitlines() + ["positive", "negative"] * 1000
+    made.train_from_iterator(lines, trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False))
+    names = zip(("pad_token", "eos_token", "unk_token"), special)
+    return JsonTokenizer(made.to_str(), special=names)
+
+
+def make_folder(args, shape, seed=0):
+    """A folder of a T5 with random weights, and the splits' folders."""
+    folder = args.out_dir.resolve() / f"t5-{shape}"
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        config = T5Config(**SHAPES[shape])
+        torch.manual_seed(seed)
+        write_hf(folder, vars(config), dict(T5(config).named_parameters()),
+                 train_tokenizer(args.input, 4000), torch.float32)
+    splits = [args.out_dir.resolve() / f"split-{seed}" for seed in range(3)]
+    for seed, split in enumerate(splits):
+        if not (split / "test.jsonl").is_file():
+            command("data/twitter_sentiment/prepare.py", f"--input={args.input.resolve()}",
+                    f"--tokenizer={folder}", "--pairs", f"--seed={seed}", f"--out_dir={split}")
+    return folder, splits
+
+
+# -----------------------------------------------------------------------------
+# training
+
+def shuffled_batches(split, size, lengths, seed=0):
+    """Batches of pairs as a DataLoader's, padded to their longest row or to `lengths`."""
+    config = T5Config(source_length=512, target_length=512)
+    data, rng = open_dataset(split / "train.bin", config), np.random.RandomState(seed)
+    while True:
+        order = rng.permutation(len(data.lengths))
+        for start in range(0, len(order) - size + 1, size):
+            pairs = order[start:start + size].tolist()
+            rows, (S, T) = data.read(pairs), lengths or data.read_lengths[pairs].max(0)
+            yield tuple(torch.nn.functional.pad(row, (0, int(n) - row.size(1)), value=-1)
+                        for row, n in zip(rows, (S, T)))
+
+
+def theirs(model):
+    """A transformers model as a function of (x, y) -> the summed loss."""
+    def loss(x, y):
+        return (y >= 0).sum() * model(
+            input_ids=x.clamp(min=0), attention_mask=(x >= 0).long(),
+            labels=y.masked_fill(y < 0, -100)).loss
+    return loss
+
+
+def case(args):
+    """Trains one case for a few steps; prints the seconds of each and the peak memory as JSON."""
+    from transformers import AutoModelForSeq2SeqLM
+    folder, splits = make_folder(args, args.shape)
+    dtype, size = DTYPES[args.dtype], args.batch_size
+    if args.case == "nanotune":
+        tune_malloc(lean=False)
+        model, _ = load_model(str(folder), dropout=0.1)
+        data = open_dataset(splits[0] / "train.bin", model.config, global_batch=size)
+        batches, loss_of = (data.batch(n * size, size) for n in range(10**6)), model
+    else:
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
+        batches = shuffled_batches(splits[0], size, SIMPLE_T5 if args.case == "300" else LONGEST)
+        loss_of = theirs(model)
+    params = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    optimizer = make_optimizer("adamw", params, 1e-4, (0.9, 0.999), CPU)
+    model.train()
+    seconds = []
+    for _ in range(args.steps + 1):
+        began, (x, y) = time.perf_counter(), next(batches)
+        with autocast(CPU, dtype, cache=args.case != "nanotune"):
+            loss = loss_of(x, y) / (y >= 0).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - began)
+    print(json.dumps({"seconds": seconds[1:], "memory": peak_memory(CPU)}))
+
+
+def train(args):
+    make_folder(args, args.shape)
+    cases = {"nanotune": 32, "longest": 32, "300": 8}  # pairs a step; SimpleT5's default is 8
+    found = {name: [] for name in cases}
+    for _ in range(args.rounds):
+        for name, size in cases.items():
+            argv = [sys.executable, __file__, "case", f"--case={name}", f"--batch_size={size}",
+                    f"--steps={args.steps}", f"--dtype={args.dtype}", f"--input={args.input}",
+                    f"--out_dir={args.out_dir}", f"--shape={args.shape}"]
+            done = subprocess.run(argv, check=True, capture_output=True, text=True)
+            r = json.loads(done.stdout.splitlines()[-1])
+            found[name].append((size / statistics.mean(r["seconds"]), r["memory"]))
+    ours = statistics.median(speed for speed, _ in found["nanotune"])
+    for name, results in found.items():
+        speed = statistics.median(speed for speed, _ in results)
+        print(f"{args.dtype} {name}: {speed:.2f} pairs/s, {max(m for _, m in results) / 1e9:.2f} "
+              f"GB; nanotune is {ours / speed:.2f} times as fast")
+
+
+# -----------------------------------------------------------------------------
+# generation and F1
+
+def test_rows(split):
+    lines = (split / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def generate(args):
+    folder, splits = make_folder(args, "small")
+    model, tokenizer = load_model(str(folder))
+    pack(model.eval(), CPU, DTYPES[args.dtype])
+    prompts = [tokenizer.encode(row["prompt"]) for row in test_rows(splits[0])]
+    seconds = {}
+    for size in (32, 1) * args.rounds:
+        began = time.perf_counter()
+        with autocast(CPU, DTYPES[args.dtype], cache=True):
+            answer(model, prompts, 4, tokenizer.eot, tokenizer.n_vocab, size)
+        seconds.setdefault(size, []).append(time.perf_counter() - began)
+    batched, single = (statistics.median(seconds[size]) for size in (32, 1))
+    print(f"{len(prompts)} predictions: {batched:.1f} s in batches of 32, {single:.1f} s one at a "
+          f"time, {single / batched:.1f} times as long")
+
+
+def loop_f1(folder, split, steps, seed):
+    """Macro F1 of transformers' model after a plain loop; the best of six by validation loss."""
+    from transformers import AutoModelForSeq2SeqLM
+    torch.manual_seed(seed)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dropout_rate=0.1)
+    tokenizer = load_model(str(folder))[1]
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.999),
+                                  weight_decay=0.0)
+    val = open_dataset(split / "val.bin", T5Config())
+    batches, best, held = shuffled_batches(split, 32, LONGEST, seed), float("inf"), None
+    for step in range(steps + 1):
+        if step % (steps // 6) == 0:
+            model.eval()
+            with torch.no_grad():
+                loss = float(theirs(model)(*val.read(val.windows())))
+            if loss < best:
+                best, held = loss, {k: v.clone() for k, v in model.state_dict().items()}
+        model.train()
+        x, y = next(batches)
+        (theirs(model)(x, y) / (y >= 0).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.load_state_dict(held)
+    model.eval()
+    rows, predicted = test_rows(split), []
+    for row in rows:
+        ids = torch.tensor([[*tokenizer.encode(row["prompt"]), tokenizer.eot]])
+        new = model.generate(ids, max_new_tokens=8)[0, 1:].tolist()
+        text = tokenizer.decode([i for i in new if i > 2]).strip()
+        predicted.append(text if text in ("positive", "negative") else None)
+    truth = [row["completion"] for row in rows]
+    return classification_scores(truth, predicted, ["negative", "positive"])["macro_f1"]
+
+
+def f1(args):
+    folder, splits = make_folder(args, "tiny")
+    for seed, split in enumerate(splits):
+        out_dir = args.out_dir.resolve() / f"tiny-{seed}"
+        if not (out_dir / "predictions.jsonl").is_file():
+            command("train.py", "config/finetune_t5_sentiment.py", f"--dataset={split}",
+                    f"--init_from={folder}", f"--out_dir={out_dir}", f"--seed={seed}",
+                    f"--learning_rate={LEARNING_RATE}", "--dtype=float32", "--log_interval=100")
+            command("evaluate.py", "--task=classify", f"--dataset={split}", f"--out_dir={out_dir}")
+        lines = (out_dir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        ours = classification_scores([row["label"] for row in rows],
+                                     [row["predicted"] for row in rows],
+                                     ["negative", "positive"])["macro_f1"]
+        loop = loop_f1(folder, split, 846, seed)
+        error = (ours * (1 - ours) / len(rows)) ** 0.5
+        print(f"split {seed}: train.py {ours:.1%}, transformers loop {loop:.1%}, standard error "
+              f"{error:.1%}", flush=True)
+
+
+def main(argv):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["train", "generate", "f1", "case"])
+    p.add_argument("--input", type=Path, required=True, help="Sentiment140's CSV")
+    p.add_argument("--out_dir", type=Path, default=Path("out-t5-benchmarks"))
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    p.add_argument("--shape", default="base", choices=SHAPES)
+    p.add_argument("--steps", type=int, default=3, help="timed steps, after one (default: 3)")
+    p.add_argument("--rounds", type=int, default=2, help="of each case (default: 2)")
+    p.add_argument("--case", default="nanotune", help=argparse.SUPPRESS)
+    p.add_argument("--batch_size", type=int, default=32, help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    {"train": train, "generate": generate, "f1": f1, "case": case}[args.what](args)
+
+
+if __name__ == "__main__":
+    run(main)
