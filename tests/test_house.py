@@ -14,6 +14,7 @@ MODELS = {"model", "t5"}
 GROUND = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", "nanotune.files",
           "nanotune.head_loss", "nanotune.torch_private", "nanotune.text.tokenizer",
           "nanotune.text.tokenizer_files", "nanotune.text.read", "nanotune.text.loader",
+          "nanotune.text.bin_files",
           "nanotune.formats.hub", "nanotune.formats.hf", "nanotune.formats.hf_config",
           "nanotune.formats.checks", "nanotune.generation.generate"}
 # what the data scripts may use: no torch, and no model

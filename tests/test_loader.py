@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanotune.errors import UserError
-from nanotune.text import loader
+from nanotune.text import bin_files, loader
 from nanotune.text.loader import TokenBin, dataset_folder
 
 SIZES = st.tuples(st.integers(2, 400), st.integers(1, 60)).filter(lambda s: s[0] >= s[1] + 1)
@@ -236,7 +236,7 @@ def test_the_fingerprint_tells_any_change(tmp_path, monkeypatch):
         return TokenBin(path, 4, 200).fingerprint
 
     for piece in (2**19, 7):
-        monkeypatch.setattr(loader, "PIECE", piece)
+        monkeypatch.setattr(bin_files, "PIECE", piece)
         changed = [tokens[:99], np.append(tokens, 7).astype("<u2"), tokens[::-1].copy()]
         for at in (0, 50, 99):
             changed.append(tokens.copy())

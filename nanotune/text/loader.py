@@ -9,7 +9,6 @@ offset on (the phase), and shuffles them; both depend on the seed. So each token
 per epoch, except for less than two blocks at the edges; a resumed run needs only its step; and a
 global batch is the same for any number of ranks and micro-steps. Pairs come once per epoch too.
 """
-import zlib
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,12 +18,20 @@ import numpy as np
 import torch
 
 from nanotune.errors import UserError
+from nanotune.text.bin_files import (
+    check_ids,
+    check_length,
+    checksum,
+    how_to_prepare,
+    open_lengths,
+    open_mask,
+    open_tokens,
+)
 
 IGNORED = -1         # the target that the loss does not count
 SPLITS = ("train", "val")
 SCAN_LIMIT = 2**28   # tokens: a file up to this size is checked when it is opened (0.2 s)
 SORTED = 32          # global batches of pairs that are sorted by length together
-PIECE, PIECES = 2**19, 40  # of a larger file, the checksum reads so many tokens in so many places
 
 
 class TokenBin:
@@ -245,33 +252,6 @@ def padded_length(n: int) -> int:
     return -(-n // step) * step
 
 
-def checksum(tokens: np.ndarray, beside: np.ndarray | None) -> int:
-    """Returns the CRC-32 of pieces of a file's tokens and of what lies beside them."""
-    crc, n = 0, len(tokens)
-    for start in range(0, n, max(PIECE, n // PIECES)):
-        crc = zlib.crc32(tokens[start:start + PIECE], crc)
-        if beside is not None:
-            crc = zlib.crc32(beside[start:start + PIECE], crc)
-    return crc
-
-
-def check_length(path, *arrays):
-    """Raises UserError if a mapped file was cut short: reading on would end in SIGBUS."""
-    for array in arrays:
-        if isinstance(array, np.memmap) and array.base.size() < array.nbytes:
-            raise UserError(f"{path} or its mask was cut short while it was in use: put "
-                            "the old files back and resume")
-
-
-def check_ids(path, tokens, start, vocab_size):
-    if int(tokens.max()) < vocab_size:
-        return
-    at = int(np.argmax(tokens >= vocab_size))
-    raise UserError(f"{path}: token {start + at} is {tokens[at]}, beyond the model's "
-                    f"vocabulary of {vocab_size}; the file was made with another "
-                    "tokenizer, or is damaged: run its prepare.py again")
-
-
 def open_dataset(path: str | Path, config: Any, seed: int = 0, tokens: np.ndarray | None = None,
                  global_batch: int = 1) -> TokenBin | PairBin:
     """Returns the dataset of a .bin file, or of a text in memory (see TokenBin), for a model's
@@ -305,51 +285,3 @@ def prepared() -> str:
     """' (prepared already: A, B)' with the datasets in data/, or ''."""
     known = sorted(str(p.parent.relative_to("data")) for p in Path("data").glob("**/train.bin"))
     return f" (prepared already: {', '.join(known)})" if known else ""
-
-
-def open_tokens(path: Path, block_size: int) -> np.ndarray:
-    """Returns a .bin file as a read-only memory map, (n,) uint16. Raises UserError if it is
-    missing, damaged or shorter than block_size + 1 tokens."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; " + how_to_prepare(path))
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        wrong = "is empty" if size == 0 else f"has an odd size, {size} bytes, for 2-byte tokens"
-        raise UserError(f"{path} {wrong}; " + how_to_prepare(path))
-    if size // 2 < block_size + 1:
-        fits = f"use --block_size={size // 2 - 1} or less, or more text"
-        raise UserError(f"{path} has {size // 2} tokens; block_size={block_size} needs "
-                        f"{block_size + 1}: {fits if size > 2 else 'it needs more text'}")
-    return np.memmap(path, dtype="<u2", mode="r")
-
-
-def open_mask(path, length):
-    mask_path = path.with_suffix(".mask.bin")
-    if not mask_path.is_file():
-        return None
-    size = mask_path.stat().st_size
-    if size != length:
-        raise UserError(f"{mask_path} has {size} entries for the {length} tokens of {path}: they "
-                        "are not of one run of prepare.py; run it again, or delete the mask to "
-                        "train on every token")
-    return np.memmap(mask_path, dtype=np.uint8, mode="r")
-
-
-def open_lengths(path, n_tokens):
-    """The lengths of the sources and targets of a file of pairs, (N, 2) int64."""
-    file = path.with_suffix(".pairs.bin")
-    lengths = np.frombuffer(file.read_bytes()[:file.stat().st_size // 8 * 8], "<u4")
-    lengths = lengths.reshape(-1, 2).astype(np.int64)
-    if not len(lengths) or lengths.min() < 1 or int(lengths.sum()) != n_tokens:
-        raise UserError(f"{file} has lengths of {int(lengths.sum())} tokens for the {n_tokens} of "
-                        f"{path}, or empty ones: they are not of one run of prepare.py; run it "
-                        "again")
-    return lengths
-
-
-def how_to_prepare(path):
-    """'run: python data/X/prepare.py' of the nearest folder that has one, else data/text's."""
-    for folder in (path.parent, path.parent.parent):
-        if (folder / "prepare.py").is_file():
-            return f"run: python {folder / 'prepare.py'}"
-    return f"run: python data/text/prepare.py --input=FILE_OR_FOLDER --out_dir={path.parent}"
