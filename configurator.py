@@ -68,6 +68,7 @@ UpTo65536 = Annotated[int, Interval(1, 65536, "[]")]  # sizes of tensors and lis
 Rank = Annotated[int, Interval(0, 65536, "[]")]
 Seconds = Annotated[int, Interval(1, 10**7, "[]")]
 NonNegative = Annotated[float, Interval(0)]
+AboveZero = Annotated[float, Interval(0, ends="()")]
 Fraction = Annotated[float, Interval(0, 1)]  # below 1
 Temperature = Annotated[float, Interval(0, 100, "[]")]
 Penalty = Annotated[float, Interval(0.01, 100, "[]")]
