@@ -17,7 +17,7 @@ from tiny import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 DOCS = {name: (REPO / "docs" / f"{name}.md").read_text(encoding="utf-8")
-        for name in ("serve", "export")}
+        for name in ("serve", "export", "tasks")}
 FOREIGN = "llama.cpp/"  # scripts of other programs
 NAMES = ("gpt2", "gpt2-medium", "gpt2-xl")  # made as folders: a folder goes before the hub
 # what makes each script's commands small; appended, so that it wins
@@ -35,6 +35,7 @@ TINY = {
     "data/text/prepare.py": [],
     "data/python_docs/prepare.py": [],
     "data/jsonl/prepare.py": [],
+    "data/pairs/prepare.py": [],
 }
 FILES = {
     "text.txt": TEXT * 3,
@@ -45,6 +46,8 @@ FILES = {
     "examples.jsonl": "".join(
         json.dumps({"prompt": f"Tweet: number {i}\nSentiment:", "completion": f" {label}"}) + "\n"
         for i, label in enumerate(["positive", "negative"] * 30)),
+    "pairs.csv": "source_text,target_text\n" + "".join(
+        f"Line {'abcdefgh'[i % 8] * (1 + i // 8)},a\n" for i in range(40)),
     "lambada_test.jsonl": "".join(
         json.dumps({"text": f"{i} of them went to the river"}) + "\n" for i in range(3)),
 }
@@ -66,7 +69,7 @@ def script_and_arguments(command):
 
 
 @pytest.fixture
-def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf):
+def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf, t5_folders):
     """A copy of the project, with a text and with tiny models where the README downloads."""
     for name in ("config", "data", "nanotune"):
         shutil.copytree(REPO / name, tmp_path / name,
@@ -79,6 +82,7 @@ def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf):
     model = hf_model(vocab_size=50257, n_embd=16, n_positions=64)  # 16: what int8 takes
     for name in NAMES:
         write_hf(model, name=name)
+    shutil.copytree(t5_folders[0], tmp_path / "google-t5" / "t5-small")
     monkeypatch.chdir(tmp_path)
     # the three commands at the README's top come before those that prepare their text
     runpy.run_path("data/shakespeare/prepare.py")["main"](["--input=text.txt"])
@@ -93,8 +97,8 @@ def test_the_readme_shows_commands():
 
 
 # docs/serve.md shows the runs that the README's commands make
-@pytest.mark.parametrize("text", [README + DOCS["serve"], DOCS["export"]],
-                         ids=["README and serve", "export"])
+@pytest.mark.parametrize("text", [README + DOCS["serve"], DOCS["export"], DOCS["tasks"]],
+                         ids=["README and serve", "export", "tasks"])
 def test_a_documents_commands_run(sandbox, monkeypatch, capsys, text):
     monkeypatch.setattr("nanotune.serving.server.Server.serve_forever", lambda server: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Line 1\n"))
@@ -103,6 +107,8 @@ def test_a_documents_commands_run(sandbox, monkeypatch, capsys, text):
         if "torchrun" in command[0]:
             continue
         argv += TINY[script]
+        if document is TASKS and script == "train.py":  # T5 has no --block_size
+            argv.remove("--block_size=16")
         monkeypatch.setattr(sys, "argv", [script, *argv])
         if script.startswith("data/"):
             main = runpy.run_path(str(sandbox / script))["main"]
