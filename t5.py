@@ -347,11 +347,15 @@ class T5(nn.Module):
         rows = head_chunk(hidden.device.type, torch.float32).rows
         return (self.lm_head(part).float() for part in hidden.split(rows))
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, counted: float = 1.0) -> float:
         """Returns the FLOPs of forward and backward per token, of source and target alike: 6 N, N
-        half of the weights, since a token passes the encoder or the decoder. Counts no products of
-        attention: pairs are short."""
-        return 3 * (self.num_params() - self.shared.weight.numel())
+        half of the weights, since a token passes the encoder or the decoder; 4 N if frozen. The
+        head takes part for the `counted` share, the targets. Counts no products of attention: pairs
+        are short."""
+        head = self.lm_head.weight
+        params = [p for p in self.parameters() if p is not head and p is not self.shared.weight]
+        flops = sum((6 if p.requires_grad else 4) * p.numel() for p in params) / 2
+        return flops + (6 if head.requires_grad else 4) * head.numel() * counted
 
     def activation_bytes(self, batch_size: int, device_type: str,
                          dtype: torch.dtype) -> tuple[int, int]:

@@ -10,7 +10,6 @@ A step takes gradient_accumulation_steps * batch_size samples, split among the p
 samples and random numbers depend only on the seed and the step, so a stopped run resumes exactly.
 """
 import math
-import os
 import shlex
 import signal
 import sys
@@ -377,7 +376,7 @@ def train(r: Run, signals: StopSignals) -> int:
 
 def tell_end(r):
     p, cfg = r.progress, r.cfg
-    path = os.path.join(cfg.out_dir, checkpoint.best_file(cfg.always_save_checkpoint))
+    path = Path(cfg.out_dir, checkpoint.best_file(cfg.always_save_checkpoint))
     r.log.say(f"best validation loss {p.best_val_loss:.4f} at step {p.best_step}, in {path}; "
               f"sample from it: {shlex.join(['python', 'sample.py', f'--out_dir={path}'])}")
     if p.best_step == 0 and p.step:
@@ -424,9 +423,7 @@ def run_on(r: Run, changes: list[str]) -> None:
     if cfg.wandb_log and main_rank:
         wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name or cfg.out_dir,
                                         p.run_id, asdict(cfg), cfg.out_dir)
-    tensorboard = None
-    if cfg.tensorboard and main_rank:
-        tensorboard = logbook.start_tensorboard(cfg.out_dir)
+    tensorboard = logbook.start_tensorboard(cfg.out_dir) if cfg.tensorboard and main_rank else None
     r.log = logbook.Logbook(cfg.out_dir, p.step, cfg.max_iters, main_rank, wandb_run, tensorboard)
     for line in changes:
         r.log.say(line)

@@ -3,6 +3,7 @@
 NAME.bin has the tokens, NAME.mask.bin beside it which of them are targets, NAME.pairs.bin the
 lengths of pairs. Each function raises UserError, with the file and what to do.
 """
+import shlex
 import zlib
 from pathlib import Path
 
@@ -86,5 +87,6 @@ def how_to_prepare(path: Path) -> str:
     """Returns 'run: python data/X/prepare.py', of the nearest folder that has one or data/text."""
     for folder in (path.parent, path.parent.parent):
         if (folder / "prepare.py").is_file():
-            return f"run: python {folder / 'prepare.py'}"
-    return f"run: python data/text/prepare.py --input=FILE_OR_FOLDER --out_dir={path.parent}"
+            return f"run: {shlex.join(['python', str(folder / 'prepare.py')])}"
+    return ("run: python data/text/prepare.py --input=FILE_OR_FOLDER "
+            + shlex.quote(f"--out_dir={path.parent}"))
