@@ -402,7 +402,7 @@ def test_the_current_folder(make_run, refused, tmp_path, monkeypatch):
     out_dir, _ = make_run(CHARS)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert "give a folder's name" in refused(f"--out_dir={out_dir}", "--export_dir=.")
+    assert "give one with a name" in refused(f"--out_dir={out_dir}", "--export_dir=.")
 
 
 @pytest.mark.parametrize("form", ["hf", "onnx"])

@@ -13,7 +13,7 @@ import train
 from nanotune import files
 from nanotune.cli import bad_path
 from nanotune.errors import UserError
-from nanotune.formats import checkpoint, hf
+from nanotune.formats import checkpoint, hf_config
 from nanotune.generation.generate import sample_token
 from nanotune.training import plan, resume, run
 
@@ -46,14 +46,14 @@ def refused(monkeypatch, capsys, main, argv):
     (train, "--lora_rank=1000000000", "must be at least 0 and at most 65536"),
     (train, f"--warmup_iters={10**400}", "--warmup_iters is too large a number"),
     (train, f"--max_iters=-{10**400}", "--max_iters is too large a number"),
-    (train, "--learning_rate=nan", "--learning_rate wants float, not 'nan'"),
+    (train, "--learning_rate=nan", "--learning_rate must be a number, got 'nan'"),
     (train, "--device=xpu", "--device=xpu: use auto, cpu, cuda, cuda:N or mps"),
     (train, "--backend=foo", "--backend=foo: use auto, nccl or gloo"),
     (train, "--out_dir=", "--out_dir is empty"),
     (evaluate, "--device=meta", "--device=meta: use auto"),
     (sample, "--num_samples=1000000000", "must be at least 1 and at most 65536"),
     (sample, "--temperature=1e308", "must be at least 0 and at most 100"),
-    (sample, "--temperature=inf", "--temperature wants float"),
+    (sample, "--temperature=inf", "--temperature must be a number"),
     (sample, "--repetition_penalty=1e-320", "must be at least 0.01 and at most 100"),
     (sample, f"--seed={10**30}", "--seed is too large a number")])
 def test_fields_have_bounds(dataset, tmp_path, monkeypatch, capsys, script, field, told):
@@ -140,10 +140,11 @@ def test_absurd_sizes_in_a_file_are_refused_before_they_are_built(out, monkeypat
             checkpoint.model_from(data | {"model_args": data["model_args"] | args}, "ckpt.pt")
     neo = dict(model_type="gpt_neo", vocab_size=9, hidden_size=4, num_heads=2, num_layers=10**7,
                max_position_embeddings=8, window_size=4)
-    with pytest.raises(UserError, match="has 10000000 layers; nanotune takes at most 1000"):
-        hf.config_from_hf(neo, "neo")
+    with pytest.raises(UserError, match="has num_layers=10000000, which must be an integer from 1 to 1000"):
+        hf_config.config_from_hf(neo, "neo")
     with pytest.raises(UserError, match="supports only global and local layers in turn"):
-        hf.config_from_hf(neo | {"num_layers": 4, "attention_types": [[["global"], 10**12]]}, "neo")
+        hf_config.config_from_hf(
+            neo | {"num_layers": 4, "attention_types": [[["global"], 10**12]]}, "neo")
 
 
 def test_control_characters_in_labels_are_not_printed(capsys):
