@@ -28,7 +28,6 @@ from glob import glob
 from typing import (
     Annotated,
     Any,
-    ClassVar,
     Literal,
     TypeVar,
     Union,
@@ -73,7 +72,6 @@ Fraction = Annotated[float, Interval(0, 1)]  # below 1
 Temperature = Annotated[float, Interval(0, 100, "[]")]
 Penalty = Annotated[float, Interval(0.01, 100, "[]")]
 Probability = Annotated[float, Interval(0, 1, "(]")]
-AboveZero = Annotated[float, Interval(0, ends="()")]
 Seed = Annotated[int, Interval(0, 2**32)]    # what torch and numpy accept
 
 ESCAPED = "\\n, \\t and \\\\ of the command line are decoded"
@@ -98,7 +96,7 @@ def read_sources(cls: type, argv: list[str]) -> list[dict[str, Any]]:
     if "--help" in argv or "-h" in argv:
         print(help_text(cls))
         sys.exit(0)
-    hints = get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     sources, waiting = [{}], list(argv)
     while waiting:
         arg = waiting.pop(0)
@@ -131,10 +129,15 @@ def build(cls: type[T], sources: list[dict[str, Any]]) -> T:
                 values = {name: value for name, value in values.items() if name not in names}
         values |= source
     cfg = cls(**values)
-    for name, kind in get_type_hints(cls, include_extras=True).items():
-        if get_origin(kind) is not ClassVar:
-            check_value(kind, getattr(cfg, name), name)
+    for name, kind in hints_of(cls).items():
+        check_value(kind, getattr(cfg, name), name)
     return cfg
+
+
+def hints_of(cls):
+    """{field: type} of a config class, with the bounds; without its ClassVars."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def value_of(name, kind, waiting):

@@ -62,6 +62,8 @@ def check_config(cfg, world):
     """Raises UserError if fields contradict each other or a file or package is missing."""
     if cfg.input is not None and not Path(cfg.input).is_file():
         raise UserError(f"--input={cfg.input}: no such file")
+    if cfg.input is not None and cfg.task not in ("perplexity", "lambada"):
+        raise UserError(f"--task={cfg.task} reads the dataset's test.jsonl: leave --input out")
     if cfg.eval_iters and (cfg.input or cfg.stride):
         raise UserError("--eval_iters picks windows of a dataset's split: leave --input and "
                         "--stride out, or --eval_iters")
@@ -146,16 +148,15 @@ def test_file(cfg):
 def generate_answers(cfg, model, tokenizer, prompts, wanted):
     """(the text of each prompt's answer, whether each was cut at so many tokens as are wanted or
     fit into the context)."""
-    # + 1: the model does not read the last new token
-    most = min(wanted, model.config.block_size - max(map(len, prompts)) + 1)
-    new = tasks.answer(model, prompts, most, tokenizer.eot, tokenizer.n_vocab,
-                       cfg.batch_size or 32)
-    return [tokenizer.decode(ids) for ids in new], [len(ids) == most for ids in new]
+    new, cut = tasks.answer(model, prompts, wanted, tokenizer.eot, tokenizer.n_vocab,
+                            cfg.batch_size or 32)
+    return [tokenizer.decode(ids) for ids in new], cut
 
 
 def save_predictions(cfg, rows):
     """Writes out_dir/predictions.jsonl; returns its path."""
-    path = Path(cfg.out_dir) / "predictions.jsonl"
+    out_dir = Path(cfg.out_dir)
+    path = (out_dir.parent if out_dir.suffix == ".pt" else out_dir) / "predictions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda f: f.write("".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")))
@@ -221,7 +222,7 @@ def run_lambada(cfg, model, tokenizer, source, world):
     for where, fields in tasks.read_lines(Path(cfg.input), "text"):
         pair = tasks.split_last_word(fields["text"], tokenizer)
         if pair is None:
-            raise UserError(f"{where}: wants two words or more: the last is "
+            raise UserError(f"{where}: needs at least two words: the last is "
                             "predicted from those before; add words or drop the line")
         length = len(pair[0]) + len(pair[1])
         if length - 1 > model.config.block_size:  # the model does not read the last token

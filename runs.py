@@ -7,6 +7,7 @@
 Reads settings from the checkpoints and losses from metrics.jsonl; changes nothing in a run.
 """
 import argparse
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Row:
     name: str
     config: dict
     entries: list[dict]          # of metrics.jsonl
-    tokens_per_step: int
+    tokens_per_step: float       # infinite for pairs, whose lengths differ
 
     @property
     def steps(self) -> int:
@@ -51,6 +52,8 @@ class Row:
 
 def read_run(folder: Path) -> Row:
     """Returns the Row of an out_dir. Raises UserError if it is no run."""
+    if folder.suffix == ".pt":
+        folder = folder.parent
     config = settings.read_run_config(folder)
     if not config:
         raise UserError(f"{folder} is no run: it has no readable {MODEL_FILE} or state.pt")
@@ -81,8 +84,9 @@ def print_table(rows: list[list[str]]) -> None:
 def summary(row: Row) -> list[str]:
     """The cells of a run."""
     best = f"{row.best[0]:.4f} at {row.best[1]:,}" if row.best else "-"
+    tokens = "-" if math.isinf(row.tokens_per_step) else f"{row.steps * row.tokens_per_step:,}"
     return [row.name, str(row.config.get("init_from") or "?"), str(row.config.get("dataset")),
-            f"{row.steps:,}", f"{row.steps * row.tokens_per_step:,}", best,
+            f"{row.steps:,}", tokens, best,
             f"{row.speed:,.0f}" if row.speed else "-"]
 
 
@@ -91,7 +95,8 @@ def differences(rows: list[Row]) -> list[list[str]]:
     names = dict.fromkeys(name for row in rows for name in row.config)
     table = [["field", *(row.name for row in rows)]]
     for name in names:
-        values = [str(row.config.get(name, "-")) for row in rows]
+        # one line each: sample_start may hold line ends
+        values = [repr(str(row.config.get(name, "-")))[1:-1] for row in rows]
         if name not in NOT_COMPARED and len(set(values)) > 1:
             table.append([name, *values])
     return table
@@ -103,6 +108,10 @@ def main(argv: list[str]) -> None:
     p.add_argument("runs", nargs="*", type=Path, metavar="OUT_DIR")
     p.add_argument("--picture", default="runs.png", metavar="FILE", help="(default: runs.png)")
     args = p.parse_args(argv)
+    if Path(args.picture).suffix not in (".png", ".pdf", ".svg") or (
+            not Path(args.picture).absolute().parent.is_dir()):
+        raise UserError(f"--picture={args.picture} must be a .png, .pdf or .svg file in a folder "
+                        "that exists")
     rows = [read_run(folder) for folder in args.runs or find_runs()]
     header = ["run", "base", "dataset", "steps", "tokens", "best validation loss", "tokens/s"]
     print_table([header, *map(summary, rows)])

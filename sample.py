@@ -32,7 +32,7 @@ from nanotune.device import DtypeName, autocast, pick_compile, pick_device, pick
 from nanotune.errors import UserError
 from nanotune.formats.checkpoint import check_dtype, load_model, pick_source
 from nanotune.generation.fast import for_generation
-from nanotune.generation.generate import TextPieces, encode_prompt, stream
+from nanotune.generation.generate import TextPieces, encode_prompt, stream, text_before
 from nanotune.text.read import check_surrogates, read_text
 from nanotune.text.tokenizer import EOT
 
@@ -46,7 +46,7 @@ class Config:
     start: EscapedText = "\n"  # the prompt, or FILE:path; LINES:path, each line is a prompt
     interactive: bool = False         # ask for prompt after prompt, without loading again
     num_samples: UpTo65536 = 10       # samples per prompt, generated as one batch
-    batch_size: UpTo65536 = 16        # LINES: generate at most so many samples together
+    batch_size: UpTo65536 = 16        # LINES: samples to generate together, num_samples at least
     max_new_tokens: AtLeast1 = 500    # most tokens per sample
     temperature: Temperature = 0.8    # 0: the most likely token; below 1 less random, above 1 more
     top_k: AtLeast0 = 200             # keep only the k most likely tokens; 0: all
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
     if cfg.interactive and cfg.start != Config.start:
         raise UserError("--interactive asks for prompts; leave --start out")
+    check_surrogates(cfg.stop, "--stop")
     prompt = read_prompt(cfg.start)
     sampler = Sampler(cfg)
     if cfg.interactive:
@@ -101,10 +102,6 @@ class Sampler:
     def encode(self, text, where):
         return encode_prompt(self.tokenizer, text, self.model.config.block_size, where)
 
-    def before(self, ids):
-        """The ids of a prompt that the new text goes on from; none if it is an answer."""
-        return [] if self.model.config.takes_pairs else ids
-
     def generator(self):
         return torch.Generator(self.device).manual_seed(self.cfg.seed)
 
@@ -112,7 +109,8 @@ class Sampler:
         """Yields (the new text of each prompt (ids), whether each has ended), token by token, at
         last what was held back."""
         cfg, tokenizer = self.cfg, self.tokenizer
-        pieces = [TextPieces(tokenizer, self.before(ids), self.stops) for ids in prompts]
+        pieces = [TextPieces(tokenizer, text_before(self.model, ids), self.stops)
+                  for ids in prompts]
         with autocast(self.device, self.dtype, cache=True):
             for token in stream(
                     self.model, prompts, cfg.max_new_tokens, temperature=cfg.temperature,
@@ -136,7 +134,7 @@ def print_samples(sampler, prompt, where="--start"):
     n, ids = sampler.cfg.num_samples, sampler.encode(prompt, where)
     live = n == 1 and sys.stdout.isatty()
     # hides the end-of-text of an empty prompt
-    shown = sampler.tokenizer.decode(sampler.before(ids) if prompt else [])
+    shown = sampler.tokenizer.decode(text_before(sampler.model, ids) if prompt else [])
     texts, printed = [[shown] for _ in range(n)], 0
     if live:
         print(shown, end="", flush=True)
@@ -187,6 +185,8 @@ def answer_lines(sampler, text):
     """Prints a JSON object per prompt: its line, the prompt, the new text of its samples."""
     n = sampler.cfg.num_samples
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"--start={sampler.cfg.start}: the file has no prompt; give one per line")
     ids = [sampler.encode(line, f"line {number} of --start") for number, line in lines]
     size, generator = max(1, sampler.cfg.batch_size // n), sampler.generator()
     for first in range(0, len(lines), size):

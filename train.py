@@ -241,13 +241,9 @@ def evaluate_and_save(r: Run) -> None:
     p.evaluated = p.step
     log.evaluation(p.step, train_loss, val_loss)
     if improved or cfg.always_save_checkpoint:
-        saved = save(r, checkpoint.MODEL_FILE)
+        saved = save(r, checkpoint.MODEL_FILE, improved and cfg.always_save_checkpoint)
         if improved and not saved:  # the best on disk is still the previous one
-            p.best_val_loss, p.best_train_loss = before.best_val_loss, before.best_train_loss
-            p.best_step = before.best_step
-        elif improved and cfg.always_save_checkpoint and r.world.is_main:
-            files.link(Path(cfg.out_dir) / checkpoint.MODEL_FILE,
-                       Path(cfg.out_dir) / checkpoint.BEST_FILE)
+            vars(p).update(vars(before) | {"evaluated": p.step})
     if cfg.save_interval is None:  # after ckpt.pt: if killed between, a resume evaluates again
         save(r, checkpoint.STATE_FILE)
     evaluations = p.step // cfg.eval_interval
@@ -260,8 +256,9 @@ def begin(r: Run) -> None:
     new run is known to work, the old one is intact."""
     if not r.begun:
         if r.world.is_main:
-            resume.begin(r.cfg.out_dir, r.start)
             try:
+                resume.begin(r.cfg.out_dir, r.start,
+                             checkpoint.best_file(r.cfg.always_save_checkpoint))
                 settings.write_settings(r.cfg, config_to_save(r), r.argv)
             except files.WriteError as e:
                 r.log.warn(str(e))
@@ -274,7 +271,7 @@ def evaluate_splits(r: Run) -> list[float]:
                           r.world, r.dtype) for data in r.data.values()]
 
 
-def save(r: Run, name: str) -> bool:
+def save(r: Run, name: str, as_best: bool = False) -> bool:
     """Writes ckpt.pt or state.pt on rank 0; all ranks must call it. Returns whether that succeeded;
     if not, it warns, and the previous file is intact. Raises NonFiniteLoss if the weights
     are not finite: the file would replace a good one."""
@@ -294,6 +291,8 @@ def save(r: Run, name: str) -> bool:
                      "data": {split: held.fingerprint for split, held in r.data.items()}}
         try:
             files.save(Path(cfg.out_dir) / name, data, cfg.keep_states if whole else 1)
+            if as_best:
+                files.link(Path(cfg.out_dir) / name, Path(cfg.out_dir) / checkpoint.BEST_FILE)
         except files.WriteError as e:
             error = str(e)
             r.log.warn(f"step {p.step}: {error}. The run goes on and tries again at the next save")
@@ -343,6 +342,7 @@ def train(r: Run, signals: StopSignals) -> int:
             began, timed = time.perf_counter(), 0
         if cfg.save_interval and step % cfg.save_interval == 0 and r.tried_step != step:
             save(r, checkpoint.STATE_FILE)
+            began, timed = time.perf_counter(), 0
         if cfg.patience and p.worse >= cfg.patience:
             log.say(f"no better validation loss in {p.worse} evaluations: stopped early")
             return 0
@@ -423,12 +423,13 @@ def run_on(r: Run, changes: list[str]) -> None:
     if cfg.wandb_log and main_rank:
         wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name or cfg.out_dir,
                                         p.run_id, asdict(cfg), cfg.out_dir)
-    tensorboard = logbook.start_tensorboard(cfg.out_dir) if cfg.tensorboard and main_rank else None
+    wanted = cfg.tensorboard and main_rank
+    tensorboard = logbook.start_tensorboard(cfg.out_dir, p.step) if wanted else None
     r.log = logbook.Logbook(cfg.out_dir, p.step, cfg.max_iters, main_rank, wandb_run, tensorboard)
     for line in changes:
         r.log.say(line)
     tell_plan(r)
-    if not cfg.overwrite:
+    if r.start.path or not cfg.overwrite:
         begin(r)
     ended, status = "failed", 1
     try:

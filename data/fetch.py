@@ -33,11 +33,13 @@ DATA = Path(__file__).resolve().parent
 sys.path.append(str(DATA.parent))
 from nanotune import cli  # noqa: E402 (no package is installed)
 from nanotune.errors import UserError  # noqa: E402
+from nanotune.formats.hub import GPT2_SHAPES  # noqa: E402
 from nanotune.text.read import read_jsonl, read_text  # noqa: E402
 from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts)
     EOT,
     AnyTokenizer,
     CharTokenizer,
+    GPT2Tokenizer,
     JsonTokenizer,
     tokenizer_of_source,
     without_end,
@@ -224,6 +226,8 @@ def choose_tokenizer(name: str) -> AnyTokenizer:
         tokenizer = tokenizer_of_source(name)
     except UserError as error:
         raise UserError(f"--tokenizer={name}: {error}") from None
+    if name in GPT2_SHAPES and Path(name).is_dir():
+        print(f"note: {name} is the folder here, not the model of that name on the hub")
     if tokenizer is None:
         raise UserError(f"--tokenizer={name} has no tokenizer.json, and no vocab.json with "
                         "merges.txt")
@@ -337,7 +341,7 @@ def read_fields(path: Path) -> Iterator[tuple[str, dict]]:
         yield from read_jsonl(path)
         return
     content = read_text(path)
-    first = content.partition("\n")[0]
+    first = content.partition("\n")[0].replace("\r", " ")
     widths = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in SEPARATORS}
     separator = max(widths, key=lambda mark: (widths[mark], mark == usual))
     if separator != usual:
@@ -412,7 +416,7 @@ def pick_columns(where: str, fields: dict, args: argparse.Namespace,
 def as_text(where: str, fields: dict, column: str) -> str:
     """A field's text; a number is written out. Raises UserError for null, a list or an object."""
     value = fields[column]
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         return json.dumps(value)
     if not isinstance(value, str):
         raise UserError(f"{where}: its {column} is {json.dumps(value)[:40]}, not a text")
@@ -421,10 +425,11 @@ def as_text(where: str, fields: dict, column: str) -> str:
 
 def split_examples(examples: list[Example], val: list[Example], val_fraction: float,
                    test_fraction: float, seed: int) -> dict[str, list[Example]]:
-    """Shuffled and dealt out; of examples that are the same only one stays, so that none is in
-    two splits. Those of `val`, if it has any, are the validation split."""
-    val = list(dict.fromkeys(val))
-    distinct = [example for example in dict.fromkeys(examples) if example not in set(val)]
+    """Removes duplicates, so that no example is in two splits, shuffles, and splits. Those of
+    `val`, if it has any, are the validation split."""
+    taken = dict.fromkeys(val)
+    val = list(taken)
+    distinct = [example for example in dict.fromkeys(examples) if example not in taken]
     if len(distinct) < len(examples):
         print(f"note: {len(examples) - len(distinct):,} examples repeat others and are left out")
     random.Random(seed).shuffle(distinct)
@@ -523,8 +528,8 @@ def write_pairs(out_dir: Path, splits: dict[str, list[Example]], tokenizer: AnyT
 
 def tell_unknown(tokenizer: AnyTokenizer, tokens: np.ndarray) -> None:
     """Says how many of the tokens are the unknown one, if there are."""
-    name = tokenizer.special.get("unk_token")
-    unknown = int((tokens == tokenizer.encode(name)[0]).sum()) if name else 0
+    name, id = tokenizer.special.get("unk_token"), tokenizer.special_ids.get("unk_token")
+    unknown = int((tokens == id).sum()) if name else 0
     if unknown:
         print(f"note: {unknown:,} of {len(tokens):,} tokens are {name}, for characters that the "
               "vocabulary lacks (T5's lacks {, }, < and line ends): the model cannot tell them "
@@ -607,9 +612,10 @@ def print_next(config: str, out_dir: Path, counts: tuple[int, int], *options: st
 
 
 def model_option(tokenizer: str) -> str:
-    """Returns the --init_from that goes with a --tokenizer. A tokenizer.json alone does not say
-    which model it belongs to."""
-    return f"--init_from={'MODEL' if tokenizer.endswith('.json') else tokenizer}"
+    """Returns the --init_from that goes with a --tokenizer. A tokenizer.json or a dataset folder
+    does not say which model it belongs to."""
+    is_model = not Path(tokenizer).exists() or Path(tokenizer, "config.json").is_file()
+    return f"--init_from={tokenizer if is_model else 'MODEL'}"
 
 
 def finetuning_config(train_tokens: int) -> str:

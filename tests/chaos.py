@@ -134,7 +134,7 @@ def campaign(parallel, kills, folder, dataset, rng):
 
 def read_log(said, count):
     """Counts what a start said of how it went on."""
-    count["fallbacks"] += "cannot serve" in said
+    count["fallbacks"] += "cannot be used" in said
     if "resuming at step " in said:
         step = int(said.partition("resuming at step ")[2].split()[0])
         count["resumes"] += 1

@@ -288,11 +288,10 @@ def test_alpaca(gpt2, tmp_path):
 
 
 def test_columns_by_name_and_numbers_as_labels(gpt2, tmp_path):
-    lines = [{"review": f"Film {i}:", "stars": i % 5, "liked": True, "score": 0.5 * i}
+    lines = [{"review": f"Film {i}:", "stars": i % 5, "score": 0.5 * i}
              for i in range(40)]
     write_lines(tmp_path / "f.jsonl", lines)
-    for column, expected in (("stars", lambda i: str(i % 5)), ("liked", lambda i: "true"),
-                             ("score", lambda i: str(0.5 * i))):
+    for column, expected in (("stars", lambda i: str(i % 5)), ("score", lambda i: str(0.5 * i))):
         prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, prompt_column="review",
                 completion_column=column)
         texts = documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
@@ -408,6 +407,8 @@ def test_another_tokenizer(make_dataset, tmp_path):
     ("f.jsonl", '{"text": "a"}\n\n[1]\n', r"f.jsonl, line 3: must be a JSON object, not \[1\]"),
     ("f.jsonl", '{"prompt": "a"}\n', r"f.jsonl, line 1: wants .*it has prompt"),
     ("f.jsonl", '{"prompt": "a", "completion": null}\n', r"line 1: its completion is null, not a"),
+    ("f.jsonl", '{"prompt": "a", "completion": true}\n', r"line 1: its completion is true, not a"),
+    ("f.jsonl", '{"prompt": "a", "completion": NaN}\n', r"line 1: its completion is NaN, not a"),
     ("f.jsonl", '{"prompt": ["a"], "completion": "b"}\n', r'line 1: its prompt is \["a"\], not a'),
     ("f.jsonl", '{"instruction": "a", "input": {}, "output": "b"}\n', r"its input is \{\}, not"),
     ("f.jsonl", '{"prompt": "a", "completion": " "}\n', r"line 1: its completion is empty"),

@@ -140,7 +140,7 @@ def test_absurd_sizes_in_a_file_are_refused_before_they_are_built(out, monkeypat
             checkpoint.model_from(data | {"model_args": data["model_args"] | args}, "ckpt.pt")
     neo = dict(model_type="gpt_neo", vocab_size=9, hidden_size=4, num_heads=2, num_layers=10**7,
                max_position_embeddings=8, window_size=4)
-    with pytest.raises(UserError, match="has num_layers=10000000, which must be an integer from 1 to 1000"):
+    with pytest.raises(UserError, match="has num_layers=10000000, which must be an integer from"):
         hf_config.config_from_hf(neo, "neo")
     with pytest.raises(UserError, match="supports only global and local layers in turn"):
         hf_config.config_from_hf(

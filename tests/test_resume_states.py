@@ -122,7 +122,7 @@ def test_a_damaged_state_falls_back(whole, dataset, out, monkeypatch, capsys, sp
     if spoil is not Path.unlink:
         warnings = [line for line in said.splitlines() if line.startswith("warning")]
         assert len(warnings) == 1
-        assert "the newest state (of step 6) cannot serve" in warnings[0]
+        assert "the newest state (of step 6) cannot be used" in warnings[0]
         assert f"going on from {out / 'state.1.pt'}, of step 3" in warnings[0]
         assert (out / "state.refused").exists()
     assert "resuming at step 3 of 6" in said
@@ -234,21 +234,20 @@ def test_a_state_alone_resumes_anywhere(whole, dataset, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("spoil", ["missing", "of run", "damaged"])
 def test_a_model_that_is_not_the_best_so_far(dataset, out, tmp_path, monkeypatch, capsys, spoil):
-    """With always_save_checkpoint=False a worse one would never replace it: it does now."""
+    """A worse one would never replace it: it does now."""
     if spoil == "of run":
         run_train(dataset, tmp_path / "other", max_iters=0)
-        shutil.copy(tmp_path / "other/ckpt.pt", out / "ckpt.pt")
+        shutil.copy(tmp_path / "other/best.pt", out / "best.pt")
     elif spoil == "damaged":
-        cut(out / "ckpt.pt")
+        cut(out / "best.pt")
     else:
-        (out / "ckpt.pt").unlink()
+        (out / "best.pt").unlink()
     worse = iter([(9.0, 9.0)])
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(worse)))
-    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=8,
-                          always_save_checkpoint=False)
-    assert status == 0 and f"ckpt.pt {'is ' * (spoil != 'of run')}{spoil}" in said.replace(
+    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=8)
+    assert status == 0 and f"best.pt {'is ' * (spoil != 'of run')}{spoil}" in said.replace(
         "is of run", "of run")
-    assert step_of(out / "ckpt.pt") == 8
+    assert step_of(out / "best.pt") == 8
 
 
 # -----------------------------------------------------------------------------
@@ -279,7 +278,7 @@ def test_auto_resume_after_a_kill_before_the_first_state(whole, dataset, out, mo
         path.unlink()
     status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
                               auto_resume=True)
-    assert status == 1 and "holds a run already (ckpt.pt)" in said
+    assert status == 1 and "holds a run already (ckpt.pt, best.pt)" in said
 
 
 def test_auto_resume_does_not_train_past_an_early_stop(dataset, tmp_path, monkeypatch, capsys):
@@ -454,7 +453,7 @@ def test_a_run_that_ended_without_a_word(dataset, tmp_path, monkeypatch, capsys)
     reached = resume.reached_step(out)
     status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=4, eval_interval=4)
     assert status == 0
-    assert "ended without a word: killed from outside" in said
+    assert "ended without a word: it was killed" in said
     assert f"going on from step 0: steps 0 to {reached} are done again" in said
     assert "without a word" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=4)[1]
 

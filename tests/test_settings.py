@@ -180,6 +180,37 @@ def test_the_best_model_is_kept_beside_the_latest(dataset, tmp_path, monkeypatch
     sample.main([*shlex.split(command)[2:], "--device=cpu", "--max_new_tokens=3"])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_best_survives_a_change_of_always_save(dataset, tmp_path, monkeypatch, first):
+    """It moves to the file that the resumed run keeps it in."""
+    worse_after_3(monkeypatch)
+    out = tmp_path / "out"
+    assert run_train(dataset, out, max_iters=6, always_save_checkpoint=first) == 0
+    assert run_train(dataset, out, init_from="resume", max_iters=9,
+                     always_save_checkpoint=not first) == 0
+    best = files.load(out / ("best.pt" if first is False else "ckpt.pt"))
+    assert (best["iter_num"], best["best_val_loss"]) == (3, 1.0)
+
+
+def test_a_lone_best_is_not_overwritten(out, dataset):
+    for name in ("ckpt.pt", "state.pt", "state.1.pt"):
+        (out / name).unlink()
+    with pytest.raises(UserError, match=r"holds a run already \(best\.pt\)"):
+        train.main(arguments(dataset, out))
+
+
+def test_a_disk_that_cannot_take_the_best_is_told(dataset, tmp_path, monkeypatch, capsys):
+    """The run goes on, and the next better evaluation tries again."""
+    def link(source, target):
+        raise files.WriteError(f"cannot write {target}")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "link", link)
+        _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+            dataset, tmp_path / "out", max_iters=3))
+    assert "best.pt. The run goes on and tries again" in said
+    assert files.load(tmp_path / "out/state.pt")["iter_num"] == 3
+
+
 def test_without_always_save_the_best_is_ckpt(dataset, tmp_path, monkeypatch):
     worse_after_3(monkeypatch)
     assert run_train(dataset, tmp_path / "out", max_iters=9, always_save_checkpoint=False) == 0
@@ -221,7 +252,7 @@ def test_tensorboard_gets_the_numbers(dataset, tmp_path, monkeypatch):
     writer = types.SimpleNamespace(add_scalar=lambda *args: told.append(args),
                                    close=lambda: told.append("closed"))
     monkeypatch.setattr(run, "check_tensorboard", lambda: None)
-    monkeypatch.setattr(logbook, "start_tensorboard", lambda out_dir: writer)
+    monkeypatch.setattr(logbook, "start_tensorboard", lambda out_dir, start: writer)
     assert run_train(dataset, tmp_path / "out", max_iters=2, tensorboard=True) == 0
     assert told[-1] == "closed"
     assert {args[0] for args in told[:-1]} >= {"loss", "val_loss", "train_loss", "tok_s"}

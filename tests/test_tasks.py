@@ -174,7 +174,7 @@ def test_batched_answers_are_those_of_one_prompt(fields, batch_size):
     for prompt in prompts:
         new = greedy_reference(model, torch.tensor([prompt]), 7)[0, len(prompt):].tolist()
         alone.append(new[:new.index(5)] if 5 in new else new)
-    assert tasks.answer(model, prompts, 7, 5, 61, batch_size) == alone
+    assert tasks.answer(model, prompts, 7, 5, 61, batch_size)[0] == alone
     assert len({tuple(a) for a in alone}) > 3  # they are not all the same
 
 
@@ -183,7 +183,7 @@ def test_answers_are_those_of_transformers(neo, write_hf):
     theirs = hf_model(neo=neo)
     ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
     prompts = [ids(n, seed=n).tolist() for n in [3, 14, 9, 2]]
-    for prompt, new in zip(prompts, tasks.answer(ours, prompts, 8, None, 61, 4)):
+    for prompt, new in zip(prompts, tasks.answer(ours, prompts, 8, None, 61, 4)[0]):
         expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False,
                                    attention_mask=torch.ones(1, len(prompt)), eos_token_id=None,
                                    pad_token_id=0)
@@ -362,7 +362,7 @@ def test_the_lambada_command(gpt2_vocabulary, shared, tmp_path, capsys):
     run(*argv)
     assert re.search(r"accuracy \d+.00% .*filter \d+.00%; .* 2 texts", capsys.readouterr().out)
     make_jsonl(tmp_path / "l.jsonl", [{"text": "One two"}, {"text": "word "}])
-    with pytest.raises(UserError, match=r"l.jsonl, line 2: wants two words or more"):
+    with pytest.raises(UserError, match=r"l.jsonl, line 2: needs at least two words"):
         run(*argv)
     make_jsonl(tmp_path / "l.jsonl", [{"text": "word " * 600}])
     with pytest.raises(UserError, match=r"line 1: has 600 tokens, the model reads 512"):
@@ -440,3 +440,11 @@ def test_a_file_that_is_not_utf8(task, tmp_path):
     Path(tmp_path / "l.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(UserError, match=r"l.txt is not UTF-8: byte 0xe9 at offset 3; .*iconv"):
         run(f"--out_dir={out_dir}", f"--input={tmp_path / 'l.txt'}")
+
+
+def test_a_long_prompt_does_not_shorten_other_answers():
+    """Each batch has room for what its own longest prompt leaves of the context."""
+    model = tiny_gpt(61)  # block_size 16
+    prompts = [[1] * 16, [2, 3]]
+    answers, cut = tasks.answer(model, prompts, 9, None, 61, batch_size=1)
+    assert [len(ids) for ids in answers] == [1, 9] and cut == [True, True]

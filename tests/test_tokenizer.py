@@ -230,6 +230,81 @@ def test_tokens_beyond_the_model(tmp_path):
             limit_rows(other, rows, "out")
 
 
+@pytest.mark.parametrize("change", [
+    {"normalizer": {"type": "Lowercase"}}, {"normalizer": {"type": "NFC"}},
+    {"pre_tokenizer": None}, {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True,
+                                                "trim_offsets": True, "use_regex": True}}])
+def test_gpt2s_vocabulary_with_other_rules_is_not_gpt2(change, gpt2_vocabulary, tmp_path):
+    from transformers import AutoTokenizer
+    data = json.loads(GPT2Tokenizer().to_json())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    assert isinstance(tokenizer_of_folder(tmp_path), GPT2Tokenizer)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | change), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT}))
+    found, theirs = tokenizer_of_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "Hi There, it's\nE\u0301"
+    assert found.encode(text) == theirs(text).input_ids != GPT2Tokenizer().encode(text)
+
+
+def test_a_named_token_that_is_not_marked_is_found(tmp_path):
+    """end-of-text is in the vocabulary, but tokenizer.json does not list it as an added token."""
+    data = json.loads(tiny_json())
+    data["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOT}))
+    found = tokenizer_of_folder(tmp_path)
+    assert found.encode(f"Line{EOT}") == [*JSON.encode("Line"), JSON.eot]
+    assert found.special_ids["eos_token"] == JSON.eot
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+@pytest.mark.parametrize("kind", ["old", "base"])
+def test_files_beside_the_vocabulary_add_tokens_with_flags(kind, flag, tmp_path):
+    from transformers import AutoTokenizer
+    save_odd(tmp_path, "old" if kind == "old" else "added")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    token = {"content": "<X>", "lstrip": False, "rstrip": False, "single_word": False,
+             "normalized": False, "special": True, flag: True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        config | {"added_tokens_decoder": {str(N + 2): token}}))
+    ours = tokenizer_of_folder(tmp_path)
+    line = [*JSON.encode("Line"), *JSON.encode(" ")] if flag == "rstrip" else JSON.encode("Line")
+    ends = JSON.encode("ends") if flag == "rstrip" else JSON.encode(" ends")
+    assert ours.encode("Line <X> ends") == [*line, N + 2, *ends]
+    if kind == "base":  # from the old layout transformers numbers it anew
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        assert ours.encode("Line <X> ends") == theirs("Line <X> ends",
+                                                      add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "vocab.txt", "tokenizer.model"])
+def test_half_of_a_tokenizer_is_not_gpt2s(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
+    with pytest.raises(UserError, match=f"has {name}, from which no tokenizer can be read"):
+        tokenizer_of_source(str(tmp_path))
+
+
+def test_numbers_that_are_no_ids(tmp_path):
+    save_odd(tmp_path, "added")
+    (tmp_path / "config.json").write_text('{"pad_token_id": -1, "eos_token_id": 99999999999}')
+    assert tokenizer_of_folder(tmp_path).special["pad_token"] == PAD
+
+
+def test_dropout_of_a_bpe_is_switched_off(tmp_path):
+    data = json.loads(tiny_json())
+    data["model"]["dropout"] = 0.9
+    ours = JsonTokenizer(json.dumps(data))
+    assert ours.encode(TEXT) == ours.encode(TEXT) == JSON.encode(TEXT)
+
+
+def test_an_end_of_text_beyond_the_model():
+    tokenizer = JsonTokenizer(tiny_json())
+    with pytest.raises(UserError, match=r"the id of end-of-text|belong to different models"):
+        limit_rows(tokenizer, tokenizer.eot, "out")
+
+
 def test_end_of_text_at_the_end():
     assert without_end(f"a{EOT}", JSON) == without_end(f"a{EOT}\n", JSON) == "a"
     assert without_end(f"a{EOT}b\n", JSON) == f"a{EOT}b\n"

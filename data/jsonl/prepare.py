@@ -140,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{source}: {len(examples)} examples leave none to train on; give it "
                         "more of them")
     counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
-    fetch.print_next("finetune_task", args.out_dir, counts)
+    fetch.print_next("finetune_task", args.out_dir, counts, fetch.model_option(args.tokenizer),
+                     "--epochs=3")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def tokenize(rows: dict[str, list[str]], name: str = "gpt2") -> dict[str, list[b
     GPT-2's special token in a text is plain text, as in nanoGPT's OpenWebText.
     """
     tokenizer = fetch.tokenizer_of_source(name)
-    encode = tokenizer.encode if name != "gpt2" else tokenizer.load().encode_ordinary
+    is_gpt2 = isinstance(tokenizer, fetch.GPT2Tokenizer)
+    encode = tokenizer.load().encode_ordinary if is_gpt2 else tokenizer.encode
     end = fetch.document_end(tokenizer)
     return {"ids": [np.array([*encode(text), *end], dtype=fetch.TOKEN).tobytes()
                     for text in rows["text"]]}

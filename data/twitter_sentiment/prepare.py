@@ -18,6 +18,7 @@ import html
 import random
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,10 +42,13 @@ def read_content(path: Path) -> str:
         raise UserError(f"--input={path}: no such file")
     content = path.read_bytes()
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if MEMBER not in archive.namelist():
-                raise UserError(f"{path} holds no {MEMBER}")
-            content = archive.read(MEMBER)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if MEMBER not in archive.namelist():
+                    raise UserError(f"{path} holds no {MEMBER}")
+                content = archive.read(MEMBER)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again") from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -144,7 +148,8 @@ def main(argv: list[str] | None = None) -> None:
                          fetch.model_option(args.tokenizer), context=0)
         return
     counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
-    fetch.print_next("finetune_twitter_sentiment", args.out_dir, counts, context=512)
+    fetch.print_next("finetune_twitter_sentiment", args.out_dir, counts,
+                     fetch.model_option(args.tokenizer), context=512)
 
 
 if __name__ == "__main__":

@@ -90,16 +90,19 @@ def batches_by_length(rows, batch_size):
 
 
 def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, eot: int | None,
-           n_vocab: int, batch_size: int) -> list[list[int]]:
-    """Returns the ids of each prompt's greedy continuation, which ends before `eot`. One of
-    max_new_tokens ids was cut."""
-    answers = [None] * len(prompts)
+           n_vocab: int, batch_size: int) -> tuple[list[list[int]], list[bool]]:
+    """Returns (the ids of each prompt's greedy continuation, whether it was cut): it ends before
+    `eot`, else after max_new_tokens or where the batch's longest fills the context."""
+    answers, cut = [None] * len(prompts), [False] * len(prompts)
     for batch in batches_by_length(prompts, batch_size):
-        new = stream(model, [prompts[i] for i in batch], max_new_tokens, temperature=0,
+        # + 1: the model does not read the last new token
+        room = model.config.block_size - max(len(prompts[i]) for i in batch) + 1
+        new = stream(model, [prompts[i] for i in batch], min(max_new_tokens, room), temperature=0,
                      stop_token=eot, n_vocab=n_vocab)
         for i, ids in zip(batch, torch.stack(list(new), 1).tolist()):
-            answers[i] = ids[:ids.index(eot)] if eot in ids else ids
-    return answers
+            cut[i] = eot not in ids
+            answers[i] = ids if cut[i] else ids[:ids.index(eot)]
+    return answers, cut
 
 
 @torch.no_grad()

@@ -231,7 +231,10 @@ def history_of(source: str) -> dict:
     path = run_file(source)
     if path is None:
         return {}
-    data = files.peek(path)
+    try:
+        data = files.peek(path)
+    except Exception:  # torch.load raises many kinds; files.load says what to do
+        data = files.load(path)
     return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
 
 
@@ -259,7 +262,7 @@ def adapted_from(data, path, dropout, dtype):
     try:
         changed = hash_of(spec["base"]) != spec["hash"]
     except UserError as e:
-        raise UserError(f"{path} holds LoRA adapters of {spec['base']}, which cannot be had: "
+        raise UserError(f"{path} holds LoRA adapters of {spec['base']}, which cannot be loaded: "
                         f"{e}") from None
     if changed:
         raise UserError(f"{path} holds LoRA adapters of {spec['base']}, which has changed since "
@@ -283,8 +286,8 @@ def adapted_from(data, path, dropout, dtype):
 def read_adapters(source: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """Returns (the `lora` entry, {name: adapter}) of a LoRA run's ckpt.pt. Raises UserError if the
     source is no LoRA run."""
-    path = Path(source, MODEL_FILE)
-    data = files.load(path) if path.is_file() else {}
+    path = run_file(source)
+    data = {} if path is None else files.load(path)
     if not data.get("lora"):
         raise UserError(f"{source} has no adapters: --format=peft exports a run that was trained "
                         "with --lora_rank; use --format=hf")

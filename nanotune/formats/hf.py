@@ -230,8 +230,7 @@ def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dty
     if worst is not None:
         raise UserError(f"{worst} has values that are not finite in {dtype}; use bfloat16 or "
                         "float32, and check the model's loss")
-    special = special_names(tokenizer) if tokenizer is not None else {}
-    ends = {f"{key}_id": tokenizer.encode(special[key])[0] if key in special else None
+    ends = {f"{key}_id": tokenizer and tokenizer.special_ids.get(key, tokenizer.eot)
             for key in ("bos_token", "eos_token", "pad_token")}
     config = ends | config_to_hf(fields) | {"dtype": str(dtype).removeprefix("torch.")}
     generation = {key: config[key] for key in (*ends, "decoder_start_token_id") if key in config}

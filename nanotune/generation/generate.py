@@ -47,7 +47,7 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
     """
     cache, logits = model.start(prompts, max_new_tokens)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
-    texts = [[] if model.config.takes_pairs else ids for ids in prompts]  # before the new tokens
+    texts = [text_before(model, ids) for ids in prompts]
     seen = None if repetition_penalty == 1 else tokens_in(texts, logits)
     new = []
     for left in range(max_new_tokens, 0, -1):
@@ -126,6 +126,11 @@ def read_prompts(model: Any, prompts: Sequence[list[int]], room: int,
     cache.rewind(0)
     cache.pad = torch.tensor(pad, device=model.device) if any(pad) else None
     return cache, model.step(x, cache)
+
+
+def text_before(model: Any, prompt: list[int]) -> list[int]:
+    """Returns the ids that the new text goes on from: the prompt's, or none if it is an answer."""
+    return [] if model.config.takes_pairs else prompt
 
 
 class TextPieces:

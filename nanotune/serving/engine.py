@@ -21,9 +21,9 @@ import torch
 
 from nanotune.device import autocast
 from nanotune.errors import UserError, out_of_memory
-from nanotune.formats.checkpoint import load_model
+from nanotune.formats.checkpoint import check_dtype, load_model
 from nanotune.generation.fast import for_generation
-from nanotune.generation.generate import TextPieces, stream
+from nanotune.generation.generate import TextPieces, stream, text_before
 from nanotune.text.tokenizer import AnyTokenizer
 
 
@@ -91,6 +91,7 @@ def open_model(source: str, device: torch.device, dtype: torch.dtype, compiled: 
     model, tokenizer = load_model(source, device=device, with_onnx=True)
     if tokenizer is None:
         raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
+    check_dtype(model, dtype)
     tokenizer.encode("")  # loads GPT-2's vocabulary, or fails, before the first request
     model.eval()
     return Model(model, for_generation(model, device, dtype, compiled), tokenizer, device, dtype)
@@ -165,7 +166,8 @@ def generate(model: Model, request: Request) -> Iterator[list[Piece]]:
     """Yields the new pieces of text after each token; the prompts first, if they are to be echoed.
     A sample ends at end-of-text, at a stop, or after max_tokens."""
     r, tokenizer = request, model.tokenizer
-    rows = [Row(i, tokenizer, ids, r.stops) for i, ids in enumerate(r.prompts)]
+    rows = [Row(i, tokenizer, text_before(model.plain, ids), r.stops)
+            for i, ids in enumerate(r.prompts)]
     with autocast(model.device, model.dtype, cache=True):
         if r.echo is not None:
             yield echo(model, r)

@@ -34,8 +34,9 @@ def read_text(path: str | Path) -> str:
                         f"{convert('WINDOWS-1252', path)}") from None
     if text.count("\0") * 100 > len(text):
         raise UserError(f"{path} is no text: {text.count(chr(0)):,} of its {len(text):,} "
-                        "characters are NUL")
-    return text.replace("\r\n", "\n")
+                        f"characters are NUL; if it is UTF-16, {convert('UTF-16LE', path)}")
+    text = text.replace("\r\n", "\n")
+    return text if "\n" in text else text.replace("\r", "\n")  # the line ends of an old Mac
 
 
 def wide_encoding(content):

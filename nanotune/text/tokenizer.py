@@ -4,6 +4,7 @@ Three classes with one interface, AnyTokenizer. Data, prompts and evaluation all
     n_vocab       all ids are less than n_vocab
     eot           the end-of-text id, or None
     special       {"eos_token": text, ...}: the special tokens by their role, for other programs
+    special_ids   {"eos_token": id, ...}: their ids
     name          what to call the tokenizer in a message
     identity      a hash of the vocabulary: two tokenizers are the same if it is equal
     encode(text)  -> list of ids; special tokens such as <|endoftext|> become their one id
@@ -16,33 +17,41 @@ Three classes with one interface, AnyTokenizer. Data, prompts and evaluation all
     to_json()     -> the content of a tokenizer.json that transformers loads
 encode() raises UserError for text that the vocabulary cannot express.
 """
-import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanotune.errors import UserError, first_line
+from nanotune.errors import UserError
 from nanotune.formats import hub
 from nanotune.text.tokenizer_files import (
     EOT,
     NAMED_IN,
+    UNREADABLE,
     VOCAB_AND_MERGES,
+    canonical,
     characters_json,
+    digest,
     gpt2_json,
     json_of_sentencepiece,
     json_of_vocab_and_merges,
+    library_errors,
     read_meta,
     read_optional,
+    read_utf8,
     special_tokens,
+    with_added_tokens,
 )
 
 GPT2_VOCAB_SIZES = (50257, 50304)  # plain, and padded to a multiple of 64
 # sha256 of canonical() of GPT-2's vocabulary: tells whether a tokenizer.json is GPT-2's
 GPT2_IDENTITY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
+# tells GPT-2's tokenizer.json from one with its vocabulary, but another normalizer, pre-tokenizer,
+# merges or flags of end-of-text
+PROBE = "Hi it's 1234\n  E\u0301a <|endoftext|> x"
+PROBE_IDS = [17250, 340, 338, 1105, 2682, 198, 220, 412, 136, 223, 64, 220, 50256, 2124]
 # end-of-text if no file of the folder names it: GPT-2's, and T5's or RoBERTa's
 END_NAMES = (EOT, "</s>")
 
@@ -54,6 +63,7 @@ class GPT2Tokenizer:
     """
     n_vocab, eot, identity, name = 50257, 50256, GPT2_IDENTITY, "GPT-2's BPE"
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
+    special_ids = dict.fromkeys(special, eot)
     sliceable = True
     spec, files = {"kind": "gpt2"}, {}
 
@@ -94,7 +104,7 @@ class GPT2Tokenizer:
 class CharTokenizer:
     """A vocabulary of single characters, as in nanoGPT's meta.pkl; `itos` lists them by id."""
     eot, name, sliceable = None, "a character vocabulary", True
-    special = {}  # noqa: RUF012
+    special = special_ids = {}  # noqa: RUF012
 
     def __init__(self, itos: Iterable[str]) -> None:
         self.itos = list(itos)
@@ -129,8 +139,8 @@ class CharTokenizer:
 
 
 class JsonTokenizer:
-    """A tokenizer.json of the `tokenizers` library, given as text. Truncation and padding, which
-    the file may ask for, are switched off: a file of data is no batch.
+    """A tokenizer.json of the `tokenizers` library, given as text. Truncation, padding and dropout,
+    which the file may ask for, are switched off.
 
     `special` has (key, token or id) as special_tokens() returns them. Raises UserError, which names
     the file `where`, if the text is no tokenizer.json.
@@ -142,9 +152,12 @@ class JsonTokenizer:
         from tokenizers import Tokenizer
         with library_errors(f"{where} is no tokenizer.json"):
             self.tokenizer = Tokenizer.from_str(text)
-            if self.tokenizer.truncation or self.tokenizer.padding:
+            dropout = getattr(self.tokenizer.model, "dropout", None)
+            if self.tokenizer.truncation or self.tokenizer.padding or dropout:
                 self.tokenizer.no_truncation()
                 self.tokenizer.no_padding()
+                if dropout:
+                    self.tokenizer.model.dropout = None
                 text = self.tokenizer.to_str()
             vocab = self.tokenizer.get_vocab()
             self.is_byte_level = "ByteLevel" in str(json.loads(text).get("decoder"))
@@ -152,17 +165,34 @@ class JsonTokenizer:
             raise UserError(f"{where} has an empty vocabulary")
         self.n_vocab = self.rows = max(vocab.values()) + 1
         self.special = self.known(special, vocab)
-        self.eot = vocab.get(self.special.get("eos_token"))
+        self.special_ids = {key: vocab[token] for key, token in self.special.items()}
+        self.eot = self.special_ids.get("eos_token")
+        text = self.add_named(text)
         self.spec = {"kind": "json", "json": text, "special": self.special}
+        parts = json.loads(text)
         self.identity = digest(canonical(vocab))
+        self.rules = self.eot, parts.get("normalizer"), parts.get("pre_tokenizer")
         self.added = {id: len(token.content.encode())
                       for id, token in self.tokenizer.get_added_tokens_decoder().items()}
+
+    def add_named(self, text):
+        """Makes encode() find special tokens that the files name but tokenizer.json does not mark;
+        returns the tokenizer.json."""
+        from tokenizers import AddedToken
+        marked = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        missing = [token for token in self.special.values() if token not in marked]
+        if not missing:
+            return text
+        self.tokenizer.add_special_tokens([
+            AddedToken(token, special=True, normalized=False) for token in missing])
+        return self.tokenizer.to_str()
 
     def known(self, special, vocab):
         """{key: token} of the special tokens that the vocabulary has; of each key the first."""
         found = {}
         for key, value in [*special, *(("eos_token", token) for token in END_NAMES)]:
-            token = self.tokenizer.id_to_token(value) if type(value) is int else value
+            is_id = type(value) is int and 0 <= value < 2**32
+            token = self.tokenizer.id_to_token(value) if is_id else value
             if isinstance(token, str) and token in vocab:
                 found.setdefault(key, token)
         return found
@@ -206,15 +236,6 @@ class JsonTokenizer:
 AnyTokenizer = GPT2Tokenizer | CharTokenizer | JsonTokenizer
 
 
-def canonical(vocab):
-    """A vocabulary, {token: id}, as one string, sorted by id."""
-    return json.dumps(sorted(vocab.items(), key=lambda item: item[1]))
-
-
-def digest(text):
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def tokenizer_from_spec(spec: dict) -> AnyTokenizer:
     """Returns the tokenizer with this `spec`. Raises UserError if its kind is unknown."""
     kind = spec.get("kind") if isinstance(spec, dict) else None
@@ -240,16 +261,20 @@ def tokenizer_of_folder(folder: str | Path) -> AnyTokenizer | None:
     pair = next((pair for pair in pairs if all(file.is_file() for file in pair)), None)
     file = folder / "tokenizer.json"
     if file.is_file():
-        text = read_utf8(file)
+        text = with_added_tokens(read_utf8(file), folder)
     elif pair is not None:
         file, text = pair[0], json_of_vocab_and_merges(*pair)
     elif (folder / "spiece.model").is_file():
         file, text = folder, json_of_sentencepiece(folder)
     else:
+        foreign = [name for name in UNREADABLE if (folder / name).is_file()]
+        if foreign:
+            raise UserError(f"{folder} has {', '.join(foreign)}, from which no tokenizer can be "
+                            "read: fetch its tokenizer.json too")
         return None
     tokenizer = JsonTokenizer(text, file, special_tokens(folder))
     is_gpt2 = (tokenizer.identity, tokenizer.eot) == (GPT2_IDENTITY, GPT2Tokenizer.eot)
-    return GPT2Tokenizer() if is_gpt2 else tokenizer
+    return GPT2Tokenizer() if is_gpt2 and tokenizer.encode(PROBE) == PROBE_IDS else tokenizer
 
 
 def tokenizer_of_source(source: str) -> AnyTokenizer | None:
@@ -302,7 +327,12 @@ def limit_rows(tokenizer: AnyTokenizer | None, rows: int, source: str | Path) ->
     if tokenizer.n_vocab - sum(i >= rows for i in added) > rows:
         raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab:,} tokens, the model "
                         f"{rows:,} rows; they belong to different models")
+    if tokenizer.eot is not None and tokenizer.eot >= rows:
+        raise UserError(f"{source}: the id of end-of-text, {tokenizer.eot:,}, is beyond the "
+                        f"model's {rows:,} rows; name another eos_token in tokenizer_config.json")
     tokenizer.rows = rows
+    tokenizer.special_ids = {key: id for key, id in tokenizer.special_ids.items() if id < rows}
+    tokenizer.special = {key: tokenizer.special[key] for key in tokenizer.special_ids}
 
 
 def check_same_tokenizer(model_tokenizer: AnyTokenizer | None, data_tokenizer: AnyTokenizer,
@@ -311,29 +341,10 @@ def check_same_tokenizer(model_tokenizer: AnyTokenizer | None, data_tokenizer: A
     if model_tokenizer is None:
         raise UserError(f"{source} has no tokenizer file, and its vocabulary does not have "
                         "GPT-2's size; put its tokenizer.json into the folder")
-    if model_tokenizer.identity != data_tokenizer.identity:
+    both_json = type(model_tokenizer) is type(data_tokenizer) is JsonTokenizer
+    if model_tokenizer.identity != data_tokenizer.identity or (
+            both_json and model_tokenizer.rules != data_tokenizer.rules):
         raise UserError(
             f"{source} reads {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), {folder} "
             f"was made with {data_tokenizer.name} ({data_tokenizer.n_vocab}): prepare the text "
             "again with the model's tokenizer")
-
-
-def read_utf8(path):
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is no tokenizer.json ({e})") from None
-
-
-@contextmanager
-def library_errors(message: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises into UserError: bare Exceptions, and panics of its
-    Rust code, which are no Exceptions."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except BaseException as e:
-        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
-            raise UserError(f"{message} ({first_line(e)})") from None
-        raise

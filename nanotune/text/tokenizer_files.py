@@ -4,8 +4,11 @@ Reads vocab.json with merges.txt (with tokens added in added_tokens.json or toke
 the names of special tokens, and nanoGPT's meta.pkl. Writes GPT-2's vocabulary and character
 vocabularies.
 """
+import hashlib
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,44 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 # which files name special tokens; the first that has a key counts. All are optional
 NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
             "config.json")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
+# other files of a tokenizer, or half of a pair: a folder with one has a vocabulary of its own
+UNREADABLE = ("vocab.json", "merges.txt", "encoder.json", "vocab.txt", "tokenizer.model",
+              "sentencepiece.bpe.model")
 # file names of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's
 VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+@contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into UserError: bare Exceptions, and panics of its
+    Rust code, which are no Exceptions."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as e:
+        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
+            raise UserError(f"{message} ({first_line(e)})") from None
+        raise
+
+
+def canonical(vocab: dict[str, int]) -> str:
+    """Returns a vocabulary, {token: id}, as one string, sorted by id."""
+    return json.dumps(sorted(vocab.items(), key=lambda item: item[1]))
+
+
+def digest(text: str) -> str:
+    """Returns the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_utf8(path: Path) -> str:
+    """Returns a tokenizer.json as text. Raises UserError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is no tokenizer.json ({e})") from None
 
 
 def read_optional(path: Path) -> dict:
@@ -41,24 +80,62 @@ def special_tokens(folder: Path) -> list[tuple[str, Any]]:
     return found
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
-    """Returns {token: id} of the tokens added behind vocab.json. Raises UserError if a file is
-    damaged."""
-    decoder = read_optional(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+def added_tokens(folder: Path) -> dict[str, tuple[int | None, dict[str, bool]]]:
+    """Returns {token: (its id if a file says it, its flags)} of the tokens that the files beside a
+    vocabulary add or name. Raises UserError if a file is damaged."""
+    config = read_optional(folder / "tokenizer_config.json")
+    found = {token: (None, {}) for _, token in special_tokens(folder) if isinstance(token, str)}
     try:
-        added = {token["content"]: int(id) for id, token in decoder.items()}
-        added |= {token: int(id) for token, id in
-                  read_optional(folder / "added_tokens.json").items()}
+        for id, token in config.get("added_tokens_decoder", {}).items():
+            flags = {flag: token[flag] for flag in FLAGS if flag in token}
+            found[token["content"]] = int(id), flags
+        for token, id in read_optional(folder / "added_tokens.json").items():
+            found[token] = int(id), found.get(token, (None, {}))[1]
+        if not all(isinstance(token, str) and token for token in found):
+            raise ValueError("a token is no text")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder}: its added tokens are damaged ({first_line(e)}); fetch "
                         "added_tokens.json and tokenizer_config.json again") from None
-    return added
+    return found
+
+
+def add_tokens(made: Any, added: dict[str, tuple[int | None, dict[str, bool]]],
+               folder: Path) -> None:
+    """Adds tokens to a tokenizers.Tokenizer, in the order of their ids; those without an id only if
+    the vocabulary has them. Raises UserError if an id is not the next free one."""
+    from tokenizers import AddedToken
+    known = {token: made.token_to_id(token) if id is None else id
+             for token, (id, _) in added.items()}
+    for token, id in sorted((item for item in known.items() if item[1] is not None),
+                            key=lambda item: item[1]):
+        flags = {"normalized": False} | added[token][1]
+        made.add_special_tokens([AddedToken(token, special=True, **flags)])
+        if made.token_to_id(token) != id:
+            raise UserError(f"{folder}: the added token {token!r} has the id {id:,}, but the next "
+                            f"free one is {made.token_to_id(token):,}; number added tokens without "
+                            "a gap")
+
+
+def with_added_tokens(text: str, folder: Path) -> str:
+    """Returns a tokenizer.json with the tokens that the files beside it add. Raises UserError as
+    add_tokens(); of a damaged tokenizer.json, returns it as it is."""
+    from tokenizers import Tokenizer
+    added = {token: held for token, held in added_tokens(folder).items() if held[0] is not None}
+    if not added:
+        return text
+    try:
+        made = Tokenizer.from_str(text)
+    except Exception:  # JsonTokenizer says what is wrong
+        return text
+    missing = {token: held for token, held in added.items() if made.token_to_id(token) is None}
+    add_tokens(made, missing, folder)
+    return made.to_str() if missing else text
 
 
 def json_of_vocab_and_merges(vocab: Path, merges: Path) -> str:
     """Returns the tokenizer.json of a byte-level BPE, with the tokens that its folder adds. Raises
     UserError if a file is damaged, or an added token's id is not the next free one."""
-    from tokenizers import AddedToken, ByteLevelBPETokenizer
+    from tokenizers import ByteLevelBPETokenizer
     folder = vocab.parent
     prefix = read_optional(folder / "tokenizer_config.json").get("add_prefix_space", False)
     try:
@@ -66,14 +143,7 @@ def json_of_vocab_and_merges(vocab: Path, merges: Path) -> str:
                                                add_prefix_space=bool(prefix))
     except Exception as e:  # the library raises a bare Exception
         raise UserError(f"{vocab} and {merges.name} are no vocabulary ({first_line(e)})") from None
-    named = [EOT, *(token for _, token in special_tokens(folder) if isinstance(token, str))]
-    wanted = {token: id for token in named if (id := made.token_to_id(token)) is not None}
-    wanted |= added_tokens(folder)
-    for token, id in sorted(wanted.items(), key=lambda item: item[1]):
-        made.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        if made.token_to_id(token) != id:
-            raise UserError(f"{folder}: the added token {token!r} has the id {id:,}, but the next "
-                            f"free one is {made.token_to_id(token):,}; fetch its files again")
+    add_tokens(made, {EOT: (None, {})} | added_tokens(folder), folder)
     return made.to_str()
 
 

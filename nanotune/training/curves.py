@@ -38,9 +38,9 @@ def draw_runs(runs: dict[str, list[dict]], path: str | Path) -> None:
         best = best_of(entries)
         if best:
             axes.plot(best["step"], best["val_loss"], "*", color=f"C{number % 10}", markersize=12)
-    lows, highs = zip(*filter(None, map(limits, runs.values())), strict=True) if any(
-        map(limits, runs.values())) else ((), ())
-    finish(figure, axes, (min(lows), max(highs)) if lows else None, path)
+    shown = list(filter(None, map(limits, runs.values())))
+    finish(figure, axes, shown and (min(low for low, _ in shown), max(high for _, high in shown)),
+           path)
 
 
 def best_of(entries: list[dict]) -> dict | None:
@@ -71,7 +71,7 @@ def new_figure() -> tuple[Any, Any]:
 
 
 def finish(figure, axes, shown, path):
-    if shown:
+    if shown:  # (lowest, highest) loss
         axes.set_ylim(*shown)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")

@@ -61,7 +61,7 @@ def under_torchrun():
     return "RANK" in os.environ
 
 
-def check_pairs(world: World, **chosen: object) -> None:
+def check_combination(world: World, **chosen: object) -> None:
     """Raises UserError if two of the chosen options are a pair of UNTESTED."""
     if world.size == 1:  # parallel has no effect
         chosen.pop("parallel", None)

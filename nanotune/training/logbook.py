@@ -198,10 +198,11 @@ def check_tensorboard() -> None:
         raise UserError("--tensorboard=True needs its package: pip install tensorboard")
 
 
-def start_tensorboard(out_dir: str) -> Any:
-    """Returns a SummaryWriter for out_dir/tensorboard; see it with tensorboard --logdir=OUT_DIR."""
+def start_tensorboard(out_dir: str, start: int) -> Any:
+    """Returns a SummaryWriter for out_dir/tensorboard, which hides points from step `start` on, of
+    an earlier run; see it with tensorboard --logdir=OUT_DIR."""
     from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(os.path.join(out_dir, "tensorboard"))
+    return SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=start)
 
 
 def start_wandb(project: str, name: str, run_id: str, config: dict, out_dir: str) -> Any:

@@ -45,7 +45,7 @@ def plan_lines(cfg: Any, config: Any, world: World, dtype: torch.dtype, compiled
         f"tokens per iteration: {round(tokens_per_iter):,}; {iters} iterations make {epochs:.2f} "
         f"epochs (1 epoch = {train_tokens / tokens_per_iter:.1f} iterations)",
     ]
-    if epochs > 20 and cfg.init_from != "scratch":
+    if epochs > 20 and cfg.init_from not in ("scratch", "resume"):
         lines.append(f"warning: {epochs:,.0f} epochs of finetuning: the model learns the text by "
                      "heart; --epochs=3 is usual")
     if cfg.lora_rank:
@@ -66,7 +66,8 @@ def describe_saves(model: torch.nn.Module, cfg: Any, world: World) -> list[str]:
     # the new state is written before an old one is deleted
     models = 2 if cfg.always_save_checkpoint else 1
     most = models * model_bytes + state_bytes * (cfg.keep_states + 1)
-    held = sum(path.stat().st_size for path in out_dir.glob("*.pt"))
+    # a hard link, as best.pt may be, takes no disk
+    held = sum({path.stat().st_ino: path.stat().st_size for path in out_dir.glob("*.pt")}.values())
     best = "ckpt.pt, and as much for best.pt" if models == 2 else "ckpt.pt"
     lines = [f"a save takes {spell_bytes(model_bytes)} ({best}) + {spell_bytes(state_bytes)} "
              f"(state.pt); with keep_states={cfg.keep_states} {out_dir} needs up to "

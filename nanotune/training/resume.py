@@ -98,9 +98,8 @@ def barely_begun(out_dir: str | Path) -> bool:
 
 
 def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
-               any_run: bool = False, best: str = MODEL_FILE) -> Start:
-    """Returns the Start of the newest usable state in a folder, its matrices in `dtype`. `best` is
-    the file that holds the best model.
+               any_run: bool = False) -> Start:
+    """Returns the Start of the newest usable state in a folder, its matrices in `dtype`.
 
     Only a state of the folder's own run counts, with `any_run` also one of another. Raises
     UserError if there is none, with what can still be used.
@@ -124,7 +123,7 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
                         else nothing_left(out_dir, reasons))
     start.passed_over = tuple(paths[:len(reasons)])
     start.warnings = (*tell_losses(start, reasons, last, reached_step(out_dir)),
-                      *check_model_file(start.progress, Path(out_dir) / best))
+                      *check_best_file(start.progress, best_file_of(out_dir, start)))
     return start
 
 
@@ -223,9 +222,15 @@ def check_run_id(start, last):
                         "it to another folder, or resume it with --force_resume=True")
 
 
-def check_model_file(progress, path):
-    """Resets the best loss, and yields a warning, if ckpt.pt is missing, damaged or of another run:
-    the next evaluation then counts as the best. Maps the file, so that no weights are read."""
+def best_file_of(out_dir, start):
+    """The file in which the run that is resumed keeps its best model."""
+    kept = start.config.get("always_save_checkpoint", True)
+    return Path(out_dir) / checkpoint.best_file(kept)
+
+
+def check_best_file(progress, path):
+    """Resets the best loss, and yields a warning, if the best model is missing, damaged or of
+    another run: the next evaluation then counts as the best. Reads no weights."""
     try:
         run_id = files.peek(path).get("run_id")
         if run_id in (None, progress.run_id):
@@ -255,14 +260,13 @@ def tell_losses(start, reasons, last, reached):
     if reasons:
         newest = last.get("saved_step")
         lost = f" (of step {newest})" if newest is not None and newest > step else ""
-        yield (f"the newest state{lost} cannot serve: {' | '.join(reasons)}; going on from "
+        yield (f"the newest state{lost} cannot be used: {' | '.join(reasons)}; going on from "
                f"{start.path}, of step {step}")
     if last.get("status") == "running":
         again = f": steps {step} to {reached} are done again" if reached > step else ""
         yield (f"the last run (process {last.get('pid')} on {last.get('host')}) ended without a "
-               "word: killed from outside, as the system does when memory runs out (try a lower "
-               "--batch_size), or the machine went down, or the disk was full; going on "
-               f"from step {step}{again}")
+               "word: it was killed, perhaps for lack of memory (try a lower --batch_size), or "
+               f"the machine or the disk failed; going on from step {step}{again}")
 
 
 def reached_step(out_dir: str | Path) -> int:
@@ -304,16 +308,22 @@ def write_run_file(out_dir: str | Path, progress: Progress, status: str,
             f.truncate()
 
 
-def begin(out_dir: str | Path, start: Start) -> None:
-    """Prepares the folder for a run and writes run.json with status running.
+def begin(out_dir: str | Path, start: Start, best: str) -> None:
+    """Prepares the folder for a run, whose best model is in the file `best`, and writes run.json
+    with status running. Raises files.WriteError if the disk is full.
 
     A new run removes the files of an old one; a resumed run renames skipped states to .refused.
     """
     if start.path is None:
         clear(out_dir)
+    elif best_file_of(out_dir, start).name != best and best_file_of(out_dir, start).is_file():
+        files.link(best_file_of(out_dir, start), Path(out_dir) / best)
+        if best == MODEL_FILE:  # else best.pt would be an older best before long
+            (Path(out_dir) / BEST_FILE).unlink()
     for path in start.passed_over:  # else later saves would rotate a good state out
         os.replace(path, path.with_suffix(".refused"))
-    for name in (STATE_FILE, MODEL_FILE, RUN_FILE, "metrics.jsonl"):  # left by an interrupted save
+    for name in (STATE_FILE, MODEL_FILE, BEST_FILE, RUN_FILE, "settings.json", "metrics.jsonl"):
+        # left by an interrupted save
         for path in Path(out_dir).glob(f"{name}.*tmp"):
             path.unlink(missing_ok=True)
     write_run_file(out_dir, start.progress, "running", start.progress.step if start.path else None)

@@ -77,11 +77,12 @@ def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
     if cfg.lora_rank and cfg.init_from == "scratch":
         raise UserError("--lora_rank leaves the weights as they are, and --init_from=scratch "
                         "draws them at random: give a pretrained --init_from, or --lora_rank=0")
+    base = checkpoint.run_file(cfg.init_from) or Path(cfg.init_from, checkpoint.MODEL_FILE)
     if cfg.lora_rank and cfg.init_from != "resume" and (
-            Path(cfg.init_from).resolve() == Path(cfg.out_dir).resolve()):
+            base.parent.resolve() == Path(cfg.out_dir).resolve()):
         raise UserError(f"--out_dir={cfg.out_dir} is the base of this LoRA run too, which its "
                         "adapters would replace; choose another --out_dir")
-    distributed.check_pairs(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
+    distributed.check_combination(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
                             optimizer=cfg.optimizer, lora="yes" if cfg.lora_rank else "no")
     if cfg.optimizer == "adamw8bit" and not cfg.dry_run:
         optimizers.check_8bit(world.device)
@@ -112,7 +113,8 @@ def out_dir_lock(cfg: Any, world: World) -> Iterator[None]:
 
 
 def check_no_run_is_lost(cfg, out_dir):
-    held = [f.name for f in (out_dir / checkpoint.MODEL_FILE, *resume.state_files(out_dir))
+    models = (out_dir / name for name in (checkpoint.MODEL_FILE, checkpoint.BEST_FILE))
+    held = [f.name for f in (*models, *resume.state_files(out_dir))
             if f.exists()]
     if held and not resume.resumes(cfg) and not cfg.overwrite and not (
             cfg.auto_resume and resume.barely_begun(out_dir)):
@@ -126,8 +128,7 @@ def load_start(cfg, tokenizer, folder, check_memory):
     check_memory(config) before it allocates more than a file's weights."""
     weights = DTYPES[cfg.weights]
     if resume.resumes(cfg):
-        start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume,
-                                  best=checkpoint.best_file(cfg.always_save_checkpoint))
+        start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
         resume.check_same_run(cfg, start)
         if "settings_version" in start.config:
             start.warnings += tuple(filter(None, [settings.check_settings(cfg.out_dir)]))
@@ -186,8 +187,8 @@ def open_splits(cfg, folder, config):
 
 # fields that may differ among ranks: where files are, and what only rank 0 uses
 MAY_DIFFER = ("out_dir", "init_from", "overwrite", "auto_resume", "force_resume", "keep_states",
-              "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "dataset", "backend",
-              "timeout", "device")
+              "log_interval", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name",
+              "dataset", "backend", "timeout", "device")
 
 
 def check_same_arguments(cfg, dtype, world):
@@ -222,6 +223,8 @@ def read_config(cls: type, argv: list[str]) -> tuple[Any, list[str]]:
     cfg = configure(cls, argv)
     if cfg.init_from != "resume" and not cfg.auto_resume:
         return cfg, []
+    if cfg.init_from == "resume":
+        checkpoint.pick_source(cfg.out_dir, "resume")
     world = read_world(cfg.device)
     distributed.join(world, cfg.backend, cfg.timeout)
     config = distributed.share(world, settings.read_run_config(cfg.out_dir)
@@ -262,7 +265,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
         tune_malloc(lean=cfg.recompute)
     tokenizer = tokenizer_of_dataset(folder)
     if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
-        raise UserError("--sample_start is empty; give it at least a character")
+        raise UserError("--sample_start has no tokens in this vocabulary; give it a character")
     if cfg.separate_documents and tokenizer.eot is None:
         raise UserError("--separate_documents needs end-of-text between the documents, and "
                         f"{folder} with {tokenizer.name} has none; leave it out")

@@ -8,11 +8,11 @@ import shlex
 import subprocess
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
-from configurator import build, by_section, check_type, get_type_hints, read_sources
+from configurator import build, by_section, check_type, read_sources
 from nanotune import files
 from nanotune.errors import UserError, first_line
 from nanotune.formats.checkpoint import MODEL_FILE
@@ -30,11 +30,14 @@ FIXED = ("init_from", "n_layer", "n_head", "n_embd", "bias", "weights", "optimiz
 def read_run_config(out_dir: str | Path) -> dict[str, Any]:
     """Returns the fields that a run was last trained with, of its newest readable state.pt, else of
     ckpt.pt, also nanoGPT's; {} if neither can be read. Reads no weights."""
+    run_id = resume.read_run_file(out_dir).get("run_id")
     for path in (*resume.state_files(out_dir), Path(out_dir) / MODEL_FILE):
         try:
-            config = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
-            config = dict(config)
+            data = files.peek(path)
+            config = dict(data["config"])
         except Exception:  # torch.load raises many kinds; loading the weights says what is wrong
+            continue
+        if run_id and data.get("run_id", run_id) != run_id:  # another run's: it is passed over
             continue
         if "settings_version" not in config:  # the first edition's, or nanoGPT's
             config["eval_iters"] = config.get("eval_iters", 0) * config.get("batch_size", 1)
