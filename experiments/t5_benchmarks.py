@@ -9,8 +9,9 @@ train      pairs a second and peak memory of t5-base's shape: ours; transformers
 generate   500 predictions of t5-small's shape, batched and one at a time
 f1         macro F1 of a small T5 from scratch, by train.py and by a transformers loop, three splits
 
-Both need `pip install transformers`. Each case of train is a process of its own, in turns. The
-tokenizer is trained on the tweets.
+Needs `pip install transformers`. Each case of train is a process of its own, in turns. Seconds are
+of CPU time on one thread, so that other programs on the machine do not count. The tokenizer is
+trained on the tweets.
 """
 import argparse
 import json
@@ -33,7 +34,7 @@ from nanotune.formats.hf import write_hf  # noqa: E402
 from nanotune.generation.fast import pack  # noqa: E402
 from nanotune.text.loader import open_dataset  # noqa: E402
 from nanotune.text.read import read_text  # noqa: E402
-from nanotune.text.tokenizer import JsonTokenizer  # noqa: E402
+from nanotune.text.tokenizer import JsonTokenizer, tokenizer_of_folder  # noqa: E402
 from nanotune.training.optimizer import make_optimizer  # noqa: E402
 from t5 import T5, T5Config  # noqa: E402
 
@@ -50,9 +51,11 @@ def command(script, *options):
     subprocess.run([sys.executable, ROOT / script, *map(str, options)], check=True, cwd=ROOT)
 
 
-def train_tokenizer(source, size):
+def train_tokenizer(folder, source, size):
     """A Unigram vocabulary of tweets, with T5's special tokens and ids, and the labels as tokens.
-    """
+    It is kept in `folder`, since another training of it gives other tokens."""
+    if folder.is_dir():
+        return tokenizer_of_folder(folder)
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     made = Tokenizer(models.Unigram())
     made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -62,7 +65,10 @@ def train_tokenizer(source, size):
     made.train_from_iterator(lines, trainers.UnigramTrainer(
         vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False))
     names = zip(("pad_token", "eos_token", "unk_token"), special)
-    return JsonTokenizer(made.to_str(), special=names)
+    folder.mkdir(parents=True)
+    for name, content in JsonTokenizer(made.to_str(), special=names).files.items():
+        (folder / name).write_bytes(content)
+    return tokenizer_of_folder(folder)
 
 
 def make_folder(args, shape, seed=0):
@@ -73,7 +79,8 @@ def make_folder(args, shape, seed=0):
         config = T5Config(**SHAPES[shape])
         torch.manual_seed(seed)
         write_hf(folder, vars(config), dict(T5(config).named_parameters()),
-                 train_tokenizer(args.input, 4000), torch.float32)
+                 train_tokenizer(args.out_dir.resolve() / "tokenizer", args.input, 4000),
+                 torch.float32)
     splits = [args.out_dir.resolve() / f"split-{seed}" for seed in range(3)]
     for seed, split in enumerate(splits):
         if not (split / "test.jsonl").is_file():
@@ -124,15 +131,16 @@ def case(args):
     params = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     optimizer = make_optimizer("adamw", params, 1e-4, (0.9, 0.999), CPU)
     model.train()
+    torch.set_num_threads(1)
     seconds = []
     for _ in range(args.steps + 1):
-        began, (x, y) = time.perf_counter(), next(batches)
+        began, (x, y) = time.process_time(), next(batches)
         with autocast(CPU, dtype, cache=args.case != "nanotune"):
             loss = loss_of(x, y) / (y >= 0).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     print(json.dumps({"seconds": seconds[1:], "memory": peak_memory(CPU)}))
 
 
@@ -168,12 +176,13 @@ def generate(args):
     model, tokenizer = load_model(str(folder))
     pack(model.eval(), CPU, DTYPES[args.dtype])
     prompts = [tokenizer.encode(row["prompt"]) for row in test_rows(splits[0])]
+    torch.set_num_threads(1)
     seconds = {}
     for size in (32, 1) * args.rounds:
-        began = time.perf_counter()
+        began = time.process_time()
         with autocast(CPU, DTYPES[args.dtype], cache=True):
             answer(model, prompts, 4, tokenizer.eot, tokenizer.n_vocab, size)
-        seconds.setdefault(size, []).append(time.perf_counter() - began)
+        seconds.setdefault(size, []).append(time.process_time() - began)
     batched, single = (statistics.median(seconds[size]) for size in (32, 1))
     print(f"{len(prompts)} predictions: {batched:.1f} s in batches of 32, {single:.1f} s one at a "
           f"time, {single / batched:.1f} times as long")

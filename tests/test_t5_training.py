@@ -140,6 +140,14 @@ def test_the_plan_and_its_warnings(fields, tmp_path, capsys):
     assert "targets are longer" not in out
 
 
+def test_a_warning_of_memory_is_of_the_datas_lengths(t5_folders, fields, tmp_path, monkeypatch,
+                                                     capsys):
+    """Not of the limits, 512 and 512 tokens."""
+    monkeypatch.setattr(plan, "device_memory", lambda device: 350 * 10**6)
+    run_train(fields.pop("dataset"), tmp_path / "out", **fields | dict(batch_size=8, max_iters=1))
+    assert "may not suffice" not in capsys.readouterr().out
+
+
 def test_a_dry_run(fields, tmp_path, capsys):
     train.main(arguments(fields.pop("dataset"), tmp_path, **fields, dry_run=True))
     assert "7.5 iterations" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -178,6 +178,13 @@ def run_config(cfg, config, tokenizer):
                               and (value is not None or name == "doc_end")})
 
 
+def check_memory(cfg, config, world, tokenizer, folder):
+    """plan.check_memory of the run's largest batch, which the data decides if it is of pairs."""
+    config = run_config(cfg, config, tokenizer)
+    data = open_dataset(folder / "train.bin", config)
+    plan.check_memory(cfg, data.largest(config), world, pick_dtype(cfg.dtype, world.device))
+
+
 def open_splits(cfg, folder, config):
     """{split: its dataset}"""
     global_batch = cfg.batch_size * cfg.gradient_accumulation_steps
@@ -269,8 +276,8 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     if cfg.separate_documents and tokenizer.eot is None:
         raise UserError("--separate_documents needs end-of-text between the documents, and "
                         f"{folder} with {tokenizer.name} has none; leave it out")
-    start = load_start(cfg, tokenizer, folder, lambda config: plan.check_memory(
-        cfg, config, world, dtype)) if world.is_main else None
+    start = load_start(cfg, tokenizer, folder, lambda config: check_memory(
+        cfg, config, world, tokenizer, folder)) if world.is_main else None
 
     distributed.join(world, cfg.backend, cfg.timeout)
     check_same_arguments(cfg, dtype, world)
