@@ -188,6 +188,8 @@ OTHER_NAMES = {
     "weight_decay": "wd", "optimizer": "optim", "lora_rank": "lora_r lora_dim",
     "recompute": "gradient_checkpointing", "dtype": "fp16 bf16 precision torch_dtype",
     "compile": "torch_compile", "block_size": "max_seq_length max_seq_len seq_len context_length",
+    "source_length": "max_source_length source_max_token_len max_input_length",
+    "target_length": "max_target_length target_max_token_len max_output_length",
     "init_from": "model model_name model_name_or_path checkpoint_dir restore_from ckpt",
     "out_dir": "output_dir run_name checkpoint", "dataset": "dataset_name train_file data",
     "eval_interval": "eval_steps eval_every val_every", "log_interval": "logging_steps print_every",

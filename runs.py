@@ -57,10 +57,14 @@ def read_run(folder: Path) -> Row:
     config = settings.read_run_config(folder)
     if not config:
         raise UserError(f"{folder} is no run: it has no readable {MODEL_FILE} or state.pt")
-    block_size = model_config(str(folder)).block_size
-    tokens = block_size * config.get("batch_size", 1) * config.get(
-        "gradient_accumulation_steps", 1)
-    return Row(str(folder), config, read_entries(folder / "metrics.jsonl"), tokens)
+    entries, model = read_entries(folder / "metrics.jsonl"), model_config(str(folder))
+    tokens = config.get("batch_size", 1) * config.get("gradient_accumulation_steps", 1)
+    if model.takes_pairs:  # of any length: the logged speed says how many tokens a step has
+        logged = next((entry for entry in entries if "iter" in entry), {"tok_s": 0, "ms": 0})
+        tokens = round(logged["tok_s"] * logged["ms"] / 1e3)
+    else:
+        tokens *= model.block_size
+    return Row(str(folder), config, entries, tokens)
 
 
 def find_runs() -> list[Path]:

@@ -8,7 +8,9 @@ from tiny import REPO, read_metrics, run_script, run_train
 
 import evaluate
 import export
+import runs
 import sample
+import serve
 from nanotune.evaluation.tasks import answer_scores, mean_and_error
 
 LINES = "prompt,completion\n" + "".join(
@@ -131,6 +133,15 @@ def test_refused(trained, script, tmp_path, monkeypatch, module, fields, said):
     data = {"dataset": trained[1]} if module is evaluate else {}
     status, _, err = script(module, **{"out_dir": trained[0]} | data | fields)
     assert status == 1 and said in err and err.count("\n") == 1, err
+
+
+def test_runs_compares_it_and_serve_refuses_it(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # runs.png goes there
+    status, out, err = run_script(monkeypatch, capsys, runs.main, [trained[0]])
+    assert status == 0 and str(trained[0]) in out and "inf" not in out, err
+    status, _, err = run_script(monkeypatch, capsys, serve.main, [
+        f"--out_dir={trained[0]}", "--device=cpu"])
+    assert status == 1 and "is a T5, which serve.py does not take yet" in err
 
 
 def test_a_folder_without_a_tokenizer(trained, t5_folders, script, tmp_path):

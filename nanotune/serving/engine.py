@@ -87,7 +87,7 @@ class Model:
 def open_model(source: str, device: torch.device, dtype: torch.dtype, compiled: bool = False
                ) -> Model:
     """Loads a model from any source of load_model. Raises UserError as it, and if the model has no
-    tokenizer."""
+    tokenizer or cannot compute in `dtype`."""
     model, tokenizer = load_model(source, device=device, with_onnx=True)
     if tokenizer is None:
         raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
