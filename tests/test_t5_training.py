@@ -14,6 +14,7 @@ from nanotune.formats.checkpoint import load_model
 from nanotune.text.loader import open_dataset
 from nanotune.training import plan
 from nanotune.training.distributed import World
+from t5 import T5Config
 
 torch.set_num_threads(1)
 @pytest.fixture
@@ -187,6 +188,19 @@ def test_other_lengths_are_another_run(fields, tmp_path, monkeypatch, capsys):
     _, _, err = run_script(monkeypatch, capsys, train.main, argv)
     assert "source_length was 8, now 9" in err
     run_train(data, tmp_path / "out", **fields | dict(init_from="resume", max_iters=4))
+
+
+@pytest.mark.parametrize("batch_size, dtype, dropout, measured", [
+    (8, torch.float32, 0.1, 4.745), (32, torch.float32, 0.1, 6.962),
+    (16, torch.float32, 0.0, 4.795), (32, torch.bfloat16, 0.1, 6.194)])
+def test_the_predicted_memory_of_t5_base_is_the_measured(batch_size, dtype, dropout, measured):
+    """GB at the peak of train.py on a CPU, pairs of 64 + 8 tokens, one micro-step."""
+    config = T5Config(n_layer=12, n_decoder_layer=12, n_head=12, n_embd=768, n_inner=3072,
+                      source_length=64, target_length=8)
+    cfg = train.Config(batch_size=batch_size, gradient_accumulation_steps=1, dropout=dropout)
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    predicted = sum(plan.memory(config, cfg, world, dtype).values()) / 1e9
+    assert predicted == pytest.approx(measured, rel=0.1)
 
 
 def test_the_plan_knows_the_longest_batch(t5_folders):

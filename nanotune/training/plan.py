@@ -114,7 +114,10 @@ USABLE = 0.95     # fraction of a device's memory; driver, system and fragmentat
 # bytes in a process on a CPU, measured on Linux with torch 2.13
 PROCESS = 0.31e9   # torch and the tokenizer
 COMPILER = 0.1e9   # torchao and Inductor
-HEAP_SLACK = 0.85  # holes in glibc's heap, as a fraction of the activations
+# {whether a model takes pairs: (holes in glibc's heap as a fraction of the activations, whether
+# the gradients lie beside all activations)}; measured for GPT-2's and t5-base's shapes. A T5 has
+# few activations, since pairs are short, and two gradients as large as its embedding.
+HEAP = {False: (0.85, False), True: (0.1, True)}
 
 
 def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str, float]:
@@ -135,7 +138,9 @@ def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str,
     }
     if world.device.type == "cpu":
         parts["process"] = PROCESS + COMPILER * (cfg.optimizer == "adamw8bit")
-        kept *= 1 + HEAP_SLACK * (not cfg.recompute)
+        slack, beside = HEAP[config.takes_pairs]
+        kept *= 1 + slack * (not cfg.recompute)
+        whole = whole or beside
     moments = [{"gradients": gradients * whole, "activations": kept + block, "logits": during},
                {"gradients": gradients, "activations": block, "logits": after}]
     return parts | max(moments, key=lambda moment: sum(moment.values()))
