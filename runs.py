@@ -7,7 +7,6 @@
 Reads settings from the checkpoints and losses from metrics.jsonl; changes nothing in a run.
 """
 import argparse
-import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ class Row:
     name: str
     config: dict
     entries: list[dict]          # of metrics.jsonl
-    tokens_per_step: float       # infinite for pairs, whose lengths differ
+    tokens_per_step: int
 
     @property
     def steps(self) -> int:
@@ -88,9 +87,8 @@ def print_table(rows: list[list[str]]) -> None:
 def summary(row: Row) -> list[str]:
     """The cells of a run."""
     best = f"{row.best[0]:.4f} at {row.best[1]:,}" if row.best else "-"
-    tokens = "-" if math.isinf(row.tokens_per_step) else f"{row.steps * row.tokens_per_step:,}"
     return [row.name, str(row.config.get("init_from") or "?"), str(row.config.get("dataset")),
-            f"{row.steps:,}", tokens, best,
+            f"{row.steps:,}", f"{row.steps * row.tokens_per_step:,}", best,
             f"{row.speed:,.0f}" if row.speed else "-"]
 
 

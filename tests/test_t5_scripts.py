@@ -4,14 +4,16 @@ import runpy
 
 import pytest
 import torch
+from serving import ask, complete, served
 from tiny import REPO, read_metrics, run_script, run_train
 
 import evaluate
 import export
 import runs
 import sample
-import serve
+from nanotune.errors import UserError
 from nanotune.evaluation.tasks import answer_scores, mean_and_error
+from nanotune.serving.engine import open_model
 
 LINES = "prompt,completion\n" + "".join(
     f"Line {'ab'[i % 2]} {'cdefghijkl'[i // 2 % 10] * (1 + i // 20)},{('bad', 'a cab')[i % 2]}\n"
@@ -135,13 +137,30 @@ def test_refused(trained, script, tmp_path, monkeypatch, module, fields, said):
     assert status == 1 and said in err and err.count("\n") == 1, err
 
 
-def test_runs_compares_it_and_serve_refuses_it(trained, tmp_path, monkeypatch, capsys):
+def test_runs_compares_it(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # runs.png goes there
     status, out, err = run_script(monkeypatch, capsys, runs.main, [trained[0]])
     assert status == 0 and str(trained[0]) in out and "inf" not in out, err
-    status, _, err = run_script(monkeypatch, capsys, serve.main, [
-        f"--out_dir={trained[0]}", "--device=cpu"])
-    assert status == 1 and "is a T5, which serve.py does not take yet" in err
+
+
+def test_serve_answers_with_it(trained):
+    """In one piece and streamed; several prompts, and logprobs; the prompt does not come back."""
+    model = open_model(str(trained[0]), torch.device("cpu"), torch.float32)
+    with served({"t5": model}, sources={"t5": trained[0]}) as server:
+        about = json.loads(ask(server, "GET", "/v1/models")[2])["data"][0]
+        assert about["kind"] == "T5" and about["context"] is None
+        body = dict(model="t5", prompt=["Line a c", "Line b c"], temperature=0, max_tokens=20)
+        answer = complete(server, **body, logprobs=2)
+        assert [choice["text"] for choice in answer["choices"]] == ["bad", "a cab"]
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+        events = complete(server, **body, stream=True)
+        for index, text in enumerate(("bad", "a cab")):
+            assert "".join(choice["text"] for event in events for choice in event["choices"]
+                           if choice["index"] == index) == text
+        status, _, content = ask(server, "POST", "/v1/completions", body | {"echo": True})
+        assert status == 400 and b"does not go on from it" in content
+    with pytest.raises(UserError, match="float16"):
+        open_model(str(trained[0]), torch.device("cpu"), torch.float16)
 
 
 def test_a_folder_without_a_tokenizer(trained, t5_folders, script, tmp_path):

@@ -85,6 +85,8 @@ def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -
                        "n" if len(prompts) <= limits.max_batch else "prompt")
     ids = [prompt_ids(engine, text, i) for i, text in enumerate(prompts, 1)]
     stream, echo = given.pop("stream", False), given.pop("echo", False)
+    if echo and engine.model.plain.config.takes_pairs:
+        raise ApiError(400, "echo: this model answers a prompt and does not go on from it", "echo")
     request = Request(
         prompts=[row for row in ids for _ in range(n)], stops=check_stops(given.pop("stop", [])),
         seed=given.pop("seed", secrets.randbelow(2**32)),

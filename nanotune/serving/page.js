@@ -238,7 +238,7 @@ async function showModels() {
     const million = about.parameters / 1e6;
     $("h2", root).textContent = about.id;
     const facts = [`${about.kind} · ${million.toFixed(million < 10 ? 1 : 0)}M parameters`
-      + ` · context ${about.context}`];
+      + (about.context ? ` · context ${about.context}` : "")];
     if (about.step !== null) facts.push(`step ${about.step}`);
     if (about.val_loss !== null) facts[1] += ` · validation loss ${about.val_loss.toFixed(2)}`;
     if (about.dataset) facts[1] += ` on ${about.dataset}`;
