@@ -297,31 +297,40 @@ class T5(nn.Module):
 
     def hidden(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x (B, S), y (B, T) as in forward() -> the input of the head, (B, T, C)."""
-        source, mask = T5.encode(self, x)  # not self.encode: FSDP has wrapped that
         before = F.pad(y[:, :-1], (1, 0), value=self.config.start_id)
         before = before.masked_fill(before == IGNORED, self.config.pad_id)
-        return self.decode(before, source, mask)
+        source, target = self.embed(x.clamp(min=0), before)
+        return self.decode(target, *self.encode_embedded(source, x != IGNORED))
+
+    def embed(self, *ids):
+        """The embeddings (B, T, C) of each of some ids (B, T). One lookup for all: the gradient of
+        a lookup is as large as the table."""
+        x = self.shared(torch.cat([i.flatten() for i in ids])).to(self.stream_dtype)
+        return [part.view(*i.shape, -1) for part, i in zip(x.split([i.numel() for i in ids]), ids)]
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, S) sources padded with -1 -> the encoder's output, (B, S, C), and what attention to
         it adds, (B, 1, 1, S): 0, or -inf for padding."""
-        mask = additive((x != IGNORED)[:, None, None], self.stream_dtype)
+        return self.encode_embedded(*self.embed(x.clamp(min=0)), x != IGNORED)
+
+    def encode_embedded(self, x, seen):
+        """encode() of embeddings x (B, S, C); seen (B, S) bool is False for padding."""
+        mask = additive(seen[:, None, None], self.stream_dtype)
         bias = self.encoder.position_bias(torch.arange(x.size(1), device=x.device), x.size(1))
         both = (bias + mask).to(self.compute_dtype)  # (B, nh, S, S)
-        x = self.shared(x.clamp(min=0)).to(self.stream_dtype)
         return self.encoder(x, both), mask.to(self.compute_dtype)
 
-    def decode(self, idx, source, source_mask, cache=None):
-        """idx (B, T), the tokens before each target -> the input of the head, (B, T, C)."""
-        begin = 0 if cache is None else cache.pos
-        row = torch.arange(begin, begin + idx.size(1), device=idx.device)
-        column = torch.arange(begin + idx.size(1), device=idx.device)
+    def decode(self, x, source, source_mask, cache=None):
+        """x (B, T, C), the embeddings of the tokens before each target -> the input of the head,
+        (B, T, C)."""
+        begin, T = 0 if cache is None else cache.pos, x.size(1)
+        row = torch.arange(begin, begin + T, device=x.device)
+        column = torch.arange(begin + T, device=x.device)
         mask = additive(column <= row[:, None], self.stream_dtype)
         mask = (self.decoder.position_bias(row, len(column)) + mask)[None]  # (1, nh, T, P)
-        x = self.shared(idx).to(self.stream_dtype)
         x = self.decoder(x, mask.to(source_mask.dtype), source, source_mask, cache)
         if cache is not None:
-            cache.pos += idx.size(1)
+            cache.pos += T
         return x * self.config.n_embd ** -0.5 if self.config.scale_head else x
 
     def start(self, prompts: Sequence[list[int]], room: int,
@@ -338,7 +347,7 @@ class T5(nn.Module):
 
     def step(self, idx: torch.Tensor, cache: T5Cache) -> torch.Tensor:
         """idx (B, T), the next tokens of each row -> the logits after the last, (B, V) float32."""
-        x = self.decode(idx, cache.source, cache.mask, cache)
+        x = self.decode(*self.embed(idx), cache.source, cache.mask, cache)
         return self.lm_head(x[:, -1]).float()
 
     def logits_at(self, x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tensor]:

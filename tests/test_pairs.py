@@ -68,8 +68,8 @@ def test_a_global_batch_is_shared_by_any_split(tmp_path):
 
 def test_batches_are_padded_to_few_lengths_and_little(tmp_path):
     assert {padded_length(n) for n in range(1, 513)} == {
-        *range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192,
-        224, 256, 320, 384, 448, 512}
+        *range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 129, 8),
+        *range(144, 257, 16), *range(288, 513, 32)}
     write_pairs(tmp_path, n=640, longest=(24, 2))
     data = open_dataset(tmp_path / "train.bin", CONFIG, global_batch=16)
     sources = [data.batch(n, 16)[0] for n in range(0, 640, 16)]

@@ -29,7 +29,7 @@ def trained(t5_folders, tmp_path_factory):
         f"--input={base / 'lines.csv'}", f"--tokenizer={t5_folders[0]}",
         f"--out_dir={base / 'data'}", "--test_fraction=0.2"])
     run_train(base / "data", base / "out", init_from=t5_folders[0], block_size=None, eval_iters=0,
-              max_iters=80, eval_interval=80, batch_size=8, gradient_accumulation_steps=1,
+              max_iters=160, eval_interval=160, batch_size=8, gradient_accumulation_steps=1,
               decay_lr=False, dropout=0.0)
     assert read_metrics(base / "out")[-1]["val_loss"] < 0.1
     return base / "out", base / "data"

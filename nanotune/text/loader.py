@@ -246,9 +246,9 @@ class PairBin:
 
 
 def padded_length(n: int) -> int:
-    """Returns the length that n tokens are padded to: 4 lengths an octave, so at most a fifth is
+    """Returns the length that n tokens are padded to: 8 lengths an octave, so at most a ninth is
     padding, and torch.compile and the allocator meet few shapes."""
-    step = max(1, 1 << n.bit_length() >> 3)
+    step = max(1, 1 << n.bit_length() >> 4)
     return -(-n // step) * step
 
 
