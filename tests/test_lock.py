@@ -79,7 +79,7 @@ def test_reading_a_run_needs_no_lock(dataset, tmp_path):
 
 def test_a_run_that_could_not_begin_frees_the_lock(dataset, tmp_path, monkeypatch, capsys):
     argv = arguments(dataset, tmp_path / "out", sample_interval=1, sample_start="")
-    with pytest.raises(UserError, match="sample_start is empty"):
+    with pytest.raises(UserError, match="sample_start has no tokens"):
         train.main(argv)
     assert run_train(dataset, tmp_path / "out", max_iters=0) == 0
 

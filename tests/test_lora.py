@@ -195,7 +195,7 @@ def test_a_base_that_changed_is_refused(tmp_path, monkeypatch, capsys):
         dataset, tmp_path / "out", **lora_fields("resume")))
     assert status == 1 and "hash differs" in said
     (tmp_path / "base" / "ckpt.pt").unlink()
-    with pytest.raises(UserError, match="which cannot be had"):
+    with pytest.raises(UserError, match="which cannot be loaded"):
         checkpoint.load_model(tmp_path / "out")
 
 

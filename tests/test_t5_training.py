@@ -160,7 +160,7 @@ def test_a_dry_run(fields, tmp_path, capsys):
     (dict(separate_documents=True), "--separate_documents is for models of plain text"),
     (dict(init_from="scratch", separate_documents=True), "holds pairs of a source and a target"),
     (dict(init_from="scratch"), "holds pairs of a source and a target, for T5"),
-    (dict(sample_interval=1, sample_start=""), "--sample_start is empty"),
+    (dict(sample_interval=1, sample_start=""), "--sample_start has no tokens"),
     (dict(target_length=0), "--target_length=0 must be at least 1"),
 ])
 def test_refused_options(fields, tmp_path, monkeypatch, capsys, options, said):

@@ -223,9 +223,11 @@ def check_run_id(start, last):
 
 
 def best_file_of(out_dir, start):
-    """The file in which the run that is resumed keeps its best model."""
-    kept = start.config.get("always_save_checkpoint", True)
-    return Path(out_dir) / checkpoint.best_file(kept)
+    """The file in which the run that is resumed keeps its best model; nanoGPT and the first edition
+    have only ckpt.pt."""
+    has_best = "settings_version" in start.config
+    return Path(out_dir) / checkpoint.best_file(
+        has_best and start.config.get("always_save_checkpoint", True))
 
 
 def check_best_file(progress, path):
