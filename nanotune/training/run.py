@@ -269,7 +269,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     need one process come before the processes join."""
     dtype, folder = pick_dtype(cfg.dtype, world.device), dataset_folder(cfg.dataset)
     if world.device.type == "cpu":
-        tune_malloc(lean=cfg.recompute)
+        tune_malloc()
     tokenizer = tokenizer_of_dataset(folder)
     if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
         raise UserError("--sample_start has no tokens in this vocabulary; give it a character")
