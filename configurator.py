@@ -134,8 +134,8 @@ def build(cls: type[T], sources: list[dict[str, Any]]) -> T:
     return cfg
 
 
-def hints_of(cls):
-    """{field: type} of a config class, with the bounds; without its ClassVars."""
+def hints_of(cls: type) -> dict[str, Any]:
+    """Returns {field: type} of a config class, with the bounds; without its ClassVars."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 

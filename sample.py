@@ -30,8 +30,8 @@ from configurator import (
 from nanotune.cli import run
 from nanotune.device import DtypeName, autocast, pick_compile, pick_device, pick_dtype
 from nanotune.errors import UserError
-from nanotune.formats.checkpoint import check_dtype, load_model, pick_source
-from nanotune.generation.fast import for_generation
+from nanotune.formats.checkpoint import pick_source
+from nanotune.generation.fast import open_model
 from nanotune.generation.generate import TextPieces, encode_prompt, stream, text_before
 from nanotune.text.read import check_surrogates, read_text
 from nanotune.text.tokenizer import EOT
@@ -90,13 +90,8 @@ class Sampler:
         self.cfg, self.device = cfg, pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
         source = pick_source(cfg.out_dir, cfg.init_from)
-        model, self.tokenizer = load_model(source, device=self.device, with_onnx=True)
-        if self.tokenizer is None:
-            raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the "
-                            "folder")
-        check_dtype(model, self.dtype)
-        self.model = for_generation(model.eval(), self.device, self.dtype,
-                                    pick_compile(cfg.compile, self.device))
+        model = open_model(source, self.device, self.dtype, pick_compile(cfg.compile, self.device))
+        self.model, self.tokenizer = model.fast, model.tokenizer
         self.stops = [] if cfg.stop in ("", EOT) else [cfg.stop]
 
     def encode(self, text, where):

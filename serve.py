@@ -16,9 +16,10 @@ from nanotune.cli import run
 from nanotune.device import DtypeName, pick_compile, pick_device, pick_dtype
 from nanotune.errors import UserError
 from nanotune.formats.checkpoint import pick_source
+from nanotune.generation.fast import open_model
 from nanotune.serving.access import Access, is_loopback
 from nanotune.serving.api import Limits
-from nanotune.serving.engine import Engine, open_model
+from nanotune.serving.engine import Engine
 from nanotune.serving.server import Server
 from nanotune.text.read import read_text
 

@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import GPT, Embedding, Linear, additive
+from model import GPT, Embedding, KVCache, Linear, additive
 from nanotune.errors import UserError
 from nanotune.formats import hf, hf_config, hub
 from nanotune.head_loss import head_bytes, head_chunk, head_loss
@@ -62,27 +62,13 @@ class T5Cache:
         self.source, self.mask = None, None             # (B, S, C); (B, 1, 1, S), as encode()
         self.source_kv = [None] * config.n_decoder_layer  # of each layer, from its first step on
 
-    @property
-    def full(self) -> bool:
-        """Returns whether there is no room for another token."""
-        return self.pos == self.k.size(3)
-
-    def rewind(self, pos: int) -> None:
-        """Keeps the first `pos` tokens and drops the rest, without a copy."""
-        self.pos = pos
+    full, rewind, append = KVCache.full, KVCache.rewind, KVCache.append
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Replaces row i by row rows[i], rows (B,), as beam search does."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.source, self.mask = self.source[rows], self.mask[rows]
         self.source_kv = [kv and tuple(t[rows] for t in kv) for kv in self.source_kv]
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Writes the new k, v (B, nh, T, hs) of a layer; returns all, (B, nh, P, hs) each."""
-        end = self.pos + k.size(2)
-        self.k[layer, :, :, self.pos:end] = k
-        self.v[layer, :, :, self.pos:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 def bucket_of(distance: torch.Tensor, n_buckets: int, max_distance: int,

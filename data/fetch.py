@@ -33,7 +33,7 @@ DATA = Path(__file__).resolve().parent
 sys.path.append(str(DATA.parent))
 from nanotune import cli  # noqa: E402 (no package is installed)
 from nanotune.errors import UserError  # noqa: E402
-from nanotune.formats.hub import GPT2_SHAPES  # noqa: E402
+from nanotune.formats.hub import note_folder  # noqa: E402
 from nanotune.text.read import read_jsonl, read_text  # noqa: E402
 from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts)
     EOT,
@@ -226,8 +226,7 @@ def choose_tokenizer(name: str) -> AnyTokenizer:
         tokenizer = tokenizer_of_source(name)
     except UserError as error:
         raise UserError(f"--tokenizer={name}: {error}") from None
-    if name in GPT2_SHAPES and Path(name).is_dir():
-        print(f"note: {name} is the folder here, not the model of that name on the hub")
+    note_folder(name)
     if tokenizer is None:
         raise UserError(f"--tokenizer={name} has no tokenizer.json, and no vocab.json with "
                         "merges.txt")

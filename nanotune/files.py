@@ -39,13 +39,18 @@ class WriteError(UserError):
     """Writing a file failed; the previous file at that path is intact."""
 
 
+def temporary_name(path):
+    """A name beside `path` that no other process writes to."""
+    return f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+
+
 def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object], keep: int = 1) -> None:
     """Calls write(file) on a temporary file beside `path`, syncs it and renames it to `path`.
 
     With `keep` above 1 the previous file becomes NAME.1.pt, the one before NAME.2.pt and so on,
     `keep` files in all. Raises WriteError if writing fails; the previous file is then intact.
     """
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # no other process writes to it
+    temporary = temporary_name(path)
     try:
         try:
             with open(temporary, "wb") as f:
@@ -89,7 +94,7 @@ def link(source: Path, target: Path) -> None:
     """Makes `target` another name of the file `source`, atomically; where the file system has no
     hard links, a copy. Raises WriteError if the disk is full."""
     try:
-        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary = temporary_name(target)
         os.link(source, temporary)
         os.replace(temporary, target)
     except OSError:

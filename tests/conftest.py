@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import save_file
-from tiny import write_pairs
+from tiny import write_dataset, write_pairs
 
 from model import GPT, GPTConfig
 from nanotune import files
@@ -129,6 +129,12 @@ def write_tokenizer(folder, kind, text=TEXT):
     elif kind == "json":
         (folder / "tokenizer.json").write_text(tiny_json(text), encoding="utf-8")
     return tokenizer_of_dataset(folder)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """The folder of a tiny dataset (see tiny.write_dataset); read, never changed."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "words")
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from conftest import TEXT, tiny_gpt, tiny_json
 
+from nanotune.generation.fast import Model
 from nanotune.serving.access import Access
 from nanotune.serving.api import Limits
-from nanotune.serving.engine import Engine, Model
+from nanotune.serving.engine import Engine
 from nanotune.serving.server import Server
 from nanotune.text.tokenizer import CharTokenizer, JsonTokenizer
 

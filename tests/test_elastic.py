@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import ROOT, Job, run_ranks
-from tiny import arguments, losses, write_dataset
+from tiny import arguments, losses
 
 import train
 from nanotune import files
@@ -19,11 +19,6 @@ from nanotune.formats import checkpoint
 from nanotune.training import resume
 
 FIELDS = dict(eval_iters=0, lr_decay_iters=12, keep_states=2)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "words")
 
 
 def assert_same_state(a, b, atol=0.0):

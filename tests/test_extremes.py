@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 import torch
-from tiny import arguments, run_script, run_train, write_dataset
+from tiny import arguments, run_script, run_train
 
 import evaluate
 import export
@@ -16,11 +16,6 @@ from nanotune.errors import UserError
 from nanotune.formats import checkpoint, hf_config
 from nanotune.generation.generate import sample_token
 from nanotune.training import plan, resume, run
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "words")
 
 
 @pytest.fixture(scope="module")

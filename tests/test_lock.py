@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from tiny import REPO, arguments, run_script, run_train, write_dataset
+from tiny import REPO, arguments, run_script, run_train
 
 import export
 import sample
@@ -16,11 +16,6 @@ import train
 from nanotune import files
 from nanotune.errors import UserError
 from nanotune.training import logbook
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "words")
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import torch
 from conftest import TEXT
 from serving import CPU, served, tiny_model, wait_until
 
+from nanotune.generation.fast import open_model
 from nanotune.serving.access import Access
-from nanotune.serving.engine import open_model
 from nanotune.text.tokenizer import CharTokenizer
 
 pytestmark = pytest.mark.browser

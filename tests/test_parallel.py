@@ -24,11 +24,6 @@ FIELDS = dict(dropout=0.0, gradient_accumulation_steps=4, max_iters=6,
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "words")
-
-
-@pytest.fixture(scope="module")
 def make(dataset, tmp_path_factory):
     """make(name, size, **fields) is the out_dir of a run on so many ranks, which ended well."""
     def train_on(name, size, seconds=120, **fields):

@@ -6,18 +6,13 @@ import sys
 
 import pytest
 from ranks import run_ranks
-from tiny import REPO, arguments, run_train, write_dataset
+from tiny import REPO, arguments, run_train
 
 import train
 from nanotune import cli, files
 from nanotune.training import resume
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no SIGHUP, no terminals of this kind")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "words")
 
 
 def at_step(step, act):

@@ -11,17 +11,12 @@ import pytest
 import torch
 from ranks import Job, run_ranks
 from test_logbook import DAMAGED
-from tiny import arguments, read_metrics, run_script, run_train, write_dataset
+from tiny import arguments, read_metrics, run_script, run_train
 
 import export
 import train
 from nanotune import files
 from nanotune.training import logbook, resume
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "words")
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from serving import CPU, ask, complete, refusal, served, tiny_model, wait_until
 import sample
 import serve
 from nanotune.errors import UserError
+from nanotune.generation.fast import open_model
 from nanotune.serving.api import Limits
-from nanotune.serving.engine import Engine, open_model
+from nanotune.serving.engine import Engine
 from nanotune.text.tokenizer import CharTokenizer
 
 

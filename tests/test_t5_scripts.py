@@ -13,7 +13,7 @@ import runs
 import sample
 from nanotune.errors import UserError
 from nanotune.evaluation.tasks import answer_scores, mean_and_error
-from nanotune.serving.engine import open_model
+from nanotune.generation.fast import open_model
 
 LINES = "prompt,completion\n" + "".join(
     f"Line {'ab'[i % 2]} {'cdefghijkl'[i // 2 % 10] * (1 + i // 20)},{('bad', 'a cab')[i % 2]}\n"

@@ -128,8 +128,7 @@ def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
         tokenizer = tokenizer_of_folder(folder) or gpt2_by_size(model.config.vocab_size)
     else:
         check_can_be_pretrained(source)
-        if source in hub.GPT2_SHAPES and folder.is_dir():
-            print(f"note: {source} is the folder here, not the model of that name on the hub")
+        hub.note_folder(source)
         family = family_of(hub.find_config(source), source)
         model = family.model.from_pretrained(source, dropout, device, dtype)
         tokenizer = tokenizer_of_source(source)
@@ -225,16 +224,22 @@ def model_from(data: dict, path: str | Path, dropout: float = 0.0,
     return model
 
 
+def peek_or_load(path):
+    """The content of a checkpoint file, its tensors mapped if they can be. Raises UserError as
+    files.load() if the file is damaged."""
+    try:
+        return files.peek(path)
+    except Exception:  # torch.load raises many kinds; files.load says what to do
+        return files.load(path)
+
+
 def history_of(source: str) -> dict:
     """Returns {"iter_num", "best_val_loss", "config"} of a run's ckpt.pt without reading weights,
     or {} if the source is not a run's out_dir."""
     path = run_file(source)
     if path is None:
         return {}
-    try:
-        data = files.peek(path)
-    except Exception:  # torch.load raises many kinds; files.load says what to do
-        data = files.load(path)
+    data = peek_or_load(path)
     return {key: data.get(key) for key in ("iter_num", "best_val_loss", "config")}
 
 
@@ -242,10 +247,7 @@ def model_config(source: str) -> AnyConfig:
     """Returns the config of load_model's model without reading weights. Raises UserError as it."""
     for path in (run_file(source), Path(source) / STATE_FILE):
         if path is not None and path.is_file():
-            try:
-                data = files.peek(path)
-            except Exception:  # torch.load raises many kinds; files.load says what to do
-                data = files.load(path)
+            data = peek_or_load(path)
             with files.checked_parse(path):
                 return config_from_args(data["model_args"], path)
     if tf.is_tf_checkpoint(Path(source)):

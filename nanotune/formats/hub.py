@@ -31,6 +31,12 @@ def find_config(name: str) -> dict:
     return read_json(file)
 
 
+def note_folder(source: str) -> None:
+    """Prints a note if `source` is a folder that has the name of a model of OpenAI's."""
+    if source in GPT2_SHAPES and Path(source).is_dir():
+        print(f"note: {source} is the folder here, not the model of that name on the hub")
+
+
 def find_pretrained(name: str) -> tuple[str, list[str]]:
     """Returns the paths (config.json, [weight files]) of a local folder or a hub id.
 

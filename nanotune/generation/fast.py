@@ -1,6 +1,7 @@
-"""Makes a model fast for generation: packs its matrices, runs one CUDA graph per token.
+"""Opens a model and makes it fast for generation: packed matrices, one CUDA graph per token.
 
-    model = for_generation(model, device, dtype, compiled=False)    # then stream(model, ...)
+    model = open_model("out-mine", device, dtype)                   # then stream(model.fast, ...)
+    model = for_generation(model, device, dtype, compiled=False)    # of a model that is loaded
     pack(model, device, dtype)                                      # the matrices only
 
 Packing: a generated token multiplies each matrix by one row per sample, so most time goes into
@@ -15,19 +16,46 @@ each step reads the whole cache, with its empty columns. From gpt-fast (PyTorch 
 """
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from model import GPT, KVCache, Linear
 from nanotune.device import compile_error
-from nanotune.errors import first_line
+from nanotune.errors import UserError, first_line
+from nanotune.formats.checkpoint import check_dtype, load_model
 from nanotune.formats.onnx_model import OnnxGPT
 from nanotune.generation.generate import read_prompts
+from nanotune.text.tokenizer import AnyTokenizer
 from nanotune.torch_private import can_pack_linear, pack_linear, packed_linear
 
 ALIGNED = 16  # attention on a GPU copies masks unless their columns are a multiple of this
+
+
+@dataclass
+class Model:
+    """A loaded model: as it is, and in its fastest form for stream()."""
+    plain: Any
+    fast: Any
+    tokenizer: AnyTokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+
+def open_model(source: str, device: torch.device, dtype: torch.dtype, compiled: bool = False
+               ) -> Model:
+    """Loads a model from any source of load_model. Raises UserError as it, and if the model has no
+    tokenizer or cannot compute in `dtype`."""
+    model, tokenizer = load_model(source, device=device, with_onnx=True)
+    if tokenizer is None:
+        raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
+    check_dtype(model, dtype)
+    tokenizer.encode("")  # loads GPT-2's vocabulary, or fails, before the first prompt
+    model.eval()
+    return Model(model, for_generation(model, device, dtype, compiled), tokenizer, device, dtype)
 
 
 def for_generation(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtype,

@@ -15,16 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Condition, Thread
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from nanotune.device import autocast
-from nanotune.errors import UserError, out_of_memory
-from nanotune.formats.checkpoint import check_dtype, load_model
-from nanotune.generation.fast import for_generation
+from nanotune.errors import out_of_memory
+from nanotune.generation.fast import Model
 from nanotune.generation.generate import TextPieces, stream, text_before
-from nanotune.text.tokenizer import AnyTokenizer
 
 
 class Busy(Exception):
@@ -72,29 +70,6 @@ class Job:
     request: Request
     results: SimpleQueue = field(default_factory=SimpleQueue)
     cancelled: bool = False
-
-
-@dataclass
-class Model:
-    """A loaded model: as it is, and in its fastest form for stream()."""
-    plain: Any
-    fast: Any
-    tokenizer: AnyTokenizer
-    device: torch.device
-    dtype: torch.dtype
-
-
-def open_model(source: str, device: torch.device, dtype: torch.dtype, compiled: bool = False
-               ) -> Model:
-    """Loads a model from any source of load_model. Raises UserError as it, and if the model has no
-    tokenizer or cannot compute in `dtype`."""
-    model, tokenizer = load_model(source, device=device, with_onnx=True)
-    if tokenizer is None:
-        raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
-    check_dtype(model, dtype)
-    tokenizer.encode("")  # loads GPT-2's vocabulary, or fails, before the first request
-    model.eval()
-    return Model(model, for_generation(model, device, dtype, compiled), tokenizer, device, dtype)
 
 
 class Engine:

@@ -29,6 +29,8 @@ from nanotune.training import logbook, lora, state_dicts
 from nanotune.training.distributed import World, share
 
 RUN_FILE = "run.json"
+# beside the states, what a run writes whole each time
+REWRITTEN = (MODEL_FILE, BEST_FILE, RUN_FILE, "settings.json", "metrics.jsonl")
 LENGTHS = ("block_size", "source_length", "target_length")  # tokens of a sample
 RUN_FIELDS = {"run_id": str, "status": str, "pid": int, "host": str, "saved_step": int | None}
 
@@ -324,7 +326,7 @@ def begin(out_dir: str | Path, start: Start, best: str) -> None:
             (Path(out_dir) / BEST_FILE).unlink()
     for path in start.passed_over:  # else later saves would rotate a good state out
         os.replace(path, path.with_suffix(".refused"))
-    for name in (STATE_FILE, MODEL_FILE, BEST_FILE, RUN_FILE, "settings.json", "metrics.jsonl"):
+    for name in (STATE_FILE, *REWRITTEN):
         # left by an interrupted save
         for path in Path(out_dir).glob(f"{name}.*tmp"):
             path.unlink(missing_ok=True)
@@ -334,6 +336,5 @@ def begin(out_dir: str | Path, start: Start, best: str) -> None:
 def clear(out_dir):
     """Removes the files of a run."""
     for path in (*state_files(out_dir), *(Path(out_dir) / name for name in (
-            MODEL_FILE, BEST_FILE, RUN_FILE, "settings.json", "metrics.jsonl", "train.log",
-            "samples.txt", "loss.png"))):
+            *REWRITTEN, "train.log", "samples.txt", "loss.png"))):
         path.unlink(missing_ok=True)

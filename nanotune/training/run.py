@@ -247,9 +247,11 @@ def config_to_save(r: Run) -> dict[str, Any]:
     return asdict(r.cfg) | {"init_from": first, "settings_version": settings.VERSION}
 
 
-def steps_of(epochs: float, data: TokenBin | PairBin, samples_per_step: int) -> int:
-    """Returns the number of steps that make so many epochs, rounded up."""
-    return math.ceil(epochs * data.n_blocks / samples_per_step)
+def set_max_iters(cfg, data):
+    """Sets max_iters to the steps that make --epochs, rounded up, if that is given."""
+    if cfg.epochs is not None:
+        samples_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
+        cfg.max_iters = math.ceil(cfg.epochs * data["train"].n_blocks / samples_per_step)
 
 
 def check(cfg: Any) -> World:
@@ -290,9 +292,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
         torch.backends.cuda.enable_cudnn_sdp(False)  # NaN under masks: pytorch issue 196678
     data = open_splits(cfg, folder, model.config)
     check_same_data(data, world)
-    if cfg.epochs is not None:
-        cfg.max_iters = steps_of(cfg.epochs, data["train"],
-                                 cfg.batch_size * cfg.gradient_accumulation_steps)
+    set_max_iters(cfg, data)
     resume.check_same_data(cfg, start, data)
     model.recompute = cfg.recompute
     torch.set_float32_matmul_precision("high")  # TF32 for float32 products on a GPU
@@ -325,9 +325,7 @@ def dry_run(cfg: Any) -> None:
             cfg.out_dir, "resume" if resume.resumes(cfg) else cfg.init_from))
     config = run_config(cfg, config, tokenizer)
     data = open_splits(cfg, folder, config)
-    if cfg.epochs is not None:
-        cfg.max_iters = steps_of(cfg.epochs, data["train"],
-                                 cfg.batch_size * cfg.gradient_accumulation_steps)
+    set_max_iters(cfg, data)
     compiled = pick_compile(cfg.compile, world.device, weights=DTYPES[cfg.weights])
     lines = plan.plan_lines(cfg, data["train"].largest(config), world, dtype, compiled,
                             *map(len, data.values()), data["train"].tokens_per_sample)

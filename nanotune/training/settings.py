@@ -6,13 +6,12 @@ same fields from state.pt, which also holds the weights that they belong to, or 
 import json
 import shlex
 import subprocess
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 
-from configurator import build, by_section, check_type, read_sources
+from configurator import build, by_section, check_type, hints_of, read_sources
 from nanotune import files
 from nanotune.errors import UserError, first_line
 from nanotune.formats.checkpoint import MODEL_FILE
@@ -49,11 +48,11 @@ def read_run_config(out_dir: str | Path) -> dict[str, Any]:
 
 def remembered(cls: type, config: dict[str, Any]) -> dict[str, Any]:
     """Returns those of a run's fields that a resume goes on with, as a source of build()."""
-    hints, kept = get_type_hints(cls, include_extras=True), {}
-    for name in (f.name for f in fields(cls)):
+    kept = {}
+    for name, kind in hints_of(cls).items():
         if name in config and name not in OF_ONE_START:
             try:
-                kept[name] = check_type(hints[name], config[name], name)
+                kept[name] = check_type(kind, config[name], name)
             except UserError:  # nanoGPT's may have another type
                 continue
     for names in cls.ONE_OF:  # epochs decided max_iters
