@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from ranks import run_ranks
@@ -57,7 +58,15 @@ def closed_terminal(rank):
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
     redirect(slave)
     os.close(slave)
-    at_step(3, lambda: os.close(master))
+
+    def close():
+        os.close(master)
+        stop = signal.getsignal(signal.SIGHUP).__self__
+        deadline = time.monotonic() + 20
+        while not stop.received and time.monotonic() < deadline:  # some kernels signal late
+            time.sleep(.01)
+
+    at_step(3, close)
 
 
 def saved(out):
