@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nanotune.errors import UserError
 from nanotune.formats import hf, hf_config, hub
 from nanotune.generation.generate import read_prompts, stream
-from nanotune.head_loss import head_bytes, head_chunk, head_loss
+from nanotune.head import Head, head_bytes, head_chunk, head_loss
 from nanotune.text.loader import IGNORED
 
 ACTIVATIONS = {
@@ -225,7 +225,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
         ))
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size)
         self.recompute = False  # recompute activations in the backward pass, block by block
         self.tie_head()
         if not self.lm_head.weight.is_meta:  # else the weights come from a file
@@ -267,7 +267,7 @@ class GPT(nn.Module):
     def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """idx, targets (B, T) -> the loss, in nats *summed* over the targets that are not -1."""
         x = self.hidden(idx).flatten(0, 1)
-        return head_loss(x, self.lm_head.weight, targets.flatten(), self.compute_dtype)
+        return head_loss(x, self.lm_head, targets.flatten(), self.compute_dtype)
 
     def logits(self, idx: torch.Tensor) -> torch.Tensor:
         """idx (B, T) -> the logits of all positions, (B, T, V), a small GPT's largest tensor."""
@@ -358,7 +358,7 @@ class GPT(nn.Module):
         return c.n_layer * (token * tokens + cast), backward
 
     def head_bytes(self, batch_size: int, device_type: str, dtype: torch.dtype) -> tuple[int, int]:
-        """As head_loss.head_bytes, for a batch of full rows."""
+        """As head.head_bytes, for a batch of full rows."""
         rows = batch_size * self.config.block_size
         return head_bytes(self.lm_head.weight, rows, device_type, dtype)
 

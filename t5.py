@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from model import GPT, Embedding, KVCache, Linear, additive
 from nanotune.errors import UserError
 from nanotune.formats import hf, hf_config, hub
-from nanotune.head_loss import head_bytes, head_chunk, head_loss
+from nanotune.head import Head, head_bytes, head_chunk, head_loss
 from nanotune.text.loader import IGNORED
 
 
@@ -229,7 +229,7 @@ class T5(nn.Module):
         self.shared = Embedding(config.vocab_size, config.n_embd)
         self.encoder = Stack(config, config.n_layer, cross=False)
         self.decoder = Stack(config, config.n_decoder_layer, cross=True)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size)
         self.tie_head()
         if not self.lm_head.weight.is_meta:  # else the weights come from a file
             self.apply(self.init_weights)
@@ -279,7 +279,7 @@ class T5(nn.Module):
         """x (B, S), sources padded with -1, and y (B, T), targets -> the loss, in nats *summed*
         over the targets that are not -1."""
         hidden = self.hidden(x, y).flatten(0, 1)
-        return head_loss(hidden, self.lm_head.weight, y.flatten(), self.compute_dtype)
+        return head_loss(hidden, self.lm_head, y.flatten(), self.compute_dtype)
 
     def hidden(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x (B, S), y (B, T) as in forward() -> the input of the head, (B, T, C)."""
@@ -380,7 +380,7 @@ class T5(nn.Module):
         return c.n_layer * kept[0] + c.n_decoder_layer * kept[1], backward
 
     def head_bytes(self, batch_size: int, device_type: str, dtype: torch.dtype) -> tuple[int, int]:
-        """As head_loss.head_bytes, for a batch of targets of target_length tokens."""
+        """As head.head_bytes, for a batch of targets of target_length tokens."""
         rows = batch_size * self.config.target_length
         return head_bytes(self.lm_head.weight, rows, device_type, dtype)
 

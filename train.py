@@ -312,7 +312,7 @@ def show_sample(r, length=120):
     ids, pairs = r.tokenizer.encode(r.cfg.sample_start), r.model.config.takes_pairs
     # eager: these shapes would be compiled again
     with (torch.compiler.set_stance("force_eager"), sdpa_kernel(ANY_LENGTH),
-          autocast(r.world.device, r.dtype, cache=True)):
+          r.model.lm_head.keep(), autocast(r.world.device, r.dtype, cache=True)):
         new = stream(r.model, [ids], length, temperature=0.8, top_k=200,
                      stop_token=r.tokenizer.eot if pairs else None,
                      n_vocab=r.tokenizer.n_vocab, generator=generator)

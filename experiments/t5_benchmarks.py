@@ -120,7 +120,7 @@ def case(args):
     folder, splits = make_folder(args, args.shape)
     dtype, size = DTYPES[args.dtype], args.batch_size
     if args.case == "nanotune":
-        tune_malloc(lean=False)
+        tune_malloc()
         model, _ = load_model(str(folder), dropout=0.1)
         data = open_dataset(splits[0] / "train.bin", model.config, global_batch=size)
         batches, loss_of = (data.batch(n * size, size) for n in range(10**6)), model

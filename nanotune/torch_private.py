@@ -17,10 +17,11 @@ def cpu_has_bfloat16() -> bool:
     return any(probe is not None and probe() for probe in probes)
 
 
-def can_pack_linear() -> bool:
-    """Whether oneDNN can lay out a float32 matrix in its own order; else a plain nn.Linear serves.
-    These two operators are those that torch.compile uses on x86."""
-    return (torch.backends.cpu.get_cpu_capability().startswith("AVX")
+def can_pack_linear(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether oneDNN can lay out a matrix of this dtype in its own order; else a plain nn.Linear
+    serves. These operators are those that torch.compile uses on x86."""
+    supported = torch.float32, *[torch.bfloat16] * cpu_has_bfloat16()
+    return (dtype in supported and torch.backends.cpu.get_cpu_capability().startswith("AVX")
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"))
 

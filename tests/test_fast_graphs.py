@@ -9,10 +9,10 @@ from conftest import tiny_gpt
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from model import Linear
 from nanotune.generation import fast
 from nanotune.generation.fast import ALIGNED, Decoder, cuda_graph, for_generation
 from nanotune.generation.generate import stream
+from nanotune.head import Head
 
 NEO = dict(local_window=4, attn_scale=1.0, qkv_bias=False)
 PROMPTS = torch.randint(61, (3, 5), generator=torch.Generator().manual_seed(1))
@@ -171,10 +171,10 @@ def test_what_generation_runs_on(monkeypatch):
     model = tiny_gpt(61)
     assert for_generation(model, cpu, bf16, compiled=False) is model
     model = for_generation(tiny_gpt(61), cpu, f32, compiled=True)
-    assert model.compiled and model.capture is None and isinstance(model.model.lm_head, Linear)
+    assert model.compiled and model.capture is None and isinstance(model.model.lm_head, Head)
     model = for_generation(tiny_gpt(61), gpu, bf16, compiled=False)
     assert not model.compiled and model.capture is fast.cuda_graph
-    assert model.model.lm_head.weight.dtype == bf16
+    assert model.model.lm_head.product.weight.dtype == bf16
 
 
 def test_without_a_compiler_it_goes_on_plain(monkeypatch, capsys):

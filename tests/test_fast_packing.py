@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import tiny_gpt
 
-from model import KVCache, Linear
+from model import KVCache
 from nanotune.generation import fast
 from nanotune.torch_private import can_pack_linear
 
@@ -19,7 +19,7 @@ def test_packed_is_plain(fields):
         whole = model.logits(idx)
         new = model.generate(idx[:, :5], 30, temperature=0)
         fast.pack(model, CPU, torch.float32)
-        assert not any(isinstance(module, Linear) for module in model.modules())
+        assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
         torch.testing.assert_close(model.logits(idx), whole, atol=1e-4, rtol=1e-4)
         cache = model.new_cache(2)
         for part in idx.split([7, 1, 1, 3], dim=1):
@@ -31,17 +31,19 @@ def test_packed_is_plain(fields):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
-def test_cast_is_autocast(fields, dtype):
+def test_half_precision_is_autocast(fields, dtype):
     model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
     with torch.no_grad(), torch.autocast("cpu", dtype):
-        whole, loss = model.logits(idx), model(idx, idx)
+        whole = model.logits(idx)
         new = model.generate(idx[:, :5], 30, temperature=0)
         fast.pack(model, CPU, dtype)
-        matrices = [module for module in model.modules() if isinstance(module, Linear)]
-        assert len(matrices) == 9 and all(layer.weight.dtype == dtype for layer in matrices)
+        assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
         assert model.transformer.wte.weight.dtype == torch.float32
-        assert torch.equal(model.logits(idx), whole) and torch.equal(model(idx, idx), loss)
-        assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
+        # oneDNN may add up in another order
+        tolerance = 2e-2 if can_pack_linear(dtype) else 0
+        torch.testing.assert_close(model.logits(idx), whole, atol=tolerance, rtol=0)
+        if not tolerance:
+            assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
 
 
 def test_attention_has_no_plan_for_each_length():

@@ -17,18 +17,19 @@ each step reads the whole cache, with its empty columns. From gpt-fast (PyTorch 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
-from model import GPT, KVCache, Linear
+from model import GPT, KVCache
 from nanotune.device import compile_error
 from nanotune.errors import UserError, first_line
 from nanotune.formats.checkpoint import check_dtype, load_model
 from nanotune.formats.onnx_model import OnnxGPT
 from nanotune.generation.generate import read_prompts
+from nanotune.head import Head, add_mean, is_half
 from nanotune.text.tokenizer import AnyTokenizer
 from nanotune.torch_private import can_pack_linear, pack_linear, packed_linear
 
@@ -78,39 +79,60 @@ def for_generation(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtyp
 # packed matrices
 
 class PackedLinear(nn.Module):
-    def __init__(self, linear):
+    """x (..., K) -> x @ weight.T + bias in the weight's dtype, the weight in oneDNN's order."""
+    def __init__(self, weight, bias):
         super().__init__()
-        self.packed = pack_linear(linear.weight.detach())
-        self.bias = linear.bias
+        self.packed, self.bias, self.dtype = pack_linear(weight), bias, weight.dtype
 
     def forward(self, x):
-        return packed_linear(x, self.packed, self.bias)
+        return packed_linear(x.to(self.dtype), self.packed, self.bias)
 
 
-def cast(linear, dtype):
-    """Casts a layer once, as autocast would at each use."""
-    linear.weight = nn.Parameter(linear.weight.detach())  # a tied head gets its own copy
-    return linear.to(dtype)
+class CastLinear(nn.Module):
+    """As PackedLinear, the weight as it is."""
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x):
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class PackedHead(nn.Module):
+    """A Head in half precision; `made` makes a layer of its centred weights."""
+    def __init__(self, head, dtype, made):
+        super().__init__()
+        weight, self.mean = head.centred(dtype)
+        self.product = made(weight, None)
+
+    def forward(self, x):
+        return add_mean(self.product(x), x, self.mean)
 
 
 @torch.no_grad()
 def pack(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtype) -> None:
-    """Casts the matrices of a GPT if `dtype`, autocast's, is half precision; packs them by oneDNN
-    in float32 on an x86 CPU. Replaces one at a time, so memory does not double; a tied head gets
-    its own copy. Disables cuDNN's attention for the whole process."""
+    """Casts the matrices of a model to `dtype`, autocast's, and on an x86 CPU packs them by oneDNN.
+    Replaces one at a time, so memory does not double; a tied head gets its own copy. Disables
+    cuDNN's attention for the whole process."""
     if not isinstance(model, nn.Module):  # an OnnxGPT
         return
     # cuDNN plans again for each cache length, which takes longer than a token
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if dtype != torch.float32:
-        made = partial(cast, dtype=dtype)
-    elif device.type == "cpu" and can_pack_linear():
-        made = PackedLinear
-    else:
+    packs = device.type == "cpu" and can_pack_linear(dtype)
+    if dtype == torch.float32 and not packs:
         return
-    for parent in [module for module in model.modules() if not isinstance(module, Linear)]:
-        for name in [name for name, layer in parent.named_children() if isinstance(layer, Linear)]:
-            setattr(parent, name, made(getattr(parent, name)))
+    made = PackedLinear if packs else CastLinear
+
+    def replacement(layer):
+        if isinstance(layer, Head) and is_half(dtype):
+            return PackedHead(layer, dtype, made)
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        return made(layer.weight.detach().to(dtype), bias)
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, replacement(layer))
 
 
 # -----------------------------------------------------------------------------

@@ -1,15 +1,86 @@
-"""Computes the loss of a language-model head, a few rows of logits at a time.
+"""The head of a language model: its logits, and its loss, a few rows of logits at a time.
 
-    loss = head_loss(x, weight, targets, dtype)    # summed over the targets that are not -1
+    logits = head(x)                             # Head is a matrix without bias
+    loss = head_loss(x, head, targets, dtype)    # summed over the targets that are not -1
 
 The logits of all rows, by far the largest tensor of a small model, are never in memory at once.
 Letters in the shape comments: N rows, C channels, V vocabulary, n rows of a chunk.
 """
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
+from torch.nn import functional as F
 
 from nanotune.text.loader import IGNORED
+
+
+class Head(nn.Linear):
+    """A linear layer without bias from C channels to the logits of V ids.
+
+    In half precision it multiplies by its weights minus their mean row. That takes the same number
+    from all logits of a row, which is added back in float32. The logits of the released GPT-2 lie
+    near -100, where two bfloat16 numbers are 0.5 apart; without their mean they are small.
+    """
+    def __init__(self, n_embd: int, n_vocab: int) -> None:
+        super().__init__(n_embd, n_vocab, bias=False)
+        self.keeping, self.copy = False, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> logits (..., V), in float32 if the product is in half precision."""
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        if not is_half(dtype):
+            return F.linear(x, self.weight.to(x.dtype))
+        weight, mean = self.centred(dtype)
+        return add_mean(F.linear(x.to(dtype), weight), x, mean)
+
+    def centred(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (the weights minus their mean row in `dtype`, (V, C); that row in float32, (C,)).
+        Frozen weights keep them, other weights within keep()."""
+        if torch.compiler.is_compiling():
+            return centre(self.weight, dtype)
+        now = dtype, self.weight.data_ptr(), self.weight._version
+        if self.copy is None or self.copy[0] != now:
+            self.copy = now, centre(self.weight, dtype)
+        made = self.copy[1]
+        if self.weight.requires_grad and not self.keeping:
+            self.copy = None
+        return made
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """A context in which the weights do not change, so that they are centred only once."""
+        self.keeping = True
+        try:
+            yield
+        finally:
+            self.keeping, self.copy = False, None
+
+
+@torch.no_grad()
+def centre(weight, dtype, span=2048):
+    """weight (V, C) -> (weight minus its mean row, in `dtype`; the mean row, (C,) float32). Works
+    on `span` rows at a time, to save memory."""
+    mean = weight.mean(0, dtype=torch.float32)
+    if torch.compiler.is_compiling():  # Inductor fuses the subtraction and the cast
+        return (weight - mean).to(dtype), mean
+    centred = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    for out, rows in zip(centred.split(span), weight.split(span)):
+        out.copy_(rows - mean)
+    return centred, mean
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 2
+
+
+def add_mean(logits: torch.Tensor, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Adds to logits (..., V) what the mean row (C,) contributes for x (..., C); float32."""
+    return logits.float().add_((x.float() * mean).sum(-1, keepdim=True))
 
 
 class HeadChunk(NamedTuple):
@@ -32,11 +103,14 @@ def head_chunk(device_type: str, dtype: torch.dtype) -> HeadChunk:
     return HeadChunk(rows * 4 // dtype.itemsize, softmax_rows, ids)
 
 
-def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+def head_loss(x: torch.Tensor, head: Head, targets: torch.Tensor,
               dtype: torch.dtype) -> torch.Tensor:
-    """x (N, C), weight (V, C), targets (N,) -> the cross-entropies of x @ weight.T, in nats summed
-    over the targets that are not -1, (). Matrix products are computed in `dtype`, sums in float32;
-    all in float64 if that is `dtype`."""
+    """x (N, C), targets (N,) -> the cross-entropies of the head's logits, in nats summed over the
+    targets that are not -1, (). Matrix products are computed in `dtype`, sums in float32; all in
+    float64 if that is `dtype`.
+
+    In half precision the logits are those of the centred weights. Softmax gives the same for them;
+    so does the gradient of x, since the gradients of a row of logits sum to zero."""
     device = x.device.type
     # skips rows that do not count, 9 of 10 in a prompt with a short answer; not on a GPU, where
     # indexing is a sync point, nor compiled, which needs fixed shapes
@@ -44,7 +118,8 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
         counts = targets != IGNORED
         x, targets = x[counts], targets[counts]
     with torch.autocast(device, enabled=False):  # HeadLoss casts to `dtype` by chunks
-        return HeadLoss.apply(x, weight, targets, dtype, torch.is_grad_enabled())
+        w = head.centred(dtype)[0] if is_half(dtype) else None
+        return HeadLoss.apply(x, head.weight, w, targets, dtype, torch.is_grad_enabled())
 
 
 class HeadLoss(torch.autograd.Function):
@@ -54,11 +129,13 @@ class HeadLoss(torch.autograd.Function):
     other factor, so no softmax is computed twice. From Liger Kernel, Hsu et al. 2024.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_grad):  # x (N, C), weight (V, C), targets (N,)
+    def forward(ctx, x, weight, w, targets, dtype, with_grad):
+        # x (N, C), weight (V, C), targets (N,); w (V, C) in `dtype` is used instead, if given
         size = head_chunk(x.device.type, dtype)
-        # weights of a smaller dtype are cast in parts, again for each chunk of rows
-        in_parts = weight.dtype.itemsize < dtype.itemsize and len(weight) > size.ids
-        w = weight if in_parts else weight.to(dtype)
+        if w is None:
+            # weights of a smaller dtype are cast in parts, again for each chunk of rows
+            in_parts = weight.dtype.itemsize < dtype.itemsize and len(weight) > size.ids
+            w = weight if in_parts else weight.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         loss = torch.zeros((), device=x.device, dtype=wide)
         dx = torch.empty_like(x) if with_grad else None
@@ -83,7 +160,7 @@ class HeadLoss(torch.autograd.Function):
         assert ctx.dx is not None, "a second backward of one loss"
         dx, dw = ctx.dx.mul_(grad), None if ctx.dw is None else ctx.dw.mul_(grad)
         ctx.dx = ctx.dw = None  # scaled in place, to save memory: only one backward is possible
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 def cross_entropy_(logits, targets, with_grad):
@@ -136,17 +213,20 @@ def head_bytes(weight: torch.Tensor, n_rows: int, device_type: str,
                dtype: torch.dtype) -> tuple[int, int]:
     """Returns (bytes while the loss is computed, bytes at the end of the backward pass) of a head
     (V, C) and a batch of n_rows. First: a chunk of logits, the cast head, its gradient in float32.
-    At the end: its gradient and the embedding's, before they are added."""
+    At the end: its gradient and the embedding's, before they are added. A frozen head stays cast.
+    """
     (V, C), e = weight.shape, dtype.itemsize
     size = head_chunk(device_type, dtype)
     rows, ids = min(size.rows, n_rows), min(size.ids, V)
     during = rows * V * e
     if e < 4:
         during += min(size.softmax_rows, rows) * V * 4
-    if weight.dtype != dtype:
-        during += (ids if weight.dtype.itemsize < e else V) * C * e
+    cast = 0
+    if is_half(dtype) or weight.dtype != dtype:
+        cast = (ids if weight.dtype.itemsize < e else V) * C * e
+    during += cast
     if not weight.requires_grad:
-        return during, 0
+        return during, cast if is_half(dtype) else 0
     during += weight.numel() * 4
     if e < 4:
         during += ids * C * e
