@@ -31,10 +31,15 @@ def pack_linear(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
-def packed_linear(x: torch.Tensor, packed: torch.Tensor,
-                  bias: torch.Tensor | None) -> torch.Tensor:
-    """x (..., K) -> x @ weight.T + bias, (..., N)."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+# names of activations -> what _linear_pointwise calls them
+FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+
+
+def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None,
+                  activation: str | None = None) -> torch.Tensor:
+    """x (..., K) -> x @ weight.T + bias, (..., N), through an activation, a key of FUSED."""
+    name, algorithm = FUSED[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
 
 
 def is_compiled(model) -> bool:

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import GPT, KVCache
+from model import GPT, MLP, KVCache
 from nanotune.device import compile_error
 from nanotune.errors import UserError, first_line
 from nanotune.formats.checkpoint import check_dtype, load_model
@@ -79,13 +79,16 @@ def for_generation(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtyp
 # packed matrices
 
 class PackedLinear(nn.Module):
-    """x (..., K) -> x @ weight.T + bias in the weight's dtype, the weight in oneDNN's order."""
+    """x (..., K) -> x @ weight.T + bias in the weight's dtype, the weight in oneDNN's order.
+    `activation`, a key of torch_private.FUSED, is applied to the result."""
+    activation = None
+
     def __init__(self, weight, bias):
         super().__init__()
         self.packed, self.bias, self.dtype = pack_linear(weight), bias, weight.dtype
 
     def forward(self, x):
-        return packed_linear(x.to(self.dtype), self.packed, self.bias)
+        return packed_linear(x.to(self.dtype), self.packed, self.bias, self.activation)
 
 
 class CastLinear(nn.Module):
@@ -133,6 +136,8 @@ def pack(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtype) -> None
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
                 setattr(parent, name, replacement(layer))
+        if packs and isinstance(parent, MLP):
+            parent.c_fc.activation, parent.activation = model.config.activation, nn.Identity()
 
 
 # -----------------------------------------------------------------------------
