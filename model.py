@@ -61,8 +61,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, length: int | None = None,
                  device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         length = min(length or config.block_size, config.block_size)
-        hs = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, length, hs)
+        shape = (config.n_layer, batch_size, config.n_head, length, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.pos, self.pad = 0, None
@@ -82,18 +81,21 @@ class KVCache:
         self.pad = None if self.pad is None else self.pad[rows]
 
     def columns(self, T: int) -> tuple[torch.Tensor, int]:
-        """Returns the columns of the next T tokens, (T,), and S, the tokens with them."""
-        return torch.arange(self.pos, self.pos + T, device=self.k.device), self.pos + T
+        """Returns the columns of the next T tokens, (T,), and S, all tokens; before append()."""
+        S = self.pos + T
+        # views of all layers at once: slices in each layer would take longer
+        self.new = [held[:, :, :, self.pos:S].unbind(0) for held in (self.k, self.v)]
+        self.whole = [held[:, :, :, :S].unbind(0) for held in (self.k, self.v)]
+        return torch.arange(self.pos, S, device=self.k.device), S
 
     def advance(self, T: int) -> None:
         self.pos += T
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """Writes the new k, v (B, nh, T, hs) of a layer; returns all, (B, nh, S, hs) each."""
-        end = self.pos + k.size(2)
-        self.k[layer, :, :, self.pos:end] = k
-        self.v[layer, :, :, self.pos:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        for held, new in zip(self.new, (k, v)):
+            held[layer].copy_(new)
+        return [held[layer] for held in self.whole]
 
 
 def attention_mask(row, S, seen=None, to_the_end=True, window=None):
@@ -443,7 +445,6 @@ class GPT(nn.Module):
         config_file, weight_files = hub.find_pretrained(name)
         fields = hf_config.config_from_hf(hub.read_json(config_file), name)
         fields["tied_head"] = hf.head_is_tied(weight_files, fields["tied_head"])
-        config = GPTConfig(**fields, dropout=dropout)
-        model = cls.empty(config, device, dtype)
-        hf.fill_parameters(dict(model.named_parameters()), asdict(config), weight_files)
+        model = cls.empty(GPTConfig(**fields, dropout=dropout), device, dtype)
+        hf.fill_parameters(dict(model.named_parameters()), asdict(model.config), weight_files)
         return model

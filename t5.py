@@ -62,7 +62,8 @@ class T5Cache:
         self.source, self.mask = None, None             # (B, S, C); (B, 1, 1, S), as encode()
         self.source_kv = [None] * config.n_decoder_layer  # of each layer, from its first step on
 
-    full, rewind, append = KVCache.full, KVCache.rewind, KVCache.append
+    full, rewind, columns = KVCache.full, KVCache.rewind, KVCache.columns
+    append, advance = KVCache.append, KVCache.advance
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Replaces row i by row rows[i], rows (B,), as beam search does."""
@@ -309,14 +310,13 @@ class T5(nn.Module):
     def decode(self, x, source, source_mask, cache=None):
         """x (B, T, C), the embeddings of the tokens before each target -> the input of the head,
         (B, T, C)."""
-        begin, T = 0 if cache is None else cache.pos, x.size(1)
-        row = torch.arange(begin, begin + T, device=x.device)
-        column = torch.arange(begin + T, device=x.device)
-        mask = additive(column <= row[:, None], self.stream_dtype)
-        mask = (self.decoder.position_bias(row, len(column)) + mask)[None]  # (1, nh, T, P)
+        T = x.size(1)
+        row, P = (torch.arange(T, device=x.device), T) if cache is None else cache.columns(T)
+        mask = additive(torch.arange(P, device=x.device) <= row[:, None], self.stream_dtype)
+        mask = (self.decoder.position_bias(row, P) + mask)[None]  # (1, nh, T, P)
         x = self.decoder(x, mask.to(source_mask.dtype), source, source_mask, cache)
         if cache is not None:
-            cache.pos += T
+            cache.advance(T)
         return x * self.config.n_embd ** -0.5 if self.config.scale_head else x
 
     def start(self, prompts: Sequence[list[int]], room: int,
