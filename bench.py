@@ -3,6 +3,7 @@
     python bench.py train                        # against transformers' GPT-2 in a plain loop
     python bench.py train --against=../nanoGPT   # against a checkout of nanoGPT
     python bench.py sample --num_samples=10
+    python bench.py sample --against=PATH_OF_LLAMA_BENCH    # or ctranslate2
     python bench.py sample --exported=True       # PyTorch beside ONNX, int8 and int4
     python bench.py load --model=gpt2-xl         # a Hugging Face folder into a model
     python bench.py memory --model=gpt2-large    # peaks beside what --dry_run=True predicts
@@ -55,7 +56,7 @@ N_VOCAB = {"tiny": 257}  # of the others 50257
 @dataclass
 class Config:
     model: str = "gpt2"               # gpt2, gpt2-medium, gpt2-large, gpt2-xl: the shape
-    against: str = "transformers"     # or the path of a nanoGPT checkout; none: ours alone
+    against: str = "transformers"  # or none, ctranslate2, a nanoGPT checkout, a llama-bench file
     repeats: AtLeast1 = 3             # processes a case
     only: str = ""                    # the cases whose names contain this
     steps: AtLeast1 = 4               # train: timed steps of a process, after 2 to warm up
@@ -103,9 +104,10 @@ def run_process(argv, until=None, cwd=None):
 
 
 def run_worker(task, **options):
-    """What one of WORKERS returns in a process of its own, and its memory: the process's, unless
-    the worker has measured a GPU's."""
-    text, _, rss = run_process([sys.executable, ROOT / "bench.py", "worker", task,
+    """What one of WORKERS, or of the TASKS in experiments/rivals.py, returns in a process of its
+    own, and its memory: the process's, unless the worker has measured a GPU's."""
+    file = ["bench.py", "worker"] if task in WORKERS else ["experiments/rivals.py"]
+    text, _, rss = run_process([sys.executable, ROOT / file[0], *file[1:], task,
                                 json.dumps(options, default=str)])
     return {"memory": rss} | json.loads(text.strip().splitlines()[-1])
 
@@ -205,68 +207,6 @@ def make_folders(folder, model, block_size, dtype, tokens=200_000):
     return {}
 
 
-def train_transformers(folder, batch_size, block_size, steps, device, dtype, compiled):
-    """transformers' GPT2LMHeadModel in the loop that its users write: sdpa, fused AdamW."""
-    from transformers import GPT2LMHeadModel
-    torch.set_float32_matmul_precision("high")  # TF32, as train.py
-    model = GPT2LMHeadModel.from_pretrained(
-        Path(folder, "hf"), dtype=torch.float32, attn_implementation="sdpa").to(device).train()
-    if compiled:
-        model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    tokens = np.fromfile(Path(folder, "data", "train.bin"), "<u2").astype(np.int64)
-    rng, times = np.random.RandomState(1), []
-    for _ in range(WARM_UP + steps):
-        began = time.perf_counter()
-        starts = rng.randint(0, len(tokens) - block_size, batch_size)
-        x = torch.from_numpy(np.stack([tokens[s:s + block_size] for s in starts])).to(device)
-        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
-            loss = model(x, labels=x).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()  # waits for the GPU
-        times.append(time.perf_counter() - began)
-    seconds = statistics.median(times[WARM_UP:])
-    return {"tok/s": batch_size * block_size / seconds} | gpu_memory(device)
-
-
-def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, compiled):
-    """transformers' generate() with its cache, or its static one, which it compiles itself."""
-    from transformers import GPT2LMHeadModel
-    model = GPT2LMHeadModel.from_pretrained(
-        Path(folder, "hf"), dtype=getattr(torch, dtype)).to(device).eval()
-    idx = torch.ones(num_samples, 1, dtype=torch.long, device=device)
-    options = dict(attention_mask=torch.ones_like(idx), do_sample=True, temperature=0.8, top_k=200,
-                   pad_token_id=model.config.vocab_size - 1)
-    if compiled:
-        options["cache_implementation"] = "static"
-    timed = []  # a static cache is as long as the sample, and each length is compiled for
-    for n in (max_new_tokens,) * 3 if compiled else (8, 8, max_new_tokens):
-        began = time.perf_counter()
-        new = model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)
-        int(new[0, -1])  # waits for the GPU
-        timed.append(time.perf_counter() - began)
-    return {"tok/s": num_samples * max_new_tokens / timed[-1]} | gpu_memory(device)
-
-
-def sample_nanogpt(path, model, num_samples, max_new_tokens, device, dtype):
-    """nanoGPT's model.generate() under autocast, as in its sample.py, which prints no times."""
-    sys.path.insert(0, path)  # its model.py, not ours
-    from model import GPT, GPTConfig
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(**SHAPES[model])).to(device).eval()
-    idx = torch.ones(num_samples, 1, dtype=torch.long, device=device)
-    with torch.no_grad(), torch.autocast(device, getattr(torch, dtype),
-                                         enabled=dtype != "float32"):
-        gpt.generate(idx, 4, temperature=0.8, top_k=200)
-        began = time.perf_counter()
-        int(gpt.generate(idx, max_new_tokens, temperature=0.8, top_k=200)[0, -1])
-        seconds = time.perf_counter() - began
-    return {"tok/s": num_samples * max_new_tokens / seconds} | gpu_memory(device)
-
-
 def load_ours(folder):
     from nanotune.formats.checkpoint import load_model
     return timed_load(lambda: load_model(str(Path(folder, "hf"))))
@@ -341,8 +281,7 @@ def processor():
     return names[0] if names else None
 
 
-WORKERS = {f.__name__: f for f in (make_folders, train_transformers, sample_transformers,
-                                   sample_nanogpt, load_ours, load_by_copy, machine)}
+WORKERS = {f.__name__: f for f in (make_folders, load_ours, load_by_copy, machine)}
 
 
 # -----------------------------------------------------------------------------
@@ -359,11 +298,20 @@ def train_cases(cfg, found, folder):
             for dtype in found["dtypes"]:
                 cases[f"transformers {dtype}{told}"] = partial(
                     run_worker, "train_transformers", folder=folder, steps=cfg.steps,
-                    batch_size=cfg.batch_size, block_size=cfg.block_size, device=cfg.device,
-                    dtype=dtype, compiled=compiled)
-        elif cfg.against != "none":
+                    warm_up=WARM_UP, batch_size=cfg.batch_size, block_size=cfg.block_size,
+                    device=cfg.device, dtype=dtype, compiled=compiled)
+        elif rival_of(cfg) == "nanoGPT":
             cases["nanoGPT" + told] = partial(train_nanogpt, cfg, folder, compiled)
     return cases
+
+
+def rival_of(cfg):
+    """What --against names: transformers, ctranslate2, none, nanoGPT, llama.cpp; else None."""
+    if cfg.against in ("transformers", "ctranslate2", "none"):
+        return cfg.against
+    if Path(cfg.against, "train.py").is_file():
+        return "nanoGPT"
+    return "llama.cpp" if os.access(cfg.against, os.X_OK) and Path(cfg.against).is_file() else None
 
 
 def sample_cases(cfg, found, folder):
@@ -380,17 +328,34 @@ def sample_cases(cfg, found, folder):
                 cases[f"transformers {dtype}" + ", static cache" * compiled] = partial(
                     run_worker, "sample_transformers", folder=folder, dtype=dtype,
                     compiled=compiled, **sizes)
-    elif cfg.against != "none":
+    elif rival_of(cfg) == "nanoGPT":
         cases[f"nanoGPT {found['dtype']}"] = partial(
-            run_worker, "sample_nanogpt", path=cfg.against, model=cfg.model,
+            run_worker, "sample_nanogpt", path=cfg.against, shape=SHAPES[cfg.model],
             dtype=found["dtype"], **sizes)
+    cases |= runtime_cases(cfg, folder, found["dtypes"])
     cases = {name: partial(with_mbu, cfg, found, name, case) for name, case in cases.items()}
     return cases | {"nanotune, one token": lambda: first_token(cfg, folder)}
 
 
+def runtime_cases(cfg, folder, forms):
+    """llama.cpp or CTranslate2, if --against names one, in these forms of the weights."""
+    source, rival = cfg.init_from or folder / "hf", rival_of(cfg)
+    options = dict(source=source, folder=folder, max_new_tokens=cfg.max_new_tokens)
+    if rival == "llama.cpp":
+        names = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+        return {f"llama.cpp {names[form]}": partial(
+            run_worker, "sample_llama_cpp", executable=cfg.against, form=names[form], **options)
+            for form in forms}
+    if rival == "ctranslate2":
+        return {f"CTranslate2 {form}": partial(
+            run_worker, "sample_ctranslate2", form=form, num_samples=cfg.num_samples, **options)
+            for form in forms if form in ("float32", "int8")}
+    return {}
+
+
 def with_mbu(cfg, found, name, case):
     """A case's figures, and the share of the memory's bandwidth that reading the weights takes."""
-    figures, size = case(), 2 if "float16" in name else 4
+    figures, size = case(), 2 if "float16" in name or "BF16" in name else 4
     steps = figures["tok/s"] / cfg.num_samples
     return figures | {"MBU": size * found["N"] * steps / found["bandwidth"]}
 
@@ -403,8 +368,9 @@ def exported_cases(cfg, found, folder):
     source = cfg.init_from or folder / "hf"
     cases = {f"PyTorch {dtype}": partial(sample_form, cfg, folder, source, dtype)
              for dtype in ("float32", "bfloat16") if dtype in found["dtypes"]}
-    return cases | {name: partial(sample_onnx, cfg, folder, source, quantize)
-                    for name, quantize in FORMS.items()}
+    cases |= {name: partial(sample_onnx, cfg, folder, source, quantize)
+              for name, quantize in FORMS.items()}
+    return cases | runtime_cases(cfg, folder, [*found["dtypes"], "int8", "int4"])
 
 
 def sample_onnx(cfg, folder, source, quantize):
@@ -531,9 +497,17 @@ def check_config(mode, cfg):
         raise UserError(f"bench.py {mode}: what to measure is one of {', '.join(CASES)}")
     if cfg.model not in SHAPES:
         raise UserError(f"--model={cfg.model}: use {', '.join(SHAPES)}")
-    if cfg.against not in ("transformers", "none") and not Path(cfg.against, "train.py").is_file():
-        raise UserError(f"--against={cfg.against}: use transformers, none, or the path of a "
-                        "nanoGPT checkout")
+    rival = rival_of(cfg)
+    if rival is None:
+        raise UserError(f"--against={cfg.against}: use transformers, ctranslate2, none, or the "
+                        "path of a nanoGPT checkout or of a llama-bench executable")
+    package = {"llama.cpp": "gguf", "ctranslate2": "ctranslate2"}.get(rival)
+    if package and mode != "sample":
+        raise UserError(f"--against={cfg.against} is for `bench.py sample`; {rival} does not train")
+    if rival == "llama.cpp" and cfg.num_samples > 1:
+        raise UserError("llama-bench generates one sample at a time: leave --num_samples=1")
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"--against={cfg.against} needs a package: pip install {package}")
     if (cfg.against == "transformers" or mode == "load") and mode != "memory" and (
             importlib.util.find_spec("transformers") is None):
         raise UserError("bench.py compares with transformers: pip install -r "

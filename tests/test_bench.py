@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_examples import script
 from tiny import run_script
 
 import bench
@@ -51,10 +52,53 @@ def test_both_ways_of_loading_give_one_model(folder, monkeypatch):
 
 def test_the_rivals_train_and_sample(folder):
     pytest.importorskip("transformers")
-    found = bench.train_transformers(str(folder), 2, 16, 1, "cpu", "float32", compiled=False)
+    rivals = script("experiments/rivals.py")
+    found = rivals.train_transformers(str(folder), 2, 16, 1, 0, "cpu", "float32", compiled=False)
     assert found["tok/s"] > 0
-    found = bench.sample_transformers(str(folder), 2, 4, "cpu", "float32", compiled=False)
+    found = rivals.sample_transformers(str(folder), 2, 4, "cpu", "float32", compiled=False)
     assert found["tok/s"] > 0
+
+
+def test_a_gguf_file_holds_the_models_tensors(folder, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model, _ = load_model(str(folder / "hf"))
+    script("experiments/rivals.py").write_gguf(model, tmp_path / "f32.gguf")
+    read = gguf.GGUFReader(tmp_path / "f32.gguf")
+    tensors = {t.name: torch.from_numpy(t.data.copy()) for t in read.tensors}
+    assert len(tensors) == len(list(model.parameters()))
+    block = model.transformer.h[1]
+    assert torch.equal(tensors["token_embd.weight"], model.lm_head.weight)
+    assert torch.equal(tensors["blk.1.attn_qkv.weight"], block.attn.c_attn.weight)
+    assert torch.equal(tensors["blk.1.ffn_down.bias"], block.mlp.c_proj.bias)
+
+
+def test_ctranslate2_samples(folder, tmp_path):
+    pytest.importorskip("ctranslate2")
+    sample = script("experiments/rivals.py").sample_ctranslate2
+    found = sample(str(folder / "hf"), str(tmp_path), "float32", 2, 4)
+    assert found["tok/s"] > 0 and found["size"] > 0
+
+
+def test_what_against_names(tmp_path):
+    (tmp_path / "train.py").touch()
+    executable = tmp_path / "llama-bench"
+    executable.touch(mode=0o755)
+    names = {"transformers": "transformers", "ctranslate2": "ctranslate2", "none": "none",
+             str(tmp_path): "nanoGPT", str(executable): "llama.cpp",
+             str(tmp_path / "train.py"): None, "nowhere": None}
+    assert {name: bench.rival_of(replace(TINY, against=name)) for name in names} == names
+
+
+def test_a_rivals_forms(tmp_path, folder):
+    executable = tmp_path / "llama-bench"
+    executable.touch(mode=0o755)
+    cfg, forms = replace(TINY, against=str(executable)), ["float32", "bfloat16", "int8", "int4"]
+    assert list(bench.runtime_cases(cfg, folder, forms)) == [
+        "llama.cpp F32", "llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp Q4_0"]
+    cfg = replace(TINY, against="ctranslate2")
+    assert list(bench.runtime_cases(cfg, folder, forms)) == ["CTranslate2 float32",
+                                                             "CTranslate2 int8"]
+    assert bench.runtime_cases(TINY, folder, forms) == {}
 
 
 def test_a_loads_figures(folder):
@@ -103,7 +147,9 @@ def test_a_whole_mode(mode, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("argv, said", [
     (["nonsense"], "train, sample, load, memory"), (["train", "--model=gpt3"], "--model=gpt3"),
     (["sample", "--against=nowhere"], "--against=nowhere"),
-    (["sample", "--init_from=gpt2"], "--exported=True")])
+    (["sample", "--init_from=gpt2"], "--exported=True"),
+    (["train", "--against=ctranslate2"], "ctranslate2 does not train"),
+    (["sample", f"--against={sys.executable}", "--num_samples=2"], "llama-bench")])
 def test_bad_input_is_one_line(argv, said, monkeypatch, capsys):
     status, _, err = run_script(monkeypatch, capsys, bench.main, argv)
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and said in err
