@@ -1,0 +1,20 @@
+# make chat: the quickstart's pretrained model finetuned on conversations about Python's library
+# about 2 minutes on 2 CPU cores
+out_dir = "out-quickstart-chat"
+eval_interval = 100
+eval_iters = 0  # the whole validation split: 179 windows
+log_interval = 50
+always_save_checkpoint = False
+
+dataset = "chat"
+init_from = "out-quickstart-base"
+separate_documents = True
+# 1,024 tokens a step: 1 epoch = 388 steps
+batch_size = 8
+gradient_accumulation_steps = 1
+block_size = 128
+
+learning_rate = 1e-3
+max_iters = 600
+warmup_iters = 20
+beta2 = 0.99
