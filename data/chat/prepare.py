@@ -87,8 +87,7 @@ def to_chat(where: str, fields: dict, tokenizer: fetch.AnyTokenizer) -> Chat:
     if last < 0:
         raise UserError(f"{where}: no message is an assistant's, there is nothing to learn")
     for number, message in enumerate(messages, 1):
-        fetch.check_text(message.content, tokenizer.chat, tokenizer.special.get("eos_token"),
-                         f"{where}: message {number}")
+        fetch.check_text(message.content, tokenizer, f"{where}: message {number}")
     return tuple(messages[:last + 1])
 
 
@@ -111,7 +110,7 @@ def encode_chats(chats: list[Chat], tokenizer: fetch.AnyTokenizer,
                  most: int) -> tuple[np.ndarray, np.ndarray, list[Chat], int]:
     """(ids, mask, the conversations as they were kept, how many of these were cut): of one with
     more than `most` ids the turns that fit, up to an assistant's."""
-    turns = iter(fetch.encode_turns(tokenizer, tokenizer.chat, [m for chat in chats for m in chat]))
+    turns = iter(fetch.encode_turns(tokenizer, [message for chat in chats for message in chat]))
     end, ids, mask, kept, cut = fetch.document_end(tokenizer), [], [], [], 0
     for chat in chats:
         whole = [next(turns) for _ in chat]

@@ -7,7 +7,7 @@ conversations of `make chat`.
 docstrings/  every docstring of the standard library, to pretrain on: 1.7 MB, some 8,000 documents
 topics/      Python's language reference, as help("if") shows it, to finetune on: 0.4 MB
 chats/       train.jsonl, val.jsonl, test.jsonl: questions about the library's classes and functions
-             with answers from their docstrings, for data/chat/prepare.py: some 4,000
+             with answers from their docstrings, for data/chat/prepare.py: some 3,400
 
 The datasets use one byte-level BPE, trained on the docstrings that train. A document, or one that
 mostly repeats it, stands in one split only; conversations in val.jsonl and test.jsonl are about
@@ -63,8 +63,9 @@ def read_docstrings(library: dict[str, ast.Module]) -> list[str]:
     """The docstrings of the standard library, in the order of its paths."""
     docstrings = [docstring for tree in library.values() for docstring in find_docstrings(tree)]
     if len(docstrings) < 1000:
-        raise UserError(f"only {len(docstrings)} docstrings in the standard library: this Python "
-                        "comes without its sources; use one from python.org")
+        raise UserError(f"only {len(docstrings)} docstrings in {sysconfig.get_paths()['stdlib']}: "
+                        "this Python comes without the sources of its library; use one from "
+                        "python.org")
     return docstrings
 
 
@@ -107,29 +108,10 @@ def find_named(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
                 yield from find_named(child, f"{name}.{child.name}")
 
 
-def make_chat(module: str, name: str, node: ast.AST, answer: str, draw: random.Random) -> list:
-    """The messages of a conversation about a class or function: what it does or is, and then, in
-    any order, its module and the arguments that the question showed."""
-    is_class, asked, more = isinstance(node, ast.ClassDef), name, []
-    if not is_class and draw.random() < 0.6:
-        arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-                     if a.arg not in ("self", "cls")]
-        asked = f"{name}({', '.join(arguments)})"
-        *others, last = arguments or ["no arguments"]
-        more.append(("What does it take?", "It takes " + ", ".join(others)
-                     + (" and " if others else "") + f"{last}."))
-    if draw.random() < 0.8:
-        more.append(("Which module is it in?", f"It is in the module {module}."))
-    draw.shuffle(more)
-    question = f"What is {asked}?" if is_class else f"What does {asked} do?"
-    return [{"role": role, "content": text} for turn in [(question, answer), *more]
-            for role, text in zip(("user", "assistant"), turn)]
-
-
-def make_chats(library: dict[str, ast.Module], splits: dict[str, set[str]]) -> dict[str, list]:
-    """{"train", "val", "test": conversations about what has a short docstring}, each in the split
-    that holds the whole docstring; every second of those that validate is in "test"."""
-    chats, draw = {"train": [], "val": [], "test": []}, random.Random(1337)
+def find_subjects(library: dict[str, ast.Module],
+                  splits: dict[str, set[str]]) -> Iterator[tuple[str, tuple]]:
+    """Yields (split, (module, name, node, answer)) of what has a short docstring, with the split
+    that holds the docstring. The answer is its first paragraph."""
     for path, tree in library.items():
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         if any(part.startswith("_") for part in module.split(".")):
@@ -138,12 +120,43 @@ def make_chats(library: dict[str, ast.Module], splits: dict[str, set[str]]) -> d
             docstring = (ast.get_docstring(node) or "").strip()
             answer = " ".join(re.split(r"\n\s*\n", docstring)[0].split())
             split = next((split for split, held in splits.items() if docstring in held), None)
-            if split is None or not 20 <= len(answer) <= LONGEST_ANSWER:
-                continue
-            if split == "val" and len(chats["val"]) > len(chats["test"]):
-                split = "test"
-            chats[split].append(make_chat(module, name, node, answer, draw))
-    return chats
+            if split and 20 <= len(answer) <= LONGEST_ANSWER:
+                yield split, (module, name, node, answer)
+
+
+def ask_about(module: str, name: str, node: ast.AST, answer: str,
+              draw: random.Random) -> list[tuple[str, str]]:
+    """[(question, answer), ...] about a class or function: what it is or does, and then, in any
+    order, its module and the arguments that the first question showed."""
+    is_class, asked, more = isinstance(node, ast.ClassDef), name, []
+    if not is_class and draw.random() < 0.6:
+        arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                     if a.arg not in ("self", "cls")]
+        asked = f"{name}({', '.join(arguments)})"
+        *others, last = arguments or ["no arguments"]
+        listed = f"{', '.join(others)} and {last}" if others else last
+        more.append(("What does it take?", f"It takes {listed}."))
+    if draw.random() < 0.8:
+        more.append(("Which module is it in?", f"It is in the module {module}."))
+    draw.shuffle(more)
+    return [(f"What is {asked}?" if is_class else f"What does {asked} do?", answer), *more]
+
+
+def make_chats(library: dict[str, ast.Module], splits: dict[str, set[str]]) -> dict[str, list]:
+    """{"train", "val", "test": conversations}, lists of messages, each about one subject or two
+    neighbours. Every second of those that validate is in "test"."""
+    draw, subjects, chats = random.Random(1337), {"train": [], "val": []}, {}
+    for split, subject in find_subjects(library, splits):
+        subjects[split].append(subject)
+    for split, held in subjects.items():
+        chats[split] = []
+        while held:
+            size = 1 + (draw.random() < 0.4)
+            taken, held = held[:size], held[size:]
+            turns = [turn for subject in taken for turn in ask_about(*subject, draw)]
+            chats[split].append([{"role": role, "content": text} for turn in turns
+                                 for role, text in zip(("user", "assistant"), turn)])
+    return {"train": chats["train"], "val": chats["val"][::2], "test": chats["val"][1::2]}
 
 
 def write_chats(folder: Path, chats: dict[str, list]) -> None:

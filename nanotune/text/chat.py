@@ -1,9 +1,9 @@
 r"""Conversations: how their turns become tokens, and which of these count in the loss.
 
-    template = Template()                             # plain data in a tokenizer's spec
+    attach(tokenizer, Template())       # plain data, which travels in the tokenizer's spec
     messages = read_messages(fields["messages"], "FILE, line 1")
-    ids, mask = encode_chat(tokenizer, template, messages)    # a whole conversation, to train on
-    ids, dropped = chat_prompt(tokenizer, messages, most)     # up to the assistant's next text
+    ids, mask = encode_chat(tokenizer, messages)            # a whole conversation, to train on
+    ids, dropped = chat_prompt(tokenizer, messages, most)   # up to the assistant's next text
 
 The default template is plain text, so that it needs no new tokens:
 
@@ -62,8 +62,8 @@ class Template:
         return (
             "{% for message in messages %}"
             f"{{% set text = {self.before!r} + message['content'] | trim %}}"
-            f"{{% if {self.end!r} in (text + {self.end!r})[:-1] or (eos_token and eos_token in "
-            "text) %}{{ raise_exception('A message holds the mark that ends a turn') }}{% endif %}"
+            f"{{% if {self.end!r} in text or (eos_token and eos_token in text) %}}"
+            "{{ raise_exception('A message holds the mark that ends a turn') }}{% endif %}"
             f"{{% {roles}else %}}{{{{ raise_exception('Unknown role') }}}}{{% endif %}}"
             f"{{{{ text + {self.end!r} }}}}{{% endfor %}}"
             f"{{% if add_generation_prompt %}}{{{{ {self.assistant!r} }}}}{{% endif %}}")
@@ -103,12 +103,11 @@ def chat_config(tokenizer: Any) -> bytes:
     return json.dumps(tokenizer.special | {KEY: tokenizer.chat.spec()}, indent=2).encode()
 
 
-def template_of(tokenizer: Any, source: str) -> Template:
-    """Returns a tokenizer's template. Raises UserError if it has none."""
+def check_template(tokenizer: Any, source: str) -> None:
+    """Raises UserError if the tokenizer has no template."""
     if tokenizer.chat is None:
         raise UserError(f"{source} has no chat template: it was not finetuned on conversations; "
                         "data/chat/prepare.py makes a dataset of them")
-    return tokenizer.chat
 
 
 # -----------------------------------------------------------------------------
@@ -140,52 +139,49 @@ def read_messages(value: Any, where: str) -> list[Message]:
     return messages
 
 
-def check_text(text: str, template: Template, end_of_text: str | None, where: str) -> None:
-    """Raises UserError if a text holds the end of a turn, or end-of-text, and so could begin a turn
-    of another role."""
-    turn = template.before + text + template.end
-    found = turn.find(template.end) < len(turn) - len(template.end)
-    if found or (end_of_text and end_of_text in text):
-        mark = repr(template.end) if found else end_of_text
-        raise UserError(f"{where} holds {mark}, which ends a turn; remove it")
+def check_text(text: str, tokenizer: Any, where: str) -> None:
+    """Raises UserError if a text holds the end of a turn or end-of-text: what follows it would be
+    the turn of another role."""
+    for mark in (tokenizer.chat.end, tokenizer.special.get("eos_token")):
+        if mark and mark in tokenizer.chat.before + text:
+            raise UserError(f"{where} holds {mark!r}, which ends a turn; remove it")
 
 
 # -----------------------------------------------------------------------------
 # tokens
 
-def encode_turns(tokenizer: Any, template: Template,
+def encode_turns(tokenizer: Any,
                  messages: Sequence[Message]) -> list[tuple[list[int], list[int]]]:
     """Returns (ids, mask) of each turn: 1 for an assistant's text and its end, else 0. Raises
     UserError as check_text()."""
-    end, roles, eos = tokenizer.encode(template.end), {}, tokenizer.special.get("eos_token")
+    template = tokenizer.chat
     for number, message in enumerate(messages, 1):
-        check_text(message.content, template, eos, f"message {number}")
+        check_text(message.content, tokenizer, f"message {number}")
+    heads = {role: tokenizer.encode(getattr(template, role))
+             for role in {message.role for message in messages}}
     texts = tokenizer.encode_batch([template.before + message.content for message in messages])
-    turns = []
+    end, turns = tokenizer.encode(template.end), []
     for message, text in zip(messages, texts):
-        if message.role not in roles:
-            roles[message.role] = tokenizer.encode(getattr(template, message.role))
-        role, body = roles[message.role], [*text, *end]
-        turns.append(([*role, *body],
-                      [0] * len(role) + [int(message.role == "assistant")] * len(body)))
+        head, body = heads[message.role], [*text, *end]
+        turns.append(([*head, *body],
+                      [0] * len(head) + [int(message.role == "assistant")] * len(body)))
     return turns
 
 
-def encode_chat(tokenizer: Any, template: Template,
-                messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Returns (ids, mask) of a conversation. Raises UserError as check_text()."""
-    turns = encode_turns(tokenizer, template, messages)
+    turns = encode_turns(tokenizer, messages)
     return tuple([x for turn in turns for x in turn[part]] for part in (0, 1))
 
 
-def chat_prompt(tokenizer: Any, template: Template, messages: Sequence[Message],
+def chat_prompt(tokenizer: Any, messages: Sequence[Message],
                 most: int) -> tuple[list[int], int]:
     """Returns (ids of a conversation up to the assistant's next text, how many messages were left
-    out): the oldest, so that at most `most` ids remain, which begin with the system's message, if
-    there is one, and a user's. Raises UserError if the last message does not fit, or as
+    out): the oldest, so that at most `most` ids remain. These begin with the system's message, if
+    there is one, and go on with a user's. Raises UserError if the last message does not fit, or as
     check_text()."""
-    turns = [ids for ids, _ in encode_turns(tokenizer, template, messages)]
-    answer = tokenizer.encode(template.assistant)
+    turns = [ids for ids, _ in encode_turns(tokenizer, messages)]
+    answer = tokenizer.encode(tokenizer.chat.assistant)
     first = int(messages[0].role == "system")
     head = turns[0] if first else []
     begin, used, at = None, len(head) + len(answer), len(turns)
