@@ -22,7 +22,7 @@ from model import GPT
 from nanotune.errors import UserError
 from nanotune.formats.onnx_model import OnnxGPT
 from nanotune.generation.generate import stream
-from nanotune.text.chat import chat_prompt, read_messages, room_for_answer, template_of
+from nanotune.text.chat import chat_prompt, check_template, read_messages, room_for_answer
 from nanotune.text.loader import IGNORED
 from nanotune.text.read import read_jsonl
 from nanotune.text.tokenizer import AnyTokenizer, without_end
@@ -197,7 +197,7 @@ def read_last_turns(path: Path, tokenizer: AnyTokenizer, block_size: int,
     """Returns (ids of each conversation up to its last answer, that answer, how many conversations
     had to leave out their oldest turns) of a test.jsonl of {"messages"}. Raises UserError if a line
     is no conversation with an answer at its end, or its last question does not fit."""
-    template = template_of(tokenizer, str(path))
+    check_template(tokenizer, str(path))
     prompts, targets, shortened = [], [], 0
     most = block_size - room_for_answer(block_size, max_new_tokens)
     for where, fields in read_jsonl(path):
@@ -205,7 +205,7 @@ def read_last_turns(path: Path, tokenizer: AnyTokenizer, block_size: int,
         if last.role != "assistant":
             raise UserError(f"{where}: its last message must be an assistant's, which is scored")
         try:
-            ids, dropped = chat_prompt(tokenizer, template, before, most)
+            ids, dropped = chat_prompt(tokenizer, before, most)
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
         prompts.append(ids)
