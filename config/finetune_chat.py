@@ -3,7 +3,7 @@
 # learning answers by heart, few epochs, and the best checkpoint by validation loss.
 # Each conversation attends to itself only. Then: python sample.py --out_dir=out-chat --chat
 out_dir = "out-chat"
-eval_interval = 50
+eval_interval = 20
 eval_iters = 200
 log_interval = 10
 
@@ -16,6 +16,6 @@ gradient_accumulation_steps = 8
 learning_rate = 3e-5
 dropout = 0.1
 epochs = 3
-warmup_iters = 50
+warmup_iters = 10
 always_save_checkpoint = False
 patience = 5  # five evaluations without a better one: stop

@@ -2,14 +2,14 @@
 # about 2 minutes on 2 CPU cores
 out_dir = "out-quickstart-chat"
 eval_interval = 100
-eval_iters = 0  # the whole validation split: 179 windows
+eval_iters = 0  # the whole validation split: 112 windows
 log_interval = 50
 always_save_checkpoint = False
 
-dataset = "chat"
+dataset = "python_docs/chat"
 init_from = "out-quickstart-base"
 separate_documents = True
-# 1,024 tokens a step: 1 epoch = 388 steps
+# 1,024 tokens a step: 1 epoch = 250 steps
 batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 128

@@ -36,6 +36,7 @@ TINY = {
     "data/python_docs/prepare.py": [],
     "data/jsonl/prepare.py": [],
     "data/pairs/prepare.py": [],
+    "data/chat/prepare.py": [],
 }
 FILES = {
     "text.txt": TEXT * 3,
@@ -46,6 +47,9 @@ FILES = {
     "examples.jsonl": "".join(
         json.dumps({"prompt": f"Tweet: number {i}\nSentiment:", "completion": f" {label}"}) + "\n"
         for i, label in enumerate(["positive", "negative"] * 30)),
+    "chats.jsonl": "".join(json.dumps({"messages": [
+        {"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]}) + "\n"
+        for i in range(40)),
     "pairs.csv": "source_text,target_text\n" + "".join(
         f"Line {'abcdefgh'[i % 8] * (1 + i // 8)},a\n" for i in range(40)),
     "lambada_test.jsonl": "".join(

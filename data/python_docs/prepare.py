@@ -4,10 +4,10 @@ conversations of `make chat`.
     python data/python_docs/prepare.py [--out_dir=DIR] [--vocab_size=4096]
     python train.py --dataset=python_docs/docstrings ...
 
-docstrings/  every docstring of the standard library, to pretrain on: 1.7 MB, some 8,000 documents
-topics/      Python's language reference, as help("if") shows it, to finetune on: 0.4 MB
-chats/       train.jsonl, val.jsonl, test.jsonl: questions about the library's classes and functions
-             with answers from their docstrings, for data/chat/prepare.py: some 3,400
+docstrings/     every docstring of the standard library, to pretrain on: 1.7 MB, some 8,000 documents
+topics/         Python's language reference, as help("if") shows it, to finetune on: 0.4 MB
+conversations/  train.jsonl, val.jsonl and test.jsonl for data/chat/prepare.py: questions about
+                classes and functions, with answers from their docstrings; some 2,800
 
 The datasets use one byte-level BPE, trained on the docstrings that train. A document, or one that
 mostly repeats it, stands in one split only; conversations in val.jsonl and test.jsonl are about
@@ -33,7 +33,7 @@ from fetch import UserError
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DOCUMENTED = (ast.Module, ast.ClassDef, *FUNCTIONS)
-LONGEST_ANSWER = 160  # characters: a conversation fits into the quickstart's 128 tokens
+LONGEST_ANSWER = 100  # characters: a conversation fits into the quickstart's 128 tokens
 
 
 def find_docstrings(node: ast.AST) -> Iterator[str]:
@@ -129,14 +129,14 @@ def ask_about(module: str, name: str, node: ast.AST, answer: str,
     """[(question, answer), ...] about a class or function: what it is or does, and then, in any
     order, its module and the arguments that the first question showed."""
     is_class, asked, more = isinstance(node, ast.ClassDef), name, []
-    if not is_class and draw.random() < 0.6:
+    if not is_class and draw.random() < 0.5:
         arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
                      if a.arg not in ("self", "cls")]
         asked = f"{name}({', '.join(arguments)})"
         *others, last = arguments or ["no arguments"]
         listed = f"{', '.join(others)} and {last}" if others else last
         more.append(("What does it take?", f"It takes {listed}."))
-    if draw.random() < 0.8:
+    if draw.random() < 0.5:
         more.append(("Which module is it in?", f"It is in the module {module}."))
     draw.shuffle(more)
     return [(f"What is {asked}?" if is_class else f"What does {asked} do?", answer), *more]
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
                  else fetch.train_bpe((text for text, _ in train), args.vocab_size))
     counts = fetch.encode_dataset(args.out_dir / "docstrings", train, val, tokenizer)
     fetch.encode_dataset(args.out_dir / "topics", *fetch.split_documents(topics), tokenizer)
-    write_chats(args.out_dir / "chats", make_chats(library, {
+    write_chats(args.out_dir / "conversations", make_chats(library, {
         name: {text for text, _ in held} for name, held in (("train", train), ("val", val))}))
     fetch.print_next("quickstart_pretrain", args.out_dir / "docstrings", counts, context=128)
 

@@ -112,12 +112,15 @@ def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, 
 
 def until(tokens, end):
     """Yields `tokens`, (B,) at a time, until each row has held the ids `end`, if there are any."""
+    if not end:
+        yield from tokens
+        return
     ended, wanted, last = False, torch.tensor(end), deque(maxlen=len(end))
     for token in tokens:
         yield token
         last.append(token.cpu())
-        if end and len(last) == len(end):
-            ended = ended | (torch.stack(list(last), 1) == wanted).all(1)
+        if len(last) == len(end):
+            ended = ended | (torch.stack(list(last), 1) == wanted).all(1)  # (B,)
             if bool(ended.all()):
                 return
 
