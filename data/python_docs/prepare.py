@@ -4,7 +4,7 @@ conversations of `make chat`.
     python data/python_docs/prepare.py [--out_dir=DIR] [--vocab_size=4096]
     python train.py --dataset=python_docs/docstrings ...
 
-docstrings/     every docstring of the standard library, to pretrain on: 1.7 MB, some 8,000 documents
+docstrings/     every docstring of the standard library, to pretrain on: 1.7 MB, 8,000 documents
 topics/         Python's language reference, as help("if") shows it, to finetune on: 0.4 MB
 conversations/  train.jsonl, val.jsonl and test.jsonl for data/chat/prepare.py: questions about
                 classes and functions, with answers from their docstrings; some 2,800
