@@ -35,6 +35,7 @@ from nanotune import cli  # noqa: E402 (no package is installed)
 from nanotune.errors import UserError  # noqa: E402
 from nanotune.formats.hub import note_folder  # noqa: E402
 from nanotune.text.chat import (  # noqa: E402, F401 (F401: for the scripts)
+    ROLES,
     Message,
     Template,
     attach,
@@ -43,7 +44,7 @@ from nanotune.text.chat import (  # noqa: E402, F401 (F401: for the scripts)
     encode_turns,
     read_messages,
 )
-from nanotune.text.read import read_jsonl, read_text  # noqa: E402
+from nanotune.text.read import check_surrogates, read_jsonl, read_text  # noqa: E402, F401
 from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts)
     EOT,
     AnyTokenizer,

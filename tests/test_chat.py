@@ -299,6 +299,32 @@ def test_bad_lines(tmp_path, capsys, line, message):
     assert "1 conversations are left out, the first because of" in out and "18 train, 2 val" in out
 
 
+def test_other_words(tmp_path, capsys):
+    folder = prepare(tmp_path, "--user=Q:", "--assistant=A:", r"--end=\n--\n", lines=MANY)
+    tokenizer = tokenizer_of_dataset(folder)
+    assert tokenizer.chat == Template(user="Q:", assistant="A:", end="\n--\n")
+    text = tokenizer.decode(np.fromfile(folder / "val.bin", "<u2").tolist())
+    assert re.match(r"Q: What is line \d+\?\n--\nA: It ends \d+\.\n--\n", text)
+    assert "joins the marks" not in capsys.readouterr().out
+    prepare(tmp_path, "--end=.", lines=[exchange("Hi", "Ho")] * 2 + [exchange("Hi", "He")])
+    with pytest.raises(UserError, match=r"line 1: message 2 holds '\.', which ends a turn"):
+        prepare(tmp_path, "--end=.", lines=MANY)
+    for option in ("--user=", r"--end=\n", "--end= "):
+        with pytest.raises(UserError, match="must each have a text"):
+            prepare(tmp_path, option, lines=MANY)
+    with pytest.raises(UserError, match=r"--user: character 1 is .udcff, half of a surrogate"):
+        prepare(tmp_path, "--user=\udcff", lines=MANY)
+
+
+def test_a_tokenizer_that_joins_is_told_of(tmp_path, capsys):
+    from tokenizers import ByteLevelBPETokenizer
+    made = ByteLevelBPETokenizer(add_prefix_space=True)
+    made.train_from_iterator(["User: x"], 300, show_progress=False, special_tokens=[EOT])
+    made.save(str(tmp_path / "joins.json"))
+    prepare(tmp_path, f"--tokenizer={tmp_path / 'joins.json'}", lines=MANY)
+    assert "joins the marks of turns with the texts" in capsys.readouterr().out
+
+
 def test_bad_files_and_options(tmp_path):
     for content, message in (("[1]", "item 1: must be a JSON object"), ("{}", "must be a JSON arr"),
                              ("[", "malformed JSON")):

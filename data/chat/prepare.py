@@ -20,6 +20,7 @@ counted; one whose first answer does not fit is left out and counted. Another ro
 an assistant that comes first, and a text that holds the end of a turn or end-of-text are errors;
 --skip_bad leaves such conversations out instead, and counts them.
 
+--user, --assistant, --system and --end change the template, say to words that the model knows.
 --test_fraction=0.05 keeps so many apart as test.jsonl, for evaluate.py --task=generate; or give
 them by --test_input=FILE.
 """
@@ -106,6 +107,15 @@ def read_chats(path: Path | None, tokenizer: fetch.AnyTokenizer, skip_bad: bool)
     return chats
 
 
+def tell_joins(tokenizer: fetch.AnyTokenizer, chat: Chat) -> None:
+    """Says if the tokenizer joins parts of a conversation that is encoded at once."""
+    parts = [i for ids, _ in fetch.encode_turns(tokenizer, chat) for i in ids]
+    if tokenizer.encode(tokenizer.chat.text(chat)) != parts:
+        print("note: this tokenizer joins the marks of turns with the texts between them: programs "
+              "that encode a whole conversation at once, by the exported chat_template, get other "
+              "ids than nanotune")
+
+
 def encode_chats(chats: list[Chat], tokenizer: fetch.AnyTokenizer,
                  most: int) -> tuple[np.ndarray, np.ndarray, list[Chat], int]:
     """(ids, mask, the conversations as they were kept, how many of these were cut): of one with
@@ -165,6 +175,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                    help="test.jsonl from this file instead of a part of --input")
     p.add_argument("--block_size", type=int, default=1024,
                    help="longer conversations are cut (default: 1024, GPT-2's context)")
+    for part, text in fetch.Template().spec().items():
+        if part != "before":
+            what = "ends a turn" if part == "end" else f"begins a turn of the {part}"
+            p.add_argument(f"--{part}", default=text, metavar="TEXT",
+                           help=f"{what} (default: {text.encode('unicode_escape').decode()})")
     p.add_argument("--skip_bad", action="store_true",
                    help="leave malformed conversations out instead of stopping at the first")
     args = p.parse_args(argv)
@@ -174,18 +189,24 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--test_input and --test_fraction contradict each other: give one")
     for name in ("val_fraction", "test_fraction"):
         fetch.check_fraction(name, getattr(args, name))
+    args.end = args.end.replace("\\n", "\n")
+    for part in (*fetch.ROLES, "end"):
+        fetch.check_surrogates(getattr(args, part), f"--{part}")
+    if not all((args.system, args.user, args.assistant, args.end.strip())):
+        raise UserError("--system, --user, --assistant and --end must each have a text")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     tokenizer = fetch.choose_tokenizer(args.tokenizer)
-    fetch.attach(tokenizer, fetch.Template())
+    fetch.attach(tokenizer, fetch.Template(args.system, args.user, args.assistant, end=args.end))
     chats, val, test = (read_chats(path, tokenizer, args.skip_bad)
                         for path in (args.input, args.val_input, args.test_input))
     if not chats:
         raise UserError(f"{args.input} holds no conversations; it should have one per line, with "
                         f"{WANTED}")
+    tell_joins(tokenizer, chats[0])
     splits = fetch.split_examples(chats, val, args.val_fraction, args.test_fraction, args.seed,
                                   test)
     if not splits["train"]:

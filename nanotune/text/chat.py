@@ -55,6 +55,11 @@ class Template:
         """Returns the template as plain data, which template_from() reads."""
         return asdict(self)
 
+    def text(self, messages: Sequence[Message]) -> str:
+        """Returns a conversation as one text."""
+        return "".join(f"{getattr(self, role)}{self.before}{content}{self.end}"
+                       for role, content in messages)
+
     def jinja(self) -> str:
         """Returns it as transformers' chat_template, which refuses what check_text() refuses."""
         roles = "".join(f"{'el' if i else ''}if message['role'] == {role!r} %}}"
