@@ -36,16 +36,17 @@ chat: .venv/.runs
 	@echo "--- 1. the quickstart's pretrained model, unless it is there"
 	$(PY) train.py config/quickstart_pretrain.py --auto_resume=True
 	@echo "--- 2. finetune it on conversations about the library's classes and functions"
-	$(PY) data/chat/prepare.py --input=data/python_docs/conversations/train.jsonl --val_input=data/python_docs/conversations/val.jsonl --test_input=data/python_docs/conversations/test.jsonl --tokenizer=data/python_docs/docstrings --block_size=128 --out_dir=data/python_docs/chat
+	$(PY) data/chat/prepare.py --input=$(TALKS)/train.jsonl --val_input=$(TALKS)/val.jsonl --test_input=$(TALKS)/test.jsonl --out_dir=data/python_docs/chat --tokenizer=data/python_docs/docstrings --block_size=128 --user=Q: --assistant=A: --end='\n--\n'
 	$(PY) train.py config/quickstart_chat.py --overwrite=True
 	@echo "--- 3. the loss of the answers before and after, and the last answers of held-out conversations"
 	@$(PY) evaluate.py --out_dir=out-quickstart-base --dataset=python_docs/chat
 	@$(PY) evaluate.py --out_dir=out-quickstart-chat --dataset=python_docs/chat
-	@$(PY) evaluate.py --task=generate --out_dir=out-quickstart-chat --dataset=python_docs/chat --max_new_tokens=64
+	@$(PY) evaluate.py --task=generate --out_dir=out-quickstart-chat --dataset=python_docs/chat
 	@echo "--- 4. talk to it"
 	@if [ -t 0 ]; then $(CHAT); else printf '%s\n' $(QUESTIONS) | $(CHAT); fi
 
-CHAT = $(PY) sample.py --out_dir=out-quickstart-chat --chat --temperature=0.3 --max_new_tokens=64
+TALKS = data/python_docs/conversations
+CHAT = $(PY) sample.py --out_dir=out-quickstart-chat --chat --temperature=0.3
 QUESTIONS = "What does json.dumps(obj, indent) do?" "Which module is it in?" "What does it take?" "What is pathlib.Path?"
 
 sentiment: .venv/.runs

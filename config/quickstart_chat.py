@@ -1,9 +1,9 @@
 # make chat: the quickstart's pretrained model finetuned on conversations about Python's library
 # about 2 minutes on 2 CPU cores
 out_dir = "out-quickstart-chat"
-eval_interval = 100
+eval_interval = 200
 eval_iters = 0  # the whole validation split: 112 windows
-log_interval = 50
+log_interval = 100
 always_save_checkpoint = False
 
 dataset = "python_docs/chat"
@@ -14,7 +14,7 @@ batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 128
 
-learning_rate = 1e-3
-max_iters = 600
+learning_rate = 1.5e-3
+max_iters = 1000
 warmup_iters = 20
 beta2 = 0.99

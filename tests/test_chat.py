@@ -451,13 +451,15 @@ def test_held_out_last_turns(tmp_path, make_run, monkeypatch, capsys):
     folder = prepare(tmp_path, f"--test_input={write(tmp_path / 'test.jsonl', *lines)}", lines=MANY)
     tokenizer = JsonTokenizer(tiny_json())  # without a template: the dataset's is used
     out_dir, _ = make_run(tokenizer, block_size=256)
-    prompts = []
+    prompts, read = [], []
 
     def stream(model, rows, max_new_tokens, **options):
         prompts.extend(map(tokenizer.decode, rows))
         texts = [f" It ends here.{END}User: more", f" It ends.{END}"] * 2
-        new = [[*tokenizer.encode(text), *[tokenizer.eot] * 99][:30] for text in texts]
-        yield from torch.tensor(new).T
+        new = [[*tokenizer.encode(text), *tokenizer.encode("x" * 99)][:60] for text in texts]
+        for column in torch.tensor(new).T:
+            read.append(column)
+            yield column
     monkeypatch.setattr("nanotune.evaluation.tasks.stream", stream)
     evaluate.main(["--task=generate", f"--out_dir={out_dir}", f"--dataset={folder}",
                    "--device=cpu"])
@@ -467,6 +469,7 @@ def test_held_out_last_turns(tmp_path, make_run, monkeypatch, capsys):
     rows = list(map(json.loads, (out_dir / "predictions.jsonl").read_text().splitlines()))
     assert [row["answer"] for row in rows] == [" It ends here.", " It ends."] * 2
     assert not any(row["cut"] for row in rows)
+    assert len(read) == len(tokenizer.encode(f" It ends here.{END}"))  # then all have ended
     assert [row["f1"] for row in rows] == pytest.approx([1, 0.4] * 2)
 
 

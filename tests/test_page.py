@@ -383,6 +383,10 @@ def test_stop_keeps_what_was_said(chat_page, talkers, stop):
     (_, said), = heard(chat_page)[1:]
     assert len(said) > 20 and "stopped" in chat_page.locator("#talks .state").first.inner_text()
     wait_until(lambda: talkers.engines["x"].running is None)
+    say(chat_page, "Line", wait=False)
+    chat_page.locator("#anew").click()
+    assert heard(chat_page) == []
+    assert chat_page.locator("#talks .state").all_inner_texts() == ["", ""]
 
 
 def test_what_the_chat_tells(chat_page):

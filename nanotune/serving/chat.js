@@ -30,9 +30,10 @@ async function run(asked) {
 async function answer(talk, signal) {
   const exchange = talk.exchanges.at(-1), state = $(".state", talk.root);
   const tell = (text, busy = true, bad = false) => {
+    talk.root.ariaBusy = busy;
+    if (talk.exchanges.at(-1) !== exchange) return;  // the conversation was begun anew
     state.textContent = text;
     state.classList.toggle("bad", bad);
-    talk.root.ariaBusy = busy;
   };
   exchange.answer = "";
   draw(talk);
