@@ -34,7 +34,7 @@ quickstart: .venv/.runs
 chat: .venv/.runs
 	$(PY) data/python_docs/prepare.py
 	@echo "--- 1. the quickstart's pretrained model, unless it is there"
-	$(PY) train.py config/quickstart_pretrain.py --auto_resume=True
+	grep -qs '"done"' out-quickstart-base/run.json || $(PY) train.py config/quickstart_pretrain.py --auto_resume=True
 	@echo "--- 2. finetune it on conversations about the library's classes and functions"
 	$(PY) data/chat/prepare.py --input=$(TALKS)/train.jsonl --val_input=$(TALKS)/val.jsonl --test_input=$(TALKS)/test.jsonl --out_dir=data/python_docs/chat --tokenizer=data/python_docs/docstrings --block_size=128 --user=Q: --assistant=A: --end='\n--\n'
 	$(PY) train.py config/quickstart_chat.py --overwrite=True
