@@ -47,7 +47,7 @@ chat: .venv/.runs
 
 TALKS = data/python_docs/conversations
 CHAT = $(PY) sample.py --out_dir=out-quickstart-chat --chat --temperature=0.3
-QUESTIONS = "What does json.dumps(obj, indent) do?" "Which module is it in?" "What does it take?" "What is pathlib.Path?"
+QUESTIONS = "What does shutil.copyfile(src, dst) do?" "Which module is it in?" "What does it take?"
 
 sentiment: .venv/.runs
 	$(PY) -m pip install -q "scikit-learn>=1.5,<2"

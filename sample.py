@@ -34,7 +34,14 @@ from nanotune.errors import UserError
 from nanotune.formats.checkpoint import pick_source
 from nanotune.generation.fast import open_model
 from nanotune.generation.generate import TextPieces, encode_prompt, stream, text_before
-from nanotune.text.chat import Message, chat_prompt, check_template, room_for_answer
+from nanotune.text.chat import (
+    Message,
+    chat_prompt,
+    check_template,
+    check_text,
+    ends_of_turn,
+    room_for_answer,
+)
 from nanotune.text.read import check_surrogates, read_text
 from nanotune.text.tokenizer import EOT
 
@@ -107,7 +114,8 @@ class Sampler:
         self.stops = [] if cfg.stop in ("", EOT) else [cfg.stop]
         if cfg.chat:
             check_template(self.tokenizer, source)
-            self.stops.append(self.tokenizer.chat.end)
+            check_text(cfg.system, self.tokenizer, "--system")
+            self.stops += ends_of_turn(self.tokenizer)
 
     def encode(self, text, where):
         return encode_prompt(self.tokenizer, text, self.model.config.block_size, where)
@@ -216,10 +224,12 @@ def chat_in_terminal(sampler):
             print(f"> {text}", flush=True)
         if text == "/reset":
             history = []
+            print("(a new conversation)", file=sys.stderr)
         if text in ("", "/reset"):
             continue
         try:
             check_surrogates(text, "the message")
+            check_text(text, sampler.tokenizer, "the message")
             asked = [*history, Message("user", text)]
             history = reply(sampler, system, asked, generator)
         except UserError as e:

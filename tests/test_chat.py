@@ -398,6 +398,15 @@ def test_a_full_context_drops_the_oldest_turns(chat_run, monkeypatch, capsys):
     assert prompts[-1].endswith(f"User: Question 8?{END}Assistant:")
 
 
+def test_an_answer_that_spells_end_of_text_stops_there(chat_run, monkeypatch, capsys):
+    def stream(model, rows, max_new_tokens, **options):
+        for letter in f"Yes. {EOT} More.":
+            yield torch.tensor(JsonTokenizer(tiny_json()).encode(letter))
+    monkeypatch.setattr(sample, "stream", stream)
+    out, err = talk(chat_run, monkeypatch, capsys, "Hi\nAnd?\n")
+    assert out == "> Hi\nYes. \n> And?\nYes. \n" and err == ""
+
+
 def test_ctrl_c_ends_an_answer_and_then_the_session(chat_run, monkeypatch, capsys):
     stream, prompts = answers("Some words.", "More.")
 
@@ -425,7 +434,7 @@ def test_an_empty_answer_and_a_bad_message(chat_run, monkeypatch, capsys):
     monkeypatch.setattr(sample, "stream", stream)
     _, err = talk(chat_run, monkeypatch, capsys, f"Hi\n{EOT}\n{'long ' * 99}\nWell?\n")
     assert "(no answer; the message is forgotten)" in err
-    assert "error: message 1 holds '<|endoftext|>', which ends a turn" in err
+    assert "error: the message holds '<|endoftext|>', which ends a turn" in err
     assert "error: the message takes" in err and "shorten it" in err
     assert prompts[1] == f"User: Well?{END}Assistant:"
 
@@ -436,6 +445,7 @@ def test_what_chat_refuses(chat_run, make_run):
             (plain, ["--chat"], "out-plain has no chat template: it was not finetuned on conv"),
             (chat_run, ["--chat", "--start=Hi"], "--chat asks for prompts; leave --start out"),
             (chat_run, ["--chat", "--interactive"], "contradict each other"),
+            (chat_run, ["--chat", r"--system=x\n###\ny"], "--system holds .*, which ends a turn"),
             (chat_run, ["--system=x"], "give --chat too")):
         with pytest.raises(UserError, match=message):
             sample.main([f"--out_dir={out_dir}", "--device=cpu", *argv])

@@ -27,7 +27,14 @@ from nanotune.serving.api import (
     usage,
 )
 from nanotune.serving.engine import Engine, Piece, Request
-from nanotune.text.chat import Message, chat_prompt, check_template, read_messages, room_for_answer
+from nanotune.text.chat import (
+    Message,
+    chat_prompt,
+    check_template,
+    ends_of_turn,
+    read_messages,
+    room_for_answer,
+)
 
 CHAT_KNOWN = {key: kind for key, kind in KNOWN.items() if key not in ("prompt", "echo", "logprobs")
               } | {"messages": (list, None), "max_completion_tokens": KNOWN["max_tokens"]}
@@ -59,7 +66,7 @@ def parse_chat(body: Any, engines: Mapping[str, Engine], limits: Limits) -> Comp
         raise ApiError(400, str(e), "messages") from None
     given.setdefault("max_tokens", min(limits.max_tokens, max(1, size - len(ids))))
     request = Request(
-        prompts=[ids] * n, stops=[tokenizer.chat.end, *check_stops(given.pop("stop", []))],
+        prompts=[ids] * n, stops=[*ends_of_turn(tokenizer), *check_stops(given.pop("stop", []))],
         seed=given.pop("seed", secrets.randbelow(2**32)),
         **{key: value for key, value in given.items() if key != "stream"})
     return Completion(engine, request, len(ids), given.get("stream", False), dropped)

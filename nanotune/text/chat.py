@@ -144,11 +144,17 @@ def read_messages(value: Any, where: str) -> list[Message]:
     return messages
 
 
+def ends_of_turn(tokenizer: Any) -> list[str]:
+    """Returns the texts at which an answer stops and which no message may hold: the template's end
+    and, also if it is spelled out, end-of-text."""
+    return list(filter(None, (tokenizer.chat.end, tokenizer.special.get("eos_token"))))
+
+
 def check_text(text: str, tokenizer: Any, where: str) -> None:
     """Raises UserError if a text holds the end of a turn or end-of-text: what follows it would be
     the turn of another role."""
-    for mark in (tokenizer.chat.end, tokenizer.special.get("eos_token")):
-        if mark and mark in tokenizer.chat.before + text:
+    for mark in ends_of_turn(tokenizer):
+        if mark in tokenizer.chat.before + text:
             raise UserError(f"{where} holds {mark!r}, which ends a turn; remove it")
 
 
