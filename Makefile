@@ -1,4 +1,5 @@
 # make quickstart   pretrain a small GPT, finetune it, sample from it: 5 minutes on 2 CPU cores
+# make chat         finetune the quickstart's model on conversations, and talk to it: minutes
 # make sentiment    GPT-2, GPT-Neo and T5 on Twitter sentiment, three splits each; resumes where it
 #                   stopped; ARGS="--models=... --input=..." as experiments/twitter_sentiment.py
 # make test         the test suite; make test-slow runs what takes longer
@@ -13,7 +14,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: quickstart sentiment test test-slow test-browser chaos bench lint clean
+.PHONY: quickstart chat sentiment test test-slow test-browser chaos bench lint clean
 
 quickstart: .venv/.runs
 	$(PY) data/python_docs/prepare.py
@@ -29,6 +30,24 @@ quickstart: .venv/.runs
 	@$(PY) evaluate.py --out_dir=out-quickstart-base --dataset=python_docs/topics
 	@$(PY) evaluate.py --out_dir=out-quickstart --dataset=python_docs/topics
 	@$(PY) evaluate.py --out_dir=out-quickstart-scratch --dataset=python_docs/topics
+
+chat: .venv/.runs
+	$(PY) data/python_docs/prepare.py
+	@echo "--- 1. the quickstart's pretrained model, unless it is there"
+	grep -qs '"done"' out-quickstart-base/run.json || $(PY) train.py config/quickstart_pretrain.py --auto_resume=True
+	@echo "--- 2. finetune it on conversations about the library's classes and functions"
+	$(PY) data/chat/prepare.py --input=$(TALKS)/train.jsonl --val_input=$(TALKS)/val.jsonl --test_input=$(TALKS)/test.jsonl --out_dir=data/python_docs/chat --tokenizer=data/python_docs/docstrings --block_size=128 --user=Q: --assistant=A: --end='\n--\n'
+	$(PY) train.py config/quickstart_chat.py --overwrite=True
+	@echo "--- 3. the loss of the answers before and after, and the last answers of held-out conversations"
+	@$(PY) evaluate.py --out_dir=out-quickstart-base --dataset=python_docs/chat
+	@$(PY) evaluate.py --out_dir=out-quickstart-chat --dataset=python_docs/chat
+	@$(PY) evaluate.py --task=generate --out_dir=out-quickstart-chat --dataset=python_docs/chat
+	@echo "--- 4. talk to it"
+	@if [ -t 0 ]; then $(CHAT); else printf '%s\n' $(QUESTIONS) | $(CHAT); fi
+
+TALKS = data/python_docs/conversations
+CHAT = $(PY) sample.py --out_dir=out-quickstart-chat --chat --temperature=0.3
+QUESTIONS = "What does shutil.copyfile(src, dst) do?" "Which module is it in?" "What does it take?"
 
 sentiment: .venv/.runs
 	$(PY) -m pip install -q "scikit-learn>=1.5,<2"
@@ -56,7 +75,7 @@ lint: .venv/.tests
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf .venv out-quickstart out-quickstart-base out-quickstart-scratch
+	rm -rf .venv out-quickstart out-quickstart-base out-quickstart-chat out-quickstart-scratch
 
 .venv/.runs: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv

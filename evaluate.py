@@ -9,8 +9,8 @@
 perplexity   of a dataset's split or a text file; the loss is computed as in train.py
 classify     a dataset's test.jsonl: generates labels, or with --method=likelihood picks the most
              likely; accuracy, macro F1, confusion matrix, and out_dir/predictions.jsonl
-generate     a dataset's test.jsonl: generates answers; exact match, F1 of words, and
-             out_dir/predictions.jsonl
+generate     a dataset's test.jsonl: generates answers, of conversations the last ones; exact match,
+             F1 of words, and out_dir/predictions.jsonl
 lambada      the last word of each line {"text"}, with and without the stop-word filter
 """
 import json
@@ -31,6 +31,7 @@ from nanotune.evaluation import perplexity, tasks
 from nanotune.files import write_atomic
 from nanotune.formats.checkpoint import check_dtype, history_of, load_model, pick_source
 from nanotune.generation.fast import pack
+from nanotune.text import chat
 from nanotune.text.loader import dataset_folder, open_dataset, open_tokens, prepared
 from nanotune.text.read import read_text
 from nanotune.text.tokenizer import check_same_tokenizer, tokenizer_of_dataset
@@ -145,11 +146,11 @@ def test_file(cfg):
     return path
 
 
-def generate_answers(cfg, model, tokenizer, prompts, wanted):
+def generate_answers(cfg, model, tokenizer, prompts, wanted, end=()):
     """(the text of each prompt's answer, whether each was cut at so many tokens as are wanted or
-    fit into the context)."""
+    fit into the context). An answer ends before end-of-text and before the ids `end`."""
     new, cut = tasks.answer(model, prompts, wanted, tokenizer.eot, tokenizer.n_vocab,
-                            cfg.batch_size or 32)
+                            cfg.batch_size or 32, end)
     return [tokenizer.decode(ids) for ids in new], cut
 
 
@@ -198,9 +199,18 @@ def print_confusion(names, confusion):
 
 
 def run_generate(cfg, model, tokenizer, source, world):
-    prompts, targets = tasks.read_targets(test_file(cfg), tokenizer, model.config.block_size)
+    path, wanted, end = test_file(cfg), cfg.max_new_tokens or 128, ()
+    if tasks.holds_chats(path):
+        prompts, targets, shortened = tasks.read_last_turns(
+            path, tokenizer, model.config.block_size, wanted)
+        end = tokenizer.encode(tokenizer.chat.end)
+        if shortened:
+            print(f"note: {shortened:,} of {len(prompts):,} conversations leave out their oldest "
+                  "turns, to fit into the context with an answer")
+    else:
+        prompts, targets = tasks.read_targets(path, tokenizer, model.config.block_size)
     began = time.perf_counter()
-    answers, cut = generate_answers(cfg, model, tokenizer, prompts, cfg.max_new_tokens or 128)
+    answers, cut = generate_answers(cfg, model, tokenizer, prompts, wanted, end)
     seconds = time.perf_counter() - began
     scores = list(map(tasks.answer_scores, targets, answers))
     saved = save_predictions(cfg, [
@@ -256,6 +266,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_model(source, cfg.block_size, device=world.device, with_onnx=True)
     of_data = tokenizer if cfg.input is not None else tokenizer_of_dataset(folder)
     check_same_tokenizer(tokenizer, of_data, source, cfg.input or folder)
+    chat.attach(tokenizer, tokenizer.chat or of_data.chat)
     check_dtype(model, dtype)
     model.eval()
     pack(model, world.device, dtype)

@@ -5,6 +5,7 @@
     python sample.py --out_dir=out-mine --start=FILE:prompt.txt --stop="\\n\\n" --temperature=0
     python sample.py --out_dir=out-mine --start=LINES:prompts.txt --num_samples=1 > samples.jsonl
     python sample.py --out_dir=out-mine --interactive --num_samples=1
+    python sample.py --out_dir=out-chat --chat
     python sample.py --init_from=google-t5/t5-small --start="translate English to German: Good day."
 """
 import contextlib
@@ -33,6 +34,14 @@ from nanotune.errors import UserError
 from nanotune.formats.checkpoint import pick_source
 from nanotune.generation.fast import open_model
 from nanotune.generation.generate import TextPieces, encode_prompt, stream, text_before
+from nanotune.text.chat import (
+    Message,
+    chat_prompt,
+    check_template,
+    check_text,
+    ends_of_turn,
+    room_for_answer,
+)
 from nanotune.text.read import check_surrogates, read_text
 from nanotune.text.tokenizer import EOT
 
@@ -45,6 +54,8 @@ class Config:
     # text
     start: EscapedText = "\n"  # the prompt, or FILE:path; LINES:path, each line is a prompt
     interactive: bool = False         # ask for prompt after prompt, without loading again
+    chat: bool = False  # a conversation with a model finetuned by config/finetune_chat.py
+    system: EscapedText = ""          # chat: the system's message, which comes first
     num_samples: UpTo65536 = 10       # samples per prompt, generated as one batch
     batch_size: UpTo65536 = 16        # LINES: samples to generate together, num_samples at least
     max_new_tokens: AtLeast1 = 500    # most tokens per sample
@@ -71,12 +82,20 @@ def read_prompt(start):
 
 def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
-    if cfg.interactive and cfg.start != Config.start:
-        raise UserError("--interactive asks for prompts; leave --start out")
-    check_surrogates(cfg.stop, "--stop")
+    for name in ("interactive", "chat"):
+        if getattr(cfg, name) and cfg.start != Config.start:
+            raise UserError(f"--{name} asks for prompts; leave --start out")
+    if cfg.interactive and cfg.chat:
+        raise UserError("--interactive and --chat contradict each other: give one")
+    if cfg.system and not cfg.chat:
+        raise UserError("--system is a message of a conversation: give --chat too")
+    for name in ("stop", "system"):
+        check_surrogates(getattr(cfg, name), f"--{name}")
     prompt = read_prompt(cfg.start)
     sampler = Sampler(cfg)
-    if cfg.interactive:
+    if cfg.chat:
+        chat_in_terminal(sampler)
+    elif cfg.interactive:
         answer_terminal(sampler)
     elif cfg.start.startswith("LINES:"):
         answer_lines(sampler, prompt)
@@ -93,6 +112,10 @@ class Sampler:
         model = open_model(source, self.device, self.dtype, pick_compile(cfg.compile, self.device))
         self.model, self.tokenizer = model.fast, model.tokenizer
         self.stops = [] if cfg.stop in ("", EOT) else [cfg.stop]
+        if cfg.chat:
+            check_template(self.tokenizer, source)
+            check_text(cfg.system, self.tokenizer, "--system")
+            self.stops += ends_of_turn(self.tokenizer)
 
     def encode(self, text, where):
         return encode_prompt(self.tokenizer, text, self.model.config.block_size, where)
@@ -155,16 +178,25 @@ def print_samples(sampler, prompt, where="--start"):
     print(speed(times[:-1], n), file=sys.stderr)
 
 
-def answer_terminal(sampler):
-    """Reads prompts, a line each, until the end of the input; samples each from the seed anew.
-    Ctrl-C ends the sample. A bad prompt prints its error."""
+def greet(text):
+    """Prints what a person at the terminal should know."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows
             import readline  # noqa: F401  arrow keys and history for input()
-        print("a prompt a line; Ctrl-C ends a sample, Ctrl-D the session", file=sys.stderr)
+        print(text, file=sys.stderr)
+
+
+def read_line():
+    return input("> " if sys.stdin.isatty() else "")
+
+
+def answer_terminal(sampler):
+    """Reads prompts, a line each, until the end of the input; samples each from the seed anew.
+    Ctrl-C ends the sample. A bad prompt prints its error."""
+    greet("a prompt a line; Ctrl-C ends a sample, Ctrl-D the session")
     while True:
         try:
-            prompt = input("> " if sys.stdin.isatty() else "")
+            prompt = read_line()
         except EOFError:
             return
         try:
@@ -174,6 +206,58 @@ def answer_terminal(sampler):
             print(f"error: {e}", file=sys.stderr)
         except KeyboardInterrupt:
             print()
+
+
+def chat_in_terminal(sampler):
+    """Reads a user's messages, a line each, until the end of the input or Ctrl-C, and prints the
+    model's answers. Where the input is no terminal, prints the messages too."""
+    greet("a message a line; /reset begins anew; Ctrl-C ends an answer, and here the session")
+    generator, first = sampler.generator(), sampler.cfg.system.strip()
+    system = [Message("system", first)] if first else []
+    history = []
+    while True:
+        try:
+            text = read_line().strip()
+        except (EOFError, KeyboardInterrupt):
+            return print() if sys.stdin.isatty() else None
+        if text and not sys.stdin.isatty():
+            print(f"> {text}", flush=True)
+        if text == "/reset":
+            history = []
+            print("(a new conversation)", file=sys.stderr)
+        if text in ("", "/reset"):
+            continue
+        try:
+            check_surrogates(text, "the message")
+            check_text(text, sampler.tokenizer, "the message")
+            asked = [*history, Message("user", text)]
+            history = reply(sampler, system, asked, generator)
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+
+
+def reply(sampler, system, asked, generator):
+    """Prints the answer to a conversation as it grows, until Ctrl-C; returns the conversation with
+    it, without the oldest messages that did not fit into the context."""
+    size = sampler.model.config.block_size
+    most = size - room_for_answer(size, sampler.cfg.max_new_tokens)
+    ids, dropped = chat_prompt(sampler.tokenizer, [*system, *asked], most)
+    if dropped:
+        print(f"(the context is full: the {dropped} oldest messages are left out)",
+              file=sys.stderr)
+    answer = ""
+    try:
+        for (new,), _ in sampler.stream([ids], generator):
+            new = new if answer else new.lstrip()
+            answer += new
+            print(new, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    if not answer.strip():  # a turn is never empty
+        print("(no answer; the message is forgotten)", file=sys.stderr)
+        return asked[dropped:-1]
+    return [*asked[dropped:], Message("assistant", answer.strip())]
 
 
 def answer_lines(sampler, text):

@@ -34,7 +34,17 @@ sys.path.append(str(DATA.parent))
 from nanotune import cli  # noqa: E402 (no package is installed)
 from nanotune.errors import UserError  # noqa: E402
 from nanotune.formats.hub import note_folder  # noqa: E402
-from nanotune.text.read import read_jsonl, read_text  # noqa: E402
+from nanotune.text.chat import (  # noqa: E402, F401 (F401: for the scripts)
+    ROLES,
+    Message,
+    Template,
+    attach,
+    chat_config,
+    check_text,
+    encode_turns,
+    read_messages,
+)
+from nanotune.text.read import check_surrogates, read_jsonl, read_text  # noqa: E402, F401
 from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts)
     EOT,
     AnyTokenizer,
@@ -383,6 +393,11 @@ def add_example_options(p: argparse.ArgumentParser) -> None:
     """Adds the options that name the columns and divide the examples."""
     p.add_argument("--prompt_column", metavar="NAME", help="(default: as above)")
     p.add_argument("--completion_column", metavar="NAME", help="(default: as above)")
+    add_split_options(p)
+
+
+def add_split_options(p: argparse.ArgumentParser) -> None:
+    """Adds the options that divide the examples."""
     p.add_argument("--val_fraction", type=float, default=0.1, help="(default: 0.1)")
     p.add_argument("--val_input", type=Path, metavar="FILE",
                    help="validate on the examples of this file instead of a part of --input")
@@ -423,20 +438,20 @@ def as_text(where: str, fields: dict, column: str) -> str:
 
 
 def split_examples(examples: list[Example], val: list[Example], val_fraction: float,
-                   test_fraction: float, seed: int) -> dict[str, list[Example]]:
+                   test_fraction: float, seed: int,
+                   test: Sequence[Example] = ()) -> dict[str, list[Example]]:
     """Removes duplicates, so that no example is in two splits, shuffles, and splits. Those of
-    `val`, if it has any, are the validation split."""
-    taken = dict.fromkeys(val)
-    val = list(taken)
+    `val`, if it has any, are the validation split, and those of `test` the test split."""
+    tested = dict.fromkeys(test)
+    test, val = list(tested), [example for example in dict.fromkeys(val) if example not in tested]
+    taken = {*val, *test}
     distinct = [example for example in dict.fromkeys(examples) if example not in taken]
     if len(distinct) < len(examples):
         print(f"note: {len(examples) - len(distinct):,} examples repeat others and are left out")
     random.Random(seed).shuffle(distinct)
     n_test = round(len(distinct) * test_fraction)
-    if val:
-        return {"test": distinct[:n_test], "val": val, "train": distinct[n_test:]}
-    n_val = max(1, round(len(distinct) * val_fraction))
-    return {"test": distinct[:n_test], "val": distinct[n_test:n_test + n_val],
+    n_val = 0 if val else max(1, round(len(distinct) * val_fraction))
+    return {"test": test or distinct[:n_test], "val": val or distinct[n_test:n_test + n_val],
             "train": distinct[n_test + n_val:]}
 
 

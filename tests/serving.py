@@ -13,6 +13,7 @@ from nanotune.serving.access import Access
 from nanotune.serving.api import Limits
 from nanotune.serving.engine import Engine
 from nanotune.serving.server import Server
+from nanotune.text import chat
 from nanotune.text.tokenizer import CharTokenizer, JsonTokenizer
 
 CPU = torch.device("cpu")
@@ -40,6 +41,13 @@ def tiny_model(kind="chars", seconds=0.0, **fields):
                  else JsonTokenizer(tiny_json()))
     gpt = tiny_gpt(tokenizer.n_vocab, **{"block_size": 64, **fields})
     return Model(gpt, Slow(gpt, seconds), tokenizer, CPU, torch.float32)
+
+
+def chat_model(**fields):
+    """A Model with a chat template and a context of 128 tokens."""
+    model = tiny_model("json", **{"block_size": 128, **fields})
+    chat.attach(model.tokenizer, chat.Template())
+    return model
 
 
 @contextmanager

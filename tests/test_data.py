@@ -541,7 +541,7 @@ except ImportError:
 
 
 def test_docstrings(library):
-    docstrings = library.read_docstrings()
+    docstrings = library.read_docstrings(library.read_library())
     assert docstrings[:2] == ["Returns the number 0.", "Returns the number 1."]
     assert docstrings[1000:] == ["Class C.\n\nText.\n    indented", "Class C.", "Module pkg."]
 

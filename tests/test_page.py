@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from conftest import TEXT
-from serving import CPU, served, tiny_model, wait_until
+from serving import CPU, chat_model, served, tiny_model, wait_until
 
 from nanotune.generation.fast import open_model
 from nanotune.serving.access import Access
@@ -285,3 +285,132 @@ def test_a_phone_and_the_dark(server, open_page):
         assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
         papers.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert papers[0] != papers[1]
+
+
+# -----------------------------------------------------------------------------
+# the chat tab
+
+@pytest.fixture(scope="module")
+def talkers():
+    """Two models with a template, and one without."""
+    with served({"x": chat_model(seconds=0.005), "y": chat_model(seed=1),
+                 "plain": tiny_model()}) as server:
+        yield server
+
+
+def say(page, text, wait=True):
+    """Sends a message; returns [(role, text), ...] of the first conversation."""
+    page.locator("[name=message]").fill(text)
+    page.keyboard.press("Enter")
+    return heard(page) if wait else None
+
+
+def heard(page):
+    page.wait_for_selector("#send:visible")
+    turns = page.locator("#talks article:first-child .turn").all()
+    return [("user" if "user" in turn.get_attribute("class") else "assistant",
+             turn.locator("p").inner_text()) for turn in turns]
+
+
+def asked(page):
+    """The messages of each request to the chat API, as the page sends them from now on."""
+    found = []
+    page.on("request", lambda request: found.append(request.post_data_json["messages"])
+            if request.url.endswith("/chat/completions") else None)
+    return found
+
+
+@pytest.fixture
+def chat_page(talkers, open_page):
+    page = open_page(talkers)
+    page.locator("#tab-chat").click()
+    page.locator("[name=max_tokens]").fill("12")
+    return page
+
+
+def test_a_conversation_goes_to_each_model_that_can_chat(chat_page, talkers):
+    requests = asked(chat_page)
+    assert chat_page.locator("#talks h2").all_inner_texts() == ["x", "y"]
+    assert chat_page.locator("#columns").is_hidden() and chat_page.locator("#go").is_hidden()
+    first = say(chat_page, "Line 1")
+    assert [role for role, _ in first] == ["user", "assistant"] and first[0][1] == "Line 1"
+    both = say(chat_page, "And?")
+    assert both[:2] == first and len(both) == 4 and len(requests) == 4
+    assert [message["role"] for message in requests[-1]] in (
+        ["user", "assistant", "user"], ["user", "user"])  # an answer may be empty
+    assert chat_page.locator("#talks article:nth-child(2) .turn").count() == 4
+    chat_page.locator("[name=system]").fill("Be kind.")
+    chat_page.locator("#anew").click()
+    assert heard(chat_page) == []
+    say(chat_page, "Line 2")
+    assert requests[-1] == [{"role": "system", "content": "Be kind."},
+                            {"role": "user", "content": "Line 2"}]
+    chat_page.locator("#tab-text").click()
+    assert generate(chat_page)[0][0].startswith("Line")  # as before
+
+
+def test_a_turn_is_edited_and_regenerated(chat_page):
+    requests = asked(chat_page)
+    say(chat_page, "Line 1")
+    before = say(chat_page, "Line 2")
+    talk = chat_page.locator("#talks article:first-child")
+    talk.locator(".turn:last-child button").click()  # regenerates the last answer, of one model
+    after = heard(chat_page)
+    assert after[:3] == before[:3] and len(after) == 4 and len(requests) == 5
+    talk.locator(".turn.assistant button").first.click()
+    assert len(heard(chat_page)) == 2 and requests[-1] == [{"role": "user", "content": "Line 1"}]
+    talk.locator(".turn.user button").first.click()
+    talk.locator(".turn textarea").fill("Never mind")
+    talk.locator(".turn button", has_text="Cancel").click()
+    assert heard(chat_page)[0] == ("user", "Line 1")
+    talk.locator(".turn.user button").first.click()
+    talk.locator(".turn textarea").fill("Line 3")
+    talk.locator(".turn button", has_text="Send").click()
+    assert heard(chat_page)[0] == ("user", "Line 3") and len(heard(chat_page)) == 2
+    assert requests[-1] == [{"role": "user", "content": "Line 3"}]
+    assert chat_page.locator("#talks article:nth-child(2) .turn").count() == 2
+
+
+@pytest.mark.parametrize("stop", [lambda page: page.locator("#hush").click(),
+                                  lambda page: page.keyboard.press("Escape")], ids=["click", "key"])
+def test_stop_keeps_what_was_said(chat_page, talkers, stop):
+    chat_page.locator("[name=max_tokens]").fill("2000")
+    chat_page.locator("[name=temperature]").fill("0")
+    say(chat_page, "Line", wait=False)
+    chat_page.wait_for_function(
+        "() => document.querySelector('.turn:last-child p').textContent.length > 20")
+    stop(chat_page)
+    (_, said), = heard(chat_page)[1:]
+    assert len(said) > 20 and "stopped" in chat_page.locator("#talks .state").first.inner_text()
+    wait_until(lambda: talkers.engines["x"].running is None)
+    say(chat_page, "Line", wait=False)
+    chat_page.locator("#anew").click()
+    assert heard(chat_page) == []
+    assert chat_page.locator("#talks .state").all_inner_texts() == ["", ""]
+
+
+def test_what_the_chat_tells(chat_page):
+    say(chat_page, "long " * 99)
+    state = chat_page.locator("#talks .state").first
+    assert "shorten it" in state.inner_text() and "bad" in state.get_attribute("class")
+    chat_page.locator("#anew").click()
+    for i in range(5):
+        say(chat_page, f"Line {i}: what's more, it ends.")
+    assert "oldest messages no longer fit" in state.inner_text()
+    say(chat_page, ATTACK)
+    assert ("user", ATTACK) in heard(chat_page) and chat_page.locator("img").count() == 0
+    assert chat_page.evaluate("window.hacked") is None
+
+
+def test_the_tab_is_only_for_models_with_a_template(server, open_page):
+    page = open_page(server)
+    page.wait_for_selector("article")
+    assert page.locator("#tabs").is_hidden()
+    with served({"x": chat_model()}) as alone:
+        page = open_page(alone, viewport={"width": 360, "height": 740})
+        page.wait_for_selector("#talks article")
+        assert page.locator("#say").is_visible() and page.locator("[name=prompt]").is_hidden()
+        page.locator("[name=message]").fill("Line 1")
+        page.locator("#send").click()
+        assert len(heard(page)) == 2
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= 360

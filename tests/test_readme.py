@@ -36,7 +36,9 @@ TINY = {
     "data/python_docs/prepare.py": [],
     "data/jsonl/prepare.py": [],
     "data/pairs/prepare.py": [],
+    "data/chat/prepare.py": [],
 }
+CONTEXTS = {"quickstart": 128, "chat": 64}  # --block_size of these config files
 FILES = {
     "text.txt": TEXT * 3,
     "my_texts/one.txt": TEXT * 3,
@@ -46,6 +48,9 @@ FILES = {
     "examples.jsonl": "".join(
         json.dumps({"prompt": f"Tweet: number {i}\nSentiment:", "completion": f" {label}"}) + "\n"
         for i, label in enumerate(["positive", "negative"] * 30)),
+    "chats.jsonl": "".join(json.dumps({"messages": [
+        {"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]}) + "\n"
+        for i in range(80)),
     "pairs.csv": "source_text,target_text\n" + "".join(
         f"Line {'abcdefgh'[i % 8] * (1 + i // 8)},a\n" for i in range(40)),
     "lambada_test.jsonl": "".join(
@@ -101,12 +106,15 @@ def test_the_readme_shows_commands():
                          ids=["README and serve", "export", "tasks"])
 def test_a_documents_commands_run(sandbox, monkeypatch, capsys, text):
     monkeypatch.setattr("nanotune.serving.server.Server.serve_forever", lambda server: None)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Line 1\n"))
     for command in commands(text):
         script, argv = script_and_arguments(command)
         if "torchrun" in command[0]:
             continue
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Line 1\n"))
         argv += TINY[script]
+        if script == "train.py":  # a conversation takes more than 16 tokens
+            size = next((size for name, size in CONTEXTS.items() if name in argv[0]), 16)
+            argv = [arg.replace("--block_size=16", f"--block_size={size}") for arg in argv]
         if text is DOCS["tasks"] and script == "train.py":  # T5 has no --block_size
             argv.remove("--block_size=16")
         monkeypatch.setattr(sys, "argv", [script, *argv])
@@ -144,6 +152,20 @@ def test_the_makefile_runs_what_the_readme_says():
     typed = [line.removeprefix(".venv/bin/python ") for line in README.splitlines()
              if line.startswith(".venv/bin/python ") and ".py" in line]
     assert made == typed
+
+
+def test_make_chat_runs_what_the_readme_says():
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8").replace(
+        "$(TALKS)", "data/python_docs/conversations")
+    chat = re.search(r"\nCHAT = \$\(PY\) (.*)", makefile).group(1)
+    rule = makefile.split("\nchat:")[1].split("\n\n")[0]
+    made = [line.split("$(PY) ")[1].replace(" --overwrite=True", "")
+            for line in rule.splitlines() if "$(PY) " in line]
+    section = README.split("## Chat\n")[1].split("With your own")[0]
+    typed = [line.removeprefix("python ") for line in section.splitlines()
+             if line.startswith("python ")]
+    assert [*made[2:], chat] == typed
+    assert [line.split()[0] for line in made[:2]] == ["data/python_docs/prepare.py", "train.py"]
 
 
 def test_the_file_tree_is_whole():

@@ -10,7 +10,8 @@ import contextlib
 import itertools
 import math
 import statistics
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from model import GPT
 from nanotune.errors import UserError
 from nanotune.formats.onnx_model import OnnxGPT
 from nanotune.generation.generate import stream
+from nanotune.text.chat import chat_prompt, check_template, read_messages, room_for_answer
 from nanotune.text.loader import IGNORED
 from nanotune.text.read import read_jsonl
 from nanotune.text.tokenizer import AnyTokenizer, without_end
@@ -90,19 +92,37 @@ def batches_by_length(rows, batch_size):
 
 
 def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, eot: int | None,
-           n_vocab: int, batch_size: int) -> tuple[list[list[int]], list[bool]]:
+           n_vocab: int, batch_size: int,
+           end: Sequence[int] = ()) -> tuple[list[list[int]], list[bool]]:
     """Returns (the ids of each prompt's greedy continuation, whether it was cut): it ends before
-    `eot`, else after max_new_tokens or where the batch's longest fills the context."""
+    `eot` or before the ids `end`, if given, else after max_new_tokens or where the batch's longest
+    fills the context."""
     answers, cut = [None] * len(prompts), [False] * len(prompts)
     for batch in batches_by_length(prompts, batch_size):
         # + 1: the model does not read the last new token
         room = model.config.block_size - max(len(prompts[i]) for i in batch) + 1
         new = stream(model, [prompts[i] for i in batch], min(max_new_tokens, room), temperature=0,
                      stop_token=eot, n_vocab=n_vocab)
-        for i, ids in zip(batch, torch.stack(list(new), 1).tolist()):
-            cut[i] = eot not in ids
-            answers[i] = ids if cut[i] else ids[:ids.index(eot)]
+        for i, ids in zip(batch, torch.stack(list(until(new, end)), 1).tolist()):
+            at = next((n for n, id in enumerate(ids)
+                       if id == eot or (end and ids[n:n + len(end)] == list(end))), None)
+            answers[i], cut[i] = ids[:at], at is None
     return answers, cut
+
+
+def until(tokens, end):
+    """Yields `tokens`, (B,) at a time, until each row has held the ids `end`, if there are any."""
+    if not end:
+        yield from tokens
+        return
+    ended, wanted, last = False, torch.tensor(end), deque(maxlen=len(end))
+    for token in tokens:
+        yield token
+        last.append(token.cpu())
+        if len(last) == len(end):
+            ended = ended | (torch.stack(list(last), 1) == wanted).all(1)  # (B,)
+            if bool(ended.all()):
+                return
 
 
 @torch.no_grad()
@@ -173,6 +193,33 @@ def read_targets(path: Path, tokenizer: AnyTokenizer,
             raise UserError(f"{where}: the prompt has {len(prompts[-1])} tokens; the model reads 1 "
                             f"to {block_size}; shorten or drop it")
     return prompts, targets
+
+
+def read_last_turns(path: Path, tokenizer: AnyTokenizer, block_size: int,
+                    max_new_tokens: int) -> tuple[list[list[int]], list[str], int]:
+    """Returns (ids of each conversation up to its last answer, that answer, how many conversations
+    had to leave out their oldest turns) of a test.jsonl of {"messages"}. Raises UserError if a line
+    is no conversation with an answer at its end, or its last question does not fit."""
+    check_template(tokenizer, str(path))
+    prompts, targets, shortened = [], [], 0
+    most = block_size - room_for_answer(block_size, max_new_tokens)
+    for where, fields in read_jsonl(path):
+        *before, last = read_messages(fields.get("messages"), where)
+        if last.role != "assistant":
+            raise UserError(f"{where}: its last message must be an assistant's, which is scored")
+        try:
+            ids, dropped = chat_prompt(tokenizer, before, most)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+        prompts.append(ids)
+        targets.append(last.content)
+        shortened += dropped > 0
+    return prompts, targets, shortened
+
+
+def holds_chats(path: Path) -> bool:
+    """Returns whether the first line of a .jsonl file is a conversation."""
+    return any("messages" in fields for _, fields in itertools.islice(read_jsonl(path), 1))
 
 
 def answer_scores(target: str, answer: str) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from nanotune.formats.hf_config import (
     layout_of,
 )
 from nanotune.formats.hub import read_json
+from nanotune.text.chat import KEY
 from nanotune.text.tokenizer import AnyTokenizer, tokenizer_of_folder
 from nanotune.text.tokenizer_files import SPECIAL, merges_as_strings, with_end_appended
 
@@ -184,7 +185,8 @@ def check_written(folder, params, tokenizer, dtype):
     for name, param in params.items():
         if not torch.equal(read[name], param.to(dtype).float()):
             raise UserError(f"{name} does not read back as it was written; check the disk")
-    if tokenizer is not None and tokenizer_of_folder(folder).identity != tokenizer.identity:
+    read = tokenizer and tokenizer_of_folder(folder)
+    if read and (read.identity, read.chat) != (tokenizer.identity, tokenizer.chat):
         raise UserError("tokenizer.json does not read back as it was written; check the disk")
 
 
@@ -261,6 +263,8 @@ def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, max_length: int,
     Path(folder, "tokenizer.json").write_text(text, encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
               "clean_up_tokenization_spaces": False} | special_names(tokenizer)
+    if tokenizer.chat is not None:
+        config |= {KEY: tokenizer.chat.spec(), "chat_template": tokenizer.chat.jinja()}
     if "pad_token" in config:  # a batch of prompts is padded so that each goes on where it ends
         config["padding_side"] = "left"
     Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n",

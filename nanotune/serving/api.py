@@ -5,7 +5,8 @@
     answer.chunk(piece)         # one event of a stream
     answer.whole(results)       # all of it at once
 
-Beyond OpenAI's fields: top_k and repetition_penalty. Probabilities are the model's own.
+Beyond OpenAI's fields: top_k and repetition_penalty. Probabilities are the model's own. chat.py
+does the same for conversations, with the checks that are here.
 """
 import secrets
 import time
@@ -27,6 +28,7 @@ NUMBERS = {
     "seed": (int, Interval(0, 2**63)), "logprobs": (int, Interval(0, 20, "[]")),
 }
 OTHERS = {"model": str, "echo": bool, "stream": bool, "prompt": str | list, "stop": str | list}
+KNOWN = NUMBERS | {key: (kind, None) for key, kind in OTHERS.items()}
 # fields of OpenAI's that are not here, with the value besides null that changes nothing
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1, "logit_bias": {},
            "suffix": None, "stream_options": None, "user": None}
@@ -61,23 +63,14 @@ class Completion:
     request: Request
     prompt_tokens: int
     stream: bool
+    dropped: int = 0  # messages of a conversation that did not fit
 
 
 def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -> Completion:
     """Checks the body of a request, as JSON gave it. Raises ApiError, which names the field."""
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    given = {key: check_field(key, value) for key, value in body.items()}
-    given = {key: value for key, value in given.items() if value is not None}
-    engine = engines.get(given.pop("model", next(iter(engines))))
-    if engine is None:
-        raise ApiError(404, f"there is no model {shown(body['model'])}; GET /v1/models lists "
-                       "them", "model")
-    n = given.pop("n", 1)
-    max_tokens = given.setdefault("max_tokens", min(16, limits.max_tokens))
-    if max_tokens > limits.max_tokens:
-        raise ApiError(400, f"max_tokens is {max_tokens}, this server generates at most "
-                       f"{limits.max_tokens}", "max_tokens")
+    given = check_fields(body, KNOWN, NEUTRAL)
+    engine, n = pick_engine(given, engines), given.pop("n", 1)
+    check_max_tokens(given.setdefault("max_tokens", min(16, limits.max_tokens)), limits)
     prompts = strings("prompt", given.pop("prompt", ""))
     if len(prompts) * n > limits.max_batch:
         raise ApiError(400, f"{len(prompts)} prompts x n={n} make {len(prompts) * n} samples, this "
@@ -94,23 +87,50 @@ def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -
     return Completion(engine, request, sum(map(len, ids)), stream)
 
 
-def check_field(key, value):
+def check_fields(body: Any, known: Mapping[str, tuple], neutral: Mapping[str, Any]) -> dict:
+    """Returns {field: value} of a request's body. `known` has the type of each field, and the
+    Interval of a number; `neutral` the fields that may have that value alone. A field that is null
+    or neutral is left out. Raises ApiError for another type, field or a number out of bounds."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    given = {key: check_field(key, value, known, neutral) for key, value in body.items()}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def pick_engine(given: dict, engines: Mapping[str, Engine]) -> Engine:
+    """Returns the engine that the field model, which is taken out, names; or the first."""
+    name = given.pop("model", next(iter(engines)))
+    if name not in engines:
+        raise ApiError(404, f"there is no model {shown(name)}; GET /v1/models lists them", "model")
+    return engines[name]
+
+
+def check_max_tokens(max_tokens: int, limits: Limits) -> None:
+    """Raises ApiError above the server's limit."""
+    if max_tokens > limits.max_tokens:
+        raise ApiError(400, f"max_tokens is {max_tokens}, this server generates at most "
+                       f"{limits.max_tokens}", "max_tokens")
+
+
+def check_field(key, value, known, neutral):
     """The value of a field, if it has the right type and is within bounds; None: the default."""
-    neutral = key in NEUTRAL and value == NEUTRAL[key] and not isinstance(value, bool)
-    if neutral or (value is None and key in NUMBERS | OTHERS | NEUTRAL):
+    plain = key in neutral and value == neutral[key] and (
+        isinstance(value, bool) is isinstance(neutral[key], bool))
+    if plain or (value is None and (key in known or key in neutral)):
         return None
-    if key not in NUMBERS | OTHERS:
+    if key not in known:
         raise ApiError(400, f"{key[:99]} is not supported; leave it out", key[:99])
-    if key in NUMBERS:
-        kind, interval = NUMBERS[key]
+    kind, interval = known[key]
+    if interval is not None:
         if type(value) not in (int, kind):
             name = "an integer" if kind is int else "a number"
             raise ApiError(400, f"{key} must be {name}, not {shown(value)}", key)
         if not interval.holds(value):
             raise ApiError(400, f"{key} must be {interval}, not {shown(value)}", key)
         return kind(value)
-    if not isinstance(value, OTHERS[key]):
-        name = {str: "a string", bool: "true or false"}.get(OTHERS[key], "a string or a list")
+    if not isinstance(value, kind):
+        name = {str: "a string", bool: "true or false",
+                list: "a list"}.get(kind, "a string or a list")
         raise ApiError(400, f"{key} must be {name}, not {shown(value)}", key)
     return value
 
@@ -174,8 +194,7 @@ class Answer:
                 rows[piece.row].append(self.choice(piece))
                 generated += piece.count if piece.finish else 0
         return {**self.head, "choices": list(map(joined, rows)),
-                "usage": {"prompt_tokens": self.prompt_tokens, "completion_tokens": generated,
-                          "total_tokens": self.prompt_tokens + generated}}
+                "usage": usage(self.prompt_tokens, generated)}
 
     def choice(self, piece):
         logprobs = self.logprobs(piece) if self.with_logprobs else None
@@ -191,6 +210,12 @@ class Answer:
         return {"tokens": [token.text for token in piece.tokens],
                 "token_logprobs": [token.logprob for token in piece.tokens],
                 "top_logprobs": [token.top for token in piece.tokens], "text_offset": offsets}
+
+
+def usage(prompt_tokens: int, generated: int) -> dict[str, int]:
+    """Returns the numbers of tokens of an answer."""
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": generated,
+            "total_tokens": prompt_tokens + generated}
 
 
 def joined(choices):

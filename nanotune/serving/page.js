@@ -1,17 +1,20 @@
 // The page of serve.py: sends the form to each model, shows the tokens as they come.
-const $ = (selector, root = document) => root.querySelector(selector);
-const form = $("#form"), tip = $("#tip"), login = $("#login");
+export const $ = (selector, root = document) => root.querySelector(selector);
+export const form = $("#form");
+export const login = $("#login");
+const tip = $("#tip");
 const details = new WeakMap();  // token's span -> its log-probabilities
 const phone = matchMedia("(max-width: 820px)");
+export const models = Promise.withResolvers();  // what /v1/models lists, once it is known
 let columns = [], running = null, token = sessionStorage.getItem("token") ?? "";
 
-function element(name, properties = {}, ...children) {
+export function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
   made.append(...children);
   return made;
 }
 
-function ask(path, options = {}) {
+export function ask(path, options = {}) {
   const headers = {"Content-Type": "application/json"};
   if (token) headers.Authorization = `Bearer ${token}`;
   return fetch(path, {...options, headers});
@@ -57,23 +60,17 @@ async function run(column, signal) {
   column.signal = signal;
   $(".samples", root).replaceChildren(...samples);
   say("waiting for the model");
-  let count = 0, rate = "", begin = null, complete = false;
+  let count = 0, rate = "", begin = null;
   try {
     const response = await ask("/v1/completions", {method: "POST", signal,
       body: JSON.stringify({...body, logprobs: 5, stream: true})});
-    if (!response.ok) throw new Error((await response.json()).error.message);
-    for await (const data of events(response)) {
-      complete = data === "[DONE]";
-      if (complete) break;
-      const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
+    for await (const event of events(response)) {
       count += show(event.choices[0], samples);
       begin ??= performance.now();
       const seconds = (performance.now() - begin) / 1000;
       if (seconds > 0.5) rate = `, ${Number((count / seconds).toPrecision(3))} per second`;
       say(`${count} tokens${rate}`);
     }
-    if (!complete) throw new TypeError("the stream broke off");
     say(`${count} tokens${rate}, seed ${body.seed}`, false);
   } catch (error) {
     const lost = error instanceof TypeError;  // what fetch throws if there is no connection
@@ -83,14 +80,22 @@ async function run(column, signal) {
   }
 }
 
-async function* events(response) {
+// the events of a stream, up to its end; throws what went wrong, a TypeError if the server is gone
+export async function* events(response) {
+  if (!response.ok) throw new Error((await response.json()).error.message);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (let part = await reader.read(); !part.done; part = await reader.read()) {
     const whole = (text + part.value).split("\n\n");
     text = whole.pop();
-    for (const event of whole) yield event.replace(/^data: /, "");
+    for (const data of whole.map(event => event.replace(/^data: /, ""))) {
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
   }
+  throw new TypeError("the stream broke off");
 }
 
 function show(choice, samples) {
@@ -145,7 +150,7 @@ document.addEventListener("focusin", event => {
 
 document.addEventListener("keydown", event => {
   const {key, target} = event;
-  if (login.open) return;
+  if (login.open || document.body.classList.contains("chatting")) return;
   if (key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
   else if (key === "Escape") { running?.abort(); explain(null); }
   else if (target.matches(".sample") && /^Arrow(Left|Right)$/.test(key)) {
@@ -210,7 +215,7 @@ function curve(series) {
 // ---------------------------------------------------------------------------
 // the server
 
-function showGone(gone) {
+export function showGone(gone) {
   document.body.classList.toggle("gone", gone);
   $("#gone").hidden = !gone;
   $("#status").textContent = gone ? "no server" : location.host;
@@ -233,7 +238,9 @@ async function showModels() {
     $(".bad", login).hidden = !token;
     return login.showModal();
   }
-  columns = (await response.json()).data.map(about => {
+  const {data} = await response.json();
+  models.resolve(data);
+  columns = data.map(about => {
     const root = $("#column").content.firstElementChild.cloneNode(true);
     const million = about.parameters / 1e6;
     $("h2", root).textContent = about.id;

@@ -4,11 +4,12 @@
     server.add(Engine(...), source)
     server.serve_forever()
 
-    GET  /, /page.css, /page.js      the page
+    GET  /, /page.css, /page.js, ... the page
     GET  /health                     {"status": "ok"}
     GET  /v1/models                  the models, as describe.describe_model
     GET  /runs/NAME/metrics          losses and settings of a model's run
     POST /v1/completions             text, whole or as Server-Sent Events
+    POST /v1/chat/completions        an answer in a conversation, in the same ways
 
 Each connection has a thread and one request. No request names a path or loads a model.
 """
@@ -31,6 +32,7 @@ from urllib.parse import unquote
 from nanotune.errors import UserError, out_of_memory
 from nanotune.serving.access import Access
 from nanotune.serving.api import Answer, ApiError, Limits, parse_completion
+from nanotune.serving.chat import ChatAnswer, parse_chat
 from nanotune.serving.describe import describe_model, describe_run
 from nanotune.serving.engine import Busy, Engine
 
@@ -40,7 +42,9 @@ READ_SECONDS, WRITE_SECONDS = 10, 30  # for the headers, and again for the body;
 DRAIN_BYTES, DRAIN_SECONDS = 16 * 1024**2, 2  # what is read on after an error
 POLL_SECONDS = 0.25               # how often to see whether a client that waits has gone
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
-        "/page.js": ("page.js", "text/javascript")}
+        "/page.js": ("page.js", "text/javascript"), "/chat.js": ("chat.js", "text/javascript")}
+POSTS = {"/v1/completions": (parse_completion, Answer),
+         "/v1/chat/completions": (parse_chat, ChatAnswer)}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -77,6 +81,7 @@ class Server(ThreadingHTTPServer):
         """Serves a model, loaded from `source`."""
         self.engines[engine.name] = engine
         about = describe_model(engine.name, source, engine.model.plain)
+        about["chat"] = engine.model.tokenizer.chat is not None
         self.models.append(about)
         if about["has_run"]:
             self.data[f"/runs/{engine.name}/metrics"] = partial(describe_run, source)
@@ -186,13 +191,13 @@ class Handler(BaseHTTPRequestHandler):
         page, data = self.server.page, self.server.data
         if path not in page and path != "/health":
             self.server.access.check_token(self.headers)
-        method = "POST" if path == "/v1/completions" else "GET"
+        method = "POST" if path in POSTS else "GET"
         if method == "GET" and path not in page and path not in data:
             raise ApiError(404, f"there is no {path[:99]}")
         if self.command != method:
             raise ApiError(405, f"{path[:99]} takes {method}")
         if method == "POST":
-            self.complete()
+            self.complete(*POSTS[path])
         elif path in page:
             self.send(200, *page[path])
         else:
@@ -201,14 +206,14 @@ class Handler(BaseHTTPRequestHandler):
     # -----------------------------------------------------------------------------
     # completions
 
-    def complete(self):
-        completion = parse_completion(self.read_json(), self.server.engines, self.server.limits)
+    def complete(self, parse, answer_of):
+        completion = parse(self.read_json(), self.server.engines, self.server.limits)
         try:
             job = completion.engine.submit(completion.request)
         except Busy:
             raise ApiError(429, "too many requests wait for this model; try again later") from None
         try:
-            answer, results = Answer(completion), self.results(job)
+            answer, results = answer_of(completion), self.results(job)
             if completion.stream:
                 self.send_stream(answer, results)
             else:

@@ -14,6 +14,7 @@ Three classes with one interface, AnyTokenizer. Data, prompts and evaluation all
     n_bytes(ids)  -> the UTF-8 bytes of text that the ids decode to; end-of-text counts 0
     files         {name: content} to keep in a dataset's folder; tokenizer_of_dataset() reads it
     spec          plain data to keep in a checkpoint; tokenizer_from_spec() reads it
+    chat          the chat.Template of the text that it was made for, or None
     to_json()     -> the content of a tokenizer.json that transformers loads
 encode() raises UserError for text that the vocabulary cannot express.
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 from nanotune.errors import UserError
 from nanotune.formats import hub
+from nanotune.text import chat
 from nanotune.text.tokenizer_files import (
     EOT,
     NAMED_IN,
@@ -46,25 +48,22 @@ from nanotune.text.tokenizer_files import (
 )
 
 GPT2_VOCAB_SIZES = (50257, 50304)  # plain, and padded to a multiple of 64
-# sha256 of canonical() of GPT-2's vocabulary: tells whether a tokenizer.json is GPT-2's
+# sha256 of canonical() of GPT-2's vocabulary
 GPT2_IDENTITY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
 # tells GPT-2's tokenizer.json from one with its vocabulary, but another normalizer, pre-tokenizer,
 # merges or flags of end-of-text
 PROBE = "Hi it's 1234\n  E\u0301a <|endoftext|> x"
 PROBE_IDS = [17250, 340, 338, 1105, 2682, 198, 220, 412, 136, 223, 64, 220, 50256, 2124]
-# end-of-text if no file of the folder names it: GPT-2's, and T5's or RoBERTa's
-END_NAMES = (EOT, "</s>")
+END_NAMES = (EOT, "</s>")  # end-of-text if no file names it: GPT-2's, and T5's or RoBERTa's
 
 
 class GPT2Tokenizer:
     """GPT-2's byte pair encoding, by tiktoken, which downloads the vocabulary once and caches it.
-
-    The first encode, decode, n_bytes or to_json raises UserError if it cannot be downloaded.
-    """
+    The first encode, decode, n_bytes or to_json raises UserError if it cannot be downloaded."""
     n_vocab, eot, identity, name = 50257, 50256, GPT2_IDENTITY, "GPT-2's BPE"
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
     special_ids = dict.fromkeys(special, eot)
-    sliceable = True
+    sliceable, chat = True, None
     spec, files = {"kind": "gpt2"}, {}
 
     def __init__(self) -> None:
@@ -103,7 +102,7 @@ class GPT2Tokenizer:
 
 class CharTokenizer:
     """A vocabulary of single characters, as in nanoGPT's meta.pkl; `itos` lists them by id."""
-    eot, name, sliceable = None, "a character vocabulary", True
+    eot, name, sliceable, chat = None, "a character vocabulary", True, None
     special = special_ids = {}  # noqa: RUF012
 
     def __init__(self, itos: Iterable[str]) -> None:
@@ -140,12 +139,10 @@ class CharTokenizer:
 
 class JsonTokenizer:
     """A tokenizer.json of the `tokenizers` library, given as text. Truncation, padding and dropout,
-    which the file may ask for, are switched off.
-
-    `special` has (key, token or id) as special_tokens() returns them. Raises UserError, which names
-    the file `where`, if the text is no tokenizer.json.
-    """
-    name, sliceable = "a tokenizer.json", False
+    which the file may ask for, are switched off. `special` has (key, token or id) as
+    special_tokens() returns them. Raises UserError, which names the file `where`, if the text is no
+    tokenizer.json."""
+    name, sliceable, chat = "a tokenizer.json", False, None
 
     def __init__(self, text: str, where: str | Path = "tokenizer.json",
                  special: Iterable[tuple[str, Any]] = ()) -> None:
@@ -237,24 +234,28 @@ AnyTokenizer = GPT2Tokenizer | CharTokenizer | JsonTokenizer
 
 
 def tokenizer_from_spec(spec: dict) -> AnyTokenizer:
-    """Returns the tokenizer with this `spec`. Raises UserError if its kind is unknown."""
+    """Returns the tokenizer of a `spec`. Raises UserError if its kind is unknown."""
     kind = spec.get("kind") if isinstance(spec, dict) else None
     if kind == "gpt2":
-        return GPT2Tokenizer()
-    if kind == "characters":
-        return CharTokenizer(spec["itos"])
-    if kind == "json":
-        return JsonTokenizer(spec["json"], special=spec.get("special", {}).items())
-    raise UserError(f"the checkpoint's tokenizer has an unknown kind, {kind!r}")
+        found = GPT2Tokenizer()
+    elif kind == "characters":
+        found = CharTokenizer(spec["itos"])
+    elif kind == "json":
+        found = JsonTokenizer(spec["json"], special=spec.get("special", {}).items())
+    else:
+        raise UserError(f"the checkpoint's tokenizer has an unknown kind, {kind!r}")
+    return chat.attach(found, chat.template_from(spec.get("chat"), "the checkpoint"))
 
 
 def tokenizer_of_folder(folder: str | Path) -> AnyTokenizer | None:
-    """Returns the tokenizer of a dataset or model folder, or None if the folder has none.
+    """Returns the tokenizer of a dataset or model folder, with its chat template, or None if the
+    folder has none. Reads meta.pkl (characters), tokenizer.json, a pair of VOCAB_AND_MERGES, or
+    T5's spiece.model, the first that exists. Raises UserError if that file is damaged."""
+    return chat.attach(without_chat(Path(folder)), chat.template_of_folder(folder))
 
-    Reads meta.pkl (characters), tokenizer.json, a pair of VOCAB_AND_MERGES, or T5's spiece.model,
-    the first that exists. Raises UserError if that file is damaged.
-    """
-    folder = Path(folder)
+
+def without_chat(folder):
+    """tokenizer_of_folder() without the template."""
     if (folder / "meta.pkl").is_file():
         return CharTokenizer(read_meta(folder / "meta.pkl"))
     pairs = [(folder / vocab, folder / merges) for vocab, merges in VOCAB_AND_MERGES]
@@ -305,11 +306,10 @@ def gpt2_by_size(vocab_size: int | None) -> GPT2Tokenizer | None:
 
 
 def tokenizer_of_dataset(folder: str | Path) -> AnyTokenizer:
-    """Returns the tokenizer of a dataset folder: GPT-2's BPE if it has no tokenizer file.
-
-    Raises UserError if the file is damaged.
-    """
-    return tokenizer_of_folder(folder) or GPT2Tokenizer()
+    """Returns the tokenizer of a dataset folder: GPT-2's BPE if it has no tokenizer file. Raises
+    UserError if the file is damaged."""
+    return tokenizer_of_folder(folder) or (
+        chat.attach(GPT2Tokenizer(), chat.template_of_folder(folder)))
 
 
 def without_end(text: str, tokenizer: AnyTokenizer) -> str:
