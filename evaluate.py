@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from configurator import AtLeast0, AtLeast1, UpTo65536, configure
+from configurator import AtLeast0, AtLeast1, Beams, LengthPenalty, UpTo65536, configure
 from nanotune.cli import run
 from nanotune.device import DtypeName, autocast, pick_dtype
 from nanotune.errors import UserError
@@ -52,6 +52,8 @@ class Config:
     detokenize: bool = False  # perplexity: --input is WikiText; remove the spaces it inserts
     method: Literal["generate", "likelihood"] = "generate"  # classify: how to pick a label
     max_new_tokens: AtLeast1 | None = None  # None: the longest label and its end; generate: 128
+    num_beams: Beams | None = None    # generated answers: search with so many beams; None: greedy
+    length_penalty: LengthPenalty = 1.0  # beams: divide log p by tokens ** this; higher: longer
     batch_size: UpTo65536 | None = None  # None: 8 windows, or 32 prompts
     block_size: AtLeast1 | None = None  # tokens per window; None: the model's block_size
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
@@ -71,6 +73,12 @@ def check_config(cfg, world):
         raise UserError("--detokenize needs the text: give --input=FILE")
     if cfg.task == "lambada" and cfg.input is None:
         raise UserError('--task=lambada needs --input=FILE of lines {"text": "..."}')
+    if cfg.num_beams is not None and (cfg.task in ("perplexity", "lambada")
+                                      or cfg.method == "likelihood"):
+        raise UserError("--num_beams is for generated answers: --task=generate, or --task=classify "
+                        "with --method=generate")
+    if cfg.num_beams is None and cfg.length_penalty != 1:
+        raise UserError("--length_penalty ranks beams: give --num_beams too, such as 4")
     if cfg.task == "classify":
         tasks.check_sklearn()
     if cfg.task != "perplexity" and world.size > 1:
@@ -149,7 +157,7 @@ def generate_answers(cfg, model, tokenizer, prompts, wanted):
     """(the text of each prompt's answer, whether each was cut at so many tokens as are wanted or
     fit into the context)."""
     new, cut = tasks.answer(model, prompts, wanted, tokenizer.eot, tokenizer.n_vocab,
-                            cfg.batch_size or 32)
+                            cfg.batch_size or 32, cfg.num_beams, cfg.length_penalty)
     return [tokenizer.decode(ids) for ids in new], cut
 
 

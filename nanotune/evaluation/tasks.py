@@ -1,10 +1,10 @@
 """Tasks that evaluate.py scores by prompting: classification, generated answers and LAMBADA.
 
-    answer(model, prompts, ...)          greedy answers to prompts of any lengths, in batches
+    answer(model, prompts, ...)          answers to prompts of any lengths, in batches
     score_labels(model, prompts, ...)    the log-probability of each label after each prompt
     lambada(model, pairs, ...)           the loss and accuracy of the last word of each text
 
-A model is a GPT, a T5 or an OnnxGPT, in evaluation mode.
+A model is a GPT, a T5, an OnnxGPT or an OnnxT5, in evaluation mode.
 """
 import contextlib
 import itertools
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from model import GPT
 from nanotune.errors import UserError
 from nanotune.formats.onnx_model import OnnxGPT
+from nanotune.generation.beams import beam_search
 from nanotune.generation.generate import stream
 from nanotune.text.loader import IGNORED
 from nanotune.text.read import read_jsonl
@@ -90,16 +91,22 @@ def batches_by_length(rows, batch_size):
 
 
 def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, eot: int | None,
-           n_vocab: int, batch_size: int) -> tuple[list[list[int]], list[bool]]:
-    """Returns (the ids of each prompt's greedy continuation, whether it was cut): it ends before
-    `eot`, else after max_new_tokens or where the batch's longest fills the context."""
+           n_vocab: int, batch_size: int, num_beams: int | None = None,
+           length_penalty: float = 1.0) -> tuple[list[list[int]], list[bool]]:
+    """Returns (the ids of each prompt's continuation, greedy or by beam_search, whether it was
+    cut): it ends before `eot`, else after max_new_tokens or where the batch's longest fills the
+    context."""
     answers, cut = [None] * len(prompts), [False] * len(prompts)
     for batch in batches_by_length(prompts, batch_size):
         # + 1: the model does not read the last new token
         room = model.config.block_size - max(len(prompts[i]) for i in batch) + 1
-        new = stream(model, [prompts[i] for i in batch], min(max_new_tokens, room), temperature=0,
-                     stop_token=eot, n_vocab=n_vocab)
-        for i, ids in zip(batch, torch.stack(list(new), 1).tolist()):
+        limit, rows = min(max_new_tokens, room), [prompts[i] for i in batch]
+        if num_beams is None:
+            new = torch.stack(list(stream(model, rows, limit, temperature=0, stop_token=eot,
+                                          n_vocab=n_vocab)), 1).tolist()
+        else:
+            new = beam_search(model, rows, limit, num_beams, length_penalty, eot, n_vocab)
+        for i, ids in zip(batch, new):
             cut[i] = eot not in ids
             answers[i] = ids if cut[i] else ids[:ids.index(eot)]
     return answers, cut
