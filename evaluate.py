@@ -9,8 +9,8 @@
 perplexity   of a dataset's split or a text file; the loss is computed as in train.py
 classify     a dataset's test.jsonl: generates labels, or with --method=likelihood picks the most
              likely; accuracy, macro F1, confusion matrix, and out_dir/predictions.jsonl
-generate     a dataset's test.jsonl: generates answers; exact match, F1 of words, and
-             out_dir/predictions.jsonl
+generate     a dataset's test.jsonl: generates answers; exact match, F1 of words, ROUGE if
+             rouge-score is installed, and out_dir/predictions.jsonl
 lambada      the last word of each line {"text"}, with and without the stop-word filter
 """
 import json
@@ -211,15 +211,29 @@ def run_generate(cfg, model, tokenizer, source, world):
     answers, cut = generate_answers(cfg, model, tokenizer, prompts, cfg.max_new_tokens or 128)
     seconds = time.perf_counter() - began
     scores = list(map(tasks.answer_scores, targets, answers))
+    rouge = tasks.rouge_scores(targets, answers)
     saved = save_predictions(cfg, [
         {"prompt": tokenizer.decode(ids), "target": target, "answer": text, "exact": exact,
-         "f1": f1, "cut": was_cut}
-        for ids, target, text, (exact, f1), was_cut in zip(prompts, targets, answers, scores, cut)])
+         "f1": f1, "cut": was_cut, **more}
+        for ids, target, text, (exact, f1), was_cut, more in zip(
+            prompts, targets, answers, scores, cut, rouge)])
     exact, f1 = map(tasks.mean_and_error, zip(*scores))
     print(f"{source} on {cfg.dataset} test: exact match {exact[0]:.2%} (standard error "
           f"{exact[1]:.2%}), F1 of words {f1[0]:.2%} ({f1[1]:.2%}); {len(prompts):,} prompts, "
           f"{sum(cut):,} answers cut by --max_new_tokens; {seconds:.1f} s, "
           f"{len(prompts) / seconds:.1f} prompts a second; {saved}")
+    print_rouge(rouge)
+
+
+def print_rouge(rows):
+    """Prints the mean of each ROUGE, and its standard error."""
+    if not rows[0]:
+        print("  for ROUGE: pip install rouge-score")
+        return
+    means = {name: tasks.mean_and_error([row[key] for row in rows])
+             for key, name in tasks.ROUGE.items()}
+    print("  " + ", ".join(f"{name} {mean:.2%} (standard error {error:.2%})"
+                           for name, (mean, error) in means.items()))
 
 
 def run_lambada(cfg, model, tokenizer, source, world):

@@ -191,6 +191,21 @@ def answer_scores(target: str, answer: str) -> tuple[float, float]:
     return float(wanted == given), f1
 
 
+ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeLsum": "ROUGE-Lsum"}
+
+
+def rouge_scores(targets: list[str], answers: list[str]) -> list[dict[str, float]]:
+    """Returns {name of ROUGE: F1, 0 to 1} of each answer, by the rouge-score package with its
+    stemmer (Lin 2004); {} each if that is not installed."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return [{} for _ in targets]
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    return [{name: score.fmeasure for name, score in scorer.score(target, answer).items()}
+            for target, answer in zip(targets, answers)]
+
+
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Returns the mean and its standard error; that of one value is not a number."""
     n = len(values)
