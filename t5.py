@@ -69,9 +69,9 @@ class T5Cache:
     def reorder(self, rows: torch.Tensor) -> None:
         """Replaces row i by row rows[i], rows (B,), as beam search does."""
         self.k, self.v = (take_rows(whole, rows, self.pos) for whole in (self.k, self.v))
-        before, self.prompt = self.prompt, self.prompt[rows]
-        if torch.equal(before, self.prompt):  # the beams of a prompt have one source
+        if torch.equal(self.prompt[rows], self.prompt):  # the beams of a prompt have one source
             return
+        self.prompt = self.prompt[rows]
         self.source, self.mask = self.source[rows], self.mask[rows]
         self.source_kv = [kv and tuple(t[rows] for t in kv) for kv in self.source_kv]
 

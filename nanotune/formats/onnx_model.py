@@ -59,8 +59,8 @@ class OnnxCache:
             self.rows = [copy(self.rows[i]) for i in rows.tolist()]
             return
         self.past = change(self.past, lambda array: array[rows.numpy()])
-        before, self.prompt = self.prompt, self.prompt[rows] if self.source else self.prompt
-        if not torch.equal(before, self.prompt):
+        if self.source and not torch.equal(self.prompt[rows], self.prompt):
+            self.prompt = self.prompt[rows]
             self.source = change(self.source, lambda array: array[rows.numpy()])
 
 
