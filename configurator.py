@@ -72,6 +72,8 @@ Fraction = Annotated[float, Interval(0, 1)]  # below 1
 Temperature = Annotated[float, Interval(0, 100, "[]")]
 Penalty = Annotated[float, Interval(0.01, 100, "[]")]
 Probability = Annotated[float, Interval(0, 1, "(]")]
+Beams = Annotated[int, Interval(2, 1000, "[]")]
+LengthPenalty = Annotated[float, Interval(-10, 10, "[]")]
 Seed = Annotated[int, Interval(0, 2**32)]    # what torch and numpy accept
 
 ESCAPED = "\\n, \\t and \\\\ of the command line are decoded"
@@ -199,7 +201,8 @@ OTHER_NAMES = {
     "start": "prompt prefix input_text text", "stop": "truncate stop_token stop_sequence",
     "max_new_tokens": "length max_length max_tokens sample_len n_tokens",
     "num_samples": "nsamples num_return_sequences n",
-    "temperature": "temp", "repetition_penalty": "repeat_penalty"}
+    "num_beams": "beams n_beams beam_size beam_width", "temperature": "temp",
+    "repetition_penalty": "repeat_penalty"}
 
 
 def nearest(name, names):

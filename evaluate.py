@@ -10,7 +10,7 @@ perplexity   of a dataset's split or a text file; the loss is computed as in tra
 classify     a dataset's test.jsonl: generates labels, or with --method=likelihood picks the most
              likely; accuracy, macro F1, confusion matrix, and out_dir/predictions.jsonl
 generate     a dataset's test.jsonl: generates answers, of conversations the last ones; exact match,
-             F1 of words, and out_dir/predictions.jsonl
+             F1 of words, ROUGE if rouge-score is installed, and out_dir/predictions.jsonl
 lambada      the last word of each line {"text"}, with and without the stop-word filter
 """
 import json
@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from configurator import AtLeast0, AtLeast1, UpTo65536, configure
+from configurator import AtLeast0, AtLeast1, Beams, LengthPenalty, UpTo65536, configure
 from nanotune.cli import run
 from nanotune.device import DtypeName, autocast, pick_dtype
 from nanotune.errors import UserError
@@ -53,6 +53,8 @@ class Config:
     detokenize: bool = False  # perplexity: --input is WikiText; remove the spaces it inserts
     method: Literal["generate", "likelihood"] = "generate"  # classify: how to pick a label
     max_new_tokens: AtLeast1 | None = None  # None: the longest label and its end; generate: 128
+    num_beams: Beams | None = None    # generated answers: search with so many beams; None: greedy
+    length_penalty: LengthPenalty = 1.0  # beams: divide log p by tokens ** this; higher: longer
     batch_size: UpTo65536 | None = None  # None: 8 windows, or 32 prompts
     block_size: AtLeast1 | None = None  # tokens per window; None: the model's block_size
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
@@ -72,6 +74,12 @@ def check_config(cfg, world):
         raise UserError("--detokenize needs the text: give --input=FILE")
     if cfg.task == "lambada" and cfg.input is None:
         raise UserError('--task=lambada needs --input=FILE of lines {"text": "..."}')
+    if cfg.num_beams is not None and (cfg.task in ("perplexity", "lambada")
+                                      or cfg.method == "likelihood"):
+        raise UserError("--num_beams is for generated answers: --task=generate, or --task=classify "
+                        "with --method=generate")
+    if cfg.num_beams is None and cfg.length_penalty != 1:
+        raise UserError("--length_penalty ranks beams: give --num_beams too, such as 4")
     if cfg.task == "classify":
         tasks.check_sklearn()
     if cfg.task != "perplexity" and world.size > 1:
@@ -150,7 +158,7 @@ def generate_answers(cfg, model, tokenizer, prompts, wanted, end=()):
     """(the text of each prompt's answer, whether each was cut at so many tokens as are wanted or
     fit into the context). An answer ends before end-of-text and before the ids `end`."""
     new, cut = tasks.answer(model, prompts, wanted, tokenizer.eot, tokenizer.n_vocab,
-                            cfg.batch_size or 32, end)
+                            cfg.batch_size or 32, end, cfg.num_beams, cfg.length_penalty)
     return [tokenizer.decode(ids) for ids in new], cut
 
 
@@ -201,6 +209,9 @@ def print_confusion(names, confusion):
 def run_generate(cfg, model, tokenizer, source, world):
     path, wanted, end = test_file(cfg), cfg.max_new_tokens or 128, ()
     if tasks.holds_chats(path):
+        if cfg.num_beams is not None:
+            raise UserError(f"{path} holds conversations; their turns end at a mark, at which "
+                            "beams do not stop: leave --num_beams out")
         prompts, targets, shortened = tasks.read_last_turns(
             path, tokenizer, model.config.block_size, wanted)
         end = tokenizer.encode(tokenizer.chat.end)
@@ -213,15 +224,29 @@ def run_generate(cfg, model, tokenizer, source, world):
     answers, cut = generate_answers(cfg, model, tokenizer, prompts, wanted, end)
     seconds = time.perf_counter() - began
     scores = list(map(tasks.answer_scores, targets, answers))
+    rouge = tasks.rouge_scores(targets, answers)
     saved = save_predictions(cfg, [
         {"prompt": tokenizer.decode(ids), "target": target, "answer": text, "exact": exact,
-         "f1": f1, "cut": was_cut}
-        for ids, target, text, (exact, f1), was_cut in zip(prompts, targets, answers, scores, cut)])
+         "f1": f1, "cut": was_cut, **more}
+        for ids, target, text, (exact, f1), was_cut, more in zip(
+            prompts, targets, answers, scores, cut, rouge)])
     exact, f1 = map(tasks.mean_and_error, zip(*scores))
     print(f"{source} on {cfg.dataset} test: exact match {exact[0]:.2%} (standard error "
           f"{exact[1]:.2%}), F1 of words {f1[0]:.2%} ({f1[1]:.2%}); {len(prompts):,} prompts, "
           f"{sum(cut):,} answers cut by --max_new_tokens; {seconds:.1f} s, "
           f"{len(prompts) / seconds:.1f} prompts a second; {saved}")
+    print_rouge(rouge)
+
+
+def print_rouge(rows):
+    """Prints the mean of each ROUGE, and its standard error."""
+    if not rows[0]:
+        print("  for ROUGE: pip install rouge-score")
+        return
+    means = {name: tasks.mean_and_error([row[key] for row in rows])
+             for key, name in tasks.ROUGE.items()}
+    print("  " + ", ".join(f"{name} {mean:.2%} (standard error {error:.2%})"
+                           for name, (mean, error) in means.items()))
 
 
 def run_lambada(cfg, model, tokenizer, source, world):

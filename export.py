@@ -30,6 +30,7 @@ from nanotune.formats.checkpoint import (
 from nanotune.formats.hf import write_hf, write_tokenizer
 from nanotune.formats.onnx_model import open_onnx
 from nanotune.formats.peft import name_of_base, needs_export, write_peft
+from nanotune.text.loader import IGNORED
 from nanotune.text.tokenizer import GPT2_VOCAB_SIZES
 from nanotune.training.logbook import kept_entries
 from nanotune.training.plan import spell_bytes
@@ -37,7 +38,7 @@ from nanotune.training.plan import spell_bytes
 # files that an export writes; a folder with any other file is never replaced
 WRITTEN = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
            "tokenizer_config.json", "README.md", "model*.onnx", "model*.onnx.data",
-           "adapter_model.safetensors", "adapter_config.json")
+           "encoder*.onnx", "decoder*.onnx", "adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass
@@ -84,18 +85,22 @@ def cut_padding(model, tokenizer):
 # -----------------------------------------------------------------------------
 # ONNX
 
-def onnx_name(quantize):
-    return "model.onnx" if quantize == "none" else f"model.{quantize}.onnx"
-
-
 def write_onnx_folder(folder, model, tokenizer, quantize):
-    """Writes the graph, and tokenizer.json for programs without nanotune; then runs the graph."""
-    from nanotune.formats.onnx_graph import write_onnx
-    path = folder / onnx_name(quantize)
-    write_onnx(model, str(path), quantize, tokenizer and tokenizer.spec)
+    """Writes the graph, or a T5's two, and tokenizer.json for programs without nanotune; then runs
+    them. Returns the end of their names."""
+    from nanotune.formats import onnx_gpt, onnx_t5
+    kind = "onnx" if quantize == "none" else f"{quantize}.onnx"
+    spec, c = tokenizer and tokenizer.spec, model.config
+    if c.takes_pairs:
+        path = onnx_t5.write_onnx(model, folder, quantize, spec)
+    else:
+        path = folder / f"model.{kind}"
+        onnx_gpt.write_onnx(model, path, quantize, spec)
     if tokenizer is not None:
-        write_tokenizer(folder, tokenizer, model.config.block_size)
+        write_tokenizer(folder, tokenizer, c.source_length if c.takes_pairs else c.block_size,
+                        ends_prompts=c.takes_pairs)
     check_onnx(str(path), model, quantize)
+    return kind
 
 
 @torch.no_grad()
@@ -103,20 +108,32 @@ def check_onnx(path, model, quantize):
     """Prints the largest difference between onnxruntime's and PyTorch's logits, with and without a
     past. Raises UserError if it is too large; for a quantized model, if it is not finite."""
     read, _ = open_onnx(path)
-    length = min(32, model.config.block_size)
-    generator = torch.Generator().manual_seed(1337)
-    idx = torch.randint(model.config.vocab_size, (2, length), generator=generator)
-    wanted = model.logits(idx)
-    apart = [(read.logits(idx) - wanted).abs().max()]
-    cache, last = read.start(idx[:, :max(1, length // 2)].tolist(), length)
-    if length > 1:
-        last = read.step(idx[:, length // 2:], cache)
-    apart.append((last - wanted[:, -1]).abs().max())
-    apart, largest = float(torch.stack(apart).max()), float(wanted.abs().max())
+    prompts, new, x, y = check_inputs(model.config)
+    wanted, whole = (torch.cat(list(m.logits_at(x, y))) for m in (model, read))
+    cache, last = read.start(prompts, new.size(1) + 1)
+    if new.size(1):
+        last = read.step(new, cache)
+    apart = max(float((whole - wanted).abs().max()),
+                float((last - wanted.view(2, -1, wanted.size(1))[:, -1]).abs().max()))
+    largest = float(wanted.abs().max())
     print(f"logits differ from PyTorch's by at most {apart:.2g}, the largest is {largest:.1f}")
     if not apart < (max(1e-3, 1e-5 * largest) if quantize == "none" else math.inf):
         raise UserError(f"{Path(path).name} does not compute what the model does: another "
                         "onnxruntime (pip install -U onnxruntime) may")
+
+
+def check_inputs(config):
+    """(prompts, the tokens that follow them, inputs, targets) of two rows, of random ids. A T5's
+    sources have two lengths."""
+    length = int(min(32, config.block_size))
+    generator = torch.Generator().manual_seed(1337)
+    ids = torch.randint(config.vocab_size, (2, length + 1), generator=generator)
+    x, y = ids[:, :-1].clone(), ids[:, 1:]
+    if not config.takes_pairs:
+        return x[:, :max(1, length // 2)].tolist(), x[:, max(1, length // 2):], x, y
+    x[:, -1] = config.end_id
+    x[1, length // 2:] = torch.tensor([config.end_id, *[IGNORED] * (length - length // 2 - 1)])
+    return [row[row != IGNORED].tolist() for row in x], y[:, :-1], x, y
 
 
 # -----------------------------------------------------------------------------
@@ -218,7 +235,7 @@ print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=50)[0]))
 
 
 ONNX_USE = """```
-python sample.py --init_from={name}/{file} --start="To be"
+python sample.py --init_from={name}/model.{kind} --start="To be"
 ```
 
 Elsewhere, without torch or nanotune (`pip install onnxruntime tokenizers`):
@@ -231,7 +248,7 @@ from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file("{name}/tokenizer.json")
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3  # errors only
-session = onnxruntime.InferenceSession("{name}/{file}", options)
+session = onnxruntime.InferenceSession("{name}/model.{kind}", options)
 inputs = session.get_inputs()  # input_ids, past_key_values.0.key, past_key_values.0.value, ...
 past = [np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in inputs[1:]]
 ids = new = tokenizer.encode("To be").ids
@@ -245,6 +262,39 @@ print(tokenizer.decode(ids))
 """
 
 
+ONNX_USE_PAIRS = """```
+python sample.py --init_from={name} --start="Good day." --temperature=0 --num_samples=1
+```
+
+Elsewhere, without torch or nanotune (`pip install onnxruntime tokenizers`):
+
+```python
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("{name}/tokenizer.json")
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3  # errors only
+encoder = onnxruntime.InferenceSession("{name}/encoder.{kind}", options)
+decoder = onnxruntime.InferenceSession("{name}/decoder.{kind}", options)
+source = np.array([tokenizer.encode("Good day.").ids])  # with its end token
+feeds = {{"attention_mask": np.ones_like(source)}}
+found = encoder.run(None, {{"input_ids": source, **feeds}})
+feeds |= dict(zip([o.name for o in encoder.get_outputs()], found))
+past = [i for i in decoder.get_inputs() if i.name.startswith("past_key_values")]
+feeds |= {{i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in past}}
+ids, new = [], {start}
+while new != {end} and len(ids) < 50:
+    logits, *found = decoder.run(None, {{"input_ids": np.array([[new]]), **feeds}})
+    feeds |= dict(zip([i.name for i in past], found))
+    new = int(logits[0, -1].argmax())
+    ids.append(new)
+print(tokenizer.decode(ids))
+```
+"""
+
+
 def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
     check_config(cfg)
@@ -252,8 +302,8 @@ def main(argv: list[str]) -> None:
     source = pick_source(cfg.out_dir, cfg.init_from)
     model, tokenizer = load_model(source)
     pairs = model.config.takes_pairs
-    if pairs and cfg.format != "hf":
-        raise UserError(f"--format={cfg.format} does not take T5 yet; use --format=hf")
+    if pairs and cfg.format == "peft":
+        raise UserError("--format=peft does not take T5; use --format=hf, which merges adapters")
     check_dtype(model, DTYPES[cfg.dtype])
     model.eval()
     if tokenizer is not None and cfg.format != "peft":  # adapters have no vocabulary
@@ -269,8 +319,10 @@ def main(argv: list[str]) -> None:
         elif cfg.format == "peft":
             use = PEFT_USE.format(name=name, base=write_adapters(folder, model, source, tokenizer))
         else:
-            write_onnx_folder(folder, model, tokenizer, cfg.quantize)
-            use = ONNX_USE.format(name=name, file=onnx_name(cfg.quantize))
+            kind = write_onnx_folder(folder, model, tokenizer, cfg.quantize)
+            use = ONNX_USE.format(name=name, kind=kind) if not pairs else (
+                ONNX_USE_PAIRS.format(name=name, kind=kind, start=model.config.start_id,
+                                      end=model.config.end_id))
         text = card(cfg, source, model, history_of(source), use)
         Path(folder, "README.md").write_text(text, encoding="utf-8")
 

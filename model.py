@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanotune.errors import UserError
 from nanotune.formats import hf, hf_config, hub
-from nanotune.generation.generate import read_prompts, stream
+from nanotune.generation.generate import read_prompts, stream, take_rows
 from nanotune.head import Head, head_bytes, head_chunk, head_loss
 from nanotune.text.loader import IGNORED
 
@@ -77,7 +77,7 @@ class KVCache:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Replaces row i by row rows[i], rows (B,), as beam search does."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v = (take_rows(whole, rows, self.pos) for whole in (self.k, self.v))
         self.pad = None if self.pad is None else self.pad[rows]
 
     def columns(self, T: int) -> tuple[torch.Tensor, int]:

@@ -7,13 +7,14 @@
     python sample.py --out_dir=out-mine --interactive --num_samples=1
     python sample.py --out_dir=out-chat --chat
     python sample.py --init_from=google-t5/t5-small --start="translate English to German: Good day."
+    python sample.py --out_dir=out-t5 --start="summarize: ..." --num_beams=4
 """
 import contextlib
 import json
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from tqdm import tqdm
@@ -21,7 +22,9 @@ from tqdm import tqdm
 from configurator import (
     AtLeast0,
     AtLeast1,
+    Beams,
     EscapedText,
+    LengthPenalty,
     Penalty,
     Probability,
     Temperature,
@@ -32,6 +35,7 @@ from nanotune.cli import run
 from nanotune.device import DtypeName, autocast, pick_compile, pick_device, pick_dtype
 from nanotune.errors import UserError
 from nanotune.formats.checkpoint import pick_source
+from nanotune.generation.beams import beam_search
 from nanotune.generation.fast import open_model
 from nanotune.generation.generate import TextPieces, encode_prompt, stream, text_before
 from nanotune.text.chat import (
@@ -56,19 +60,24 @@ class Config:
     interactive: bool = False         # ask for prompt after prompt, without loading again
     chat: bool = False  # a conversation with a model finetuned by config/finetune_chat.py
     system: EscapedText = ""          # chat: the system's message, which comes first
-    num_samples: UpTo65536 = 10       # samples per prompt, generated as one batch
-    batch_size: UpTo65536 = 16        # LINES: samples to generate together, num_samples at least
+    num_samples: UpTo65536 | None = None  # samples per prompt, as one batch; None: 10, by beams 1
+    batch_size: UpTo65536 = 16        # LINES: samples or beams at once; one prompt's at least
     max_new_tokens: AtLeast1 = 500    # most tokens per sample
     temperature: Temperature = 0.8    # 0: the most likely token; below 1 less random, above 1 more
     top_k: AtLeast0 = 200             # keep only the k most likely tokens; 0: all
     top_p: Probability = 1.0          # keep the fewest tokens that have this much probability
     repetition_penalty: Penalty = 1.0  # above 1: make tokens already in the text less likely
+    num_beams: Beams | None = None    # the best answer by beam search; None: sampling
+    length_penalty: LengthPenalty = 1.0  # beams: divide log p by tokens ** this; higher: longer
     stop: EscapedText = "<|endoftext|>"  # end a sample before this text, or at end-of-text
     seed: AtLeast0 = 1337
     # system
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
     dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16
     compile: bool | Literal["auto"] = False  # auto: on a GPU; takes a minute at the start
+
+    ONE_OF: ClassVar = tuple(("num_beams", name) for name in (
+        "temperature", "top_k", "top_p", "repetition_penalty"))
 
 
 def read_prompt(start):
@@ -80,6 +89,19 @@ def read_prompt(start):
     return start
 
 
+def check_beams(cfg):
+    """Raises UserError if beams are mixed with samples; sets num_samples where it is None."""
+    if cfg.num_beams is None and cfg.length_penalty != 1:
+        raise UserError("--length_penalty ranks beams: give --num_beams too, such as 4")
+    if cfg.num_beams is not None and cfg.num_samples not in (None, 1):
+        raise UserError(f"--num_beams finds one answer per prompt: leave --num_samples="
+                        f"{cfg.num_samples} out")
+    if cfg.num_beams is not None and cfg.chat:
+        raise UserError("--chat stops at the mark that ends a turn, which beams do not: leave "
+                        "--num_beams out")
+    cfg.num_samples = cfg.num_samples or (1 if cfg.num_beams else 10)
+
+
 def main(argv: list[str]) -> None:
     cfg = configure(Config, argv)
     for name in ("interactive", "chat"):
@@ -89,6 +111,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--interactive and --chat contradict each other: give one")
     if cfg.system and not cfg.chat:
         raise UserError("--system is a message of a conversation: give --chat too")
+    check_beams(cfg)
     for name in ("stop", "system"):
         check_surrogates(getattr(cfg, name), f"--{name}")
     prompt = read_prompt(cfg.start)
@@ -129,6 +152,9 @@ class Sampler:
         cfg, tokenizer = self.cfg, self.tokenizer
         pieces = [TextPieces(tokenizer, text_before(self.model, ids), self.stops)
                   for ids in prompts]
+        if cfg.num_beams:
+            yield self.best_answers(prompts, pieces), [piece.done for piece in pieces]
+            return
         with autocast(self.device, self.dtype, cache=True):
             for token in stream(
                     self.model, prompts, cfg.max_new_tokens, temperature=cfg.temperature,
@@ -144,6 +170,15 @@ class Sampler:
                     break
         yield (["" if piece.done else piece.rest() for piece in pieces],
                [piece.done for piece in pieces])
+
+    def best_answers(self, prompts, pieces):
+        """The text of each prompt's best answer by beam search."""
+        with autocast(self.device, self.dtype, cache=True):
+            found = beam_search(self.model, prompts, self.cfg.max_new_tokens, self.cfg.num_beams,
+                                self.cfg.length_penalty, self.tokenizer.eot,
+                                self.tokenizer.n_vocab)
+        texts = ["".join(map(piece.add, ids)) for piece, ids in zip(pieces, found)]
+        return [text if piece.done else text + piece.rest() for text, piece in zip(texts, pieces)]
 
 
 def print_samples(sampler, prompt, where="--start"):
@@ -175,7 +210,8 @@ def print_samples(sampler, prompt, where="--start"):
     if sampler.model.config.takes_pairs and not all(done):
         print(f"{done.count(False)} of {n} answers were cut at "
               f"--max_new_tokens={sampler.cfg.max_new_tokens}", file=sys.stderr)
-    print(speed(times[:-1], n), file=sys.stderr)
+    if sampler.cfg.num_beams is None:
+        print(speed(times[:-1], n), file=sys.stderr)
 
 
 def greet(text):
@@ -267,7 +303,8 @@ def answer_lines(sampler, text):
     if not lines:
         raise UserError(f"--start={sampler.cfg.start}: the file has no prompt; give one per line")
     ids = [sampler.encode(line, f"line {number} of --start") for number, line in lines]
-    size, generator = max(1, sampler.cfg.batch_size // n), sampler.generator()
+    rows = n * (sampler.cfg.num_beams or 1)  # per prompt
+    size, generator = max(1, sampler.cfg.batch_size // rows), sampler.generator()
     for first in range(0, len(lines), size):
         batch = [prompt for prompt in ids[first:first + size] for _ in range(n)]
         new = (pieces for pieces, _ in sampler.stream(batch, generator))

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from model import GPT, Embedding, KVCache, Linear, additive
 from nanotune.errors import UserError
 from nanotune.formats import hf, hf_config, hub
+from nanotune.generation.generate import take_rows
 from nanotune.head import Head, head_bytes, head_chunk, head_loss
 from nanotune.text.loader import IGNORED
 
@@ -61,13 +62,17 @@ class T5Cache:
         self.pos = 0
         self.source, self.mask = None, None             # (B, S, C); (B, 1, 1, S), as encode()
         self.source_kv = [None] * config.n_decoder_layer  # of each layer, from its first step on
+        self.prompt = torch.arange(batch_size, device=device)  # row i is of source prompt[i]
 
     full, rewind, columns = KVCache.full, KVCache.rewind, KVCache.columns
     append, advance = KVCache.append, KVCache.advance
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Replaces row i by row rows[i], rows (B,), as beam search does."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v = (take_rows(whole, rows, self.pos) for whole in (self.k, self.v))
+        if torch.equal(self.prompt[rows], self.prompt):  # the beams of a prompt have one source
+            return
+        self.prompt = self.prompt[rows]
         self.source, self.mask = self.source[rows], self.mask[rows]
         self.source_kv = [kv and tuple(t[rows] for t in kv) for kv in self.source_kv]
 
@@ -219,6 +224,18 @@ class Stack(nn.Module):
         return self.drop(self.ln_f(x))
 
 
+def shift_right(y: torch.Tensor, config: T5Config) -> torch.Tensor:
+    """y (B, T), targets padded with -1 -> the token before each, (B, T)."""
+    before = F.pad(y[:, :-1], (1, 0), value=config.start_id)
+    return before.masked_fill(before == IGNORED, config.pad_id)
+
+
+def pad_sources(prompts: Sequence[list[int]], end: int) -> torch.Tensor:
+    """Returns sources as (B, S), padded with -1; the end token is appended to those without it."""
+    rows = [torch.tensor([*ids] if ids[-1:] == [end] else [*ids, end]) for ids in prompts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+
 class T5(nn.Module):
     """An encoder-decoder transformer."""
     family = "T5"
@@ -284,9 +301,7 @@ class T5(nn.Module):
 
     def hidden(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x (B, S), y (B, T) as in forward() -> the input of the head, (B, T, C)."""
-        before = F.pad(y[:, :-1], (1, 0), value=self.config.start_id)
-        before = before.masked_fill(before == IGNORED, self.config.pad_id)
-        source, target = self.embed(x.clamp(min=0), before)
+        source, target = self.embed(x.clamp(min=0), shift_right(y, self.config))
         return self.decode(target, *self.encode_embedded(source, x != IGNORED))
 
     def embed(self, *ids):
@@ -323,10 +338,7 @@ class T5(nn.Module):
               cache: T5Cache | None = None) -> tuple[T5Cache, torch.Tensor]:
         """Reads B sources, each with its end token, which is appended if it lacks. Returns (a cache
         with room for `room` more tokens, logits of the first token of each target, (B, V))."""
-        end = self.config.end_id
-        rows = [torch.tensor([*ids] if ids[-1:] == [end] else [*ids, end]) for ids in prompts]
-        x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
-        x = x.to(self.device)
+        x = pad_sources(prompts, self.config.end_id).to(self.device)
         cache = T5Cache(self.config, len(x), 1 + room, self.device, self.compute_dtype)
         cache.source, cache.mask = self.encode(x)
         return cache, self.step(torch.full_like(x[:, :1], self.config.start_id), cache)

@@ -111,7 +111,7 @@ class Config:
     patience: AtLeast0 = 0  # stop after this many evaluations without a better one; 0: never
     # memory
     weights: Literal["float32", "bfloat16"] = "float32"  # bfloat16 halves weights and gradients
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments of 2 bytes, not 8
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"  # moments: 8, 2 or 0 bytes
     recompute: bool = False  # recompute activations in the backward pass: 4/3 of the time
     lora_rank: Rank = 0  # train only adapters of this rank; 0: train all weights
     # learning rate

@@ -2,12 +2,15 @@
 
     python experiments/t5_benchmarks.py train --input=tweets.csv --dtype=bfloat16
     python experiments/t5_benchmarks.py generate --input=tweets.csv
+    python experiments/t5_benchmarks.py export --input=tweets.csv
     python experiments/t5_benchmarks.py f1 --input=tweets.csv
 
 train      pairs a second and peak memory of t5-base's shape: ours; transformers in a plain loop,
            each batch padded to its longest row; the same padded to 300 + 200, as SimpleT5 does
 generate   500 predictions of t5-small's shape, batched and one at a time
 f1         macro F1 of a small T5 from scratch, by train.py and by a transformers loop, three splits
+export     ONNX in float32, int8 and int4: size and greedy speed of t5-base's shape beside PyTorch,
+           float32; F1 of the small T5 from scratch, which it trains if f1 has not
 
 Needs `pip install transformers`. Each case of train is a process of its own, in turns. Seconds are
 of CPU time on one thread, so that other programs on the machine do not count. The tokenizer is
@@ -28,10 +31,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from nanotune.cli import run  # noqa: E402
 from nanotune.device import DTYPES, autocast, peak_memory, tune_malloc  # noqa: E402
-from nanotune.evaluation.tasks import answer, classification_scores  # noqa: E402
+from nanotune.evaluation.tasks import (  # noqa: E402
+    answer,
+    answer_scores,
+    classification_scores,
+)
 from nanotune.formats.checkpoint import load_model  # noqa: E402
 from nanotune.formats.hf import write_hf  # noqa: E402
 from nanotune.generation.fast import pack  # noqa: E402
+from nanotune.generation.generate import stream  # noqa: E402
 from nanotune.text.loader import open_dataset  # noqa: E402
 from nanotune.text.read import read_text  # noqa: E402
 from nanotune.text.tokenizer import JsonTokenizer, tokenizer_of_folder  # noqa: E402
@@ -223,15 +231,21 @@ def loop_f1(folder, split, steps, seed):
     return classification_scores(truth, predicted, ["negative", "positive"])["macro_f1"]
 
 
+def train_tiny(args, folder, split, seed):
+    """The run of a small T5 on a split."""
+    out_dir = args.out_dir.resolve() / f"tiny-{seed}"
+    if not (out_dir / "predictions.jsonl").is_file():
+        command("train.py", "config/finetune_t5_sentiment.py", f"--dataset={split}",
+                f"--init_from={folder}", f"--out_dir={out_dir}", f"--seed={seed}",
+                f"--learning_rate={LEARNING_RATE}", "--dtype=float32", "--log_interval=100")
+        command("evaluate.py", "--task=classify", f"--dataset={split}", f"--out_dir={out_dir}")
+    return out_dir
+
+
 def f1(args):
     folder, splits = make_folder(args, "tiny")
     for seed, split in enumerate(splits):
-        out_dir = args.out_dir.resolve() / f"tiny-{seed}"
-        if not (out_dir / "predictions.jsonl").is_file():
-            command("train.py", "config/finetune_t5_sentiment.py", f"--dataset={split}",
-                    f"--init_from={folder}", f"--out_dir={out_dir}", f"--seed={seed}",
-                    f"--learning_rate={LEARNING_RATE}", "--dtype=float32", "--log_interval=100")
-            command("evaluate.py", "--task=classify", f"--dataset={split}", f"--out_dir={out_dir}")
+        out_dir = train_tiny(args, folder, split, seed)
         lines = (out_dir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         ours = classification_scores([row["label"] for row in rows],
@@ -243,10 +257,71 @@ def f1(args):
               f"{error:.1%}", flush=True)
 
 
+# -----------------------------------------------------------------------------
+# ONNX
+
+def export_forms(args, source, name):
+    """{form: exported folder} of a model."""
+    forms = {"float32": "none", "int8": "int8", "int4": "int4"}
+    folders = {form: args.out_dir.resolve() / f"{name}-{form}" for form in forms}
+    for form, folder in folders.items():
+        if not folder.is_dir():
+            command("export.py", f"--init_from={source}", "--format=onnx",
+                    f"--quantize={forms[form]}", f"--export_dir={folder}")
+    return folders
+
+
+def export(args):
+    folder, _ = make_folder(args, "base")
+    folders = export_forms(args, folder, "onnx-base")
+    torch.set_num_threads(1)
+    models = {"PyTorch": load_model(str(folder))[0].eval()} | {
+        f"ONNX, {form}": load_model(str(path), with_onnx=True)[0]
+        for form, path in folders.items()}
+    sizes = [4 * models["PyTorch"].num_params(), *(
+        sum(file.stat().st_size for file in path.glob("*.onnx*")) for path in folders.values())]
+    pack(models["PyTorch"], CPU, torch.float32)
+    for n_source, n_target in ((32, 32), (400, 60)):
+        ids = np.random.RandomState(0).randint(3, 4000, n_source).tolist()
+        seconds = {name: [] for name in models}
+        for _ in range(args.rounds + 1):  # the first warms up
+            for name, model in models.items():
+                began = time.process_time()
+                with torch.no_grad():
+                    list(stream(model, [ids], n_target, temperature=0))
+                seconds[name].append(time.process_time() - began)
+        medians = {name: statistics.median(found[1:]) for name, found in seconds.items()}
+        for (name, median), size in zip(medians.items(), sizes):
+            print(f"{n_source} + {n_target} tokens, {name}: {size / 1e6:.0f} MB "
+                  f"({size / sizes[0]:.1%}), {median:.2f} s, "
+                  f"{medians['PyTorch'] / median:.1f} times as fast", flush=True)
+    export_f1(args)
+
+
+def export_f1(args):
+    """F1 of the small T5 in each form, on the tweets that all three splits hold out."""
+    folder, splits = make_folder(args, "tiny")
+    out_dir = train_tiny(args, folder, splits[0], 0)
+    rows = [row for split in splits for row in test_rows(split)]
+    truth, labels = [row["completion"] for row in rows], ["negative", "positive"]
+    folders = {"PyTorch": out_dir} | {
+        f"ONNX, {form}": path
+        for form, path in export_forms(args, out_dir, "onnx-tiny").items()}
+    for name, source in folders.items():
+        model, tokenizer = load_model(str(source), with_onnx=True)
+        found, _ = answer(model.eval(), [tokenizer.encode(row["prompt"]) for row in rows], 8,
+                          tokenizer.eot, tokenizer.n_vocab, 32)
+        texts = list(map(tokenizer.decode, found))
+        scores = classification_scores(truth, [t if t in labels else None for t in texts], labels)
+        words = statistics.mean(answer_scores(*pair)[1] for pair in zip(truth, texts))
+        print(f"small T5, {name}: macro F1 {scores['macro_f1']:.2%}, F1 of words {words:.2%}, "
+              f"{len(rows):,} tweets", flush=True)
+
+
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["train", "generate", "f1", "case"])
+    p.add_argument("what", choices=["train", "generate", "f1", "export", "case"])
     p.add_argument("--input", type=Path, required=True, help="Sentiment140's CSV")
     p.add_argument("--out_dir", type=Path, default=Path("out-t5-benchmarks"))
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -256,7 +331,8 @@ def main(argv):
     p.add_argument("--case", default="nanotune", help=argparse.SUPPRESS)
     p.add_argument("--batch_size", type=int, default=32, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
-    {"train": train, "generate": generate, "f1": f1, "case": case}[args.what](args)
+    {"train": train, "generate": generate, "f1": f1, "export": export,
+     "case": case}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -318,7 +318,7 @@ def test_the_cards_program_runs_without_torch(make_run, tmp_path):
 
 def test_the_readme_shows_the_cards_program():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
-    card = export.ONNX_USE.format(name="mine-int8", file="model.int8.onnx")
+    card = export.ONNX_USE.format(name="mine-int8", kind="int8.onnx")
     assert card.partition("```python\n")[2] in readme
 
 

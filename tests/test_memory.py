@@ -183,7 +183,7 @@ def test_a_resume_may_change_the_weights_by_force_but_not_the_optimizer(
 
 @pytest.mark.parametrize("fields, said", [
     (dict(weights="float16"), "--weights=float16: use float32 or bfloat16"),
-    (dict(optimizer="sgd"), "--optimizer=sgd: use adamw or adamw8bit"),
+    (dict(optimizer="sgd"), "--optimizer=sgd: use adamw, adamw8bit or adafactor"),
 ])
 def test_values_that_are_none(dataset, tmp_path, monkeypatch, capsys, fields, said):
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
@@ -192,7 +192,16 @@ def test_values_that_are_none(dataset, tmp_path, monkeypatch, capsys, fields, sa
 
 
 @pytest.mark.parametrize("fields", [
-    dict(weights="bfloat16"), dict(optimizer="adamw8bit"), dict(lora_rank=2, init_from="gpt2")])
+    dict(weights="bfloat16"), dict(lora_rank=2, init_from="gpt2"), dict(dtype="float16")])
+def test_what_does_not_go_with_adafactor(dataset, tmp_path, monkeypatch, capsys, fields):
+    status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, tmp_path / "out", **dict(optimizer="adafactor") | fields))
+    assert status == 1 and "do not go together" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("fields", [
+    dict(weights="bfloat16"), dict(optimizer="adamw8bit"), dict(optimizer="adafactor"),
+    dict(lora_rank=2, init_from="gpt2")])
 def test_lean_fields_do_not_go_with_fsdp(dataset, tmp_path, monkeypatch, capsys, fields):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
@@ -291,7 +300,7 @@ def test_moments_are_those_that_the_optimizer_keeps(torchao):
         for p in params:
             held = optimizers.plain_state(optimizer.state[p])
             real = sum(t.numel() * t.element_size() for key, t in held.items() if key != "step")
-            assert plan.moment_bytes(p.numel(), name) == real
+            assert plan.moment_bytes(p.shape, name) == real
 
 
 def world(device="cuda", ranks=1):

@@ -16,7 +16,7 @@ import export
 import sample
 from nanotune.errors import UserError
 from nanotune.evaluation import tasks
-from nanotune.formats import onnx_graph
+from nanotune.formats import onnx_gpt, onnx_graph
 from nanotune.formats.checkpoint import load_model
 from nanotune.generation.generate import stream
 from nanotune.text.loader import IGNORED
@@ -37,7 +37,7 @@ def make_onnx(tmp_path):
     """make_onnx(quantize, **fields) writes a tiny GPT; returns (GPT, OnnxGPT, the file)."""
     def make(quantize="none", **fields):
         model, path = tiny_gpt(**SIZES | fields), str(tmp_path / "model.onnx")
-        onnx_graph.write_onnx(model, path, quantize)
+        onnx_gpt.write_onnx(model, path, quantize)
         return model, open_onnx(path)[0], path
     return make
 
@@ -158,7 +158,7 @@ def test_embedding_and_head_are_one_tensor(make_onnx, quantize):
 
 def test_weights_beside_the_graph(make_onnx, monkeypatch, tmp_path):
     """As over 2 GB, which protobuf does not take."""
-    monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 0)
+    monkeypatch.setattr(onnx_gpt, "INLINE_LIMIT", 0)
     model, onnx_model, path = make_onnx()
     assert (tmp_path / "model.onnx").stat().st_size < 4 * model.num_params() / 2
     assert (tmp_path / "model.onnx.data").stat().st_size > 4 * model.num_params() * 0.9
@@ -235,7 +235,7 @@ def test_perplexity_of_a_real_model(shared, gpt2_vocabulary, tmp_path):
     loss = float(model(x, y)) / y.numel()
     for quantize, most, size in (("int8", 0.005, 0.27), ("int4", 0.04, 0.25)):
         path = tmp_path / f"{quantize}.onnx"
-        onnx_graph.write_onnx(model, str(path), quantize)
+        onnx_gpt.write_onnx(model, str(path), quantize)
         rise = math.exp(float(open_onnx(str(path))[0](x, y)) / y.numel() - loss) - 1
         assert rise < most, quantize
         assert path.stat().st_size < size * 4 * model.num_params()

@@ -231,6 +231,50 @@ def test_other_gradients_are_torchs_matter(monkeypatch):
 
 
 # -----------------------------------------------------------------------------
+# Adafactor
+
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_adafactor_is_transformers(size):
+    """Also where gradients are small, as a clipped one of a large model is."""
+    from transformers.optimization import Adafactor
+    shapes = (33, 48), (48,), (7, 5)
+    ours, theirs = params_of(torch.float32, *shapes), params_of(torch.float32, *shapes)
+    one = make_optimizer("adafactor", [{"params": ours, "weight_decay": 0.0}], 1e-2, BETAS, CPU)
+    other = Adafactor(theirs, lr=1e-2, scale_parameter=True, relative_step=False,
+                      warmup_init=False, weight_decay=0.0)
+    started = [p.detach().clone() for p in ours]
+    for step in range(12):
+        give_gradients(ours, step)
+        for p, q in zip(ours, theirs):
+            p.grad *= size * (1 + step)
+            p.grad[2] = 0  # as of a bucket of positions that no pair reaches
+            q.grad = p.grad.clone()
+        one.step()
+        other.step()
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, rtol=2e-5, atol=1e-7)
+    assert all((p - q).abs().max() > 1e-2 for p, q in zip(ours, started) if p.dim() > 1)
+
+
+def test_the_state_of_adafactor_comes_back_and_no_other_fits():
+    params = params_of(torch.float32, (33, 48), (48,))
+    one, other, adamw = (make_optimizer(name, groups_of(params), RATE, BETAS, CPU)
+                         for name in ("adafactor", "adafactor", "adamw"))
+    give_gradients(params, 0)
+    one.step()
+    adamw.step()
+    for p in params:
+        plain = plain_state(one.state[p])
+        fill_state(other, p, plain)
+        again = plain_state(other.state[p])
+        assert again.keys() == plain.keys() and all(again[k].equal(plain[k]) for k in plain)
+        with pytest.raises(UserError, match="which is not AdamW's"):
+            fill_state(adamw, p, plain)
+        with pytest.raises(UserError, match="which is not Adafactor's"):
+            fill_state(other, p, plain_state(adamw.state[p]))
+
+
+# -----------------------------------------------------------------------------
 # files
 
 def test_state_comes_back_from_plain_tensors(torchao):

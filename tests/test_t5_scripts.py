@@ -120,7 +120,7 @@ def test_an_export_answers_in_transformers(trained, script, tmp_path):
 
 
 @pytest.mark.parametrize("module, fields, said", [
-    (export, dict(format="onnx"), "--format=onnx does not take T5 yet; use --format=hf"),
+    (export, dict(format="peft"), "--format=peft does not take T5; use --format=hf"),
     (export, dict(dtype="float16"), "T5 overflows in float16"),
     (sample, dict(dtype="float16"), "T5 overflows in float16"),
     (evaluate, dict(dtype="float16"), "T5 overflows in float16"),

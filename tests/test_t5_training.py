@@ -68,7 +68,8 @@ def test_twenty_steps_are_those_of_a_transformers_loop(t5_folders, fields, tmp_p
 
 @pytest.mark.parametrize("options", [
     {}, dict(recompute=True), dict(weights="bfloat16"), dict(lora_rank=2),
-    dict(optimizer="adamw8bit"), dict(source_length=8, target_length=3)], ids=str)
+    dict(optimizer="adamw8bit"), dict(optimizer="adafactor"),
+    dict(source_length=8, target_length=3)], ids=str)
 def test_three_steps_and_three_are_six(fields, tmp_path, monkeypatch, options):
     """Bit for bit, with dropout; the epoch of 60 pairs ends on the way."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # of torchao's update
@@ -95,6 +96,16 @@ def test_any_split_into_micro_steps_is_the_same_run(fields, tmp_path):
     run_train(data, tmp_path / "8", **fields | dict(batch_size=8, gradient_accumulation_steps=1))
     run_train(data, tmp_path / "1", **fields | dict(batch_size=1, gradient_accumulation_steps=8))
     assert_same_run(tmp_path / "1", tmp_path / "8")
+
+
+@pytest.mark.slow
+def test_two_ranks_with_adafactor_stopped_and_resumed_are_one(fields, tmp_path):
+    fields |= dict(optimizer="adafactor")
+    on_ranks(2, tmp_path / "whole", **fields)
+    on_ranks(2, tmp_path / "half", **fields | dict(max_iters=3))
+    on_ranks(2, tmp_path / "half", **fields | dict(init_from="resume"))
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "half", tmp_path / "whole")
 
 
 def test_two_ranks_are_one(fields, tmp_path):

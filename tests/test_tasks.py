@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -448,3 +449,36 @@ def test_a_long_prompt_does_not_shorten_other_answers():
     prompts = [[1] * 16, [2, 3]]
     answers, cut = tasks.answer(model, prompts, 9, None, 61, batch_size=1)
     assert [len(ids) for ids in answers] == [1, 9] and cut == [True, True]
+
+
+def test_rouge_by_hand():
+    """The stemmer takes cats as cat; lines are sentences."""
+    pytest.importorskip("rouge_score", reason="needs requirements-dev.txt")
+    found = tasks.rouge_scores(["the cat sat on the mat\nit slept", "a b c"],
+                               ["the cats sat\nit was here", ""])
+    # 4 words of 6 and 8; 2 pairs of words of 5 and 7
+    assert found[0] == pytest.approx({"rouge1": 8 / 14, "rouge2": 4 / 12, "rougeLsum": 8 / 14})
+    assert found[1] == {"rouge1": 0, "rouge2": 0, "rougeLsum": 0}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_evaluate_prints_rouge(make_dataset, make_run, monkeypatch, capsys, installed):
+    if installed:
+        pytest.importorskip("rouge_score", reason="needs requirements-dev.txt")
+    else:
+        monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    folder, tokenizer = make_dataset("json")
+    (folder / "test.jsonl").write_text("".join(
+        json.dumps({"prompt": f"Line {i}", "completion": "it ends"}) + "\n" for i in range(3)))
+    out_dir, _ = make_run(tokenizer, block_size=32)
+    evaluate.main([f"--out_dir={out_dir}", f"--dataset={folder}", "--task=generate",
+                   "--max_new_tokens=5", "--device=cpu", "--dtype=float32"])
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in (out_dir / "predictions.jsonl").read_text().splitlines()]
+    wanted = {"rouge1", "rouge2", "rougeLsum"}
+    assert (wanted <= rows[0].keys()) == installed
+    if installed:
+        mean, error = tasks.mean_and_error([row["rouge2"] for row in rows])
+        assert f"ROUGE-2 {mean:.2%} (standard error {error:.2%}), ROUGE-Lsum" in out
+    else:
+        assert "for ROUGE: pip install rouge-score" in out

@@ -1,10 +1,10 @@
 """Tasks that evaluate.py scores by prompting: classification, generated answers and LAMBADA.
 
-    answer(model, prompts, ...)          greedy answers to prompts of any lengths, in batches
+    answer(model, prompts, ...)          answers to prompts of any lengths, in batches
     score_labels(model, prompts, ...)    the log-probability of each label after each prompt
     lambada(model, pairs, ...)           the loss and accuracy of the last word of each text
 
-A model is a GPT, a T5 or an OnnxGPT, in evaluation mode.
+A model is a GPT, a T5, an OnnxGPT or an OnnxT5, in evaluation mode.
 """
 import contextlib
 import itertools
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from model import GPT
 from nanotune.errors import UserError
 from nanotune.formats.onnx_model import OnnxGPT
+from nanotune.generation.beams import beam_search
 from nanotune.generation.generate import stream
 from nanotune.text.chat import chat_prompt, check_template, read_messages, room_for_answer
 from nanotune.text.loader import IGNORED
@@ -92,18 +93,22 @@ def batches_by_length(rows, batch_size):
 
 
 def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, eot: int | None,
-           n_vocab: int, batch_size: int,
-           end: Sequence[int] = ()) -> tuple[list[list[int]], list[bool]]:
-    """Returns (the ids of each prompt's greedy continuation, whether it was cut): it ends before
-    `eot` or before the ids `end`, if given, else after max_new_tokens or where the batch's longest
-    fills the context."""
+           n_vocab: int, batch_size: int, end: Sequence[int] = (), num_beams: int | None = None,
+           length_penalty: float = 1.0) -> tuple[list[list[int]], list[bool]]:
+    """Returns (the ids of each prompt's continuation, greedy or by beam_search, whether it was
+    cut): it ends before `eot`, without beams also before the ids `end`, if given, else after
+    max_new_tokens or where the batch's longest fills the context."""
     answers, cut = [None] * len(prompts), [False] * len(prompts)
     for batch in batches_by_length(prompts, batch_size):
         # + 1: the model does not read the last new token
         room = model.config.block_size - max(len(prompts[i]) for i in batch) + 1
-        new = stream(model, [prompts[i] for i in batch], min(max_new_tokens, room), temperature=0,
-                     stop_token=eot, n_vocab=n_vocab)
-        for i, ids in zip(batch, torch.stack(list(until(new, end)), 1).tolist()):
+        limit, rows = min(max_new_tokens, room), [prompts[i] for i in batch]
+        if num_beams is None:
+            new = stream(model, rows, limit, temperature=0, stop_token=eot, n_vocab=n_vocab)
+            new = torch.stack(list(until(new, end)), 1).tolist()
+        else:
+            new = beam_search(model, rows, limit, num_beams, length_penalty, eot, n_vocab)
+        for i, ids in zip(batch, new):
             at = next((n for n, id in enumerate(ids)
                        if id == eot or (end and ids[n:n + len(end)] == list(end))), None)
             answers[i], cut[i] = ids[:at], at is None
@@ -229,6 +234,21 @@ def answer_scores(target: str, answer: str) -> tuple[float, float]:
     common = sum((Counter(wanted) & Counter(given)).values())
     f1 = 2 * common / (len(wanted) + len(given)) if wanted or given else 1.0
     return float(wanted == given), f1
+
+
+ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeLsum": "ROUGE-Lsum"}
+
+
+def rouge_scores(targets: list[str], answers: list[str]) -> list[dict[str, float]]:
+    """Returns {name of ROUGE: F1, 0 to 1} of each answer, by the rouge-score package with its
+    stemmer (Lin 2004); {} each if that is not installed."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return [{} for _ in targets]
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    return [{name: score.fmeasure for name, score in scorer.score(target, answer).items()}
+            for target, answer in zip(targets, answers)]
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

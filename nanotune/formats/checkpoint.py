@@ -26,7 +26,7 @@ from nanotune.device import DTYPES
 from nanotune.errors import UserError
 from nanotune.formats import hf, hf_config, hub, tf
 from nanotune.formats.checks import check_fields, check_weight
-from nanotune.formats.onnx_model import OnnxGPT, open_onnx
+from nanotune.formats.onnx_model import OnnxGPT, OnnxT5, open_onnx
 from nanotune.text.tokenizer import (
     AnyTokenizer,
     gpt2_by_size,
@@ -71,10 +71,9 @@ def model_class(config: AnyConfig) -> type[AnyModel]:
 
 def check_dtype(model: Any, dtype: torch.dtype) -> None:
     """Raises UserError if the model would overflow in this dtype of matrix products."""
-    wrong = next((family for family in FAMILIES
-                  if isinstance(model, family.model) and not family.float16), None)
-    if wrong and dtype == torch.float16:
-        raise UserError(f"{model.family} overflows in float16; use --dtype=bfloat16 or "
+    family = next(family for family in FAMILIES if isinstance(model.config, family.config))
+    if dtype == torch.float16 and not family.float16:
+        raise UserError(f"{family.model.family} overflows in float16; use --dtype=bfloat16 or "
                         "--dtype=float32")
 
 
@@ -105,10 +104,10 @@ def config_from_args(args: dict, path: str | Path) -> AnyConfig:
 def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
                device: str | torch.device = "cpu", with_onnx: bool = False,
                dtype: torch.dtype = torch.float32,
-               ) -> tuple[AnyModel | OnnxGPT, AnyTokenizer | None]:
+               ) -> tuple[AnyModel | OnnxGPT | OnnxT5, AnyTokenizer | None]:
     """Returns (model, tokenizer) of a run's out_dir or .pt file, a Hugging Face folder, a hub id or
     a folder with a TensorFlow checkpoint; with `with_onnx` also of an exported .onnx file or its
-    folder, as an OnnxGPT.
+    folder, as an OnnxGPT or OnnxT5.
 
     The model is in training mode, its matrices in `dtype`, with LoRA adapters merged; a smaller
     block_size crops the context. Raises UserError if the source is missing, unknown or damaged.
@@ -172,11 +171,14 @@ def run_file(source: str) -> Path | None:
 
 
 def onnx_file(path: Path) -> Path | None:
-    """Returns the path if it names an .onnx file, or the .onnx file of an exported folder, or
-    None. Raises UserError if the folder has several."""
+    """Returns the path if it names an .onnx file, or the .onnx file of an exported folder, of a
+    T5's two the decoder, or None. Raises UserError if the folder has several."""
     if path.suffix == ".onnx":
         return path
     graphs = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    names = {graph.name for graph in graphs}
+    graphs = [graph for graph in graphs
+              if re.sub("^encoder", "decoder", graph.name) not in names - {graph.name}]
     if not graphs or (path / MODEL_FILE).is_file() or (path / "config.json").is_file():
         return None
     if len(graphs) > 1:

@@ -1,76 +1,57 @@
-"""Builds one ONNX graph of a GPT, for prompts and for decoding.
+"""What exported ONNX graphs are built of: constants, nodes, matrices in float32, int8 or int4.
 
-    inputs   input_ids (B, T) int64
-             past_key_values.N.key and .value (B, nh, P, hs) float32, for each layer N; P may be 0
-             logits_to_keep (1,) int64, optional: how many of the last positions get logits
-    outputs  logits (B, T, V) float32
-             present.N.key and .value (B, nh, P + T, hs): the past of the next call
+    tensors = Tensors(file)
+    graph = Graph(model, tensors, SCHEMES["int8"], embedding="shared.weight")
+    x = graph.linear(graph.embedding(), "h.0.mlp.c_fc")
+    graph.save(path, metadata)
 
-B, T and P are dynamic; P + T is at most block_size. In float32 the graph has only standard ONNX
-operators (opset 23, whose Attention is fused and takes a past). Quantized, it also has two of
-onnxruntime's: MatMulNBits, whose kernel quantizes its input too, by blocks, and multiplies in
-int8; and GatherBlockQuantized. The embedding and a tied head share one tensor in each form.
+In float32 a graph has only standard ONNX operators (opset 23, whose Attention is fused and takes a
+past). Quantized, it also has two of onnxruntime's: MatMulNBits, whose kernel quantizes its input
+too, by blocks, and multiplies in int8; and GatherBlockQuantized. The embedding and a tied head
+share one tensor in each form.
 
-The graph is built from the weights, operator by operator, rather than traced by torch's exporter:
-a traced graph would need longer code to fix (past, shared embedding, quantized operators).
+Graphs are built from the weights, operator by operator, rather than traced by torch's exporter: a
+traced graph would need longer code to fix (past, shared embedding, quantized operators).
 """
 import json
 import math
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from model import GPT
 from nanotune.errors import UserError
-from nanotune.formats.onnx_model import ALL, METADATA
+from nanotune.formats.onnx_model import ALL, METADATA, OPSET
 
-OPSET, IR_VERSION = 23, 10  # the first opset with Attention; onnxruntime 1.23 reads both
+IR_VERSION = 10  # onnxruntime 1.23 reads it
 MICROSOFT = "com.microsoft"
 # (bits per weight, most weights of a row per scale) of the layers, and of embedding and head,
 # which in 4 bits would cost as much perplexity as all layers together
 SCHEMES = {"none": None, "int8": ((8, 128), (8, 128)), "int4": ((4, 32), (8, 128))}
-EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 CLIPPED = (1, 0.95, 0.9, 0.85, 0.8)  # fractions of a 4-bit block's range to try as its scale
-INLINE_LIMIT = 1.9e9        # bytes: protobuf's limit is 2 GB; more go to a second file
-
-
-def write_onnx(model: GPT, path: str | Path, quantize: str = "none",
-               tokenizer_spec: dict | None = None) -> None:
-    """Writes a float32 GPT on the CPU to `path`, and to path.data if it is over 2 GB.
-
-    `quantize` is a key of SCHEMES. The file's metadata holds the config and `tokenizer_spec`, a
-    tokenizer's `spec`, so that sampling needs no other file. Raises UserError if the model's sizes
-    cannot be quantized.
-    """
-    bytes_per_param = 4 if quantize == "none" else 1.04  # scales included; int4 takes less
-    external = model.num_params() * bytes_per_param > INLINE_LIMIT
-    with open(f"{path}.data", "wb") if external else nullcontext() as file:
-        tensors = Tensors(file)
-        graph = Graph(model, tensors, SCHEMES[quantize])
-        graph.build()
-        made = helper.make_model(
-            helper.make_graph(graph.nodes, "gpt", graph.inputs, graph.outputs, tensors.protos),
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
-            ir_version=IR_VERSION, producer_name=METADATA)
-    helper.set_model_props(made, {METADATA: json.dumps({
-        "config": asdict(model.config), "quantize": quantize, "tokenizer": tokenizer_spec})})
-    onnx.save_model(made, path)
 
 
 class Tensors:
-    """The graph's constants: kept for the graph's file, or written to the open `file`."""
-    def __init__(self, file=None):
-        self.protos, self.file = [], file
+    """A graph's constants, by name: kept for the graph's file, or written to the open `file`. What
+    another graph, of `before`, has in the same file is not written again."""
+    def __init__(self, file: IO[bytes] | None = None, before: "Tensors | None" = None) -> None:
+        self.protos, self.file = {}, file
+        self.before = {name: proto for name, proto in (before.protos if before else {}).items()
+                       if proto.data_location == TensorProto.EXTERNAL}
 
-    def add(self, name, array):
+    def add(self, name: str, array: np.ndarray) -> str:
         """Adds an array under this name, which it returns."""
+        if name not in self.protos:
+            self.protos[name] = self.before.get(name) or self.proto(name, array)
+        return name
+
+    def proto(self, name, array):
         if self.file is None or array.nbytes < 1024:
-            self.protos.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-            return name
+            return numpy_helper.from_array(np.ascontiguousarray(array), name)
         proto = TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL,
                             data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
         self.file.write(bytes(-self.file.tell() % 4096))  # page-aligned, for mmap
@@ -79,16 +60,27 @@ class Tensors:
         for key, value in place.items():
             proto.external_data.add(key=key, value=str(value))
         self.file.write(np.ascontiguousarray(array).data)
-        self.protos.append(proto)
-        return name
+        return proto
 
 
 class Graph:
-    """Nodes, inputs and outputs of one GPT; constants have the names of its weights."""
-    def __init__(self, model, tensors, scheme):
+    """Nodes, inputs and outputs of one graph; constants have the names of the model's weights."""
+    def __init__(self, model: torch.nn.Module, tensors: Tensors, scheme: tuple | None,
+                 embedding: str) -> None:
         self.config, self.tensors, self.scheme = model.config, tensors, scheme
+        self.table = embedding  # the name of its weight
         self.weights = {name: p.detach().numpy() for name, p in model.state_dict().items()}
         self.nodes, self.inputs, self.outputs = [], [], []
+
+    def save(self, path: str | Path, metadata: dict) -> None:
+        """Writes the graph to `path`, with what open_onnx needs."""
+        made = helper.make_model(
+            helper.make_graph(self.nodes, "graph", self.inputs, self.outputs,
+                              list(self.tensors.protos.values())),
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
+            ir_version=IR_VERSION, producer_name=METADATA)
+        helper.set_model_props(made, {METADATA: json.dumps(metadata)})
+        onnx.save_model(made, path)
 
     def op(self, kind, inputs, outputs=1, **attributes):
         """Adds a node; returns the name of its output, or a list of names."""
@@ -106,64 +98,36 @@ class Graph:
     def weight(self, name):
         return self.tensors.add(name, self.weights[name])
 
-    def build(self):
-        c = self.config
-        self.declare(self.inputs, "input_ids", TensorProto.INT64, ["B", "T"])
-        self.declare(self.outputs, "logits", TensorProto.FLOAT, ["B", "kept", c.vocab_size])
-        first = self.op("Shape", ["past_key_values.0.key"], start=2, end=3)   # (1,): P
-        new = self.op("Shape", ["input_ids"], start=1, end=2)                 # (1,): T
-        end = self.op("Add", [first, new])
-        x = self.op("Add", [self.embedding(), self.op(                        # (B, T, C)
-            "Slice", [self.weight("transformer.wpe.weight"), first, end, self.ints("axis_0", 0)])])
-        local = self.local_mask(first, end) if c.local_window else ""
-        for layer in range(c.n_layer):
-            x = self.transformer_block(x, f"transformer.h.{layer}", layer, local * (layer % 2))
-        self.declare(self.inputs, "logits_to_keep", TensorProto.INT64, [1])
-        self.ints("logits_to_keep", ALL)  # an input with a default is optional
-        x = self.op("Slice", [x, self.op("Neg", ["logits_to_keep"]), self.ints("to_end", ALL),
-                              self.ints("axis_1", 1)])
-        self.head(self.norm(x, "transformer.ln_f"))
-
-    @staticmethod
-    def declare(where, name, kind, shape):
+    def declare(self, where, name, kind, *shape):
         where.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
 
-    def transformer_block(self, x, name, layer, mask):
-        h = self.linear(self.norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn")
-        h = self.linear(self.attention(h, layer, mask), f"{name}.attn.c_proj")
-        x = self.op("Add", [x, h])
-        h = self.linear(self.norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
-        tanh = "tanh" if self.config.activation == "gelu_tanh" else "none"
-        h = self.linear(self.op("Gelu", [h], approximate=tanh), f"{name}.mlp.c_proj")
-        return self.op("Add", [x, h])
+    def past(self, layer, head_size):
+        """Declares a layer's past (B, nh, P, hs) and present (B, nh, P + T, hs); returns the names
+        [past key, past value], [present key, present value]."""
+        return [[self.declare(where, f"{name}.{layer}.{kind}", TensorProto.FLOAT, "B",
+                              self.config.n_head, length, head_size) for kind in ("key", "value")]
+                for where, name, length in ((self.inputs, "past_key_values", "P"),
+                                            (self.outputs, "present", "P + T"))]
 
-    def attention(self, qkv, layer, mask):
-        """(B, T, 3 C) -> (B, T, C); reads the layer's past and outputs its present."""
-        c = self.config
-        hs = c.n_embd // c.n_head
-        q, k, v = self.op("Split", [qkv], 3, axis=2, num_outputs=3)
-        past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
-        present = [f"present.{layer}.{kind}" for kind in ("key", "value")]
-        for name, where, length in zip(past + present, [self.inputs] * 2 + [self.outputs] * 2,
-                                       ["P", "P", "S", "S"]):
-            self.declare(where, name, TensorProto.FLOAT, ["B", c.n_head, length, hs])
-        return self.op("Attention", [q, k, v, mask, *past], [f"attention.{layer}", *present],
-                       q_num_heads=c.n_head, kv_num_heads=c.n_head, is_causal=1,
-                       scale=1 / math.sqrt(hs) if c.attn_scale is None else c.attn_scale)[0]
+    def span(self):
+        """(P, P + T), (1,) each: the positions of the new tokens behind their past."""
+        first = self.op("Shape", ["past_key_values.0.key"], start=2, end=3)
+        return first, self.op("Add", [first, self.op("Shape", ["input_ids"], start=1, end=2)])
 
-    def local_mask(self, first, end):
-        """(T, S) bool, True for the last local_window tokens up to each: GPT-Neo's odd layers."""
+    def distances(self, first, end):
+        """(T, S) int64: the key's position, 0 to `end`, minus the query's, `first` to `end`."""
         zero, one = self.tensors.add("zero", np.int64(0)), self.tensors.add("one", np.int64(1))
         first, end = (self.op("Squeeze", [n]) for n in (first, end))
         rows = self.op("Unsqueeze", [self.op("Range", [first, end, one]), self.ints("last", -1)])
-        columns = self.op("Range", [zero, end, one])
-        before = self.op("Sub", [rows, self.ints("window", self.config.local_window)])
-        return self.op("Greater", [columns, before])
+        return self.op("Sub", [self.op("Range", [zero, end, one]), rows])
 
-    def norm(self, x, name):
-        bias = [self.weight(f"{name}.bias")] if f"{name}.bias" in self.weights else []
-        return self.op("LayerNormalization", [x, self.weight(f"{name}.weight"), *bias],
-                       axis=-1, epsilon=self.config.norm_eps)
+    def last(self, x):
+        """(B, T, C) -> the last `logits_to_keep` positions, an optional input: (B, kept, C)."""
+        self.declare(self.inputs, "logits_to_keep", TensorProto.INT64, 1)
+        self.ints("logits_to_keep", ALL)  # an input with a default is optional
+        return self.op("Slice", [x, self.op("Neg", ["logits_to_keep"]), self.ints("to_end", ALL),
+                                 self.ints("axis_1", 1)])
 
     # weights that can be quantized
 
@@ -178,7 +142,7 @@ class Graph:
 
     def coding(self, name):
         """(bits, block size) of a weight."""
-        bits, most = self.scheme[name in (EMBEDDING, HEAD)]
+        bits, most = self.scheme[name in (self.table, HEAD)]
         return bits, block_of(self.weights[name].shape[1], most)
 
     def quantized(self, name):
@@ -197,18 +161,18 @@ class Graph:
     def embedding(self):
         """input_ids (B, T) -> (B, T, C)."""
         if not self.scheme:
-            return self.op("Gather", [self.weight(EMBEDDING), "input_ids"])
-        self.quantized(EMBEDDING)
-        bits, block = self.coding(EMBEDDING)
+            return self.op("Gather", [self.weight(self.table), "input_ids"])
+        self.quantized(self.table)
+        bits, block = self.coding(self.table)
         # codes in the head's layout, (V, blocks, bytes), so that the two share one tensor
-        scales = self.op("Unsqueeze", [f"{EMBEDDING}.scales", self.ints("scales_axis", 2)])
-        x = self.op("GatherBlockQuantized", [f"{EMBEDDING}.codes", "input_ids", scales],
+        scales = self.op("Unsqueeze", [f"{self.table}.scales", self.ints("scales_axis", 2)])
+        x = self.op("GatherBlockQuantized", [f"{self.table}.codes", "input_ids", scales],
                     bits=bits, block_size=block, gather_axis=0, quantize_axis=2)
         return self.op("Reshape", [x, self.ints("joined", 0, 0, self.config.n_embd)])
 
     def head(self, x):
         """(B, T, C) -> logits (B, T, V)."""
-        name = EMBEDDING if self.config.tied_head else HEAD
+        name = self.table if self.config.tied_head else HEAD
         if not self.config.tied_head:
             self.quantized(name) if self.scheme else self.weight(name)
         if self.scheme:

@@ -1,14 +1,17 @@
-"""Runs an exported ONNX file, with the methods of a GPT that sample.py and evaluate.py use.
+"""Runs exported ONNX files, with the methods of a GPT or a T5 that sample.py and evaluate.py use.
 
     model, tokenizer = open_onnx("shakespeare-int8/model.int8.onnx")
-    loss = model(idx, targets)              # summed over the targets that are not -1
+    model, tokenizer = open_onnx("t5-int8/decoder.int8.onnx")   # with the encoder beside it
+    loss = model(x, y)                      # summed over the targets that are not -1
     cache, logits = model.start(prompts, room)
     logits = model.step(idx, cache)         # (B, V), after the last token
 
 onnxruntime computes on the CPU; inputs and outputs are torch tensors.
 """
+import hashlib
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -24,16 +27,21 @@ from nanotune.files import checked_parse
 from nanotune.formats.checks import check_fields
 from nanotune.text.loader import IGNORED
 from nanotune.text.tokenizer import AnyTokenizer, tokenizer_from_spec
+from t5 import T5, T5Config, pad_sources, shift_right
 
+OPSET = 23             # what export.py writes: the first with Attention
 METADATA = "nanotune"  # the key of export.py's entry in a file's metadata
 ALL = 2**31            # logits_to_keep: more than any context
 
 
 class OnnxCache:
-    """The keys and values of at most `length` tokens, in onnxruntime's tensors. Prompts of unequal
-    length have one cache each, in `rows`, since the graph has no mask for padding."""
-    def __init__(self, length: int) -> None:
+    """The keys and values of at most `length` tokens, {input of the decoder: OrtValue}. Prompts of
+    a GPT of unequal length have one cache each, in `rows`, since the graph has no mask for padding.
+    A T5's cache has what its decoder reads of the sources too, in `source`; row i is of source
+    prompt[i]."""
+    def __init__(self, length: int, source: dict[str, Any] | None = None, rows: int = 0) -> None:
         self.pos, self.past, self.length, self.rows = 0, None, length, []
+        self.source, self.prompt = source or {}, torch.arange(rows)
 
     @property
     def full(self) -> bool:
@@ -43,19 +51,46 @@ class OnnxCache:
         for row in self.rows:
             row.rewind(row.pos - (self.pos - pos))
         if self.past is not None and pos < self.pos:
-            self.past = self.of_each(lambda array: array[:, :, :pos]) if pos else None
+            self.past = change(self.past, lambda array: array[:, :, :pos]) if pos else None
         self.pos = pos
 
     def reorder(self, rows: torch.Tensor) -> None:
         if self.rows:
             self.rows = [copy(self.rows[i]) for i in rows.tolist()]
-        else:
-            self.past = self.of_each(lambda array: array[rows.numpy()])
+            return
+        self.past = change(self.past, lambda array: array[rows.numpy()])
+        if self.source and not torch.equal(self.prompt[rows], self.prompt):
+            self.prompt = self.prompt[rows]
+            self.source = change(self.source, lambda array: array[rows.numpy()])
 
-    def of_each(self, change):
-        from onnxruntime import OrtValue
-        return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(change(value.numpy())))
-                for value in self.past]
+
+def ort_value(array):
+    from onnxruntime import OrtValue
+    return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def change(values: dict[str, Any], function: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+    """Returns {name: OrtValue} with the function applied to each array."""
+    return {name: ort_value(function(value.numpy())) for name, value in values.items()}
+
+
+def run_graph(session, **feeds):
+    """{output: OrtValue} of {input: OrtValue}."""
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run_with_ort_values(names, feeds)))
+
+
+def run_decoder(session, idx, past, keep, **source):
+    """(logits (B, min(keep, T), V) float32, present) of idx (B, T) after a past, None: no tokens;
+    `source` is what else the graph reads."""
+    if past is None:
+        past = {i.name: ort_value(np.zeros((len(idx), i.shape[1], 0, i.shape[3]), np.float32))
+                for i in session.get_inputs() if i.name.startswith("past_")}
+    found = run_graph(session, **past, **source, input_ids=ort_value(idx.cpu().numpy()),
+                      logits_to_keep=ort_value(np.array([keep])))
+    logits = torch.from_numpy(found.pop("logits").numpy()).to(idx.device)
+    return logits, {name.replace("present", "past_key_values"): value
+                    for name, value in found.items()}
 
 
 class OnnxGPT:
@@ -64,41 +99,25 @@ class OnnxGPT:
 
     def __init__(self, session: Any, config: GPTConfig) -> None:
         self.session, self.config = session, config
-        self.outputs = [o.name for o in session.get_outputs()]
-        self.present = [name for name in self.outputs if name != "logits"]
 
-    def run(self, idx, past, keep):
-        """(logits (B, min(keep, T), V) float32, present) of idx (B, T) after a past."""
-        from onnxruntime import OrtValue
-        c = self.config
-        if past is None:
-            shape = (len(idx), c.n_head, 0, c.n_embd // c.n_head)
-            past = [OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))] * len(self.present)
-        feeds = {name.replace("present", "past_key_values"): value
-                 for name, value in zip(self.present, past)}
-        feeds["input_ids"] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(idx.cpu().numpy()))
-        feeds["logits_to_keep"] = OrtValue.ortvalue_from_numpy(np.array([keep]))
-        found = dict(zip(self.outputs, self.session.run_with_ort_values(self.outputs, feeds)))
-        logits = torch.from_numpy(found["logits"].numpy()).to(idx.device)
-        return logits, [found[name] for name in self.present]
-
-    def __call__(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """idx, targets (B, T) -> the loss, in nats *summed* over the targets that are not -1."""
-        loss, rest = torch.zeros(()), targets[targets != IGNORED]
-        for logits in self.logits_at(idx, targets):
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x, y (B, T) -> the loss, in nats *summed* over the targets y that are not -1."""
+        loss, rest = torch.zeros(()), y[y != IGNORED]
+        for logits in self.logits_at(x, y):
             loss += F.cross_entropy(logits, rest[:len(logits)], reduction="sum")
             rest = rest[len(logits):]
         return loss
 
     def logits(self, idx: torch.Tensor) -> torch.Tensor:
-        return self.run(idx, None, ALL)[0]
+        return run_decoder(self.session, idx, None, ALL)[0]
 
     def logits_at(self, idx: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Tensor]:
         """As GPT.logits_at, one chunk per row, computed up to the row's last such position."""
         for row, marked in zip(idx, targets != IGNORED):
             at = marked.nonzero()[:, 0].tolist()
             if at:
-                logits, _ = self.run(row[None, :at[-1] + 1], None, at[-1] + 1 - at[0])
+                logits, _ = run_decoder(self.session, row[None, :at[-1] + 1], None,
+                                        at[-1] + 1 - at[0])
                 yield logits[0, marked[at[0]:at[-1] + 1]]
 
     def start(self, prompts: Sequence[list[int]], room: int,
@@ -118,7 +137,7 @@ class OnnxGPT:
         if cache.rows:
             logits = torch.cat([self.step(row[None], own) for row, own in zip(idx, cache.rows)])
         else:
-            logits, cache.past = self.run(idx, cache.past, 1)
+            logits, cache.past = run_decoder(self.session, idx, cache.past, 1, **cache.source)
             logits = logits[:, -1]
         cache.pos += idx.size(1)
         return logits
@@ -138,9 +157,68 @@ class OnnxGPT:
         return self
 
 
-def open_onnx(path: str, block_size: int | None = None) -> tuple[OnnxGPT, AnyTokenizer | None]:
-    """Returns (model, tokenizer) of a file that export.py wrote. Raises UserError if the file is
-    missing, damaged or from another program, or onnxruntime is not installed."""
+class OnnxT5:
+    """Has the methods of a T5 in evaluation mode, with the same shapes."""
+    training = False
+    __call__, step, eval, train = OnnxGPT.__call__, OnnxGPT.step, OnnxGPT.eval, OnnxGPT.train
+    crop_block_size = T5.crop_block_size
+
+    def __init__(self, encoder: Any, decoder: Any, config: T5Config) -> None:
+        self.encoder, self.session, self.config = encoder, decoder, config
+
+    def encode(self, x):
+        """x (B, S), sources padded with -1 -> what the decoder reads of them, by input."""
+        mask = ort_value((x != IGNORED).long().cpu().numpy())
+        ids = ort_value(x.clamp(min=0).cpu().numpy())
+        return run_graph(self.encoder, input_ids=ids, attention_mask=mask) | {
+            "attention_mask": mask}
+
+    def logits_at(self, x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tensor]:
+        """As T5.logits_at, one chunk per row, computed up to the row's last such target."""
+        for source, ids, marked in zip(x, shift_right(y, self.config), y != IGNORED):
+            at = marked.nonzero()[:, 0].tolist()
+            if at:
+                logits, _ = run_decoder(
+                    self.session, ids[None, :at[-1] + 1], None, at[-1] + 1 - at[0],
+                    **self.encode(source[None, source != IGNORED]))
+                yield logits[0, marked[at[0]:at[-1] + 1]]
+
+    def start(self, prompts: Sequence[list[int]], room: int,
+              cache: OnnxCache | None = None) -> tuple[OnnxCache, torch.Tensor]:
+        """As T5.start, always with a new cache."""
+        x = pad_sources(prompts, self.config.end_id)
+        cache = OnnxCache(1 + room, self.encode(x), len(x))
+        return cache, self.step(torch.full_like(x[:, :1], self.config.start_id), cache)
+
+
+# -----------------------------------------------------------------------------
+# opening
+
+def open_onnx(path: str, block_size: int | None = None
+              ) -> tuple[OnnxGPT | OnnxT5, AnyTokenizer | None]:
+    """Returns (model, tokenizer) of a file that export.py wrote, for a T5 the encoder's or the
+    decoder's. Raises UserError if the file is missing, damaged or from another program, or
+    onnxruntime is not installed; for a T5 also if the other graph or the weights are missing or of
+    another export."""
+    session, held = open_session(path)
+    with checked_parse(path):
+        config, spec = config_of(held, path), held["tokenizer"]
+        if config.takes_pairs:
+            partner, also = open_partner(path, held)
+            sessions = {held["part"]: session, also["part"]: partner}
+            model = OnnxT5(sessions["encoder"], sessions["decoder"], config)
+            spec = spec or also["tokenizer"]  # the decoder has it
+        else:
+            model = OnnxGPT(session, config)
+        tokenizer = spec and tokenizer_from_spec(spec)
+    check_graph(model, path)
+    if block_size is not None:
+        model.crop_block_size(block_size)
+    return model, tokenizer
+
+
+def open_session(path):
+    """(onnxruntime's session of a file, export.py's entry in its metadata)."""
     try:
         import onnxruntime
     except ImportError:
@@ -161,24 +239,76 @@ def open_onnx(path: str, block_size: int | None = None) -> tuple[OnnxGPT, AnyTok
     if held is None:
         raise UserError(f"{path} was not written by export.py: give one that was, or the folder "
                         "of the model that it came from")
+    check_opset(path)
     with checked_parse(path):
-        held = json.loads(held)
-        check_fields(held["config"], f"{path}: its metadata")
-        model = OnnxGPT(session, GPTConfig(**held["config"]))
-        tokenizer = held["tokenizer"] and tokenizer_from_spec(held["tokenizer"])
-    check_graph(model, path)
-    if block_size is not None:
-        model.crop_block_size(block_size)
-    return model, tokenizer
+        return session, json.loads(held)
+
+
+def check_opset(path):
+    """Raises UserError unless the file asks for the operators of OPSET. onnxruntime does not tell,
+    and loads files of later ones, in which an operator may have another meaning."""
+    with checked_parse(path), open(path, "rb") as f:
+        opsets = [dict(fields_of(io.BytesIO(value), None)) for number, value in fields_of(f, 8)
+                  if number == 8]  # ModelProto.opset_import: {1: domain, 2: version}
+    found = next((opset[2] for opset in opsets if opset.get(1, b"") in (b"", b"ai.onnx")), None)
+    if found != OPSET:
+        raise UserError(f"{path} is for ONNX opset {found}; nanotune runs opset {OPSET}: export it "
+                        "again")
+
+
+def fields_of(f, wanted):
+    """Yields (number, value) of the fields of a protobuf message: integers, and bytes, which are
+    read of the field `wanted` alone, if that is not None."""
+    def integer(byte):
+        value = bits = 0
+        while byte[0] > 127:
+            value, bits, byte = value | (byte[0] & 127) << bits, bits + 7, f.read(1)
+        return value | byte[0] << bits
+
+    while byte := f.read(1):
+        number, kind = divmod(integer(byte), 8)
+        value = integer(f.read(1))
+        if kind == 2:  # bytes, after their length
+            skip = wanted not in (None, number)
+            value = f.seek(value, io.SEEK_CUR) if skip else f.read(value)
+        yield number, value
+
+
+
+
+def config_of(held, path):
+    """The config in a file's metadata."""
+    check_fields(held["config"], f"{path}: its metadata")
+    return (T5Config if "part" in held else GPTConfig)(**held["config"])
+
+
+def open_partner(path, held):
+    """open_session of the other graph of a T5. Raises UserError if that or the weights are not
+    there or not of the same export."""
+    partner = Path(path).with_name(Path(held["partner"]).name)
+    if not partner.is_file():
+        raise UserError(f"{path} is the {held['part']} of a T5 and needs {partner.name} beside it; "
+                        "copy it there or export again")
+    session, also = open_session(str(partner))
+    if any(held[key] != also.get(key) for key in ("config", "data", "digest")):
+        raise UserError(f"{path} and {partner.name} are of different exports; export again")
+    with open(partner.with_name(Path(held["data"]).name), "rb") as f:
+        if hashlib.file_digest(f, "sha256").hexdigest() != held["digest"]:
+            raise UserError(f"{f.name} is damaged or of another export than {path}; export again")
+    return session, also
 
 
 def check_graph(model, path):
     """Raises UserError unless the config in the metadata is that of the graph."""
-    c = model.config
-    head = ["B", c.n_head, "P", c.n_embd // c.n_head]
-    wanted = {f"past_key_values.{layer}.{kind}": head
-              for layer in range(c.n_layer) for kind in ("key", "value")}
-    found = {i.name: i.shape for i in model.session.get_inputs() if i.name.startswith("past")}
+    c, inputs = model.config, model.session.get_inputs()
+    layers, hs = ((c.n_decoder_layer, c.head_size) if c.takes_pairs
+                  else (c.n_layer, c.n_embd // c.n_head))
+    wanted = {f"{name}.{layer}.{kind}": ["B", c.n_head, length, hs]
+              for name, length in (("past_key_values", "P"), ("cross", "S"))
+              for layer in range(layers) for kind in ("key", "value")
+              if name != "cross" or c.takes_pairs}
+    found = {i.name: i.shape for i in inputs if i.name.startswith(("past_", "cross."))}
     logits = next(o.shape for o in model.session.get_outputs() if o.name == "logits")
-    if found != wanted or logits[2] != c.vocab_size:
+    outside = c.takes_pairs and max(c.start_id, c.pad_id, c.end_id) >= c.vocab_size
+    if found != wanted or logits[2] != c.vocab_size or outside:
         raise UserError(f"{path}: its metadata has the config of another graph; export it again")

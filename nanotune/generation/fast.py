@@ -204,7 +204,7 @@ class Decoder:
                  compiled: bool = False) -> None:
         self.model, self.config = model, model.config
         self.capture, self.compiled = capture, compiled
-        self.cache, self.play = None, None  # the cache of the recorded step, and the step
+        self.keys, self.play = None, None  # of the cache of the recorded step, and the step
 
     @property
     def device(self) -> torch.device:
@@ -221,8 +221,8 @@ class Decoder:
         """As GPT.step: idx (B, T) -> the logits after the last token, (B, V) float32."""
         if idx.size(1) > 1:
             return self.model.step(idx, cache)
-        if self.cache is not cache:
-            self.cache, self.play = cache, self.record(idx, cache)
+        if self.keys is not cache.k:  # reordered for more rows, a cache has others
+            self.keys, self.play = cache.k, self.record(idx, cache)
         logits = self.play(idx)
         cache.advance(1)
         return logits

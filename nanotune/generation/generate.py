@@ -128,6 +128,15 @@ def read_prompts(model: Any, prompts: Sequence[list[int]], room: int,
     return cache, model.step(x, cache)
 
 
+def take_rows(cached: torch.Tensor, rows: torch.Tensor, pos: int) -> torch.Tensor:
+    """Returns rows `rows` (N,) of a cache's keys or values, (layers, B, nh, S, hs), of which the
+    first `pos` columns count. It is in place if N is B, where a recorded step expects it."""
+    if len(rows) != cached.size(1):
+        return cached[:, rows]
+    cached[:, :, :, :pos] = cached[:, rows, :, :pos]
+    return cached
+
+
 def text_before(model: Any, prompt: list[int]) -> list[int]:
     """Returns the ids that the new text goes on from: the prompt's, or none if it is an answer."""
     return [] if model.config.takes_pairs else prompt

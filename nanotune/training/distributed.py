@@ -31,6 +31,12 @@ UNTESTED = {
     ("parallel=fsdp", "lora=yes"): "use --parallel=ddp or --lora_rank=0",
     ("optimizer=adamw8bit", "lora=yes"): "use --optimizer=adamw: adapters need little memory",
     ("optimizer=adamw8bit", "device=mps"): "use --optimizer=adamw",
+    ("parallel=fsdp", "optimizer=adafactor"): "use --parallel=ddp or --optimizer=adamw",
+    ("optimizer=adafactor", "lora=yes"): "use --optimizer=adamw: adapters need little memory",
+    ("optimizer=adafactor", "device=mps"): "use --optimizer=adamw",
+    ("optimizer=adafactor", "weights=bfloat16"): "use --weights=float32 or --optimizer=adamw8bit",
+    ("optimizer=adafactor", "dtype=float16"): "use --dtype=bfloat16, --dtype=float32 or "
+                                              "--optimizer=adamw",
     ("device=mps", "processes=many"): "run one process, or --device=cpu",
 }
 

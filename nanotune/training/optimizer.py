@@ -1,10 +1,11 @@
-"""AdamW for float32 or bfloat16 weights, with float32 or 8-bit moments.
+"""AdamW for float32 or bfloat16 weights, with float32 or 8-bit moments; Adafactor for float32.
 
     weights   optimizer    implementation   bytes per parameter: weight + gradient + moments
     float32   adamw        torch, fused     4 + 4 + 8   = 16
     float32   adamw8bit    torchao          4 + 4 + 2.1 = 10.1
     bfloat16  adamw        RoundedAdamW     2 + 2 + 8   = 12
     bfloat16  adamw8bit    torchao          2 + 2 + 2.1 = 6.1
+    float32   adafactor    torch            4 + 4 + 0   = 8, and 4 per row and column of a matrix
 
 A bfloat16 has 8 significant bits: an update of 1e-5 to a weight of 0.1 is far below half a unit in
 the last place, and rounding to nearest would drop it at every step. So updates are computed in
@@ -13,6 +14,7 @@ random numbers are torch's; seeding torch makes them reproducible.
 """
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +23,7 @@ from nanotune.errors import UserError
 from nanotune.torch_private import no_recompile_limit
 from nanotune.training.distributed import total_norm
 
-NAMES = ("adamw", "adamw8bit")
+NAMES = ("adamw", "adamw8bit", "adafactor")
 MOMENTS_PER_SCALE = (256, 128, 64)  # of 8-bit moments; the first that divides a tensor's size
 LEAST_8BIT = 4096        # elements; smaller tensors have float32 moments, as in torchao
 CHUNK = 2**22            # elements to update at a time: 16 MB per buffer in float32
@@ -29,13 +31,18 @@ CHUNK = 2**22            # elements to update at a time: 16 MB per buffer in flo
 
 def make_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float, float],
                    device: torch.device) -> torch.optim.Optimizer:
-    """Returns AdamW (Loshchilov and Hutter 2019) on these parameter groups.
+    """Returns AdamW (Loshchilov and Hutter 2019), or Adafactor (Shazeer and Stern 2018), which uses
+    no betas, on these parameter groups.
 
     `name` is one of NAMES; for adamw8bit call check_8bit first. The dtype of the weights selects
     the implementation, see the top of this file.
     """
     if name == "adamw8bit":
         return make_8bit(groups, lr, betas, in_float32=lacks_bfloat16(device))
+    if name == "adafactor":
+        # torch squares the first, so this is the paper's 1e-30; its default of 1e-7 is larger than
+        # the mean squared gradient of a large model
+        return torch.optim.Adafactor(groups, lr=lr, eps=(1e-15, 1e-3))
     if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
         return RoundedAdamW(groups, lr, betas)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
@@ -200,6 +207,12 @@ def make_8bit(groups, lr, betas, in_float32=False):
 # -----------------------------------------------------------------------------
 # optimizer state as plain tensors, for checkpoints
 
+def moment_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of a parameter's moment, by its name in the optimizer's state."""
+    factored = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, *shape[-1:])}
+    return factored.get(name, tuple(shape))
+
+
 def plain_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns one parameter's state as plain tensors, references to its own; an 8-bit moment
     becomes NAME.codes and NAME.scale."""
@@ -221,9 +234,17 @@ def fill_state(optimizer: torch.optim.Optimizer, p: torch.Tensor,
     """
     eight_bit = hasattr(optimizer, "_new_buffer")
     names = {name.removesuffix(".codes") for name in plain if not name.endswith(".scale")}
-    if names != {"step", "exp_avg", "exp_avg_sq"}:
+    factored = isinstance(optimizer, torch.optim.Adafactor)
+    wanted = {"exp_avg", "exp_avg_sq"} if not factored else (
+        {"row_var", "col_var"} if p.dim() > 1 else {"variance"})
+    if names != wanted | {"step"}:
         raise UserError(f"the optimizer state holds {', '.join(sorted(names))}, which is not "
-                        "AdamW's")
+                        f"{'Adafactor' if factored else 'AdamW'}'s")
+    if factored:
+        optimizer.state[p] = {"step": plain["step"].clone()} | {
+            name: torch.empty(moment_shape(name, p.shape), device=p.device).copy_(plain[name])
+            for name in wanted}
+        return
     state = {"step": plain["step"].clone()}
     for name in ("exp_avg", "exp_avg_sq"):
         quantized = f"{name}.codes" in plain

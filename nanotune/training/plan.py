@@ -1,5 +1,7 @@
 """Predicts what a run needs before it begins: tokens, epochs, parameters, disk, memory."""
+import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +15,7 @@ from nanotune.errors import UserError
 from nanotune.formats.checkpoint import model_class
 from nanotune.training.distributed import World
 from nanotune.training.lora import adapters, add_lora
-from nanotune.training.optimizer import moments_per_scale
+from nanotune.training.optimizer import moment_shape, moments_per_scale
 
 
 def spell_bytes(n: float) -> str:
@@ -60,7 +62,7 @@ def describe_saves(model: torch.nn.Module, cfg: Any, world: World) -> list[str]:
     warns if the disk is too small."""
     saved = adapters(model).values() or list(model.parameters())
     model_bytes, out_dir = bytes_of(saved), Path(cfg.out_dir)
-    state_bytes = model_bytes + sum(moment_bytes(p.numel(), cfg.optimizer) for p in saved)
+    state_bytes = model_bytes + sum(moment_bytes(p.shape, cfg.optimizer) for p in saved)
     there = next(path for path in (out_dir, *out_dir.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     # the new state is written before an old one is deleted
@@ -133,7 +135,7 @@ def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str,
     whole = cfg.gradient_accumulation_steps // world.size > 1 or world.size > 1
     parts = {
         "weights": bytes_of(model.parameters()) / shares,
-        "optimizer": sum(moment_bytes(p.numel(), cfg.optimizer) for p in trained) / shares,
+        "optimizer": sum(moment_bytes(p.shape, cfg.optimizer) for p in trained) / shares,
         "process": 0.0,
     }
     if world.device.type == "cpu":
@@ -170,8 +172,12 @@ def bytes_of(params):
     return sum(p.numel() * p.element_size() for p in params)
 
 
-def moment_bytes(numel: int, optimizer: str) -> int:
-    """The bytes of the two moments of a tensor with `numel` numbers."""
+def moment_bytes(shape: Sequence[int], optimizer: str) -> int:
+    """The bytes of the moments of a tensor."""
+    numel = math.prod(shape)
+    if optimizer == "adafactor":  # one number per row and per column of a matrix
+        names = ("row_var", "col_var") if len(shape) > 1 else ("variance",)
+        return sum(4 * math.prod(moment_shape(name, shape)) for name in names)
     block = moments_per_scale(numel) if optimizer == "adamw8bit" else None
     return 8 * numel if block is None else 2 * numel + 8 * numel // block
 

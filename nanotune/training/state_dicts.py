@@ -69,8 +69,9 @@ def checked_optimizer_state(model: nn.Module, state: dict,
         raise UserError(f"{path}: its optimizer state has other parameters ({wrong[0]}, ...)")
     for name, held in state.items():
         p = params[name]
-        held = {key: v for key, v in held.items() if not key.endswith(".scale")}
-        if any(v.dim() and (v.shape[1:] != p.shape[1:] or len(v) < len(p)) for v in held.values()):
+        shapes = [(v.shape, optimizers.moment_shape(key, p.shape)) for key, v in held.items()
+                  if v.dim() and not key.endswith(".scale")]
+        if any(have[1:] != need[1:] or have[0] < need[0] for have, need in shapes):
             raise UserError(f"{path}: its optimizer state does not fit {name}, {tuple(p.shape)}")
     return state
 

@@ -1,0 +1,83 @@
+"""Beam search: keeps the most likely beginnings of an answer, instead of one.
+
+    answers = beam_search(model, prompts, 100, num_beams=4)     # the ids of each prompt's best
+
+The search is that of transformers' generate(num_beams=..., do_sample=False, early_stopping=False)
+in version 5. A model is as for stream().
+"""
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+NEVER = -1e9  # the score of a beam that is not to be chosen
+
+
+class Search:
+    """The beams of one prompt: those that go on, and the best that ended."""
+    def __init__(self, num_beams: int, length_penalty: float, stop_token: int | None) -> None:
+        self.n, self.penalty, self.stop_token = num_beams, length_penalty, stop_token
+        self.beams = [[] for _ in range(num_beams)]   # the new tokens of each
+        self.scores = [0.0] + [NEVER] * (num_beams - 1)  # log p of each; at first all are alike
+        self.rows = list(range(num_beams))  # the beam before that each goes on from
+        self.ended, self.done = [], False   # [(score, tokens)], best first
+
+    def add(self, scores: list[float], rows: list[int], tokens: list[int], last: bool) -> None:
+        """Takes the best continuations, best first: log p, the beam, its next token. One that ends
+        counts if it is among the first n. With `last` all of them end."""
+        live, length = [], len(self.beams[0]) + 1
+        for rank, (score, row, token) in enumerate(zip(scores, rows, tokens)):
+            if not last and token != self.stop_token:
+                live.append((score, row, [*self.beams[row], token]))
+            elif rank < self.n:
+                self.ended.append((self.divided(score, length), [*self.beams[row], token]))
+        self.ended = sorted(self.ended, key=lambda pair: -pair[0])[:self.n]
+        best = self.divided(live[0][0], length) if live else NEVER
+        self.done = not live or (len(self.ended) == self.n and best <= self.ended[-1][0])
+        if not self.done:  # else the last beams stay, and are not looked at
+            self.scores, self.rows, self.beams = map(list, zip(*live[:self.n]))
+
+    def divided(self, score, length):
+        return score / length ** self.penalty
+
+
+@torch.no_grad()
+def beam_search(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, num_beams: int,
+                length_penalty: float = 1.0, stop_token: int | None = None,
+                n_vocab: int | None = None) -> list[list[int]]:
+    """Returns the ids of the best of num_beams answers to each of B prompts: it has the highest
+    log p / number of tokens ** length_penalty, and ends with stop_token, or after max_new_tokens.
+
+    The search of a prompt ends if num_beams answers have ended and the best beam, divided by its
+    length so far, is no better than the worst of them. Ids of n_vocab and above are not drawn. When
+    a GPT's context is full, its later half is read again, as in stream().
+    """
+    n = num_beams
+    cache, logits = model.start(prompts, max_new_tokens)
+    rows = torch.arange(len(prompts), device=logits.device).repeat_interleave(n)
+    cache.reorder(rows)
+    logits = logits[rows]
+    searches = [Search(n, length_penalty, stop_token) for _ in prompts]
+    for left in range(max_new_tokens, 0, -1):
+        logp = logits[:, :n_vocab].log_softmax(-1)                             # (B n, V)
+        scores = torch.tensor([search.scores for search in searches], device=logits.device)
+        both = (logp + scores.view(-1, 1)).view(len(prompts), -1)              # (B, n V)
+        # 2 n: at most n of them end
+        found, at = (part.tolist() for part in both.topk(min(2 * n, both.size(1))))
+        for search, best, columns in zip(searches, found, at):
+            if not search.done:
+                row, token = zip(*(divmod(column, logp.size(1)) for column in columns))
+                search.add(best, row, token, last=left == 1)
+        if all(search.done for search in searches):
+            break
+        rows = [number * n + row for number, search in enumerate(searches) for row in search.rows]
+        new = [beam for search in searches for beam in search.beams]
+        if cache.full:
+            half = max(1, model.config.block_size // 2)
+            cache, logits = model.start([[*prompts[i // n], *beam][-half:]
+                                         for i, beam in enumerate(new)], left - 1, cache)
+        else:
+            cache.reorder(torch.tensor(rows, device=logits.device))
+            ids = torch.tensor([beam[-1:] for beam in new], device=logits.device)
+            logits = model.step(ids, cache)
+    return [search.ended[0][1] for search in searches]
