@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanotune.attention import attention, attention_bytes, dropout
 from nanotune.errors import UserError
 from nanotune.formats import hf, hf_config, hub
 from nanotune.generation.generate import read_prompts, stream, take_rows
@@ -179,11 +180,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             q = q.to(k.dtype)
         # (B, nh, T, hs) x (B, nh, S, hs) -> (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0)
+        y = attention(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+        return dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -196,7 +195,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.c_proj(self.activation(self.c_fc(x)))
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -223,7 +222,6 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=Embedding(config.vocab_size, config.n_embd),
             wpe=Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
         ))
@@ -304,7 +302,7 @@ class GPT(nn.Module):
         whole = mask_for()
         masks = (whole, whole if local is None else mask_for(local))  # of even and odd layers
         x = self.transformer.wte(idx).to(self.stream_dtype) + self.transformer.wpe(pos)
-        x = self.transformer.drop(x)  # (B, T, C)
+        x = dropout(x, self.config.dropout, self.training)  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
             mask = masks[layer % 2]
             if self.recompute and torch.is_grad_enabled():
@@ -343,15 +341,15 @@ class GPT(nn.Module):
 
         Per token and block it keeps: the inputs of two norms, in float32; their outputs, q, k, v
         and attention's output; the MLP's inner layer before and after the activation. Dropout adds
-        masks, autocast the cast matrices. With recompute it keeps only the inputs of the blocks.
+        masks, a CPU attention's weights, autocast the cast matrices. With recompute it keeps only
+        the inputs of the blocks.
         """
         c, e = self.config, dtype.itemsize
         inner, tokens = c.n_inner or 4 * c.n_embd, batch_size * c.block_size
         token = 2 * 4 * c.n_embd + 6 * e * c.n_embd + 2 * e * inner
-        if c.dropout and device_type == "cpu":  # attention stores all pairs, three times
-            token += 4 * e * c.n_embd + 12 * c.n_head * c.block_size
-        elif c.dropout:
-            token += 2 * c.n_embd
+        token += 2 * c.n_embd * (c.dropout > 0)
+        if device_type == "cpu":
+            token += attention_bytes(c.n_head, c.block_size, dtype) // c.block_size
         cast = sum(p.numel() * e for p in self.transformer.h[0].parameters()
                    if p.dim() >= 2 and p.dtype != dtype)
         backward = tokens * (2 * e * inner + 2 * 4 * c.n_embd)  # gradients inside a block

@@ -508,6 +508,6 @@ def test_a_test_file_that_ends_with_a_question(tmp_path, make_run):
 def test_beams_do_not_answer_conversations(tmp_path, make_run):
     folder = prepare(tmp_path, "--test_fraction=0.1", lines=MANY)
     out_dir, _ = make_run(JsonTokenizer(tiny_json()), block_size=256)
-    with pytest.raises(UserError, match="holds conversations.*leave --num_beams out"):
+    with pytest.raises(UserError, match=r"holds conversations.*leave --num_beams out"):
         evaluate.main(["--task=generate", f"--out_dir={out_dir}", f"--dataset={folder}",
                        "--num_beams=2", "--device=cpu"])

@@ -45,7 +45,7 @@ def nan_in_a_batch(rank):
     """Rank 1 reads a token whose embedding is NaN, in the batches of step 2."""
     def forward_backward(r, step):
         if rank == 1 and step == 2:
-            r.model.transformer.drop.register_forward_hook(lambda module, args, x: x * math.nan)
+            r.model.transformer.ln_f.register_forward_hook(lambda module, args, x: x * math.nan)
         return real(r, step)
 
     real, train.forward_backward = train.forward_backward, forward_backward

@@ -133,7 +133,7 @@ def test_crop_and_dropout(write_hf):
     theirs = hf_model()
     ours = same_logits(write_hf(theirs), theirs, block_size=10, dropout=0.25)
     assert ours.config.block_size == 10 and ours.transformer.wpe.weight.shape == (10, 16)
-    assert ours.config.dropout == ours.transformer.drop.p == 0.25
+    assert ours.config.dropout == ours.transformer.h[0].mlp.dropout == 0.25
     assert [block.attn.dropout for block in ours.transformer.h] == [0.25, 0.25]
     with pytest.raises(UserError, match="block_size=25 is more than the 24 positions"):
         GPT.from_pretrained(str(write_hf(theirs))).crop_block_size(25)
