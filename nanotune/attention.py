@@ -53,25 +53,23 @@ class BlockAttention(torch.autograd.Function):
             weights.append(weight)
         if p:
             out /= 1 - p
-        ctx.save_for_backward(q, k, v, out, *weights)
+        ctx.save_for_backward(q, k, v, *weights)
         ctx.scale, ctx.p = scale, p
         return out.view(shape)
 
     @staticmethod
     def backward(ctx, grad):  # (B, nh, T, hs)
-        q, k, v, out, *weights = ctx.saved_tensors
+        q, k, v, *weights = ctx.saved_tensors
         shape, p, wide = grad.shape, ctx.p, torch.promote_types(q.dtype, torch.float32)
         grad = grad.flatten(0, 1)
         dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(t, dtype=wide) for t in (k, v))
-        # the sum over a row of weight * its gradient
-        inner = (grad.to(wide) * out).sum(-1, keepdim=True).to(q.dtype)  # (N, T, 1)
         grad = grad / (1 - p) if p else grad
         for (begin, end), weight in zip(blocks(q.size(1)), weights):
             row, rows = grad[:, begin:end], slice(begin, end)
             used = weight.clamp(min=0) if p else weight
             dv[:, :end] += torch.bmm(used.transpose(1, 2), row)
             dscore = torch.bmm(row, v[:, :end].transpose(1, 2)).mul_(used)  # (N, r, e)
-            dscore -= weight.abs().mul_(inner[:, rows])
+            dscore -= weight.abs().mul_(dscore.sum(-1, keepdim=True))
             dq[:, rows] = torch.bmm(dscore, k[:, :end])
             dk[:, :end] += torch.bmm(dscore.transpose(1, 2), q[:, rows])
         dq, dk = dq.mul_(ctx.scale), dk.mul_(ctx.scale)

@@ -203,7 +203,8 @@ def test_evaluate_searches_with_beams(trained, tmp_path, capsys):
     out_dir, folder = trained
     model, tokenizer = load_model(str(out_dir))
     prompts, _ = tasks.read_targets(folder / "test.jsonl", tokenizer, 32)
-    found, cut = tasks.answer(model.eval(), prompts, 6, tokenizer.eot, tokenizer.n_vocab, 2, 3, 0.5)
+    found, cut = tasks.answer(model.eval(), prompts, 6, tokenizer.eot, tokenizer.n_vocab, 2,
+                              num_beams=3, length_penalty=0.5)
     common = [f"--out_dir={out_dir}", f"--dataset={folder}", "--num_beams=3",
               "--length_penalty=0.5", "--max_new_tokens=6", "--device=cpu", "--dtype=float32"]
     evaluate.main([*common, "--task=generate"])
