@@ -633,7 +633,7 @@ def model_option(tokenizer: str) -> str:
 
 
 def finetuning_config(train_tokens: int) -> str:
-    """Returns the name of the config file that fits so much text; README.md has the table."""
+    """Returns the name of the config file for so much text; docs/training.md has the table."""
     sizes = {"finetune_little_data": 250_000, "finetune_task": 12_000_000}
     return next((name for name, most in sizes.items() if train_tokens < most), "finetune_domain")
 

@@ -316,10 +316,10 @@ def test_the_cards_program_runs_without_torch(make_run, tmp_path):
     assert not done.stderr
 
 
-def test_the_readme_shows_the_cards_program():
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
+def test_the_docs_show_the_cards_program():
+    shown = (REPO / "docs" / "export.md").read_text(encoding="utf-8")
     card = export.ONNX_USE.format(name="mine-int8", kind="int8.onnx")
-    assert card.partition("```python\n")[2] in readme
+    assert card.partition("```python\n")[2] in shown
 
 
 # -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every command in README and docs runs, on a tiny scale, in the order in which it stands."""
+"""README and docs: their commands and programs run at tiny scale, their links lead somewhere."""
 import importlib
 import io
 import json
@@ -9,36 +9,45 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import TEXT, hf_model
 from tiny import REPO
+from torch.distributed.run import get_args_parser
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
-DOCS = {name: (REPO / "docs" / f"{name}.md").read_text(encoding="utf-8")
-        for name in ("serve", "export", "tasks")}
-FOREIGN = "llama.cpp/"  # scripts of other programs
-NAMES = ("gpt2", "gpt2-medium", "gpt2-xl")  # made as folders: a folder goes before the hub
+# in an order in which each finds the runs that it uses
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in (
+    "training", "data", "tasks", "serve", "export", "cluster", "memory", "benchmarks", "design")),
+    "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md"]
+TEXTS = {name: (REPO / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+README, MAKEFILE = TEXTS["README.md"], (REPO / "Makefile").read_text(encoding="utf-8")
+MOST_BYTES = 12 * 1024  # of README.md
+BENCHMARKS = ("bench.py", "experiments/t5_benchmarks.py")  # have no tiny scale
+NOT_OURS = ("llama.cpp/", "llama_cpp", "ctranslate2", "openai")  # in commands and programs
+# made as folders: a folder goes before the hub
+NAMES = ("gpt2", "gpt2-xl")
 # what makes each script's commands small; appended, so that it wins
 TINY = {
     "train.py": ["--max_iters=2", "--eval_interval=1", "--eval_iters=1", "--batch_size=1",
-                 "--gradient_accumulation_steps=2", "--block_size=16", "--n_layer=1", "--n_head=1",
+                 "--gradient_accumulation_steps=2", "--block_size=32", "--n_layer=1", "--n_head=1",
                  "--n_embd=16", "--device=cpu", "--overwrite=True"],
     "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
     "serve.py": ["--port=0", "--device=cpu"],
     "evaluate.py": ["--batch_size=16", "--device=cpu"],
-    "export.py": [],
+    "export.py": ["--overwrite=True"],
     "runs.py": [],
     "data/shakespeare/prepare.py": ["--input=text.txt"],
     "data/shakespeare_char/prepare.py": ["--input=text.txt"],
+    "data/openwebtext/prepare.py": ["--help"],  # needs datasets: tests/test_data.py runs it
+    "data/twitter_sentiment/prepare.py": ["--input=tweets.csv", "--samples=80"],
     "data/text/prepare.py": [],
     "data/python_docs/prepare.py": [],
     "data/jsonl/prepare.py": [],
     "data/pairs/prepare.py": [],
     "data/chat/prepare.py": [],
 }
-CONTEXTS = {"quickstart": 128, "chat": 64}  # --block_size of these config files
+RESUMED = ["--max_iters=3", "--device=cpu"]  # a resumed run keeps its other fields
+CONTEXTS = {"quickstart": 128, "chat": 64}   # --block_size of these config files
 FILES = {
     "text.txt": TEXT * 3,
     "my_texts/one.txt": TEXT * 3,
@@ -53,25 +62,82 @@ FILES = {
         for i in range(80)),
     "pairs.csv": "source_text,target_text\n" + "".join(
         f"Line {'abcdefgh'[i % 8] * (1 + i // 8)},a\n" for i in range(40)),
+    "tweets.csv": "".join(f'"{"04"[i % 2]}","{i}","day","NO_QUERY","me","tweet {i}"\n'
+                          for i in range(120)),
     "lambada_test.jsonl": "".join(
         json.dumps({"text": f"{i} of them went to the river"}) + "\n" for i in range(3)),
 }
 
 
-def commands(text):
-    """The lines of a document's code that start a script of ours, as lists of words."""
-    code = re.findall(r"^```\w*\n(.*?)^```|^((?:    .*\n)+)", text, re.MULTILINE | re.DOTALL)
-    lines = [line.strip().lstrip("!") for block in code for line in "".join(block).splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines
-             if re.match(rf"(\.venv/bin/)?(python|torchrun) (?!-[cm] |{FOREIGN})", line)]
-    words = [command[:command.index(">")] if ">" in command else command for command in words]
-    return list(dict.fromkeys(map(tuple, words)))  # once each, in order
+# -----------------------------------------------------------------------------
+# what a document shows
+
+def shown(text):
+    """The commands and programs of a document, in order: [(language, code)]. Code blocks come line
+    by line, but for Python; of the code in sentences only what starts with python or make."""
+    found = []
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```|`((?:python|make) [^`\n]+)`", text,
+                             re.MULTILINE | re.DOTALL):
+        language, block, span = match.groups()
+        if language == "python":
+            found.append(("python", block))
+        else:
+            lines = (span or block).replace("\\\n", " ").splitlines()
+            found += [("shell", line.strip().lstrip("!")) for line in lines]
+    return found
 
 
-def script_and_arguments(command):
-    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    return command[at], list(command[at + 1:])
+def command(line):
+    """The words of a line that starts a script of ours, or None."""
+    line = re.sub(r"^(srun |\.venv/bin/)", "", line.partition(" > ")[0])
+    if not re.match(r"(python (?!-)|torchrun |make )", line) or any(
+            name in line for name in (*NOT_OURS, *BENCHMARKS)):
+        return None
+    return shlex.split(line, comments=True)
 
+
+def made_by(words):
+    """The [(script, arguments)] that make runs for these words. Raises if a target is unknown."""
+    printed = subprocess.run(["make", "-n", *words], cwd=REPO, check=True, capture_output=True,
+                             text=True).stdout
+    found = map(shlex.split, re.findall(r"\.venv/bin/python ((?:\w+/)*\w+\.py\b[^|;\n]*)", printed))
+    return [(script, arguments) for script, *arguments in found]
+
+
+def runs_of(line):
+    """The [(script, arguments)], on one process, of a line that a document shows."""
+    words = command(line)
+    if words is None:
+        return []
+    if words[0] == "make":
+        made = made_by(words[1:]) if shutil.which("make") else []
+        # the other targets run tests, or have a test of their own
+        return made if words[1] in ("quickstart", "chat") else []
+    if words[0] == "torchrun":
+        parsed = get_args_parser().parse_args(words[1:])
+        return [(parsed.training_script, parsed.training_script_args)]
+    return [(words[1], words[2:])]
+
+
+def small(script, arguments):
+    """The arguments at tiny scale, without what the Makefile adds to the plain commands."""
+    arguments = [argument for argument in arguments if argument != "--overwrite=True"]
+    if "--help" in arguments or (script == "train.py" and not arguments):
+        return arguments
+    if script != "train.py":
+        return [*arguments, *TINY[script]]
+    if "--init_from=resume" in arguments:
+        return [*arguments, *RESUMED]
+    # longer where the text needs it
+    size = next((size for name, size in CONTEXTS.items() if name in arguments[0]), 32)
+    fields = [field.replace("--block_size=32", f"--block_size={size}") for field in TINY[script]]
+    without = ["--block_size"] * ("finetune_t5" in arguments[0])
+    without += ["--overwrite"] * ("--auto_resume=True" in arguments)
+    return [*arguments, *(field for field in fields if field.partition("=")[0] not in without)]
+
+
+# -----------------------------------------------------------------------------
+# it runs
 
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf, t5_folders):
@@ -84,105 +150,132 @@ def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf, t5_folders):
     (tmp_path / "my_texts").mkdir()
     for path, text in FILES.items():
         (tmp_path / path).write_text(text, encoding="utf-8")
-    model = hf_model(vocab_size=50257, n_embd=16, n_positions=64)  # 16: what int8 takes
+    model = hf_model(vocab_size=50257, n_embd=16, n_positions=512)  # 16: for int8
     for name in NAMES:
         write_hf(model, name=name)
     shutil.copytree(t5_folders[0], tmp_path / "google-t5" / "t5-small")
     monkeypatch.chdir(tmp_path)
-    # the three commands at the README's top come before those that prepare their text
-    runpy.run_path("data/shakespeare/prepare.py")["main"](["--input=text.txt"])
+    monkeypatch.setattr("nanotune.serving.server.Server.serve_forever", lambda server: None)
     return tmp_path
 
 
-def test_the_readme_shows_commands():
-    shown = README + "".join(DOCS.values())
-    scripts = {script_and_arguments(command)[0] for command in commands(shown)}
-    assert {"train.py", "sample.py", "evaluate.py", "data/shakespeare/prepare.py"} <= scripts
-    assert scripts <= TINY.keys(), "tell TINY how to make a new script's commands small"
-
-
-# docs/serve.md shows the runs that the README's commands make
-@pytest.mark.parametrize("text", [README + DOCS["serve"], DOCS["export"], DOCS["tasks"]],
-                         ids=["README and serve", "export", "tasks"])
-def test_a_documents_commands_run(sandbox, monkeypatch, capsys, text):
-    monkeypatch.setattr("nanotune.serving.server.Server.serve_forever", lambda server: None)
-    for command in commands(text):
-        script, argv = script_and_arguments(command)
-        if "torchrun" in command[0]:
-            continue
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Line 1\n"))
-        argv += TINY[script]
-        if script == "train.py":  # a conversation takes more than 16 tokens
-            size = next((size for name, size in CONTEXTS.items() if name in argv[0]), 16)
-            argv = [arg.replace("--block_size=16", f"--block_size={size}") for arg in argv]
-        if text is DOCS["tasks"] and script == "train.py":  # T5 has no --block_size
-            argv.remove("--block_size=16")
-        monkeypatch.setattr(sys, "argv", [script, *argv])
+def status_of(monkeypatch, script, arguments):
+    """Runs a script of ours in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Line 1\n"))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    try:
         if script.startswith("data/"):
-            main = runpy.run_path(str(sandbox / script))["main"]
-            status = main(argv)
-        else:
-            try:
-                status = importlib.import_module(script.removesuffix(".py")).main(argv)
-            except SystemExit as end:
-                status = end.code
-        assert not status, f"{' '.join(command)} ended with {status}"
-        capsys.readouterr()
-    if text is DOCS["export"]:  # its program compares the files that its commands wrote
-        programs = re.findall("```python\n(.*?)```", text, re.DOTALL)
-        exec(next(program for program in programs if "first[0]" in program), {})
-        assert re.fullmatch(r"\['0.00%', '\d+.\d+%', '\d+.\d+%'\]\n", capsys.readouterr().out)
+            return runpy.run_path(script)["main"](arguments)
+        return importlib.import_module(script.removesuffix(".py")).main(arguments)
+    except SystemExit as end:
+        return end.code
 
 
-def test_the_readmes_torchrun_command_runs(sandbox):
-    command = next(c for c in commands(README) if c[0] == "torchrun")
-    script, argv = script_and_arguments(command)
+def test_commands_and_programs_of_all_documents_run(sandbox, monkeypatch, capsys):
+    done = []
+    for name, text in TEXTS.items():
+        for language, code in shown(text):
+            if language == "python":
+                if not any(word in code for word in NOT_OURS):
+                    exec(compile(code, f"a program of {name}", "exec"), {})
+                continue
+            for run in runs_of(code):
+                run = run[0], small(*run)
+                if run not in done:
+                    done.append(run)
+                    status = status_of(monkeypatch, *run)
+                    assert not status, f"{name}: {code} ended with {status}"
+    out = capsys.readouterr().out
+    # the program of docs/export.md compares the files that its commands wrote
+    assert re.search(r"^\['0.00%', '\d+.\d+%', '\d+.\d+%'\]$", out, re.MULTILINE)
+
+
+def test_torchrun_runs_the_readmes_command_on_two_processes(sandbox):
+    line = next(code for _, code in shown(README) if code.startswith("torchrun"))
+    status_of_data = runpy.run_path("data/shakespeare/prepare.py")["main"](["--input=text.txt"])
+    assert not status_of_data
+    (script, arguments), = runs_of(line)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         script, *argv, *TINY[script]],
+         script, *small(script, arguments)],
         check=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (sandbox / "out-shakespeare" / "ckpt.pt").is_file()
 
 
-def test_the_makefile_runs_what_the_readme_says():
-    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
-    rule = makefile.split("\nquickstart:")[1].split("\n\n")[0]
-    made = [line.split("$(PY) ")[1].replace(" --overwrite=True", "")
-            for line in rule.splitlines() if "$(PY) " in line]
-    typed = [line.removeprefix(".venv/bin/python ") for line in README.splitlines()
-             if line.startswith(".venv/bin/python ") and ".py" in line]
-    assert made == typed
+# -----------------------------------------------------------------------------
+# it is whole
+
+def test_each_script_is_shown():
+    runs = [run for text in TEXTS.values() for language, code in shown(text)
+            if language == "shell" for run in runs_of(code)]
+    scripts = {script for script, _ in runs}
+    assert {path.name for path in REPO.glob("*.py")} - {
+        "bench.py", "model.py", "t5.py", "configurator.py"} <= scripts
+    assert {str(path.relative_to(REPO)) for path in REPO.glob("data/*/prepare.py")} <= scripts
+    assert scripts <= TINY.keys(), "tell TINY how to make a new script's commands small"
 
 
-def test_make_chat_runs_what_the_readme_says():
-    makefile = (REPO / "Makefile").read_text(encoding="utf-8").replace(
-        "$(TALKS)", "data/python_docs/conversations")
-    chat = re.search(r"\nCHAT = \$\(PY\) (.*)", makefile).group(1)
-    rule = makefile.split("\nchat:")[1].split("\n\n")[0]
-    made = [line.split("$(PY) ")[1].replace(" --overwrite=True", "")
-            for line in rule.splitlines() if "$(PY) " in line]
-    section = README.split("## Chat\n")[1].split("With your own")[0]
-    typed = [line.removeprefix("python ") for line in section.splitlines()
-             if line.startswith("python ")]
-    assert [*made[2:], chat] == typed
-    assert [line.split()[0] for line in made[:2]] == ["data/python_docs/prepare.py", "train.py"]
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+@pytest.mark.parametrize("target, name, title", [
+    ("quickstart", "docs/training.md", "## Quickstart without make"),
+    ("chat", "docs/tasks.md", "### Try it without data")])
+def test_make_runs_what_is_shown_as_plain_commands(target, name, title):
+    section = re.split("^#+ ", TEXTS[name].partition(title)[2], flags=re.MULTILINE)[0]
+    typed = [run for language, code in shown(section) if language == "shell"
+             and not code.startswith("make") for run in runs_of(code)]
+    made = [(script, [a for a in arguments if a != "--overwrite=True"])
+            for script, arguments in made_by([target])]
+    at = 2 if target == "chat" else 0  # after the first commands of the quickstart
+    assert list(dict.fromkeys(map(str, made[at:]))) == list(map(str, typed))
 
 
-def test_the_file_tree_is_whole():
-    """Each script, and each file of the package, by name; what is listed exists."""
+def test_the_readme_has_at_most_12_kb():
+    assert len(README.encode()) <= MOST_BYTES
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_table_has_cells_without_a_figure(name):
+    cells = [cell.strip().lower() for line in TEXTS[name].splitlines() if line.startswith("|")
+             for cell in line.split("|")]
+    assert not [cell for cell in cells if re.match(r"(not (run|measured)|todo|tbd)\b", cell)]
+
+
+def test_the_trees_list_each_file():
+    """The README lists each script and folder, docs/design.md each file of the package."""
     tree = README.split("## The files")[1].split("```")[1]
-    package, root = [], []
-    for line in tree.splitlines():
-        (package if line.startswith("  ") else root).append(line)
-    listed = {line.split()[0] for line in root if line.strip()}
+    listed = {line.split()[0] for line in tree.splitlines() if line.strip()}
     assert {path.name for path in REPO.glob("*.py")} <= listed
     assert all((REPO / name).exists() for name in listed)
-    files = {path.name for path in (REPO / "nanotune").rglob("*.py")} - {"__init__.py"}
-    named = re.findall(r"[\w/]+\.py", "\n".join(package))
-    assert set(named) == files
+    tree = TEXTS["docs/design.md"].split("## The package")[1].split("```")[1]
+    named = sorted(re.findall(r"\w+\.(?:py|html|css|js)\b", tree))
+    files = [path.name for path in (REPO / "nanotune").rglob("*.*")
+             if path.suffix in (".py", ".html", ".css", ".js") and path.name != "__init__.py"]
+    assert named == sorted(files)
 
 
-def test_links_lead_somewhere():
-    for document, folder in ((README, REPO), *((text, REPO / "docs") for text in DOCS.values())):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document):
-            assert Path(folder, target).exists(), target
+def anchors(text):
+    """The #anchors of a document's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", TEXTS[name]):
+        target = (REPO / name).parent / path if path else REPO / name
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), anchor
+
+
+def test_a_wrong_line_is_found():
+    """The checks above see a flag of torchrun, a target of make or an anchor that is not there."""
+    assert runs_of("torchrun --nproc_per_node=2 train.py --x=1") == [("train.py", ["--x=1"])]
+    with pytest.raises(SystemExit):
+        runs_of("torchrun --processes=2 train.py")
+    if shutil.which("make"):
+        with pytest.raises(subprocess.CalledProcessError):
+            runs_of("make quickstrat")
+    assert shown("Use `python a.py --b=1` or\n```bash\npython c.py \\\n  --d=2\n```\n") == [
+        ("shell", "python a.py --b=1"), ("shell", "python c.py    --d=2")]
+    assert anchors("# What `x` is, now\n```\n# none\n```\n") == {"what-x-is-now"}

@@ -221,7 +221,7 @@ def print_choices() -> None:
     for path in sorted(Path("config").glob("*.py")):
         first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         print(f"    {path}  {first}")
-    print("Datasets" + (prepared() or ": none is prepared; data/README.md lists them"))
+    print("Datasets" + (prepared() or ": none is prepared; docs/data.md lists them"))
 
 
 def read_config(cls: type, argv: list[str]) -> tuple[Any, list[str]]:
