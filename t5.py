@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT, Embedding, KVCache, Linear, additive
+from nanotune.attention import dropout
 from nanotune.errors import UserError
 from nanotune.formats import hf, hf_config, hub
 from nanotune.generation.generate import take_rows
@@ -171,7 +172,7 @@ class MLP(nn.Module):
             x = F.gelu(x, approximate="tanh") * gate
         else:
             x = F.relu(x)
-        return self.c_proj(F.dropout(x, self.dropout, self.training))
+        return self.c_proj(dropout(x, self.dropout, self.training))
 
 
 class Block(nn.Module):
@@ -185,13 +186,16 @@ class Block(nn.Module):
             self.cross = CrossAttention(config, layer)
         self.ln_2 = RMSNorm(config)
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x, mask, source=None, source_mask=None, cache=None):
         x = x + self.drop(self.attn(self.ln_1(x), mask, cache))
         if source is not None:
             x = x + self.drop(self.cross(self.ln_x(x), source, source_mask, cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
+
+    def drop(self, x):
+        return dropout(x, self.dropout, self.training)
 
 
 class Stack(nn.Module):
@@ -201,8 +205,7 @@ class Stack(nn.Module):
         self.bias = Embedding(config.n_buckets, config.n_head)  # one for all layers
         self.h = nn.ModuleList(Block(config, layer, cross) for layer in range(n_layer))
         self.ln_f = RMSNorm(config)
-        self.drop = nn.Dropout(config.dropout)
-        self.recompute = False
+        self.dropout, self.recompute = config.dropout, False
         self.buckets = dict(n_buckets=config.n_buckets, max_distance=config.max_distance,
                             both_ways=not cross)
 
@@ -214,14 +217,14 @@ class Stack(nn.Module):
 
     def forward(self, x, *others):
         """x (B, T, C) -> (B, T, C); `others` are the arguments of each block."""
-        x = self.drop(x)
+        x = dropout(x, self.dropout, self.training)
         for block in self.h:
             if self.recompute and torch.is_grad_enabled():
                 # restores the random state: dropout is the same
                 x = checkpoint(block, x, *others, use_reentrant=False)
             else:
                 x = block(x, *others)
-        return self.drop(self.ln_f(x))
+        return dropout(self.ln_f(x), self.dropout, self.training)
 
 
 def shift_right(y: torch.Tensor, config: T5Config) -> torch.Tensor:
