@@ -15,7 +15,6 @@ import io
 import json
 import os
 import random
-import re
 import shlex
 import ssl
 import sys
@@ -44,6 +43,17 @@ from nanotune.text.chat import (  # noqa: E402, F401 (F401: for the scripts)
     encode_turns,
     read_messages,
 )
+from nanotune.text.documents import (  # noqa: E402, F401
+    TOKEN,
+    Document,
+    Pieces,
+    document_end,
+    encode,
+    find_documents,
+    read_pieces,
+    read_texts,
+    slices,
+)
 from nanotune.text.read import check_surrogates, read_jsonl, read_text  # noqa: E402, F401
 from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts)
     EOT,
@@ -55,7 +65,6 @@ from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts
     without_end,
 )
 
-TOKEN = np.dtype("<u2")
 LENGTH = np.dtype("<u4")
 MIN_TOKENS = 8                  # a shorter split is a mistake
 # files that describe the .bin files: deleted when those are replaced
@@ -192,16 +201,13 @@ def from_datasets(name: str | Path, load: Callable[[Any], Any]) -> Any:
 # -----------------------------------------------------------------------------
 # a split is a list of pieces: (text, whether a document ends after it)
 
-Pieces = list[tuple[str, bool]]
-
-
 def split_text(text: str, val_fraction: float = 0.1) -> tuple[Pieces, Pieces]:
     """Returns (train, val) of one continuous text: val is its end; no end-of-text is added."""
     cut = int(len(text) * (1 - val_fraction))
     return [(text[:cut], False)], [(text[cut:], False)]
 
 
-def split_documents(documents: Sequence[str], val_fraction: float = 0.1,
+def split_documents(documents: Sequence[str | Document], val_fraction: float = 0.1,
                     seed: int = 1337) -> tuple[Pieces, Pieces]:
     """Returns (train, val); val gets random whole documents, up to val_fraction of the characters.
 
@@ -244,22 +250,16 @@ def choose_tokenizer(name: str) -> AnyTokenizer:
     return tokenizer
 
 
-def char_tokenizer(text: str) -> CharTokenizer:
+def char_tokenizer(pieces: Pieces) -> CharTokenizer:
     """Returns a tokenizer with one id per distinct character, sorted, as nanoGPT's. Raises
     UserError above 65,536 characters."""
-    tokenizer = CharTokenizer(sorted(set(text)))
+    characters = set()
+    for parts, _ in read_pieces(pieces):
+        for part in parts:
+            characters.update(part)
+    tokenizer = CharTokenizer(sorted(characters))
     check_ids(tokenizer.n_vocab - 1, "the text's characters")
     return tokenizer
-
-
-def document_end(tokenizer: AnyTokenizer) -> list[int]:
-    """The ids after a document: end-of-text, or a newline if the vocabulary has only that."""
-    if tokenizer.eot is not None:
-        return [tokenizer.eot]
-    try:
-        return tokenizer.encode("\n")
-    except UserError:
-        return []
 
 
 def split_at(mark: str | None, text: str) -> list[str]:
@@ -277,7 +277,7 @@ def check_ids(highest: int, name: str) -> None:
                         f"below 65,536 (uint16); use a smaller vocabulary")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+def train_bpe(pieces: Pieces, vocab_size: int) -> JsonTokenizer:
     """Trains a byte-level BPE with end-of-text as id 0. Raises UserError if vocab_size is not
     between 257 and 65536."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -290,48 +290,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   show_progress=False)
-    tokenizer.train_from_iterator((s for text in texts for s in slices(text)), trainer)
+    texts = (text for parts, _ in read_pieces(pieces) for text in slices(parts))
+    tokenizer.train_from_iterator(texts, trainer)
     return JsonTokenizer(tokenizer.to_str(pretty=True))
-
-
-def slices(text: str, length: int = 1 << 18) -> Iterator[str]:
-    """Yields `text` in slices of about `length` characters, cut before a newline after a word.
-
-    GPT-2's pattern never joins a word to the whitespace after it, so the ids stay the same.
-    """
-    start = 0
-    while start < len(text):
-        cut = re.compile(r"(?<=\S)\n").search(text, start + length)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
-
-
-def batches(pieces: Pieces, sliceable: bool, length: int = 1 << 22) -> Iterator[Pieces]:
-    """Yields `pieces` in batches of about `length` characters, with long texts in slices if
-    `sliceable`. This keeps all cores busy, and a long text is never a Python list of all its ids.
-    """
-    batch, waiting = [], 0
-    for text, ends in pieces:
-        parts = list(slices(text)) if sliceable else [text]
-        for i, part in enumerate(parts, 1):
-            batch.append((part, ends and i == len(parts)))
-            waiting += len(part)
-            if waiting >= length:
-                yield batch
-                batch, waiting = [], 0
-    yield batch
-
-
-def encode(tokenizer: AnyTokenizer, pieces: Pieces, name: str) -> Iterator[np.ndarray]:
-    """Yields the ids of each piece, with end-of-text if a document ends there."""
-    total, end = sum(len(text) for text, _ in pieces), document_end(tokenizer)
-    with tqdm(desc=name, total=total, unit="char", unit_scale=True, disable=None) as bar:
-        for batch in batches(pieces, tokenizer.sliceable):
-            texts = [text for text, _ in batch]
-            for ids, (_, ends) in zip(tokenizer.encode_batch(texts), batch, strict=True):
-                yield np.array([*ids, *end] if ends else ids, dtype=TOKEN)
-            bar.update(sum(map(len, texts)))
 
 
 # -----------------------------------------------------------------------------
@@ -468,21 +429,16 @@ def check_no_end(where: str, name: str, text: str, tokenizer: AnyTokenizer) -> N
         raise UserError(f"{where}: its {name} holds {end}, which ends a document; remove it")
 
 
-def encode_examples(examples: Sequence[Example], tokenizer: AnyTokenizer,
-                    loss_on: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Returns (ids of all examples, each with end-of-text; a mask, one byte per id, 0 for prompts
-    if loss_on is "completion"; the number of ids of each example). Encodes a prompt and its
-    completion separately, as in generation."""
-    prompts = tokenizer.encode_batch([example.prompt for example in examples])
-    completions = tokenizer.encode_batch([example.completion for example in examples])
-    end = document_end(tokenizer)
-    ids, mask, lengths = [], [], []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        target = [*completion, *end]
-        ids += [*prompt, *target]
-        mask += [int(loss_on == "all")] * len(prompt) + [1] * len(target)
-        lengths.append(len(prompt) + len(target))
-    return np.array(ids, dtype=TOKEN), np.array(mask, dtype=np.uint8), lengths
+def encode_pairs(pairs: Sequence[Example], tokenizer: AnyTokenizer,
+                 ends: tuple[bool, bool], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (ids of all pairs, (n,); how many are of each prompt and completion, (N, 2)). Encodes
+    a prompt and its completion separately, as in generation; end-of-text follows each of the two
+    for which `ends` is true."""
+    texts = (item for pair in pairs for item in zip(pair, ends))
+    found = list(encode(tokenizer, texts, sum(len(text) for pair in pairs for text in pair), name))
+    ids = np.concatenate([ids for ids, _ in found] or [np.zeros(0, TOKEN)])
+    lengths = np.concatenate([lengths for _, lengths in found] or [np.zeros(0, int)])
+    return ids, lengths.reshape(-1, 2)
 
 
 def write_examples(out_dir: Path, splits: dict[str, list[Example]], tokenizer: AnyTokenizer,
@@ -490,20 +446,20 @@ def write_examples(out_dir: Path, splits: dict[str, list[Example]], tokenizer: A
     """Writes train.bin and val.bin, their masks if loss_on is "completion", and test.jsonl; returns
     both lengths in tokens. Prints how many examples are longer than `block_size` ids, so that no
     window holds one whole."""
-    files, lengths, tokens = dict(tokenizer.files), [], {}
+    files, lengths, tokens = dict(tokenizer.files), {}, {}
     for split in ("train", "val"):
-        tokens[split], mask, lengths_of_split = encode_examples(splits[split], tokenizer, loss_on)
-        lengths += lengths_of_split
+        tokens[split], lengths[split] = encode_pairs(splits[split], tokenizer, (False, True), split)
         if loss_on == "completion":
-            files[f"{split}.mask.bin"] = mask.tobytes()
+            learnt = np.tile(np.array([0, 1], np.uint8), len(splits[split]))
+            files[f"{split}.mask.bin"] = np.repeat(learnt, lengths[split].ravel()).tobytes()
     if splits["test"]:
         files["test.jsonl"] = jsonl(splits["test"])
     counts = write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
+    lengths = np.concatenate([lengths["train"], lengths["val"]]).sum(1)
     targets = "completions" if loss_on == "completion" else "all tokens"
     print("examples: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "val", "test"))
-          + f"; {np.mean(lengths):.1f} tokens each, {max(lengths)} at most; loss on {targets}")
-    long = sum(length > block_size for length in lengths)
-    if long:
+          + f"; {np.mean(lengths):.1f} tokens each, {lengths.max()} at most; loss on {targets}")
+    if long := int((lengths > block_size).sum()):
         print(f"note: {long:,} of {len(lengths):,} examples are longer than "
               f"--block_size={block_size}: they stay, but no window holds one whole, so the model "
               "sees its end without its beginning; shorten them or raise --block_size")
@@ -520,11 +476,8 @@ def write_pairs(out_dir: Path, splits: dict[str, list[Example]], tokenizer: AnyT
                         "T5's own")
     files, lengths, tokens = dict(tokenizer.files), {}, {}
     for split in ("train", "val"):
-        texts = [text for example in splits[split] for text in example]
-        ids = [[*ids, tokenizer.eot] for ids in tokenizer.encode_batch(texts)]
-        lengths[split] = np.array(list(map(len, ids)), dtype=LENGTH).reshape(-1, 2)
-        tokens[split] = np.array([i for text in ids for i in text], dtype=TOKEN)
-        files[f"{split}.pairs.bin"] = lengths[split].tobytes()
+        tokens[split], lengths[split] = encode_pairs(splits[split], tokenizer, (True, True), split)
+        files[f"{split}.pairs.bin"] = lengths[split].astype(LENGTH).tobytes()
     if splits["test"]:
         files["test.jsonl"] = jsonl(splits["test"])
     counts = write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
@@ -562,8 +515,10 @@ def jsonl(examples: Sequence[Example]) -> bytes:
 def encode_dataset(out_dir: Path, train: Pieces, val: Pieces,
                    tokenizer: AnyTokenizer) -> tuple[int, int]:
     """Encodes both splits and writes them to `out_dir` as write_dataset()."""
-    return write_dataset(out_dir, encode(tokenizer, train, "train"), encode(tokenizer, val, "val"),
-                         tokenizer.files)
+    ids = [(ids for ids, _ in encode(tokenizer, read_texts(pieces, tokenizer.sliceable),
+                                     sum(len(text) for text, _ in pieces), name))
+           for pieces, name in ((train, "train"), (val, "val"))]
+    return write_dataset(out_dir, *ids, tokenizer.files)
 
 
 def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.ndarray],

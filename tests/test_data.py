@@ -185,28 +185,13 @@ def test_split_of_one_document_is_by_characters():
 # -----------------------------------------------------------------------------
 # encoding
 
-@alike
-@given(text=st.text(st.sampled_from("ab1 .'s\n\n\r\té\u3000漢"), max_size=60))
-def test_slices_do_not_change_the_ids(gpt2, text):
-    parts = list(fetch.slices(text, length=3))
-    assert "".join(parts) == text
-    assert [i for part in parts for i in gpt2.encode_ordinary(part)] == gpt2.encode_ordinary(text)
-
-
 def test_encode_ends_documents_once(gpt2):
     pieces = [(TEXT * 100, True), ("cut here", False), ("end", True)]      # the first needs slices
-    ids = np.concatenate(list(fetch.encode(fetch.choose_tokenizer("gpt2"), pieces, "")))
+    tokenizer = fetch.choose_tokenizer("gpt2")
+    ids = np.concatenate([ids for ids, _ in fetch.encode(
+        tokenizer, fetch.read_texts(pieces, True), 0, "")])
     expected = [i for text, ends in pieces for i in gpt2.encode_ordinary(text) + [50256] * ends]
     assert ids.dtype == "<u2" and ids.tolist() == expected
-
-
-def test_batches_lose_nothing():
-    pieces = [("one\ntwo\nthree" * 40000, True), ("four", False), ("five", True)] * 3
-    batches = list(fetch.batches(pieces, True, length=1 << 19))
-    assert len(batches) > 2
-    flat = [piece for batch in batches for piece in batch]
-    assert "".join(text for text, _ in flat) == "".join(text for text, _ in pieces)
-    assert [ends for _, ends in flat].count(True) == 6
 
 
 # -----------------------------------------------------------------------------
@@ -431,7 +416,10 @@ def test_text_order_is_that_of_the_paths(folder):
 
 
 def test_text_other_marks(folder, tmp_path):
-    read = script("text").read_documents
+    def read(*args):
+        found = script("text").find_documents(*args)
+        return ["".join(parts) for parts, _ in fetch.read_pieces([(d, True) for d in found])]
+
     assert read(folder / "c.txt", "", "") == [f"First<|endoftext|>\n{TEXT}\n<|endoftext|>\n"]
     (tmp_path / "f").write_text("one\n\n====\n\ntwo\n====\n")
     assert read(tmp_path / "f", "", "====") == ["one", "two"]
@@ -503,9 +491,9 @@ def test_text_refuses(tmp_path, monkeypatch, arguments, message):
 
 
 def test_a_tokenizer_without_end_of_text_separates_by_a_newline_if_it_has_one():
-    lines = fetch.char_tokenizer("ab\n")
+    lines = fetch.char_tokenizer([("ab\n", True)])
     assert fetch.document_end(lines) == lines.encode("\n") == [0]
-    assert fetch.document_end(fetch.char_tokenizer("ab")) == []
+    assert fetch.document_end(fetch.char_tokenizer([("ab", True)])) == []
 
 
 # -----------------------------------------------------------------------------

@@ -12,15 +12,16 @@ REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train", "sample", "serve", "evaluate", "export", "runs", "bench"}
 MODELS = {"model", "t5"}
 GROUND = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", "nanotune.files",
-          "nanotune.attention", "nanotune.head", "nanotune.torch_private", "nanotune.text.tokenizer",
-          "nanotune.text.tokenizer_files", "nanotune.text.read", "nanotune.text.loader",
-          "nanotune.text.bin_files",
-          "nanotune.text.chat",
+          "nanotune.attention", "nanotune.head", "nanotune.torch_private",
+          "nanotune.text.tokenizer", "nanotune.text.tokenizer_files", "nanotune.text.read",
+          "nanotune.text.loader", "nanotune.text.bin_files", "nanotune.text.arrays",
+          "nanotune.text.documents", "nanotune.text.chat",
           "nanotune.formats.hub", "nanotune.formats.hf", "nanotune.formats.hf_config",
           "nanotune.formats.checks", "nanotune.generation.generate"}
 # what the data scripts may use: no torch, and no model
 FOR_DATA = {"fetch", "nanotune.errors", "nanotune.cli", "nanotune.text.read",
-            "nanotune.text.chat", "nanotune.text.tokenizer", "nanotune.formats.hub"}
+            "nanotune.text.documents", "nanotune.text.chat", "nanotune.text.tokenizer",
+            "nanotune.formats.hub"}
 
 
 def name_of(path):

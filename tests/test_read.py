@@ -4,6 +4,7 @@ import subprocess
 import pytest
 
 from nanotune.errors import UserError
+from nanotune.text import read
 from nanotune.text.read import check_surrogates, read_jsonl, read_text
 
 TEXT = "one\ntwo é 漢\n"
@@ -36,6 +37,29 @@ def test_the_byte_order_of_utf16_is_read_from_its_mark(tmp_path):
         (tmp_path / "f").write_bytes(mark + "漢字".encode(encoding))
         with pytest.raises(UserError, match="iconv -f UTF-16 "):
             read_text(tmp_path / "f")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
+def test_parts_make_the_same_text(size, tmp_path, monkeypatch):
+    """Whatever the block's size: line ends and characters of several bytes across its edge too."""
+    monkeypatch.setattr(read, "BLOCK", size)
+    for content, text in (("\ufeffa\r\r\né\r\n漢😀\r", "a\r\né\n漢😀\r"), ("a\r\rb\r", "a\n\nb\n"),
+                          ("", ""), ("\ufeff", ""), ("one line", "one line")):
+        (tmp_path / "f").write_bytes(content.encode())
+        assert read_text(tmp_path / "f") == text
+        assert all(len(part) <= size + 1 for part in read.stream_text(tmp_path / "f"))
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+@pytest.mark.parametrize("content, said", [
+    (b"ab\xe9cd", "byte 0xe9 at offset 2;"), (b"\xef\xbb\xbfab\xe9cd", "byte 0xe9 at offset 5;"),
+    (b"0123456789" * 10 + "é".encode() + b"\xff", "byte 0xff at offset 102;"),
+    (b"a" * 20 + "漢".encode()[:2], "byte 0xe6 at offset 20;")])
+def test_a_bad_byte_is_named_by_its_place_in_the_file(size, content, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "BLOCK", size)
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_text(tmp_path / "f")
 
 
 def test_text_full_of_nul_is_refused(tmp_path):

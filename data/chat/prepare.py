@@ -27,10 +27,12 @@ them by --test_input=FILE.
 import argparse
 import json
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fetch
@@ -39,6 +41,7 @@ from fetch import Message, UserError
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 WANTED = "messages, conversations (ShareGPT), instruction and output (Alpaca), or prompt and " \
          "completion"
+TOGETHER = 5000         # conversations that are encoded at once
 Chat = tuple[Message, ...]
 
 
@@ -116,22 +119,31 @@ def tell_joins(tokenizer: fetch.AnyTokenizer, chat: Chat) -> None:
               "ids than nanotune")
 
 
-def encode_chats(chats: list[Chat], tokenizer: fetch.AnyTokenizer,
-                 most: int) -> tuple[np.ndarray, np.ndarray, list[Chat], int]:
+def encode_whole(chats: list[Chat], tokenizer: fetch.AnyTokenizer,
+                 name: str) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Yields the (ids, mask) of each turn of each conversation, with a bar."""
+    with tqdm(desc=name, total=len(chats), unit="chat", disable=None) as bar:
+        for start in range(0, len(chats), TOGETHER):
+            part = chats[start:start + TOGETHER]
+            turns = iter(fetch.encode_turns(tokenizer, [m for chat in part for m in chat]))
+            yield from ([next(turns) for _ in chat] for chat in part)
+            bar.update(len(part))
+
+
+def encode_chats(chats: list[Chat], tokenizer: fetch.AnyTokenizer, most: int,
+                 name: str) -> tuple[np.ndarray, np.ndarray, list[Chat], int]:
     """(ids, mask, the conversations as they were kept, how many of these were cut): of one with
     more than `most` ids the turns that fit, up to an assistant's."""
-    turns = iter(fetch.encode_turns(tokenizer, [message for chat in chats for message in chat]))
-    end, ids, mask, kept, cut = fetch.document_end(tokenizer), [], [], [], 0
-    for chat in chats:
-        whole = [next(turns) for _ in chat]
+    end, ids, mask, kept, cut = fetch.document_end(tokenizer), array("H"), array("B"), [], 0
+    for chat, whole in zip(chats, encode_whole(chats, tokenizer, name), strict=True):
         ends = np.cumsum([len(turn) for turn, _ in whole]) + len(end)
         n = max((i for i, message in enumerate(chat, 1)
                  if message.role == "assistant" and ends[i - 1] <= most), default=0)
         if n:
             kept.append(chat[:n])
             cut += n < len(chat)
-            ids += [i for turn, _ in whole[:n] for i in turn] + end
-            mask += [counts for _, turn in whole[:n] for counts in turn] + [0] * len(end)
+            ids.extend([i for turn, _ in whole[:n] for i in turn] + end)
+            mask.extend([counts for _, turn in whole[:n] for counts in turn] + [0] * len(end))
     return np.array(ids, dtype=fetch.TOKEN), np.array(mask, dtype=np.uint8), kept, cut
 
 
@@ -142,8 +154,8 @@ def write_chats(args: argparse.Namespace, splits: dict[str, list[Chat]],
     files = tokenizer.files | {"tokenizer_config.json": fetch.chat_config(tokenizer)}
     tokens, held, cut, out = {}, {}, 0, 0
     for split, chats in splits.items():
-        tokens[split], mask, held[split], shortened = encode_chats(chats, tokenizer,
-                                                                   args.block_size)
+        tokens[split], mask, held[split], shortened = encode_chats(
+            chats, tokenizer, args.block_size, split)
         cut, out = cut + shortened, out + len(chats) - len(held[split])
         if split == "test":
             files |= {"test.jsonl": jsonl(held["test"])} if held["test"] else {}

@@ -60,9 +60,10 @@ def tokenize(rows: dict[str, list[str]], name: str = "gpt2") -> dict[str, list[b
     """
     tokenizer = fetch.tokenizer_of_source(name)
     is_gpt2 = isinstance(tokenizer, fetch.GPT2Tokenizer)
-    encode = tokenizer.load().encode_ordinary if is_gpt2 else tokenizer.encode
-    end = fetch.document_end(tokenizer)
-    return {"ids": [np.array([*encode(text), *end], dtype=fetch.TOKEN).tobytes()
+    encode = tokenizer.load().encode_to_numpy if is_gpt2 else tokenizer.encode
+    plain = {"disallowed_special": ()} if is_gpt2 else {}
+    end = np.array(fetch.document_end(tokenizer), fetch.TOKEN).tobytes()
+    return {"ids": [np.asarray(encode(text, **plain)).astype(fetch.TOKEN).tobytes() + end
                     for text in rows["text"]]}
 
 

@@ -53,6 +53,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.input is None:
         raise UserError("which pairs? pass --input=FILE")
+    fetch.check_surrogates(args.prefix, "--prefix")
     fetch.check_example_options(args)
     return args
 

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     topics, docstrings = drop_repeats(read_topics()), drop_repeats(read_docstrings(library))
     train, val = fetch.split_documents(docstrings)
     tokenizer = (fetch.choose_tokenizer(args.tokenizer) if args.tokenizer != "train"
-                 else fetch.train_bpe((text for text, _ in train), args.vocab_size))
+                 else fetch.train_bpe(train, args.vocab_size))
     counts = fetch.encode_dataset(args.out_dir / "docstrings", train, val, tokenizer)
     fetch.encode_dataset(args.out_dir / "topics", *fetch.split_documents(topics), tokenizer)
     write_chats(args.out_dir / "conversations", make_chats(library, {

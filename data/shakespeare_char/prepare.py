@@ -15,9 +15,8 @@ import fetch
 def main(argv: list[str] | None = None) -> None:
     p = fetch.parser(__doc__, Path(__file__).parent, "the text, if at hand", tokenizers="")
     args = p.parse_args(argv)
-    text = fetch.shakespeare(args.input, args.out_dir)
-    train, val = fetch.split_text(text)
-    counts = fetch.encode_dataset(args.out_dir, train, val, fetch.char_tokenizer(text))
+    train, val = fetch.split_text(fetch.shakespeare(args.input, args.out_dir))
+    counts = fetch.encode_dataset(args.out_dir, train, val, fetch.char_tokenizer(train + val))
     fetch.print_next("train_shakespeare_char", args.out_dir, counts, context=256)
 
 

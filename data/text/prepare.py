@@ -51,19 +51,16 @@ def find_files(source: Path, extensions: str) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def read_documents(source: Path, extensions: str, mark: str | None,
-                   end: str | None = None) -> list[str]:
+def find_documents(source: Path, extensions: str, mark: str | None,
+                   end: str | None = None) -> list[fetch.Document]:
     """Returns every document of `source`; a mark separates those of one file, and end-of-text at
     the end of one is dropped. Raises UserError, which names every file that cannot be read."""
     documents, problems = [], []
     for path in find_files(source, extensions):
         try:
-            documents += fetch.split_at(mark, fetch.read_text(path))
+            documents += fetch.find_documents(path, mark, end)
         except UserError as error:
             problems.append(str(error))
-    documents = [text.rstrip().removesuffix(end) if end and text.rstrip().endswith(end) else text
-                 for text in documents]
-    documents = [text for text in documents if text.strip()]
     if problems:
         count = f"{len(problems)} files cannot be read: " if problems[1:] else ""
         raise UserError(count + "; ".join(problems))
@@ -95,17 +92,17 @@ def main(argv: list[str] | None = None) -> None:
         fetch.choose_tokenizer(args.tokenizer))
     end = fetch.EOT if tokenizer is None else tokenizer.special.get("eos_token")
     mark = end if args.split_on is None else args.split_on
-    documents = read_documents(args.input, args.ext, mark, end)
+    documents = find_documents(args.input, args.ext, mark, end)
     if args.val_input is None:
         train, val = fetch.split_documents(documents, args.val_fraction)
     else:
         train, val = ([(text, True) for text in part] for part in (
-            documents, read_documents(args.val_input, args.ext, mark, end)))
+            documents, find_documents(args.val_input, args.ext, mark, end)))
     print(f"{args.input}: documents {len(documents):,}, characters {sum(map(len, documents)):,}")
     if args.tokenizer == "char":
-        tokenizer = fetch.char_tokenizer("".join(text for text, _ in train + val))
+        tokenizer = fetch.char_tokenizer(train + val)
     elif args.tokenizer == "train":     # validation text does not train it
-        tokenizer = fetch.train_bpe((text for text, _ in train), args.vocab_size)
+        tokenizer = fetch.train_bpe(train, args.vocab_size)
     counts = fetch.encode_dataset(args.out_dir, train, val, tokenizer)
     out_dir = f"--out_dir=out-{args.out_dir.resolve().name}"
     if args.tokenizer == "char":

@@ -173,7 +173,7 @@ def encode_turns(tokenizer: Any,
     texts = tokenizer.encode_batch([template.before + message.content for message in messages])
     end, turns = tokenizer.encode(template.end), []
     for message, text in zip(messages, texts):
-        head, body = heads[message.role], [*text, *end]
+        head, body = heads[message.role], [*text.tolist(), *end]
         turns.append(([*head, *body],
                       [0] * len(head) + [int(message.role == "assistant")] * len(body)))
     return turns

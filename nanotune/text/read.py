@@ -5,6 +5,7 @@ r"""Reads the text and .jsonl files that people have: datasets, prompts, evaluat
 
 Text must be UTF-8. Each function raises UserError, with the file and what to do, for anything else.
 """
+import codecs
 import json
 import shlex
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from nanotune.errors import UserError
 
+BLOCK = 1 << 18  # bytes that are read at once
+SAMPLE = 4096  # bytes that show UTF-16
 # {byte order mark: encoding, by the name that iconv takes}; UTF-32's begins with UTF-16's
 BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
                     b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -20,23 +23,46 @@ BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
 def read_text(path: str | Path) -> str:
     r"""Returns a UTF-8 file as text, without a byte order mark and with \r\n as \n: GPT-2's
     training text has hardly any \r. Raises UserError if the file is missing or is no UTF-8 text."""
+    return "".join(stream_text(path))
+
+
+def stream_text(path: str | Path) -> Iterator[str]:
+    """Yields the text of read_text() in parts of at most BLOCK characters. Raises UserError as
+    read_text(); that too much of it is NUL shows at the end."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    content = path.read_bytes()
-    if encoding := wide_encoding(content):
-        raise UserError(f"{path} is {encoding}, not UTF-8; {convert(encoding, path)}")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8: byte {content[e.start]:#04x} at offset "
-                        f"{e.start:,}; if it is Western European text, "
-                        f"{convert('WINDOWS-1252', path)}") from None
-    if text.count("\0") * 100 > len(text):
-        raise UserError(f"{path} is no text: {text.count(chr(0)):,} of its {len(text):,} "
-                        f"characters are NUL; if it is UTF-16, {convert('UTF-16LE', path)}")
-    text = text.replace("\r\n", "\n")
-    return text if "\n" in text else text.replace("\r", "\n")  # the line ends of an old Mac
+    characters = nul = 0
+    with open(path, "rb") as f:
+        if encoding := wide_encoding(f.read(SAMPLE)):
+            raise UserError(f"{path} is {encoding}, not UTF-8; {convert(encoding, path)}")
+        f.seek(0)
+        old_mac = not any(b"\n" in block for block in iter(lambda: f.read(BLOCK), b""))
+        f.seek(0)
+        for text in decode(f, path):
+            characters, nul = characters + len(text), nul + text.count("\0")
+            yield text.replace("\r", "\n") if old_mac else text.replace("\r\n", "\n")
+    if nul * 100 > characters:
+        raise UserError(f"{path} is no text: {nul:,} of its {characters:,} characters are NUL; if "
+                        f"it is UTF-16, {convert('UTF-16LE', path)}")
+
+
+def decode(f, path):
+    r"""Yields the text of an open file; a part does not end between \r and \n."""
+    decoder, held = codecs.getincrementaldecoder("utf-8-sig")(), ""
+    while True:
+        block = f.read(BLOCK)
+        try:
+            text = held + decoder.decode(block, final=not block)
+        except UnicodeDecodeError as e:  # e.object ends where the block does
+            raise UserError(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} at offset "
+                            f"{f.tell() - len(e.object) + e.start:,}; if it is Western European "
+                            f"text, {convert('WINDOWS-1252', path)}") from None
+        if not block:
+            yield text
+            return
+        held = "\r" if text.endswith("\r") else ""
+        yield text.removesuffix("\r")
 
 
 def wide_encoding(content):
@@ -47,7 +73,7 @@ def wide_encoding(content):
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if content.startswith(mark):
             return encoding
-    sample = content[:4096]
+    sample = content[:SAMPLE]
     for first, encoding in ((1, "UTF-16LE"), (0, "UTF-16BE")):
         high, low = sample[first::2], sample[1 - first::2]
         if high.count(0) * 2 > len(high) > 0 and low.count(0) * 10 < len(low):
@@ -65,7 +91,7 @@ def convert(encoding, path):
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yields ('FILE, line N', fields) for each line of a .jsonl file that is not blank. Raises
     UserError if a line is no JSON object, or a string in it has half of a surrogate pair."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(split_lines(stream_text(path)), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -81,6 +107,15 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
             if isinstance(value, str):
                 check_surrogates(value, where)
         yield where, fields
+
+
+def split_lines(parts):
+    """Yields the lines of a text in parts, without their ends."""
+    held = ""
+    for part in parts:
+        *lines, held = (held + part).split("\n")
+        yield from lines
+    yield held
 
 
 def check_surrogates(text: str, where: str) -> None:

@@ -8,8 +8,8 @@ Three classes with one interface, AnyTokenizer. Data, prompts and evaluation all
     name          what to call the tokenizer in a message
     identity      a hash of the vocabulary: two tokenizers are the same if it is equal
     encode(text)  -> list of ids; special tokens such as <|endoftext|> become their one id
-    encode_batch(texts) -> list of lists of ids, on all cores
-    sliceable     whether a text cut before a line end after a word has the same ids
+    encode_batch(texts) -> list of arrays of ids, on all cores; of text without surrogates
+    sliceable     whether a text cut after a word, before a space or line end, has the same ids
     decode(ids)   -> text
     n_bytes(ids)  -> the UTF-8 bytes of text that the ids decode to; end-of-text counts 0
     files         {name: content} to keep in a dataset's folder; tokenizer_of_dataset() reads it
@@ -19,15 +19,18 @@ Three classes with one interface, AnyTokenizer. Data, prompts and evaluation all
 encode() raises UserError for text that the vocabulary cannot express.
 """
 import json
-import os
 import pickle
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nanotune.errors import UserError
 from nanotune.formats import hub
 from nanotune.text import chat
+from nanotune.text.arrays import encode_characters, encode_in_threads
 from nanotune.text.tokenizer_files import (
     EOT,
     NAMED_IN,
@@ -39,6 +42,7 @@ from nanotune.text.tokenizer_files import (
     gpt2_json,
     json_of_sentencepiece,
     json_of_vocab_and_merges,
+    keeps_words_apart,
     library_errors,
     read_meta,
     read_optional,
@@ -86,9 +90,8 @@ class GPT2Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.load().encode(text, allowed_special={EOT})
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.load().encode_batch(texts, num_threads=os.cpu_count() or 1,
-                                        allowed_special={EOT})
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return encode_in_threads(partial(self.load().encode_to_numpy, allowed_special={EOT}), texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.load().decode(list(ids))
@@ -118,14 +121,10 @@ class CharTokenizer:
         return {"meta.pkl": pickle.dumps(meta)}
 
     def encode(self, text: str) -> list[int]:
-        unknown = next((c for c in text if c not in self.stoi), None)
-        if unknown is not None:
-            raise UserError(f"the character {unknown!r} is not in the model's vocabulary of "
-                            f"{self.n_vocab}: {''.join(self.itos)!r}")
-        return [self.stoi[c] for c in text]
+        return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return encode_characters(self.stoi, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.itos[i] for i in ids)
@@ -142,7 +141,7 @@ class JsonTokenizer:
     which the file may ask for, are switched off. `special` has (key, token or id) as
     special_tokens() returns them. Raises UserError, which names the file `where`, if the text is no
     tokenizer.json."""
-    name, sliceable, chat = "a tokenizer.json", False, None
+    name, chat = "a tokenizer.json", None
 
     def __init__(self, text: str, where: str | Path = "tokenizer.json",
                  special: Iterable[tuple[str, Any]] = ()) -> None:
@@ -167,6 +166,7 @@ class JsonTokenizer:
         text = self.add_named(text)
         self.spec = {"kind": "json", "json": text, "special": self.special}
         parts = json.loads(text)
+        self.sliceable = keeps_words_apart(parts)
         self.identity = digest(canonical(vocab))
         self.rules = self.eot, parts.get("normalizer"), parts.get("pre_tokenizer")
         self.added = {id: len(token.content.encode())
@@ -204,10 +204,10 @@ class JsonTokenizer:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return self.within_rows(ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         with library_errors("this text cannot be encoded by the model's tokenizer"):
             found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [self.within_rows(encoding.ids) for encoding in found]
+        return [np.array(self.within_rows(encoding.ids), np.uint32) for encoding in found]
 
     def within_rows(self, ids):
         """The ids. Raises UserError for a token that the model has no row for."""

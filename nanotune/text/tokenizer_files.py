@@ -7,6 +7,7 @@ vocabularies.
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -187,6 +188,17 @@ def merges_as_strings(text: str) -> str:
         return text
     data["model"]["merges"] = [" ".join(merge) for merge in merges]
     return json.dumps(data, ensure_ascii=False) if merges else text
+
+
+def keeps_words_apart(parts: dict) -> bool:
+    """Returns whether a tokenizer.json, as a dict, gives the same ids if a text is cut between a
+    word and a space or a line end: if it splits words as GPT-2's does, and no token holds white
+    space or takes in what follows it."""
+    splits = parts.get("pre_tokenizer") or {}
+    return (splits.get("type") == "ByteLevel" and splits.get("use_regex", True)
+            and not splits.get("add_prefix_space") and parts.get("normalizer") is None
+            and not any(token.get("rstrip") or re.search(r"\s", token["content"])
+                        for token in parts.get("added_tokens") or ()))
 
 
 def with_end_appended(text: str, end: str, id: int) -> str:

@@ -1,0 +1,196 @@
+r"""Finds the documents in text files and encodes them a part at a time: memory does not grow with a
+file.
+
+    documents = list(find_documents(path, mark="<|endoftext|>"))    # places in the file, no text
+    pieces = [(document, True) for document in documents]           # True: a document ends there
+    texts = read_texts(pieces, tokenizer.sliceable)
+    for ids, lengths in encode(tokenizer, texts, sum(map(len, documents)), "train"):
+        file.write(ids)
+
+A piece may also be a str. The ids are the same as those of the whole text, encoded at once.
+"""
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nanotune.errors import UserError
+from nanotune.text.read import stream_text
+from nanotune.text.tokenizer import AnyTokenizer
+
+TOKEN = np.dtype("<u2")     # of a .bin file
+SLICE = 1 << 16             # characters of a long text that are encoded at once, by one core
+BATCH = 1 << 22             # characters that all cores share
+EDGE = 1 << 12              # characters of a document that show what to trim
+WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+@dataclass(slots=True)
+class Document:
+    """The characters `start` to `end` of stream_text(file). Has a length and slices, as str."""
+    file: Path
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __getitem__(self, part: slice) -> "Document":
+        start, end, _ = part.indices(len(self))
+        return Document(self.file, self.start + start, self.start + max(start, end))
+
+
+Pieces = list[tuple[str | Document, bool]]      # (text, whether a document ends after it)
+
+
+# -----------------------------------------------------------------------------
+# from files to documents
+
+def find_documents(file: Path, mark: str | None, end: str | None = None) -> Iterator[Document]:
+    """Yields the documents of a file that a mark, such as <|endoftext|>, separates, except blank
+    ones. The newlines around a mark belong to it; the text `end`, with white space after it, is
+    dropped at the end of a document. Raises UserError as stream_text()."""
+    start = at = 0          # of the document, and of what comes next
+    head = tail = ""        # the document's text, but of a long one only both ends
+    marked = False
+    for part, separator in split_parts(stream_text(file), mark):
+        at += len(part)
+        if len(head) < EDGE or head.isspace():
+            head += part
+        else:
+            tail += part
+            tail = tail[max(0, len(tail.rstrip()) - EDGE):]
+        if separator is None:
+            continue
+        marked = marked or separator != ""
+        edges = head + tail
+        left_out = at - start - len(edges)
+        if marked:
+            start += len(edges) - len(edges.lstrip("\n"))
+            edges = edges.strip("\n")
+        if end and edges.rstrip().endswith(end):
+            edges = edges.rstrip().removesuffix(end)
+        if edges.strip():
+            yield Document(file, start, start + len(edges) + left_out)
+        start = at = at + len(separator)
+        head = tail = ""
+
+
+def split_parts(parts: Iterable[str], mark: str | None) -> Iterator[tuple[str, str | None]]:
+    """Yields (text, the mark if it follows, "" at the end, else None) of a text in parts."""
+    held = ""
+    for part in parts:
+        held += part
+        if mark:
+            *whole, held = held.split(mark)
+            yield from ((text, mark) for text in whole)
+        cut = max(0, len(held) - len(mark or "") + 1)    # a mark may begin in what is held
+        yield held[:cut], None
+        held = held[cut:]
+    yield held, ""
+
+
+class Reader:
+    """Reads a file's documents in order."""
+    def __init__(self, file: Path) -> None:
+        self.file, self.parts, self.part, self.at = file, stream_text(file), "", 0
+
+    def read(self, document: Document) -> Iterator[str]:
+        """Yields the parts of a document that begins at self.at or later."""
+        while self.at + len(self.part) < document.end:
+            if self.at + len(self.part) > document.start:
+                yield self.part[max(0, document.start - self.at):]
+            self.at += len(self.part)
+            self.part = next(self.parts, None)
+            if self.part is None:
+                raise UserError(f"{self.file} became shorter while it was read; run this again")
+        yield self.part[max(0, document.start - self.at):document.end - self.at]
+
+
+def read_pieces(pieces: Pieces) -> Iterator[tuple[Iterator[str], bool]]:
+    """Yields (the parts of its text, whether a document ends after it) of each piece. Take all
+    parts of one before the next. Reads a file once if its documents are in order."""
+    reader = None
+    for document, ends in pieces:
+        if isinstance(document, str):
+            yield iter((document,)), ends
+            continue
+        if reader is None or reader.file != document.file or reader.at > document.start:
+            reader = Reader(document.file)
+        yield reader.read(document), ends
+
+
+# -----------------------------------------------------------------------------
+# from documents to ids
+
+def slices(parts: Iterable[str], length: int = SLICE) -> Iterator[str]:
+    """Yields a text in slices of `length` characters or some more, cut after a word and before a
+    space or a newline: GPT-2's pattern never joins a word to the white space after it."""
+    held, seen = "", 0      # what no cut was found in ends at `seen`
+    for part in parts:
+        for start in range(0, len(part), length):
+            if len(held) >= length:
+                if cut := WORD_END.match(held, seen):
+                    yield held[:cut.end()]
+                    held, seen = held[cut.end():], 0
+                else:
+                    seen = len(held) - 1
+            held += part[start:start + length]
+    yield held
+
+
+def read_texts(pieces: Pieces, sliceable: bool) -> Iterator[tuple[str, bool]]:
+    """Yields (text, whether a document ends after it) of pieces, in slices if `sliceable`."""
+    for parts, ends in read_pieces(pieces):
+        last = None
+        for text in slices(parts) if sliceable else ["".join(parts)]:
+            if last is not None:
+                yield last, False
+            last = text
+        yield last, ends
+
+
+def document_end(tokenizer: AnyTokenizer) -> list[int]:
+    """Returns the ids after a document: end-of-text, or a newline if the vocabulary has only that.
+    """
+    if tokenizer.eot is not None:
+        return [tokenizer.eot]
+    try:
+        return tokenizer.encode("\n")
+    except UserError:
+        return []
+
+
+def batches(texts: Iterable[tuple[str, bool]],
+            length: int = BATCH) -> Iterator[list[tuple[str, bool]]]:
+    """Yields the items in lists of about `length` characters."""
+    batch, waiting = [], 0
+    for text, ends in texts:
+        batch.append((text, ends))
+        waiting += len(text)
+        if waiting >= length:
+            yield batch
+            batch, waiting = [], 0
+    if batch:
+        yield batch
+
+
+def encode(tokenizer: AnyTokenizer, texts: Iterable[tuple[str, bool]], total: int,
+           name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (ids, (n,) TOKEN; their lengths, (m,)) of some m texts at a time, on all cores, with
+    document_end() after each text whose second item is true. Shows a bar of `total` characters.
+    Raises UserError if the vocabulary cannot express a text."""
+    end = np.array(document_end(tokenizer), TOKEN)
+    after = {True: end, False: end[:0]}
+    with tqdm(desc=name, total=total, unit="char", unit_scale=True, disable=None) as bar:
+        for batch in batches(texts):
+            ids = tokenizer.encode_batch([text for text, _ in batch])
+            ends = [after[ends] for _, ends in batch]
+            pairs = list(zip(ids, ends, strict=True))
+            yield (np.concatenate([part for pair in pairs for part in pair], dtype=TOKEN,
+                                  casting="unsafe"),
+                   np.array([len(text) + len(end) for text, end in pairs]))
+            bar.update(sum(len(text) for text, _ in batch))
