@@ -173,6 +173,7 @@ def status_of(monkeypatch, script, arguments):
         return end.code
 
 
+@pytest.mark.timeout(900)  # some 90 commands: a minute on an idle machine
 def test_commands_and_programs_of_all_documents_run(sandbox, monkeypatch, capsys):
     done = []
     for name, text in TEXTS.items():
