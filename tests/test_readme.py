@@ -29,8 +29,8 @@ NAMES = ("gpt2", "gpt2-xl")
 # what makes each script's commands small; appended, so that it wins
 TINY = {
     "train.py": ["--max_iters=2", "--eval_interval=1", "--eval_iters=1", "--batch_size=1",
-                 "--gradient_accumulation_steps=2", "--block_size=32", "--n_layer=1", "--n_head=1",
-                 "--n_embd=16", "--device=cpu", "--overwrite=True"],
+                 "--gradient_accumulation_steps=2", "--n_layer=1", "--n_head=1", "--n_embd=16",
+                 "--device=cpu", "--overwrite=True"],
     "sample.py": ["--max_new_tokens=3", "--num_samples=1", "--device=cpu"],
     "serve.py": ["--port=0", "--device=cpu"],
     "evaluate.py": ["--batch_size=16", "--device=cpu"],
@@ -47,7 +47,7 @@ TINY = {
     "data/chat/prepare.py": [],
 }
 RESUMED = ["--max_iters=3", "--device=cpu"]  # a resumed run keeps its other fields
-CONTEXTS = {"quickstart": 128, "chat": 64}   # --block_size of these config files
+CONTEXTS = {"quickstart": 128, "chat": 64}   # --block_size of these config files; else 32
 FILES = {
     "text.txt": TEXT * 3,
     "my_texts/one.txt": TEXT * 3,
@@ -120,20 +120,22 @@ def runs_of(line):
 
 
 def small(script, arguments):
-    """The arguments at tiny scale, without what the Makefile adds to the plain commands."""
+    """The arguments at tiny scale, each option once, without what the Makefile adds."""
     arguments = [argument for argument in arguments if argument != "--overwrite=True"]
     if "--help" in arguments or (script == "train.py" and not arguments):
         return arguments
-    if script != "train.py":
-        return [*arguments, *TINY[script]]
-    if "--init_from=resume" in arguments:
-        return [*arguments, *RESUMED]
-    # longer where the text needs it
-    size = next((size for name, size in CONTEXTS.items() if name in arguments[0]), 32)
-    fields = [field.replace("--block_size=32", f"--block_size={size}") for field in TINY[script]]
-    without = ["--block_size"] * ("finetune_t5" in arguments[0])
-    without += ["--overwrite"] * ("--auto_resume=True" in arguments)
-    return [*arguments, *(field for field in fields if field.partition("=")[0] not in without)]
+    added = TINY[script]
+    if script == "train.py" and "--init_from=resume" in arguments:
+        added = RESUMED
+    elif script == "train.py":
+        size = next((size for name, size in CONTEXTS.items() if name in arguments[0]), 32)
+        left_out = (["block_size"] * ("finetune_t5" in arguments[0])
+                    + ["overwrite"] * ("--auto_resume=True" in arguments))
+        added = [*added, f"--block_size={size}"]
+        added = [field for field in added if field[2:].partition("=")[0] not in left_out]
+    # the last of an option wins; commands that are then the same run once
+    by_name = {argument.partition("=")[0]: argument for argument in [*arguments, *added]}
+    return list(by_name.values())
 
 
 # -----------------------------------------------------------------------------
@@ -171,6 +173,7 @@ def status_of(monkeypatch, script, arguments):
         return end.code
 
 
+@pytest.mark.timeout(900)  # some 90 commands: a minute on an idle machine
 def test_commands_and_programs_of_all_documents_run(sandbox, monkeypatch, capsys):
     done = []
     for name, text in TEXTS.items():
@@ -192,14 +195,13 @@ def test_commands_and_programs_of_all_documents_run(sandbox, monkeypatch, capsys
 
 def test_torchrun_runs_the_readmes_command_on_two_processes(sandbox):
     line = next(code for _, code in shown(README) if code.startswith("torchrun"))
-    status_of_data = runpy.run_path("data/shakespeare/prepare.py")["main"](["--input=text.txt"])
-    assert not status_of_data
+    runpy.run_path("data/shakespeare/prepare.py")["main"](["--input=text.txt"])
     (script, arguments), = runs_of(line)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          script, *small(script, arguments)],
         check=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert (sandbox / "out-shakespeare" / "ckpt.pt").is_file()
+    assert (sandbox / "out-4gpus" / "ckpt.pt").is_file()
 
 
 # -----------------------------------------------------------------------------
@@ -251,6 +253,12 @@ def test_the_trees_list_each_file():
     files = [path.name for path in (REPO / "nanotune").rglob("*.*")
              if path.suffix in (".py", ".html", ".css", ".js") and path.name != "__init__.py"]
     assert named == sorted(files)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_tests_that_are_named_exist(name):
+    for path in re.findall(r"tests/\w+\.py", TEXTS[name]):
+        assert (REPO / path).is_file(), path
 
 
 def anchors(text):
