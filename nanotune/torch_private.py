@@ -4,6 +4,7 @@ Two more are hooks that a subclass overrides, in training/optimizer.py: GradScal
 _unscale_grads_ and the _new_buffer of torchao's AdamW8bit.
 """
 import contextlib
+import inspect
 
 import torch
 import torch.nn as nn
@@ -57,3 +58,12 @@ def no_recompile_limit() -> contextlib.AbstractContextManager:
     runs the function eagerly from the ninth shape on."""
     limit = getattr(torch._dynamo.utils, "disable_cache_limit", None)
     return limit() if limit else contextlib.nullcontext()
+
+
+def without_dynamo(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Returns the optimizer class with methods that do not import torch._dynamo, which takes about
+    a second: torch wraps them for optimizers that are compiled, ours never are."""
+    methods = {name: inspect.unwrap(getattr(optimizer, name))
+               for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")}
+    step = torch.no_grad()(inspect.unwrap(optimizer.step))
+    return type(optimizer.__name__, (optimizer,), {"step": step, **methods})

@@ -47,6 +47,8 @@ def test_an_evaluation_is_nanogpts_line_and_a_picture(tmp_path, log, capsys):
     log.evaluation(0, 3.23408, 3.21561)
     assert capsys.readouterr().out == "step 0: train loss 3.2341, val loss 3.2156\n"
     assert lines(tmp_path) == [{"step": 0, "train_loss": 3.23408, "val_loss": 3.21561}]
+    assert not (tmp_path / "loss.png").exists()     # of one point; the first step does not wait
+    log.evaluation(5, 3.1, 3.2)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,5 +1,8 @@
 """A torch without one of its private names still trains and generates, if slower."""
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +30,31 @@ def test_without_the_operators_matrices_stay_as_they_are(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch._dynamo, at its import
+def test_an_optimizer_without_dynamo_gives_the_same_weights():
+    """In a process of its own: here other tests have imported torch._dynamo."""
+    code = """
+import sys, torch
+from nanotune.training.optimizer import make_optimizer
+def trained(make):
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(8, 8))
+    optimizer = make([{"params": [w], "weight_decay": 0.1}])
+    for _ in range(3):
+        (w ** 2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    return w
+theirs = {"adamw": lambda g: torch.optim.AdamW(g, 0.1, (0.9, 0.95), fused=True),
+          "adafactor": lambda g: torch.optim.Adafactor(g, 0.1, eps=(1e-15, 1e-3))}
+ours = {name: trained(lambda g: make_optimizer(name, g, 0.1, (0.9, 0.95), torch.device("cpu")))
+        for name in theirs}
+assert "torch._dynamo" not in sys.modules
+assert all(torch.equal(ours[name], trained(theirs[name])) for name in theirs)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
 def test_compilation_is_undone():
     model = torch.nn.Linear(2, 2)
     assert not torch_private.is_compiled(model) and not torch_private.is_compiled(object())

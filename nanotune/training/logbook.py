@@ -90,10 +90,11 @@ class Logbook:
                           "and loss.png are incomplete from here on")
 
     def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
-        """Logs an evaluation, losses in nats per token, and draws loss.png again."""
+        """Logs an evaluation, losses in nats per token, and draws loss.png again; not for a first
+        point alone, so that the first step need not wait for matplotlib."""
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.record({"step": step, "train_loss": train_loss, "val_loss": val_loss}, step)
-        if self.is_main:
+        if self.is_main and len(self.entries) > 1:
             self.on_disk(draw, self.entries, self.out_dir / "loss.png")
 
     def sample(self, step: int, text: str) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from nanotune.device import compile_error, lacks_bfloat16
 from nanotune.errors import UserError
-from nanotune.torch_private import no_recompile_limit
+from nanotune.torch_private import no_recompile_limit, without_dynamo
 from nanotune.training.distributed import total_norm
 
 NAMES = ("adamw", "adamw8bit", "adafactor")
@@ -42,10 +42,11 @@ def make_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float,
     if name == "adafactor":
         # torch squares the first, so this is the paper's 1e-30; its default of 1e-7 is larger than
         # the mean squared gradient of a large model
-        return torch.optim.Adafactor(groups, lr=lr, eps=(1e-15, 1e-3))
+        return without_dynamo(torch.optim.Adafactor)(groups, lr=lr, eps=(1e-15, 1e-3))
     if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
-        return RoundedAdamW(groups, lr, betas)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cpu", "cuda"))
+        return without_dynamo(RoundedAdamW)(groups, lr, betas)
+    return without_dynamo(torch.optim.AdamW)(groups, lr=lr, betas=betas,
+                                             fused=device.type in ("cpu", "cuda"))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
