@@ -374,7 +374,7 @@ def test_the_models(make_run, tmp_path):
                 sources={"run": out_dir}) as server:
         run, other = json.loads(ask(server, "GET", "/v1/models")[2])["data"]
         assert ask(server, "GET", "/runs/run/metrics")[0] == 404  # it has logged nothing
-    assert run["id"] == "run" and run["kind"] == "GPT-2" and run["context"] == 16
+    assert run["id"] == "run" and run["kind"] == "GPT-2" and str(run["context"]) == "16"
     assert run["parameters"] == model.num_params()
     assert (run["step"], run["val_loss"], run["has_run"]) == (0, 1.0, False)
     assert (other["step"], other["val_loss"], other["dataset"]) == (None, None, None)

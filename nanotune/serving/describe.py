@@ -25,7 +25,7 @@ def describe_model(name: str, source: str, model: Any) -> dict:
     onnx = ", ONNX" if source.endswith(".onnx") else ""
     return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanotune",
             "kind": made.family + onnx, "parameters": made.num_params(),
-            "context": finite(model.config.block_size), "step": history.get("iter_num"),
+            "context": plain(model.config.block_size), "step": history.get("iter_num"),
             "val_loss": finite(history.get("best_val_loss")),
             "dataset": (history.get("config") or {}).get("dataset"),
             "has_run": Path(source, "metrics.jsonl").is_file()}
