@@ -7,6 +7,7 @@ from conftest import greedy_reference, hf_model, tiny_gpt
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as model_file
 from model import GPT, GPTConfig
 from nanotune import head
 from nanotune.errors import UserError
@@ -112,19 +113,18 @@ def test_dropout_is_drawn_in_training_only():
 
 
 def test_dropout_is_applied_where_gpt2_does(monkeypatch):
-    rates = []
-    attention = F.scaled_dot_product_attention
+    rates, attention = [], model_file.attention
 
-    def spy_attention(*args, dropout_p=0.0, **kwargs):
-        rates.append(("attention", dropout_p))
-        return attention(*args, dropout_p=dropout_p, **kwargs)
+    def spy_attention(q, k, v, mask, scale, dropout):
+        rates.append(("attention", dropout))
+        return attention(q, k, v, mask, scale, dropout)
 
-    def spy_dropout(x, p=0.5, training=True, inplace=False):
+    def spy_dropout(x, p, training):
         rates.append(("residual", p if training else 0.0))
         return x
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy_attention)
-    monkeypatch.setattr(F, "dropout", spy_dropout)
+    monkeypatch.setattr(model_file, "attention", spy_attention)
+    monkeypatch.setattr(model_file, "dropout", spy_dropout)
     model = tiny_gpt(61, dropout=0.25).train()
     model.logits(ids(1, 4))
     # embeddings once; per layer attention's weights, its projection, the MLP's
