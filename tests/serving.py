@@ -81,9 +81,9 @@ def ask(server, method, path, body=None, **headers):
     return answer.status, answer.headers, content
 
 
-def complete(server, **fields):
+def complete(server, path="/v1/completions", **fields):
     """The answer to a completion that succeeds, as JSON; of a stream its events."""
-    status, headers, content = ask(server, "POST", "/v1/completions", fields)
+    status, headers, content = ask(server, "POST", path, fields)
     assert status == 200, content
     if not fields.get("stream"):
         return json.loads(content)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from serving import CPU, ask, chat_model, served, tiny_model
+from serving import CPU, ask, chat_model, complete, served, tiny_model
 
 from nanotune.generation.fast import open_model
 from nanotune.generation.generate import stream
@@ -39,14 +39,7 @@ def answers(monkeypatch, server):
 
 def talk(server, messages=HI, **fields):
     """The answer to a conversation, as JSON; of a stream its events."""
-    status, headers, content = ask(server, "POST", PATH, {"messages": messages, **fields})
-    assert status == 200, content
-    if not fields.get("stream"):
-        return json.loads(content)
-    assert headers["Content-Type"].startswith("text/event-stream")
-    *events, done, rest = content.decode().split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    return [json.loads(event.removeprefix("data: ")) for event in events]
+    return complete(server, PATH, messages=messages, **fields)
 
 
 def test_an_answer_and_its_stream(server, answers):
