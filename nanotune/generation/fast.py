@@ -5,9 +5,10 @@
     pack(model, device, dtype)                                      # the matrices only
 
 Packing: a generated token multiplies each matrix by one row per sample, so most time goes into
-reading the weights. In half precision they are cast once, which halves the bytes. In float32 on an
-x86 CPU oneDNN stores them in its own order and reads them at the speed of memory; torch's default,
-MKL, reached half of that on an AMD Zen 3, and a sixth for 10 samples.
+reading the weights. Half precision casts them once, which halves the bytes. On an x86 CPU oneDNN
+stores them in its own order, in float32 and in bfloat16 if the CPU has it, and reads them near the
+speed of memory. In float32 torch's default, MKL, reached half of that on an AMD Zen 3, and a sixth
+for 10 samples.
 
 Graphs: a step of one token has hundreds of kernels of a few microseconds each, which a GPU runs
 faster than Python launches them. The step is recorded once as a CUDA graph and then launched as a
@@ -24,6 +25,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from model import GPT, KVCache
+from nanotune.attention import attention
 from nanotune.device import compile_error
 from nanotune.errors import UserError, first_line
 from nanotune.formats.checkpoint import check_dtype, load_model
@@ -126,8 +128,7 @@ class PackedBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(attn.layer, k, v)
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask,
-                                           is_causal=mask is None and T > 1, scale=attn.scale)
+        y = attention(q.to(k.dtype), k, v, mask, attn.scale)
         x = x + attn_proj.forward(y.transpose(1, 2).reshape(B, T, C))
         return x + mlp_proj.forward(c_fc.forward(torch.layer_norm(x, *ln_2), self.activation))
 
