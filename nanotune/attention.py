@@ -88,9 +88,9 @@ def attention_bytes(n_head: int, block_size: int, dtype: torch.dtype) -> int:
 def kept(shape: torch.Size, p: float) -> torch.Tensor:
     """A bool mask of this shape on the CPU, True with probability 1 - p, to 1 / 65536. One 64-bit
     number of torch's generator serves four elements, so it takes a sixth of bernoulli_()'s time."""
-    numel = shape.numel()
+    numel, dropped = shape.numel(), min(round(p * 65536), 65535)  # within int16 below
     drawn = torch.empty(numel // 4 + 1, dtype=torch.int64).random_(-2**63, None)
-    return (drawn.view(torch.int16)[:numel] >= round(p * 65536) - 32768).view(shape)
+    return (drawn.view(torch.int16)[:numel] >= dropped - 32768).view(shape)
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:

@@ -129,7 +129,7 @@ def test_the_plan_knows_the_weights(T):
 # -----------------------------------------------------------------------------
 # dropout
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1 - 1e-7])
 def test_what_is_kept(p):
     torch.manual_seed(0)
     mask = kept(torch.Size((1000, 1001)), p)
