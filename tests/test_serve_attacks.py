@@ -240,6 +240,7 @@ def test_silent_connections_hold_up_nobody_and_end(server, monkeypatch):
 
 
 def test_connections_beyond_the_limit_are_closed(server, monkeypatch):
+    wait_until(lambda: not handler_threads())  # else one of them releases a new slot
     monkeypatch.setattr(server_module, "READ_SECONDS", 60)
     monkeypatch.setattr(server, "slots", threading.BoundedSemaphore(2))
     held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
