@@ -143,7 +143,7 @@ def train_ours(cfg, folder, **fields):
 
 
 def train_nanogpt(cfg, folder, compiled):
-    """Runs nanoGPT's train.py, with its defaults except the sizes; it prints milliseconds."""
+    """Runs nanoGPT's train.py with its defaults, except sizes; reads the times that it prints."""
     path = Path(cfg.against, "train.py").resolve()
     text, _, rss = run_process(script(
         path, dataset=folder / "data", out_dir=folder / "nanogpt", device=cfg.device, bias=True,

@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """The numbers from low to high; a round bracket in `ends` excludes low or high. Never NaN."""
+    """The numbers from low to high; a round bracket in `ends` excludes that end. NaN never fits."""
     low: float
     high: float = math.inf
     ends: str = "[)"
@@ -109,7 +109,7 @@ def read_sources(cls: type, argv: list[str]) -> list[dict[str, Any]]:
                 found[name] = check_type(field_type(hints, name, where), value, where)
             sources += [found, {}]
             continue
-        name, equals, text = arg.lstrip("-").partition("=")  # a value may hold "=" too
+        name, equals, text = arg.lstrip("-").partition("=")  # a value may contain "=" too
         kind = field_type(hints, name, f"--{name}")
         if not equals:
             text = value_of(name, kind, waiting)

@@ -48,7 +48,7 @@ class GPTConfig:
     qkv_bias: bool | None = None      # None: same as bias; GPT-Neo: False
     local_window: int | None = None   # GPT-Neo: odd layers attend to this many last tokens
     doc_end: int | None = None        # attend only within a document, which ends with this id
-    takes_pairs: ClassVar[bool] = False  # T5: True, pairs of a source and a target
+    takes_pairs: ClassVar[bool] = False  # True for T5: pairs of source and target
 
 
 class KVCache:

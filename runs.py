@@ -85,7 +85,7 @@ def print_table(rows: list[list[str]]) -> None:
 
 
 def summary(row: Row) -> list[str]:
-    """The row of a run."""
+    """The table cells of a run."""
     best = f"{row.best[0]:.4f} at {row.best[1]:,}" if row.best else "-"
     return [row.name, str(row.config.get("init_from") or "?"), str(row.config.get("dataset")),
             f"{row.steps:,}", f"{row.steps * row.tokens_per_step:,}", best,

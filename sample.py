@@ -247,7 +247,7 @@ def answer_terminal(sampler):
 def chat_in_terminal(sampler):
     """Reads the user's messages, one per line, until the end of the input or Ctrl-C, and prints the
     model's answers. If the input is not a terminal, prints the messages too."""
-    greet("one message per line; /reset starts a new conversation; Ctrl-C ends an answer, and at "
+    greet("one message per line; /reset starts a new conversation; Ctrl-C ends an answer, or at "
           "the prompt the session")
     generator, first = sampler.generator(), sampler.cfg.system.strip()
     system = [Message("system", first)] if first else []

@@ -32,7 +32,7 @@ class Config:
     out_dir: str = "out"       # read ckpt.pt of these runs, separated by commas
     init_from: str = "resume"  # resume: out_dir; else hub ids, folders, runs, .onnx files
     # address
-    host: str = "127.0.0.1"    # 0.0.0.0: other machines too; needs --token
+    host: str = "127.0.0.1"    # 0.0.0.0: allow other machines; needs --token
     port: Annotated[int, Interval(0, 65536)] = 8000  # 0: any free port
     token: str = ""            # a secret that clients must send, or FILE:path to read it from
     allow_host: str = ""       # other names of this host, separated by commas; for a proxy

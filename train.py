@@ -288,7 +288,7 @@ def save(r: Run, name: str, as_best: bool = False) -> bool:
                                      r.tokenizer, weights, p.run_id, r.start.lora)
         if whole:
             data |= {"optimizer": moments, "scaler": r.scaler.state_dict(), "progress": asdict(p),
-                     "data": {split: held.fingerprint for split, held in r.data.items()}}
+                     "data": {split: dataset.fingerprint for split, dataset in r.data.items()}}
         try:
             files.save(Path(cfg.out_dir) / name, data, cfg.keep_states if whole else 1)
             if as_best:
@@ -374,7 +374,7 @@ def train(r: Run, signals: StopSignals) -> int:
             return 128 + int(signals.received or signal.SIGTERM)
 
 
-def tell_end(r):
+def log_end(r):
     p, cfg = r.progress, r.cfg
     path = Path(cfg.out_dir, checkpoint.best_file(cfg.always_save_checkpoint))
     r.log.say(f"best validation loss {p.best_val_loss:.4f} at step {p.best_step}, in {path}; "
@@ -397,7 +397,7 @@ def finish(r: Run, status: int) -> None:
     for error in filter(None, r.not_saved.values()):
         raise UserError(error)
     if status == 0:
-        tell_end(r)
+        log_end(r)
 
 
 def main(argv: list[str]) -> None:
