@@ -111,7 +111,7 @@ class RMSNorm(nn.Module):
 
 def attend(q, k, v, mask, dropout):
     """(B, T, nh hs) x heads (B, nh, S, hs) -> (B, T, nh hs). T5 does not scale the products: the
-    initial weights of q are smaller instead. `mask` is additive and includes the bias."""
+    initial weights of q are smaller instead. The additive `mask` has the bias (self-attention)."""
     B, T, _ = q.size()
     q = q.view(B, T, k.size(1), -1).transpose(1, 2).to(k.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
@@ -210,7 +210,7 @@ class Stack(nn.Module):
                             both_ways=not cross)
 
     def position_bias(self, row, S):
-        """The bias (nh, T, S) that tokens in columns `row` (T,) add for columns 0 to S - 1."""
+        """The bias (nh, T, S) of attention from columns `row` (T,) to columns 0 to S - 1."""
         distance = torch.arange(S, device=row.device) - row[:, None]
         return self.bias(bucket_of(distance, **self.buckets)).permute(2, 0, 1)
 
