@@ -1,15 +1,15 @@
 # make quickstart   pretrain a small GPT, finetune it, sample from it: 5 minutes on 2 CPU cores
 # make chat         finetune the quickstart's model on conversations, and talk to it: minutes
 # make sentiment    GPT-2, GPT-Neo and T5 on Twitter sentiment, three splits each; resumes where it
-#                   stopped; ARGS="--models=... --input=..." as experiments/twitter_sentiment.py
-# make test         the test suite; make test-slow runs what takes longer
-# make test-browser serve.py's page in Chromium, which must be installed (Debian: apt-get install
-#                   chromium); another browser of its family: CHROMIUM=/path
-# make chaos        kills a tiny run 100 times at random, alters 200 checkpoints, and more: minutes
-# make bench        speed and memory of GPT-2 124M beside transformers'; ARGS as bench.py's
+#                   stopped; ARGS="--models=... --input=...": see experiments/twitter_sentiment.py
+# make test         the test suite; make test-slow runs the longer tests
+# make test-browser test serve.py's page in Chromium, which must be installed (Debian: apt-get
+#                   install chromium); CHROMIUM=/path sets another Chromium-based browser
+# make chaos        kill a tiny run 100 times at random, damage 200 checkpoints, and more: minutes
+# make bench        speed and memory of GPT-2 124M, and of transformers' GPT-2; ARGS: see bench.py
 # make lint         ruff
 #
-# Each target first makes .venv and installs what it needs. Another Python: make PYTHON=python3.12 ...
+# Each target first creates .venv and installs what it needs. Another Python: make PYTHON=python3.12 ...
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -26,19 +26,19 @@ quickstart: .venv/.runs
 	$(PY) train.py config/quickstart_finetune.py --init_from=scratch --out_dir=out-quickstart-scratch --overwrite=True
 	@echo "--- 4. sample"
 	$(PY) sample.py --out_dir=out-quickstart --start="The for statement" --num_samples=1 --max_new_tokens=150
-	@echo "--- 5. what finetuning bought: before, after, and the same steps from scratch"
+	@echo "--- 5. evaluate: before finetuning, after it, and after the same steps from scratch"
 	@$(PY) evaluate.py --out_dir=out-quickstart-base --dataset=python_docs/topics
 	@$(PY) evaluate.py --out_dir=out-quickstart --dataset=python_docs/topics
 	@$(PY) evaluate.py --out_dir=out-quickstart-scratch --dataset=python_docs/topics
 
 chat: .venv/.runs
 	$(PY) data/python_docs/prepare.py
-	@echo "--- 1. the quickstart's pretrained model, unless it is there"
+	@echo "--- 1. pretrain the quickstart's model, unless it exists"
 	grep -qs '"done"' out-quickstart-base/run.json || $(PY) train.py config/quickstart_pretrain.py --auto_resume=True
 	@echo "--- 2. finetune it on conversations about the library's classes and functions"
 	$(PY) data/chat/prepare.py --input=$(TALKS)/train.jsonl --val_input=$(TALKS)/val.jsonl --test_input=$(TALKS)/test.jsonl --out_dir=data/python_docs/chat --tokenizer=data/python_docs/docstrings --block_size=128 --user=Q: --assistant=A: --end='\n--\n'
 	$(PY) train.py config/quickstart_chat.py --overwrite=True
-	@echo "--- 3. the loss of the answers before and after, and the last answers of held-out conversations"
+	@echo "--- 3. evaluate: the loss of the answers before and after; last answers of test conversations"
 	@$(PY) evaluate.py --out_dir=out-quickstart-base --dataset=python_docs/chat
 	@$(PY) evaluate.py --out_dir=out-quickstart-chat --dataset=python_docs/chat
 	@$(PY) evaluate.py --task=generate --out_dir=out-quickstart-chat --dataset=python_docs/chat

@@ -1,23 +1,23 @@
-"""Speed and memory, side by side with what one would use instead.
+"""Compares the speed and memory of nanotune and other software.
 
     python bench.py train                        # against transformers' GPT-2 in a plain loop
     python bench.py train --against=../nanoGPT   # against a checkout of nanoGPT
     python bench.py sample --num_samples=10
     python bench.py sample --against=PATH_OF_LLAMA_BENCH    # or ctranslate2
-    python bench.py sample --exported=True       # PyTorch beside ONNX, int8 and int4
+    python bench.py sample --exported=True       # PyTorch, and ONNX in float32, int8, int4
     python bench.py load --model=gpt2-xl         # a Hugging Face folder into a model
-    python bench.py memory --model=gpt2-large    # peaks beside what --dry_run=True predicts
+    python bench.py memory --model=gpt2-large    # peaks, and what --dry_run=True predicts
 
-Ours is train.py and sample.py themselves; every case is a process of its own, warmed up, and the
-cases take turns, so that a machine whose speed drifts favours none. Weights are random, of the real
-shapes: nothing is downloaded. Prints a table of medians, and the lot into bench.json.
+nanotune's cases run train.py and sample.py themselves. Each case runs in its own process, with a
+warm-up. The cases alternate, so that a machine whose speed drifts favors none. Weights are random,
+in the real shapes: nothing is downloaded. Prints a table of medians; writes all to bench.json.
 
-tok/s     tokens a second: of training steps, of new tokens; all are warmed up, and so of
-          sample.py's tokens the later half counts; "from the start" are all, kernels' loading,
-          recording and compilation included
-memory    peak: resident in the process on a CPU, allocated by torch on a GPU
-MFU       (6 N + 12 L C T) * tok/s / peak, the peak a matrix product's, measured on the spot
-MBU       bytes of weights * steps/s / bandwidth, that of reading a gigabyte, measured on the spot
+tok/s     tokens per second, trained or generated, after the warm-up: of sample.py's tokens only
+          the second half counts; "from the start" counts all, with the time in which kernels are
+          loaded, recorded and compiled
+memory    peak: resident memory of the process on a CPU, memory allocated by torch on a GPU
+MFU       (6 N + 12 L C T) * tok/s / peak; the peak is the measured speed of a matrix product
+MBU       bytes of weights * steps/s / bandwidth; the bandwidth is measured by reading 1 GiB
 """
 import importlib.util
 import json
@@ -50,35 +50,35 @@ ROOT = Path(__file__).resolve().parent
 WARM_UP = 2  # steps that are not counted
 SHAPES = {name: dict(zip(("n_layer", "n_head", "n_embd"), shape))
           for name, shape in (GPT2_SHAPES | {"tiny": (2, 2, 16)}).items()}  # tiny is for tests
-N_VOCAB = {"tiny": 257}  # of the others 50257
+N_VOCAB = {"tiny": 257}  # the others have 50257
 
 
 @dataclass
 class Config:
     model: str = "gpt2"               # gpt2, gpt2-medium, gpt2-large, gpt2-xl: the shape
     against: str = "transformers"  # or none, ctranslate2, a nanoGPT checkout, a llama-bench file
-    repeats: AtLeast1 = 3             # processes a case
-    only: str = ""                    # the cases whose names contain this
-    steps: AtLeast1 = 4               # train: timed steps of a process, after 2 to warm up
+    repeats: AtLeast1 = 3             # processes per case
+    only: str = ""                    # run only cases whose names contain this
+    steps: AtLeast1 = 4               # train: timed steps per process, after 2 warm-up steps
     batch_size: AtLeast1 = 1          # train
     block_size: AtLeast1 = 1024       # train, memory
-    num_samples: AtLeast1 = 1         # sample: generated together
+    num_samples: AtLeast1 = 1         # sample: generated in one batch
     max_new_tokens: AtLeast1 = 300    # sample
-    init_from: str | None = None      # sample --exported: a model of yours, not random weights
-    dataset: str | None = None        # sample --exported: what its perplexity is measured on
-    exported: bool = False  # sample: PyTorch in two dtypes and the ONNX forms, side by side
+    init_from: str | None = None      # sample --exported: your model instead of random weights
+    dataset: str | None = None        # sample --exported: measure perplexity on this
+    exported: bool = False  # sample: compare PyTorch in two dtypes with the ONNX formats
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto, cpu, cuda
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # ours; rivals run in all that serve
-    compiled: bool = True             # train: each once more, compiled: a minute more for each
-    out: str = "bench.json"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # nanotune's; others: all native dtypes
+    compiled: bool = True             # train: also run each case compiled, a minute more each
+    out: str = "bench.json"           # the file to write
 
 
 # -----------------------------------------------------------------------------
 # processes
 
 def run_process(argv, until=None, cwd=None):
-    """Runs a command; returns (what it printed, seconds, most resident bytes). `until()` true ends
-    it from outside. Raises UserError with its last line where it fails."""
+    """Runs a command; returns (its output, seconds, peak resident bytes). Kills it when `until()`
+    returns True. If it fails, raises UserError with its last line."""
     with tempfile.TemporaryFile("w+") as out:
         began = time.perf_counter()
         child = subprocess.Popen(list(map(str, argv)), stdout=out, stderr=subprocess.STDOUT,
@@ -104,8 +104,8 @@ def run_process(argv, until=None, cwd=None):
 
 
 def run_worker(task, **options):
-    """What one of WORKERS, or of the TASKS in experiments/rivals.py, returns in a process of its
-    own, and its memory: the process's, unless the worker has measured a GPU's."""
+    """Runs one of WORKERS, or of TASKS in experiments/rivals.py, in a new process. Returns its
+    result with its memory: the process's, unless the worker measured a GPU's."""
     file = ["bench.py", "worker"] if task in WORKERS else ["experiments/rivals.py"]
     text, _, rss = run_process([sys.executable, ROOT / file[0], *file[1:], task,
                                 json.dumps(options, default=str)])
@@ -117,7 +117,7 @@ def script(name, **fields):
 
 
 # -----------------------------------------------------------------------------
-# what is measured: each case returns {column: number} of one process
+# measurements: each returns {column: number} of one process
 
 def run_train(cfg, folder, until=None, **fields):
     fields = dict(
@@ -129,7 +129,7 @@ def run_train(cfg, folder, until=None, **fields):
 
 
 def train_ours(cfg, folder, **fields):
-    """train.py until enough steps stand in metrics.jsonl; then it is killed: no last save."""
+    """Runs train.py until metrics.jsonl has enough steps; then kills it, to skip the last save."""
     metrics = folder / "out" / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
 
@@ -143,7 +143,7 @@ def train_ours(cfg, folder, **fields):
 
 
 def train_nanogpt(cfg, folder, compiled):
-    """nanoGPT's own train.py, which prints its milliseconds, as shipped but for the sizes."""
+    """Runs nanoGPT's train.py with its defaults, except sizes; reads the times that it prints."""
     path = Path(cfg.against, "train.py").resolve()
     text, _, rss = run_process(script(
         path, dataset=folder / "data", out_dir=folder / "nanogpt", device=cfg.device, bias=True,
@@ -156,7 +156,7 @@ def train_nanogpt(cfg, folder, compiled):
 
 
 def run_sample(cfg, folder, **fields):
-    """sample.py until max_new_tokens, whatever it draws."""
+    """Runs sample.py without a stop text."""
     start = "w1" if cfg.init_from is None else "The"
     fields = dict(
         init_from=folder / "hf", start=start, stop="", num_samples=cfg.num_samples,
@@ -166,13 +166,13 @@ def run_sample(cfg, folder, **fields):
 
 def sample_ours(cfg, folder, **fields):
     text, _, rss = run_sample(cfg, folder, **fields)
-    rates = re.search(r"s, ([\d,.]+) a second \(the later half at ([\d,.]+)\)", text).groups()
+    rates = re.search(r"s, ([\d,.]+) per second \(second half: ([\d,.]+)\)", text).groups()
     whole, later = (float(rate.replace(",", "")) for rate in rates)
     return {"tok/s": later, "from the start": whole, "memory": None if on_gpu(cfg) else rss}
 
 
 def first_token(cfg, folder):
-    """Seconds of a whole sample.py with one token: import of torch, weights, prompt."""
+    """Seconds of a whole run of sample.py for one token: imports, weights, prompt."""
     _, seconds, _ = run_sample(cfg, folder, num_samples=1, max_new_tokens=1)
     return {"seconds": seconds}
 
@@ -182,11 +182,11 @@ def on_gpu(cfg):
 
 
 # -----------------------------------------------------------------------------
-# workers: they run in processes of their own, and print their figures as a line of JSON
+# workers: each runs in its own process, and prints its figures as a line of JSON
 
 def make_folders(folder, model, block_size, dtype, tokens=200_000):
-    """folder/hf, a Hugging Face model of random weights, and folder/data, random tokens, both with
-    a tokenizer.json of words w0, w1, ... in the place of GPT-2's, which would be a download."""
+    """Writes folder/hf, a Hugging Face model of random weights, and folder/data, random tokens.
+    Both get a tokenizer.json of words w0, w1, ...: GPT-2's would have to be downloaded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from model import GPT, GPTConfig
@@ -213,7 +213,7 @@ def load_ours(folder):
 
 
 def load_by_copy(folder):
-    """nanoGPT's way: transformers' model, and its tensors copied into one's own."""
+    """Loads as nanoGPT does: copies the tensors of transformers' model into a GPT."""
     from transformers import GPT2LMHeadModel
 
     from model import GPT, GPTConfig
@@ -248,8 +248,8 @@ def gpu_memory(device):
 
 
 def machine(device, dtype, model, block_size):
-    """Where things run: device, its name, the dtypes that are native, what a product reaches; and
-    what a token of the model costs."""
+    """The device, its name, native dtypes, measured peak and bandwidth; the model's cost per
+    token."""
     torch.set_float32_matmul_precision("high")  # TF32, as train.py
     device = devices.pick_device(device)
     ours = devices.pick_dtype(dtype, device)
@@ -266,7 +266,7 @@ def machine(device, dtype, model, block_size):
 
 
 def cost_of_token(model, block_size):
-    """The FLOPs of training on a token, and N: the parameters that it goes through."""
+    """The FLOPs of training per token, and N, the parameters without position embeddings."""
     from model import GPT, GPTConfig
     config = GPTConfig(block_size, N_VOCAB.get(model, 50257), **SHAPES[model])
     gpt = GPT.empty(config, "meta")
@@ -275,7 +275,7 @@ def cost_of_token(model, block_size):
 
 
 def processor():
-    """The CPU's name, where Linux tells it."""
+    """The CPU's name on Linux, else None."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     return names[0] if names else None
@@ -289,24 +289,24 @@ WORKERS = {f.__name__: f for f in (make_folders, load_ours, load_by_copy, machin
 
 def train_cases(cfg, found, folder):
     cases = {f"nanotune {found['dtype']}": lambda: train_ours(cfg, folder)}
-    if cfg.compiled and not on_gpu(cfg):  # on a GPU it compiles by itself
+    if cfg.compiled and not on_gpu(cfg):  # on a GPU train.py compiles by default
         cases[f"nanotune {found['dtype']}, compiled"] = partial(train_ours, cfg, folder,
                                                                 compile=True)
     for compiled in (False, True) if cfg.compiled else (False,):
-        told = ", compiled" * compiled
+        suffix = ", compiled" * compiled
         if cfg.against == "transformers":
             for dtype in found["dtypes"]:
-                cases[f"transformers {dtype}{told}"] = partial(
+                cases[f"transformers {dtype}{suffix}"] = partial(
                     run_worker, "train_transformers", folder=folder, steps=cfg.steps,
                     warm_up=WARM_UP, batch_size=cfg.batch_size, block_size=cfg.block_size,
                     device=cfg.device, dtype=dtype, compiled=compiled)
         elif rival_of(cfg) == "nanoGPT":
-            cases["nanoGPT" + told] = partial(train_nanogpt, cfg, folder, compiled)
+            cases["nanoGPT" + suffix] = partial(train_nanogpt, cfg, folder, compiled)
     return cases
 
 
 def rival_of(cfg):
-    """What --against names: transformers, ctranslate2, none, nanoGPT, llama.cpp; else None."""
+    """The program of --against: transformers, ctranslate2, none, nanoGPT, llama.cpp; else None."""
     if cfg.against in ("transformers", "ctranslate2", "none"):
         return cfg.against
     if Path(cfg.against, "train.py").is_file():
@@ -338,7 +338,7 @@ def sample_cases(cfg, found, folder):
 
 
 def runtime_cases(cfg, folder, forms):
-    """llama.cpp or CTranslate2, if --against names one, in these forms of the weights."""
+    """The cases of llama.cpp or CTranslate2, if --against names one, for these weight formats."""
     source, rival = cfg.init_from or folder / "hf", rival_of(cfg)
     options = dict(source=source, folder=folder, max_new_tokens=cfg.max_new_tokens)
     if rival == "llama.cpp":
@@ -354,7 +354,7 @@ def runtime_cases(cfg, folder, forms):
 
 
 def with_mbu(cfg, found, name, case):
-    """A case's figures, and the share of the memory's bandwidth that reading the weights takes."""
+    """A case's figures, and MBU: the share of bandwidth that reading the weights takes."""
     figures, size = case(), 2 if "float16" in name or "BF16" in name else 4
     steps = figures["tok/s"] / cfg.num_samples
     return figures | {"MBU": size * found["N"] * steps / found["bandwidth"]}
@@ -364,7 +364,7 @@ FORMS = {"ONNX float32": "none", "ONNX int8": "int8", "ONNX int4": "int4"}
 
 
 def exported_cases(cfg, found, folder):
-    """PyTorch beside what export.py makes of the same model: size, speed, perplexity."""
+    """The cases of a model in PyTorch and as exported by export.py: size, speed, perplexity."""
     source = cfg.init_from or folder / "hf"
     cases = {f"PyTorch {dtype}": partial(sample_form, cfg, folder, source, dtype)
              for dtype in ("float32", "bfloat16") if dtype in found["dtypes"]}
@@ -375,7 +375,7 @@ def exported_cases(cfg, found, folder):
 
 def sample_onnx(cfg, folder, source, quantize):
     target = folder / quantize
-    if not target.exists():  # at the first of its turns
+    if not target.exists():  # in the first repeat
         run_process(script("export.py", init_from=source, format="onnx", quantize=quantize,
                            export_dir=target))
     return sample_form(cfg, folder, next(target.glob("model*.onnx")), "float32")
@@ -391,7 +391,7 @@ def sample_form(cfg, folder, source, dtype):
 
 
 def weights_size(source, dtype):
-    """Bytes of the weights as this form keeps them."""
+    """Bytes of the weights in this format."""
     if source.is_file():
         return sum(f.stat().st_size for f in source.parent.glob(f"{source.name}*"))
     files = [f for f in source.iterdir() if f.name in ("ckpt.pt", "model.safetensors")]
@@ -413,7 +413,7 @@ SETTINGS = {
 
 
 def memory_cases(cfg, found, folder):
-    cfg = replace(cfg, steps=0)  # the second step has gradients, moments and activations together
+    cfg = replace(cfg, steps=0)  # the second step has gradients, moments and activations in memory
 
     def measure(fields):
         fields = fields | dict(gradient_accumulation_steps=2)
@@ -436,8 +436,8 @@ CASES = {"train": train_cases, "sample": sample_cases, "load": load_cases, "memo
 # the table
 
 def measure(cases, repeats):
-    """{case: {column: [numbers]}}: the cases in turn, as often as asked. One that fails is told,
-    and left out."""
+    """Runs the cases in turn, `repeats` times. Returns {case: {column: [numbers]}}. Prints the
+    error of a case that fails, and continues."""
     results = {}
     with tqdm(total=repeats * len(cases), leave=False, disable=None) as bar:
         for _ in range(repeats):
@@ -453,7 +453,7 @@ def measure(cases, repeats):
 
 
 def spell(column, values):
-    """The median of a column's numbers, and their range where it is not one number."""
+    """The median of a column's numbers, and their range if they differ."""
     values = [v for v in values if v is not None]
     if not values:
         return "-"
@@ -465,17 +465,18 @@ def spell(column, values):
 
 
 def ratio(results, name, column):
-    """How many times as good the first case, ours by default, is in a column: of medians."""
+    """How many times better the first case, nanotune by default, is in a column, by medians."""
     ours, theirs = (statistics.median(results[n][column]) for n in (next(iter(results)), name))
     return ours / theirs if column == "tok/s" else theirs / ours
 
 
 def table(results, peak_flops=None):
-    """The results as a markdown table; the last column compares the first case with each."""
+    """The results as a Markdown table; the last column compares the first case with each."""
     columns = list(dict.fromkeys(c for found in results.values() for c in found))
     first = results[next(iter(results))]
     judged = next((c for c in ("tok/s", "seconds") if c in first), None)
-    head = ["", *columns, *(["MFU"] if peak_flops else []), *(["the first is"] if judged else [])]
+    head = ["", *columns, *(["MFU"] if peak_flops else []),
+            *(["speedup of the first"] if judged else [])]
     rows = [head, ["---"] * len(head)]
     for name, found in results.items():
         row = [name, *(spell(c, found.get(c, [])) for c in columns)]
@@ -491,10 +492,10 @@ def table(results, peak_flops=None):
 
 def check_config(mode, cfg):
     if not hasattr(os, "wait4"):
-        raise UserError("bench.py reads a process's peak of memory by wait4, which Windows lacks: "
+        raise UserError("bench.py measures peak memory with os.wait4, which Windows lacks: "
                         "run it on Linux or macOS")
     if mode not in CASES:
-        raise UserError(f"bench.py {mode}: what to measure is one of {', '.join(CASES)}")
+        raise UserError(f"bench.py {mode}: choose one of {', '.join(CASES)}")
     if cfg.model not in SHAPES:
         raise UserError(f"--model={cfg.model}: use {', '.join(SHAPES)}")
     rival = rival_of(cfg)
@@ -505,15 +506,15 @@ def check_config(mode, cfg):
     if package and mode != "sample":
         raise UserError(f"--against={cfg.against} is for `bench.py sample`; {rival} does not train")
     if rival == "llama.cpp" and cfg.num_samples > 1:
-        raise UserError("llama-bench generates one sample at a time: leave --num_samples=1")
+        raise UserError("llama-bench generates one sample at a time: use --num_samples=1")
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"--against={cfg.against} needs a package: pip install {package}")
     if (cfg.against == "transformers" or mode == "load") and mode != "memory" and (
             importlib.util.find_spec("transformers") is None):
         raise UserError("bench.py compares with transformers: pip install -r "
-                        "requirements-dev.txt, or leave it out by --against=none")
+                        "requirements-dev.txt, or use --against=none")
     if cfg.init_from is not None and not (mode == "sample" and cfg.exported):
-        raise UserError("--init_from goes with `bench.py sample --exported=True` alone")
+        raise UserError("--init_from works only with `bench.py sample --exported=True`")
     if cfg.exported and importlib.util.find_spec("onnxruntime") is None:
         raise UserError("--exported=True needs onnxruntime: pip install -r "
                         "requirements-export.txt")
@@ -535,13 +536,13 @@ def main(argv):
         every = CASES[mode](cfg, found, folder)
         cases = {name: case for name, case in every.items() if cfg.only in name}
         if not cases:
-            raise UserError(f"--only={cfg.only} is in no case's name: {'; '.join(every)}")
+            raise UserError(f"--only={cfg.only} matches no case: {'; '.join(every)}")
         if cfg.init_from is None:
             run_worker("make_folders", folder=folder, model=cfg.model, block_size=cfg.block_size,
                        dtype="bfloat16" if mode == "memory" else "float32")
         results = measure(cases, cfg.repeats)
     if not results:
-        raise UserError("no case was measured, see above")
+        raise UserError("all cases failed; see the errors above")
     peak = found["peak"] / found["flops"] if mode == "train" else None
     print(table(results, peak))
     Path(cfg.out).write_text(json.dumps({

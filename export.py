@@ -1,11 +1,11 @@
 """Exports a model for other programs: as a Hugging Face folder, as ONNX in float32, int8 or int4,
-or the adapters of a LoRA run for PEFT.
+or as PEFT adapters of a LoRA run.
 
     python export.py --out_dir=out-shakespeare --format=hf --export_dir=shakespeare-hf
     python export.py --init_from=gpt2 --format=onnx --quantize=int8 --export_dir=gpt2-int8
     python export.py --out_dir=out-lora --format=peft --export_dir=lora-peft
 
-The files are read back and compared before the folder gets its final name.
+Files are read back and compared with the model before the folder gets its final name.
 """
 import importlib.util
 import math
@@ -43,25 +43,24 @@ WRITTEN = ("model.safetensors", "config.json", "generation_config.json", "tokeni
 
 @dataclass
 class Config:
-    # what
-    out_dir: str = "out"              # the run whose ckpt.pt to export
+    # model
+    out_dir: str = "out"              # export ckpt.pt of this run
     init_from: str = "resume"         # resume: out_dir; else a hub id, a Hugging Face folder, a run
-    # as what
-    # hf: a Hugging Face folder; onnx: a graph for onnxruntime; peft: adapters of a LoRA run
-    format: Literal["hf", "onnx", "peft"] = "hf"
+    # output
+    format: Literal["hf", "onnx", "peft"] = "hf"  # hf; onnx (onnxruntime); peft (LoRA)
     export_dir: str = "export"        # the folder to write
     overwrite: bool = False           # replace an earlier export in export_dir
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # hf: dtype of the weights
-    quantize: Literal["none", "int8", "int4"] = "none"  # onnx: the matrices and the embedding
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # hf: or float16, bfloat16
+    quantize: Literal["none", "int8", "int4"] = "none"  # onnx: int8 or int4 matrices and embedding
 
 
 def check_config(cfg):
     if cfg.format != "onnx" and cfg.quantize != "none":
-        raise UserError(f"--quantize={cfg.quantize} goes with --format=onnx; a Hugging Face "
-                        "folder is made smaller by --dtype=float16 or bfloat16")
+        raise UserError(f"--quantize={cfg.quantize} needs --format=onnx; to make a Hugging "
+                        "Face folder smaller, use --dtype=float16 or bfloat16")
     if cfg.format != "hf" and cfg.dtype != "float32":
-        raise UserError(f"--dtype={cfg.dtype} goes with --format=hf; an ONNX file is made smaller "
-                        "by --quantize=int8 or int4")
+        raise UserError(f"--dtype={cfg.dtype} needs --format=hf; to make an ONNX file smaller, "
+                        "use --quantize=int8 or int4")
     if cfg.format == "onnx":
         for package in ("onnx", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
@@ -70,24 +69,24 @@ def check_config(cfg):
 
 
 def cut_padding(model, tokenizer):
-    """Drops the rows that train.py pads GPT-2's vocabulary with: another program may draw them.
-    Keeps any other row without a token, which may be an added token's. Says either."""
+    """Drops the rows with which train.py pads GPT-2's vocabulary: another program may sample them.
+    Keeps other rows without a token: one may be an added token's. Prints the result."""
     tokens, rows = tokenizer.n_vocab, model.config.vocab_size
     if (tokens, rows) == GPT2_VOCAB_SIZES:
         model.crop_vocab(tokens)
         print(f"cut the vocabulary from {rows} rows to the tokenizer's {tokens}: the rest is "
               "padding")
     elif rows > tokens:
-        print(f"kept the {rows - tokens} rows of the vocabulary for which the tokenizer has no "
-              f"token: it has {tokens}, the model {rows}; other programs may draw their ids")
+        print(f"kept the {rows - tokens} rows of the vocabulary that have no token: the "
+              f"tokenizer has {tokens}, the model {rows}; other programs may sample their ids")
 
 
 # -----------------------------------------------------------------------------
 # ONNX
 
 def write_onnx_folder(folder, model, tokenizer, quantize):
-    """Writes the graph, or a T5's two, and tokenizer.json for programs without nanotune; then runs
-    them. Returns the end of their names."""
+    """Writes the graph, or a T5's two, and tokenizer.json, for programs without nanotune. Checks
+    the graphs. Returns the extension of their names, such as "int8.onnx"."""
     from nanotune.formats import onnx_gpt, onnx_t5
     kind = "onnx" if quantize == "none" else f"{quantize}.onnx"
     spec, c = tokenizer and tokenizer.spec, model.config
@@ -118,13 +117,13 @@ def check_onnx(path, model, quantize):
     largest = float(wanted.abs().max())
     print(f"logits differ from PyTorch's by at most {apart:.2g}, the largest is {largest:.1f}")
     if not apart < (max(1e-3, 1e-5 * largest) if quantize == "none" else math.inf):
-        raise UserError(f"{Path(path).name} does not compute what the model does: another "
-                        "onnxruntime (pip install -U onnxruntime) may")
+        raise UserError(f"{Path(path).name} does not compute the model's logits; try another "
+                        "onnxruntime: pip install -U onnxruntime")
 
 
 def check_inputs(config):
-    """(prompts, the tokens that follow them, inputs, targets) of two rows, of random ids. A T5's
-    sources have two lengths."""
+    """Returns (prompts, the tokens that follow them, inputs, targets): two rows of random ids. A
+    T5's sources differ in length."""
     length = int(min(32, config.block_size))
     generator = torch.Generator().manual_seed(1337)
     ids = torch.randint(config.vocab_size, (2, length + 1), generator=generator)
@@ -141,12 +140,12 @@ def check_inputs(config):
 
 def write_adapters(folder, model, source, tokenizer):
     """Writes the adapters of a LoRA run; returns the name of their base in transformers. Prints
-    the command that exports the base if transformers cannot load it."""
+    the command that exports the base, if transformers cannot load it."""
     spec, adapters = read_adapters(source)
     write_peft(folder, asdict(model.config), adapters, spec, tokenizer)
     base, name = spec["base"], name_of_base(spec["base"])
     if needs_export(base):
-        print("transformers needs the base of these adapters too: python export.py "
+        print("transformers also needs the base of these adapters: python export.py "
               f"--init_from={base} --format=hf --export_dir={name}")
     return name
 
@@ -154,9 +153,9 @@ def write_adapters(folder, model, source, tokenizer):
 # -----------------------------------------------------------------------------
 # the model card
 
-TOLD = ("init_from", "dataset", "max_iters", "batch_size", "gradient_accumulation_steps",
-        "block_size", "source_length", "target_length", "learning_rate", "weight_decay", "dropout",
-        "seed")
+SETTINGS = ("init_from", "dataset", "max_iters", "batch_size", "gradient_accumulation_steps",
+            "block_size", "source_length", "target_length", "learning_rate", "weight_decay",
+            "dropout", "seed")
 
 
 def card(cfg, source, model, facts, use):
@@ -175,12 +174,12 @@ def card(cfg, source, model, facts, use):
 
 
 def training_lines(source, facts):
-    """The card's lines about training; for a pretrained model only its name."""
+    """The card's lines about training; for a pretrained model, only its name."""
     if not facts:
-        return [f"Exported by nanotune from `{Path(source).name}` as it was."]
+        return [f"Exported by nanotune from `{Path(source).name}`, unchanged."]
     config = facts["config"] or {}
     adapted = ["lora_rank"] if config.get("lora_rank") else []
-    settings = [f"- {name}: {public_name(config[name])}" for name in [*TOLD, *adapted]
+    settings = [f"- {name}: {public_name(config[name])}" for name in [*SETTINGS, *adapted]
                 if name in config and config[name] not in ("resume", None)]
     best = facts["best_val_loss"]
     lines = ["## Training", "", f"Trained by nanotune for {facts['iter_num']} iterations.", "",
@@ -195,7 +194,7 @@ def training_lines(source, facts):
 
 
 def public_name(value):
-    """A value of the config; an absolute path, which is private, is cut to its last part."""
+    """A value of the config, without the folders of an absolute path, which are private."""
     local = isinstance(value, str) and Path(value).is_absolute()
     return Path(value).name if local else value
 
@@ -303,7 +302,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_model(source)
     pairs = model.config.takes_pairs
     if pairs and cfg.format == "peft":
-        raise UserError("--format=peft does not take T5; use --format=hf, which merges adapters")
+        raise UserError("--format=peft does not support T5; use --format=hf, which merges adapters")
     check_dtype(model, DTYPES[cfg.dtype])
     model.eval()
     if tokenizer is not None and cfg.format != "peft":  # adapters have no vocabulary

@@ -45,10 +45,10 @@ class GPTConfig:
     norm_eps: float = 1e-5
     tied_head: bool = True            # the head shares the weights of the token embedding
     attn_scale: float | None = None   # None: 1 / sqrt(hs); GPT-Neo: 1
-    qkv_bias: bool | None = None      # None: as bias; GPT-Neo: False
+    qkv_bias: bool | None = None      # None: same as bias; GPT-Neo: False
     local_window: int | None = None   # GPT-Neo: odd layers attend to this many last tokens
-    doc_end: int | None = None        # tokens attend to their own document, which this id ends
-    takes_pairs: ClassVar[bool] = False  # of a source and a target, as T5 does
+    doc_end: int | None = None        # attend only within a document, which ends with this id
+    takes_pairs: ClassVar[bool] = False  # True for T5: pairs of source and target
 
 
 class KVCache:
@@ -77,16 +77,16 @@ class KVCache:
         self.pos = pos
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Replaces row i by row rows[i], rows (B,), as beam search does."""
+        """Replaces row i with row rows[i], for beam search; rows (B,)."""
         self.k, self.v = (take_rows(whole, rows, self.pos) for whole in (self.k, self.v))
         self.pad = None if self.pad is None else self.pad[rows]
 
     def columns(self, T: int) -> tuple[torch.Tensor, int]:
-        """Returns the columns of the next T tokens, (T,), and S, all tokens; before append()."""
+        """Returns the columns of the next T tokens, (T,), and S. Call it before append()."""
         S = self.pos + T
-        # views of all layers at once: slices in each layer would take longer
-        self.new = [held[:, :, :, self.pos:S].unbind(0) for held in (self.k, self.v)]
-        self.whole = [held[:, :, :, :S].unbind(0) for held in (self.k, self.v)]
+        # views of all layers at once: slicing in each layer takes longer
+        self.new = [cached[:, :, :, self.pos:S].unbind(0) for cached in (self.k, self.v)]
+        self.whole = [cached[:, :, :, :S].unbind(0) for cached in (self.k, self.v)]
         return torch.arange(self.pos, S, device=self.k.device), S
 
     def advance(self, T: int) -> None:
@@ -94,15 +94,15 @@ class KVCache:
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """Writes the new k, v (B, nh, T, hs) of a layer; returns all, (B, nh, S, hs) each."""
-        for held, new in zip(self.new, (k, v)):
-            held[layer].copy_(new)
-        return [held[layer] for held in self.whole]
+        for views, new in zip(self.new, (k, v)):
+            views[layer].copy_(new)
+        return [views[layer] for views in self.whole]
 
 
 def attention_mask(row, S, seen=None, to_the_end=True, window=None):
-    """The mask of the tokens in columns `row` (T,): (T, S) bool, True if a token may attend to a
-    column, or None if is_causal does the same. Combined with `seen` (B, 1, T, S) bool, if given.
-    `to_the_end` means that `row` is the last T of S columns."""
+    """Returns the mask of tokens in columns `row` (T,): (T, S) bool, True if a token may attend to
+    a column; combined with `seen` (B, 1, T, S) bool, if given. None if is_causal does the same.
+    `to_the_end`: `row` is the last T of S columns. `window`: attend to this many last tokens."""
     T = len(row)
     if window is not None and window >= S:
         window = None
@@ -115,22 +115,22 @@ def attention_mask(row, S, seen=None, to_the_end=True, window=None):
 
 
 def additive(mask, dtype):
-    """A bool mask as the one that attention adds: 0 if True, else -inf."""
+    """Converts a bool mask to an additive one: 0 if True, else -inf."""
     return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), -torch.inf)
 
 
-def beside_filling(pad, row, S):
-    """(Positions (B, T), mask (B, 1, T, S)) of columns `row` (T,); pad (B,) is left-padding."""
+def after_padding(pad, row, S):
+    """(Positions (B, T), mask (B, 1, T, S)) of columns `row` (T,) after left-padding pad (B,)."""
     column = torch.arange(S, device=pad.device)
     seen = (column >= pad[:, None])[:, None, None]
-    # padding attends to itself: a softmax over nothing is NaN
+    # padding attends to itself: a softmax over no column is NaN
     seen = seen | (column == row[:, None])
     return (row - pad[:, None]).clamp(min=0), seen
 
 
 def within_documents(idx, end):
     """(Positions (B, T), mask (B, 1, T, T) bool) of packed rows idx (B, T), in which tokens attend
-    only to their own document; the token `end` is a document's last."""
+    only to their own document; `end` is the last token of a document."""
     ends = idx == end
     document = ends.cumsum(1) - ends.long()
     column = torch.arange(idx.size(1), device=idx.device)
@@ -148,7 +148,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Draws no weights on the meta device: PyTorch would import its compiler, 2 seconds."""
+    """Skips initialization on the meta device: PyTorch would import its compiler (2 seconds)."""
     def reset_parameters(self):
         if not self.weight.is_meta:
             super().reset_parameters()
@@ -238,7 +238,7 @@ class GPT(nn.Module):
 
     @property
     def is_masked(self) -> bool:
-        """Returns whether attention in training has another mask than the causal one."""
+        """Returns whether attention in training uses a mask other than the causal one."""
         return self.config.doc_end is not None or self.config.local_window is not None
 
     def blocks(self) -> Sequence[nn.Module]:
@@ -260,7 +260,7 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, Block):  # apply() comes to a block after its parts
+        if isinstance(module, Block):  # apply() visits a block after its parts
             for proj in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
@@ -275,7 +275,7 @@ class GPT(nn.Module):
 
     def start(self, prompts: Sequence[list[int]], room: int,
               cache: KVCache | None = None) -> tuple[KVCache, torch.Tensor]:
-        """As generate.read_prompts: returns (cache, logits (B, V)) after B prompts."""
+        """Returns (cache, logits (B, V)) after B prompts, as generate.read_prompts does."""
         return read_prompts(self, prompts, room, cache)
 
     def step(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -288,7 +288,7 @@ class GPT(nn.Module):
         row, S = (torch.arange(T, device=idx.device), T) if cache is None else cache.columns(T)
         pos, seen = row, None
         if cache is not None and cache.pad is not None:
-            pos, seen = beside_filling(cache.pad, row, S)
+            pos, seen = after_padding(cache.pad, row, S)
         elif cache is None and self.config.doc_end is not None:
             pos, seen = within_documents(idx, self.config.doc_end)
         to_the_end, local = cache is None or cache.to_the_end, self.config.local_window
@@ -296,7 +296,7 @@ class GPT(nn.Module):
 
         def mask_for(window=None):
             mask = attention_mask(row, S, seen, to_the_end, window)
-            # given a bool mask, each layer would make an additive one and keep it in training
+            # from a bool mask each layer would create an additive one, and keep it in training
             return None if mask is None else additive(mask, dtype)
 
         whole = mask_for()
@@ -306,7 +306,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.transformer.h):
             mask = masks[layer % 2]
             if self.recompute and torch.is_grad_enabled():
-                # restores the random state: dropout is the same
+                # checkpoint restores the random state: dropout is the same
                 x = checkpoint(block, x, cache, mask, use_reentrant=False)
             else:
                 x = block(x, cache, mask)
@@ -326,9 +326,9 @@ class GPT(nn.Module):
 
     def flops_per_token(self, counted: float = 1.0) -> float:
         """Returns the FLOPs of forward and backward per token at full context: 6 N + 12 L C T, N
-        without the position embeddings (PaLM, Chowdhery et al. 2022, app. B). Frozen weights have
-        no gradient, 4 N; the head takes part for the `counted` share of tokens, whose loss counts.
-        """
+        without the position embeddings (PaLM, Chowdhery et al. 2022, app. B). 4 N for frozen
+        weights, which have no gradient. `counted` is the share of tokens with a target: the head
+        computes only these."""
         c, head = self.config, self.lm_head.weight
         lookups = {id(head), id(self.transformer.wte.weight), id(self.transformer.wpe.weight)}
         params = [(p, 1.0) for p in self.parameters() if id(p) not in lookups] + [(head, counted)]
@@ -341,8 +341,8 @@ class GPT(nn.Module):
 
         Per token and block it keeps: the inputs of two norms, in float32; their outputs, q, k, v
         and attention's output; the MLP's inner layer before and after the activation. Dropout adds
-        masks, a CPU attention's weights, autocast the cast matrices. With recompute it keeps only
-        the inputs of the blocks.
+        masks, attention on a CPU its weights, autocast the cast matrices. With recompute it keeps
+        only the inputs of the blocks.
         """
         c, e = self.config, dtype.itemsize
         inner, tokens = c.n_inner or 4 * c.n_embd, batch_size * c.block_size
@@ -358,7 +358,7 @@ class GPT(nn.Module):
         return c.n_layer * (token * tokens + cast), backward
 
     def head_bytes(self, batch_size: int, device_type: str, dtype: torch.dtype) -> tuple[int, int]:
-        """As head.head_bytes, for a batch of full rows."""
+        """See head.head_bytes; for a batch of full rows."""
         rows = batch_size * self.config.block_size
         return head_bytes(self.lm_head.weight, rows, device_type, dtype)
 
@@ -382,7 +382,7 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     def crop_vocab(self, n_vocab: int) -> None:
-        """Keeps the first n_vocab rows of embedding and head: drops a vocabulary's padding."""
+        """Keeps the first n_vocab rows of embedding and head; the others are padding."""
         self.config = replace(self.config, vocab_size=n_vocab)
         for module in (self.transformer.wte, self.lm_head):
             module.weight = nn.Parameter(module.weight.detach()[:n_vocab].clone())
@@ -394,7 +394,8 @@ class GPT(nn.Module):
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, **options: Any) -> torch.Tensor:
-        """idx (B, T) -> idx and its continuation, (B, T + new), as nanoGPT; options: stream()."""
+        """idx (B, T) -> idx and its continuation, (B, T + new), as nanoGPT does. For options
+        see stream()."""
         new = stream(self, idx.tolist(), max_new_tokens, temperature, top_k, **options)
         return torch.cat([idx] + [token[:, None] for token in new], dim=1)
 
@@ -427,7 +428,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.set_dtype(dtype)
-        for module in model.modules():  # to_empty() would import sympy, 1 second
+        for module in model.modules():  # to_empty() would import sympy (1 second)
             for name, p in list(module.named_parameters(recurse=False)):
                 memory = torch.empty(p.shape, dtype=p.dtype, device=device)
                 setattr(module, name, nn.Parameter(memory))

@@ -1,7 +1,7 @@
-"""Compares runs: a table, the settings in which they differ, and their curves in one picture.
+"""Compares runs: a table, the settings in which they differ, and a plot of their losses.
 
-    python runs.py                        # every run in this folder
-    python runs.py out-a out-b            # writes runs.png
+    python runs.py                        # all runs in the current folder; writes runs.png
+    python runs.py out-a out-b
     python runs.py out-a --picture=a.png
 
 Reads settings from the checkpoints and losses from metrics.jsonl; changes nothing in a run.
@@ -25,10 +25,10 @@ NOT_COMPARED = ("out_dir", "wandb_run_name", "settings_version", "overwrite", "a
 
 @dataclass
 class Row:
-    """What the table tells of a run; losses in nats per token."""
+    """A run, for the table; losses in nats per token."""
     name: str
     config: dict
-    entries: list[dict]          # of metrics.jsonl
+    entries: list[dict]          # lines of metrics.jsonl
     tokens_per_step: int
 
     @property
@@ -50,15 +50,15 @@ class Row:
 
 
 def read_run(folder: Path) -> Row:
-    """Returns the Row of an out_dir. Raises UserError if it is no run."""
+    """Returns the Row of an out_dir. Raises UserError if it is not a run."""
     if folder.suffix == ".pt":
         folder = folder.parent
     config = settings.read_run_config(folder)
     if not config:
-        raise UserError(f"{folder} is no run: it has no readable {MODEL_FILE} or state.pt")
+        raise UserError(f"{folder} is not a run: it has no readable {MODEL_FILE} or state.pt")
     entries, model = read_entries(folder / "metrics.jsonl"), model_config(str(folder))
     tokens = config.get("batch_size", 1) * config.get("gradient_accumulation_steps", 1)
-    if model.takes_pairs:  # of any length: the logged speed says how many tokens a step has
+    if model.takes_pairs:  # pairs differ in length: tokens per step from the logged speed
         logged = next((entry for entry in entries if "iter" in entry), {"tok_s": 0, "ms": 0})
         tokens = round(logged["tok_s"] * logged["ms"] / 1e3)
     else:
@@ -67,11 +67,11 @@ def read_run(folder: Path) -> Row:
 
 
 def find_runs() -> list[Path]:
-    """Returns the folders in this one that hold a run. Raises UserError if there is none."""
+    """Returns the runs in the current folder. Raises UserError if there is none."""
     found = sorted(path for path in Path().iterdir() if path.is_dir() and (
         (path / MODEL_FILE).is_file() or resume.state_files(path)))
     if not found:
-        raise UserError("no run is in this folder; name some: python runs.py OUT_DIR ...")
+        raise UserError("no run in the current folder; give folders: python runs.py OUT_DIR ...")
     return found
 
 
@@ -85,7 +85,7 @@ def print_table(rows: list[list[str]]) -> None:
 
 
 def summary(row: Row) -> list[str]:
-    """The cells of a run."""
+    """The table cells of a run."""
     best = f"{row.best[0]:.4f} at {row.best[1]:,}" if row.best else "-"
     return [row.name, str(row.config.get("init_from") or "?"), str(row.config.get("dataset")),
             f"{row.steps:,}", f"{row.steps * row.tokens_per_step:,}", best,
@@ -93,11 +93,11 @@ def summary(row: Row) -> list[str]:
 
 
 def differences(rows: list[Row]) -> list[list[str]]:
-    """The table of fields in which the runs differ; a header alone if there are none."""
+    """The table of fields in which the runs differ; only a header if there are none."""
     names = dict.fromkeys(name for row in rows for name in row.config)
     table = [["field", *(row.name for row in rows)]]
     for name in names:
-        # one line each: sample_start may hold line ends
+        # escaped: sample_start may contain newlines
         values = [repr(str(row.config.get(name, "-")))[1:-1] for row in rows]
         if name not in NOT_COMPARED and len(set(values)) > 1:
             table.append([name, *values])
@@ -107,8 +107,10 @@ def differences(rows: list[Row]) -> list[list[str]]:
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="*", type=Path, metavar="OUT_DIR")
-    p.add_argument("--picture", default="runs.png", metavar="FILE", help="(default: runs.png)")
+    p.add_argument("runs", nargs="*", type=Path, metavar="OUT_DIR",
+                   help="folders of runs (default: all in the current folder)")
+    p.add_argument("--picture", default="runs.png", metavar="FILE",
+                   help="file of the plot: .png, .pdf or .svg (default: runs.png)")
     args = p.parse_args(argv)
     if Path(args.picture).suffix not in (".png", ".pdf", ".svg") or (
             not Path(args.picture).absolute().parent.is_dir()):
@@ -122,7 +124,7 @@ def main(argv: list[str]) -> None:
         print()
         print_table(differ)
     draw_runs({row.name: row.entries for row in rows}, args.picture)
-    print(f"\n{args.picture}: validation losses, and training losses in pale")
+    print(f"\n{args.picture}: validation losses, and training losses in paler colors")
 
 
 if __name__ == "__main__":

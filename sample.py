@@ -53,21 +53,21 @@ from nanotune.text.tokenizer import EOT
 @dataclass
 class Config:
     # model
-    out_dir: str = "out"              # the run whose ckpt.pt to read
+    out_dir: str = "out"              # read ckpt.pt of this run
     init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
     # text
-    start: EscapedText = "\n"  # the prompt, or FILE:path; LINES:path, each line is a prompt
-    interactive: bool = False         # ask for prompt after prompt, without loading again
-    chat: bool = False  # a conversation with a model finetuned by config/finetune_chat.py
-    system: EscapedText = ""          # chat: the system's message, which comes first
-    num_samples: UpTo65536 | None = None  # samples per prompt, as one batch; None: 10, by beams 1
-    batch_size: UpTo65536 = 16        # LINES: samples or beams at once; one prompt's at least
-    max_new_tokens: AtLeast1 = 500    # most tokens per sample
+    start: EscapedText = "\n"  # the prompt, or FILE:path; LINES:path has one prompt per line
+    interactive: bool = False         # read prompts from the terminal; loads the model once
+    chat: bool = False  # talk to a model finetuned with config/finetune_chat.py
+    system: EscapedText = ""          # chat: the system message, which comes first
+    num_samples: UpTo65536 | None = None  # samples per prompt, in one batch; None: 10 (beams: 1)
+    batch_size: UpTo65536 = 16        # LINES: samples or beams per batch; at least one prompt's
+    max_new_tokens: AtLeast1 = 500    # maximum new tokens per sample
     temperature: Temperature = 0.8    # 0: the most likely token; below 1 less random, above 1 more
     top_k: AtLeast0 = 200             # keep only the k most likely tokens; 0: all
-    top_p: Probability = 1.0          # keep the fewest tokens that have this much probability
+    top_p: Probability = 1.0          # keep the fewest tokens with this total probability
     repetition_penalty: Penalty = 1.0  # above 1: make tokens already in the text less likely
-    num_beams: Beams | None = None    # the best answer by beam search; None: sampling
+    num_beams: Beams | None = None    # beam search with this many beams; None: sampling
     length_penalty: LengthPenalty = 1.0  # beams: divide log p by tokens ** this; higher: longer
     stop: EscapedText = "<|endoftext|>"  # end a sample before this text, or at end-of-text
     seed: AtLeast0 = 1337
@@ -81,7 +81,7 @@ class Config:
 
 
 def read_prompt(start):
-    """The text of --start."""
+    """The text of --start, read from the file if it names one."""
     for mark in ("FILE:", "LINES:"):
         if start.startswith(mark):
             return read_text(start.removeprefix(mark))
@@ -90,14 +90,14 @@ def read_prompt(start):
 
 
 def check_beams(cfg):
-    """Raises UserError if beams are mixed with samples; sets num_samples where it is None."""
+    """Raises UserError if --num_beams contradicts other options; sets num_samples if it is None."""
     if cfg.num_beams is None and cfg.length_penalty != 1:
-        raise UserError("--length_penalty ranks beams: give --num_beams too, such as 4")
+        raise UserError("--length_penalty ranks beams: give --num_beams too, such as --num_beams=4")
     if cfg.num_beams is not None and cfg.num_samples not in (None, 1):
         raise UserError(f"--num_beams finds one answer per prompt: leave --num_samples="
                         f"{cfg.num_samples} out")
     if cfg.num_beams is not None and cfg.chat:
-        raise UserError("--chat stops at the mark that ends a turn, which beams do not: leave "
+        raise UserError("--chat stops at the end of a turn, which beam search does not: leave "
                         "--num_beams out")
     cfg.num_samples = cfg.num_samples or (1 if cfg.num_beams else 10)
 
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
     if cfg.interactive and cfg.chat:
         raise UserError("--interactive and --chat contradict each other: give one")
     if cfg.system and not cfg.chat:
-        raise UserError("--system is a message of a conversation: give --chat too")
+        raise UserError("--system is the first message of a chat: give --chat too")
     check_beams(cfg)
     for name in ("stop", "system"):
         check_surrogates(getattr(cfg, name), f"--{name}")
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> None:
 
 
 class Sampler:
-    """The loaded model of a command line, and its options."""
+    """A loaded model and its sampling options."""
     def __init__(self, cfg):
         self.cfg, self.device = cfg, pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
@@ -147,8 +147,8 @@ class Sampler:
         return torch.Generator(self.device).manual_seed(self.cfg.seed)
 
     def stream(self, prompts, generator):
-        """Yields (the new text of each prompt (ids), whether each has ended), token by token, at
-        last what was held back."""
+        """Yields (new texts, whether they have ended), two lists with an item per prompt, after
+        each token, and at last the text that was held back. Prompts are lists of ids."""
         cfg, tokenizer = self.cfg, self.tokenizer
         pieces = [TextPieces(tokenizer, text_before(self.model, ids), self.stops)
                   for ids in prompts]
@@ -182,11 +182,11 @@ class Sampler:
 
 
 def print_samples(sampler, prompt, where="--start"):
-    """Prints the samples of one prompt, each when it and those before it have ended; a single one
-    on a terminal as it grows. Several show their progress."""
+    """Prints the samples of one prompt in order, each when it has ended; several show a progress
+    bar. A single sample on a terminal is printed token by token."""
     n, ids = sampler.cfg.num_samples, sampler.encode(prompt, where)
     live = n == 1 and sys.stdout.isatty()
-    # hides the end-of-text of an empty prompt
+    # not the end-of-text that an empty prompt became
     shown = sampler.tokenizer.decode(text_before(sampler.model, ids) if prompt else [])
     texts, printed = [[shown] for _ in range(n)], 0
     if live:
@@ -215,7 +215,7 @@ def print_samples(sampler, prompt, where="--start"):
 
 
 def greet(text):
-    """Prints what a person at the terminal should know."""
+    """Prints instructions if the input is a terminal."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows
             import readline  # noqa: F401  arrow keys and history for input()
@@ -227,9 +227,9 @@ def read_line():
 
 
 def answer_terminal(sampler):
-    """Reads prompts, a line each, until the end of the input; samples each from the seed anew.
-    Ctrl-C ends the sample. A bad prompt prints its error."""
-    greet("a prompt a line; Ctrl-C ends a sample, Ctrl-D the session")
+    """Reads prompts, one per line, until the end of the input. Each starts from the same seed.
+    Ctrl-C ends a sample. A bad prompt prints an error."""
+    greet("one prompt per line; Ctrl-C ends a sample, Ctrl-D ends the session")
     while True:
         try:
             prompt = read_line()
@@ -245,9 +245,10 @@ def answer_terminal(sampler):
 
 
 def chat_in_terminal(sampler):
-    """Reads a user's messages, a line each, until the end of the input or Ctrl-C, and prints the
-    model's answers. Where the input is no terminal, prints the messages too."""
-    greet("a message a line; /reset begins anew; Ctrl-C ends an answer, and here the session")
+    """Reads the user's messages, one per line, until the end of the input or Ctrl-C, and prints the
+    model's answers. If the input is not a terminal, prints the messages too."""
+    greet("one message per line; /reset starts a new conversation; Ctrl-C ends an answer, or at "
+          "the prompt the session")
     generator, first = sampler.generator(), sampler.cfg.system.strip()
     system = [Message("system", first)] if first else []
     history = []
@@ -273,8 +274,8 @@ def chat_in_terminal(sampler):
 
 
 def reply(sampler, system, asked, generator):
-    """Prints the answer to a conversation as it grows, until Ctrl-C; returns the conversation with
-    it, without the oldest messages that did not fit into the context."""
+    """Prints the answer to a conversation token by token, until Ctrl-C. Returns the conversation
+    with the answer, without the oldest messages if they did not fit into the context."""
     size = sampler.model.config.block_size
     most = size - room_for_answer(size, sampler.cfg.max_new_tokens)
     ids, dropped = chat_prompt(sampler.tokenizer, [*system, *asked], most)
@@ -290,14 +291,14 @@ def reply(sampler, system, asked, generator):
     except KeyboardInterrupt:
         pass
     print(flush=True)
-    if not answer.strip():  # a turn is never empty
+    if not answer.strip():  # training data has no empty turn
         print("(no answer; the message is forgotten)", file=sys.stderr)
         return asked[dropped:-1]
     return [*asked[dropped:], Message("assistant", answer.strip())]
 
 
 def answer_lines(sampler, text):
-    """Prints a JSON object per prompt: its line, the prompt, the new text of its samples."""
+    """Prints a JSON object per prompt: its line number, its text, the new text of its samples."""
     n = sampler.cfg.num_samples
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
@@ -315,14 +316,14 @@ def answer_lines(sampler, text):
 
 
 def speed(times: list[float], num_samples: int) -> str:
-    """The text of tokens per second, in total and in the later half, which excludes loading,
+    """The tokens per second as text: in total, and in the second half, which excludes loading,
     recording and compiling kernels. `times`, in seconds: the start, then one per token."""
     new, seconds = (len(times) - 1) * num_samples, times[-1] - times[0]
-    text = f"{new:,} tokens in {seconds:.2f} s, {new / seconds:,.1f} a second"
+    text = f"{new:,} tokens in {seconds:.2f} s, {new / seconds:,.1f} per second"
     later = times[len(times) // 2:]
     if len(later) > 1:
         rate = (len(later) - 1) * num_samples / (later[-1] - later[0])
-        text += f" (the later half at {rate:,.1f})"
+        text += f" (second half: {rate:,.1f})"
     return text
 
 

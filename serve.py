@@ -1,10 +1,10 @@
-"""Serves models in the browser, and behind an API like OpenAI's.
+"""Serves models on a web page and through an API like OpenAI's.
 
     python serve.py --out_dir=out-shakespeare
     python serve.py --out_dir=out-quickstart-base,out-quickstart      # side by side
     python serve.py --init_from=mine-hf,mine-int8/model.int8.onnx
 
-It prints the page's address. Only this machine reaches it, unless --host says otherwise.
+Prints the address of the page. By default only this machine can open it; see --host.
 """
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,17 +29,17 @@ SHORTEST_TOKEN = 16
 @dataclass
 class Config:
     # models
-    out_dir: str = "out"       # the runs whose ckpt.pt to read, with commas
+    out_dir: str = "out"       # read ckpt.pt of these runs, separated by commas
     init_from: str = "resume"  # resume: out_dir; else hub ids, folders, runs, .onnx files
     # address
-    host: str = "127.0.0.1"    # 0.0.0.0: all networks of this machine; needs a token
-    port: Annotated[int, Interval(0, 65536)] = 8000  # 0: any that is free
-    token: str = ""            # what clients must send; FILE:path, read from a file
-    allow_host: str = ""       # more names of this address, with commas, as behind a proxy
+    host: str = "127.0.0.1"    # 0.0.0.0: allow other machines; needs --token
+    port: Annotated[int, Interval(0, 65536)] = 8000  # 0: any free port
+    token: str = ""            # a secret that clients must send, or FILE:path to read it from
+    allow_host: str = ""       # other names of this host, separated by commas; for a proxy
     # limits
-    max_tokens: AtLeast1 = 2048  # most tokens per sample
-    max_batch: AtLeast1 = 16   # most samples per request, prompts x n: its memory
-    max_queue: AtLeast0 = 16   # most requests that wait for a model
+    max_tokens: AtLeast1 = 2048  # maximum tokens per sample
+    max_batch: AtLeast1 = 16   # maximum samples per request (prompts x n); limits memory
+    max_queue: AtLeast0 = 16   # maximum requests that wait for a model
     # system
     device: str = "auto"       # auto, cpu, cuda, cuda:N, mps
     dtype: DtypeName = "auto"  # auto, float32, bfloat16, float16
@@ -47,13 +47,13 @@ class Config:
 
 
 def read_token(cfg):
-    """The text of --token. Raises UserError if it is too weak, or needed and missing."""
+    """The text of --token. Raises UserError if it is invalid, or needed and missing."""
     token = cfg.token
     if token.startswith("FILE:"):
         token = read_text(token.removeprefix("FILE:")).strip()
     if not token and not is_loopback(cfg.host):
-        raise UserError(f"--host={cfg.host} lets other machines in: give a --token that they must "
-                        "send, such as the output of: python -c \"import secrets; "
+        raise UserError(f"--host={cfg.host} is open to other machines: give a --token that they "
+                        "must send, such as the output of: python -c \"import secrets; "
                         "print(secrets.token_urlsafe())\"")
     if token and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable()
                   or " " in token):
@@ -62,7 +62,7 @@ def read_token(cfg):
 
 
 def name_sources(text: str) -> dict[str, str]:
-    """{name: source} of sources with commas; a name is the end of its path, made unique."""
+    """{name: source} of comma-separated sources; a name is the end of its path, made unique."""
     named = {}
     for source in filter(None, map(str.strip, text.split(","))):
         name = last = Path(source).name or source
@@ -72,7 +72,7 @@ def name_sources(text: str) -> dict[str, str]:
             name = f"{last}-{number}"
         named[name] = source
     if not named:
-        raise UserError("no model given: --out_dir=RUN, or --init_from=")
+        raise UserError("no model given: use --out_dir or --init_from")
     return named
 
 
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     with make_server(cfg) as server, suppress(KeyboardInterrupt):
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         print(f"{', '.join(server.engines)}: http://{host}:{server.server_address[1]}/ "
-              "(Ctrl-C ends the server)", flush=True)
+              "(Ctrl-C stops the server)", flush=True)
         server.serve_forever()
 
 

@@ -1,4 +1,4 @@
-"""T5 in one file: the model, its loss, its cache. Built as model.py is.
+"""T5 in one file: the model, its loss, its cache. Same structure as model.py.
 
 Letters in the shape comments:
     B batch   S source tokens   T target tokens, the new ones if there is a cache
@@ -36,19 +36,19 @@ class T5Config:
     n_embd: int = 512
     head_size: int = 64               # n_head * head_size need not be n_embd
     n_inner: int = 2048               # width of the MLP
-    gated: bool = False               # MLP: ReLU; True: GELU with a gate (1.1)
+    gated: bool = False               # MLP with ReLU; True: GELU with a gate (1.1)
     n_buckets: int = 32               # of relative positions
     max_distance: int = 128           # positions farther apart share a bucket
     dropout: float = 0.0
     norm_eps: float = 1e-6
     tied_head: bool = True            # the head shares the weights of the embedding
     scale_head: bool = True           # the head's input is divided by sqrt(n_embd); 1.1: False
-    start_id: int = 0                 # a target begins after this id,
-    pad_id: int = 0                   # has this one where it is not known,
-    end_id: int = 1                   # and ends with this one, as a source does
-    source_length: int = 512          # tokens of a pair in training; longer ones are cut
+    start_id: int = 0                 # the decoder's first input
+    pad_id: int = 0                   # the decoder's input for padding
+    end_id: int = 1                   # the last token of sources and targets
+    source_length: int = 512          # in training, longer sources are cut to this
     target_length: int = 512
-    block_size: ClassVar[float] = math.inf  # positions are relative: it reads any length
+    block_size: ClassVar[float] = math.inf  # positions are relative: any length works
     takes_pairs: ClassVar[bool] = True
 
 
@@ -62,14 +62,14 @@ class T5Cache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.pos = 0
         self.source, self.mask = None, None             # (B, S, C); (B, 1, 1, S), as encode()
-        self.source_kv = [None] * config.n_decoder_layer  # of each layer, from its first step on
-        self.prompt = torch.arange(batch_size, device=device)  # row i is of source prompt[i]
+        self.source_kv = [None] * config.n_decoder_layer  # (k, v) per layer, from the first step on
+        self.prompt = torch.arange(batch_size, device=device)  # row i belongs to source prompt[i]
 
     full, rewind, columns = KVCache.full, KVCache.rewind, KVCache.columns
     append, advance = KVCache.append, KVCache.advance
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Replaces row i by row rows[i], rows (B,), as beam search does."""
+        """Replaces row i with row rows[i], for beam search; rows (B,)."""
         self.k, self.v = (take_rows(whole, rows, self.pos) for whole in (self.k, self.v))
         if torch.equal(self.prompt[rows], self.prompt):  # the beams of a prompt have one source
             return
@@ -82,7 +82,7 @@ def bucket_of(distance: torch.Tensor, n_buckets: int, max_distance: int,
               both_ways: bool) -> torch.Tensor:
     """Returns the bucket of each distance, the key's position minus the query's: one for each
     distance below half of the buckets, then logarithmically wider ones up to max_distance. With
-    `both_ways`, the encoder, half of them are for keys behind the query; else those have bucket 0.
+    `both_ways` (the encoder), half of them are for keys after the query; else those have bucket 0.
     """
     first = torch.zeros_like(distance)
     if both_ways:
@@ -111,7 +111,7 @@ class RMSNorm(nn.Module):
 
 def attend(q, k, v, mask, dropout):
     """(B, T, nh hs) x heads (B, nh, S, hs) -> (B, T, nh hs). T5 does not scale the products: the
-    initial weights of q are smaller instead. `mask` is added to them; it has the bias."""
+    initial weights of q are smaller instead. The additive `mask` has the bias (self-attention)."""
     B, T, _ = q.size()
     q = q.view(B, T, k.size(1), -1).transpose(1, 2).to(k.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
@@ -176,7 +176,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer of the encoder, or with `cross` of the decoder."""
+    """A layer of the encoder, or of the decoder if `cross`."""
     def __init__(self, config, layer, cross):
         super().__init__()
         self.ln_1 = RMSNorm(config)
@@ -199,10 +199,10 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The encoder, or with `cross` the decoder."""
+    """The encoder, or the decoder if `cross`."""
     def __init__(self, config, n_layer, cross):
         super().__init__()
-        self.bias = Embedding(config.n_buckets, config.n_head)  # one for all layers
+        self.bias = Embedding(config.n_buckets, config.n_head)  # shared by all layers
         self.h = nn.ModuleList(Block(config, layer, cross) for layer in range(n_layer))
         self.ln_f = RMSNorm(config)
         self.dropout, self.recompute = config.dropout, False
@@ -210,8 +210,7 @@ class Stack(nn.Module):
                             both_ways=not cross)
 
     def position_bias(self, row, S):
-        """What attention adds for tokens in columns `row` (T,) to columns 0 to S - 1, (nh, T, S).
-        """
+        """The bias (nh, T, S) of attention from columns `row` (T,) to columns 0 to S - 1."""
         distance = torch.arange(S, device=row.device) - row[:, None]
         return self.bias(bucket_of(distance, **self.buckets)).permute(2, 0, 1)
 
@@ -220,7 +219,7 @@ class Stack(nn.Module):
         x = dropout(x, self.dropout, self.training)
         for block in self.h:
             if self.recompute and torch.is_grad_enabled():
-                # restores the random state: dropout is the same
+                # checkpoint restores the random state: dropout is the same
                 x = checkpoint(block, x, *others, use_reentrant=False)
             else:
                 x = block(x, *others)
@@ -255,13 +254,13 @@ class T5(nn.Module):
         if not self.lm_head.weight.is_meta:  # else the weights come from a file
             self.apply(self.init_weights)
 
-    # as GPT's
+    # the same as GPT's
     num_params, param_groups, set_dtype = GPT.num_params, GPT.param_groups, GPT.set_dtype
     compute_dtype, empty = GPT.compute_dtype, classmethod(GPT.empty.__func__)
 
     @property
     def recompute(self) -> bool:
-        """Whether the backward pass recomputes activations, block by block."""
+        """Returns whether the backward pass recomputes activations, block by block."""
         return self.encoder.recompute
 
     @recompute.setter
@@ -282,8 +281,8 @@ class T5(nn.Module):
             self.lm_head.weight = self.shared.weight
 
     def init_weights(self, module):
-        """N(0, 1) for embedding and head; for a matrix 1 / sqrt(its inputs); for that of queries
-        also 1 / sqrt(hs), since attention does not scale."""
+        """Normal, with std 1 for embedding and head, and 1 / sqrt(inputs) for a matrix, times
+        1 / sqrt(hs) for that of the queries, since attention does not scale."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
         if isinstance(module, SelfAttention | CrossAttention):
@@ -292,7 +291,7 @@ class T5(nn.Module):
                 queries.weight[:module.width] *= self.config.head_size ** -0.5
         if isinstance(module, Stack):
             nn.init.normal_(module.bias.weight, std=self.config.n_embd ** -0.5)
-        if module is self:  # apply() comes to the model after its parts
+        if module is self:  # apply() visits the model after its parts
             nn.init.normal_(self.shared.weight)
             nn.init.normal_(self.lm_head.weight)
 
@@ -308,14 +307,14 @@ class T5(nn.Module):
         return self.decode(target, *self.encode_embedded(source, x != IGNORED))
 
     def embed(self, *ids):
-        """The embeddings (B, T, C) of each of some ids (B, T). One lookup for all: the gradient of
-        a lookup is as large as the table."""
+        """The embeddings (B, T, C) of each tensor of ids (B, T). One lookup for all: the gradient
+        of each lookup is as large as the table."""
         x = self.shared(torch.cat([i.flatten() for i in ids])).to(self.stream_dtype)
         return [part.view(*i.shape, -1) for part, i in zip(x.split([i.numel() for i in ids]), ids)]
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, S) sources padded with -1 -> the encoder's output, (B, S, C), and what attention to
-        it adds, (B, 1, 1, S): 0, or -inf for padding."""
+        """x (B, S) sources padded with -1 -> the encoder's output, (B, S, C), and the mask that
+        attention to it adds, (B, 1, 1, S): 0, or -inf for padding."""
         return self.encode_embedded(*self.embed(x.clamp(min=0)), x != IGNORED)
 
     def encode_embedded(self, x, seen):
@@ -339,8 +338,8 @@ class T5(nn.Module):
 
     def start(self, prompts: Sequence[list[int]], room: int,
               cache: T5Cache | None = None) -> tuple[T5Cache, torch.Tensor]:
-        """Reads B sources, each with its end token, which is appended if it lacks. Returns (a cache
-        with room for `room` more tokens, logits of the first token of each target, (B, V))."""
+        """Reads B sources; appends the end token to those without it. Returns (a cache with room
+        for `room` more tokens, logits of the first token of each target, (B, V))."""
         x = pad_sources(prompts, self.config.end_id).to(self.device)
         cache = T5Cache(self.config, len(x), 1 + room, self.device, self.compute_dtype)
         cache.source, cache.mask = self.encode(x)
@@ -358,10 +357,10 @@ class T5(nn.Module):
         return (self.lm_head(part).float() for part in hidden.split(rows))
 
     def flops_per_token(self, counted: float = 1.0) -> float:
-        """Returns the FLOPs of forward and backward per token, of source and target alike: 6 N, N
-        half of the weights, since a token passes the encoder or the decoder; 4 N if frozen. The
-        head takes part for the `counted` share, the targets. Counts no products of attention: pairs
-        are short."""
+        """Returns the FLOPs of forward and backward per source or target token: 6 N, where N is
+        half of the weights, since a token passes only the encoder or the decoder; 4 N for frozen
+        weights. The head counts for the `counted` share of tokens, the targets. Attention's
+        products are left out: pairs are short."""
         head = self.lm_head.weight
         params = [p for p in self.parameters() if p is not head and p is not self.shared.weight]
         flops = sum((6 if p.requires_grad else 4) * p.numel() for p in params) / 2
@@ -372,10 +371,10 @@ class T5(nn.Module):
         """Returns (bytes that the forward pass keeps for the backward, bytes of temporaries), for a
         batch of pairs of source_length and target_length tokens.
 
-        A norm keeps its input, that divided by its size, both float32, and its output. Attention
-        with a bias that needs a gradient keeps all pairs of tokens, with dropout three times, in
-        float32 as q, k and v. Dropout keeps a mask, autocast the cast matrices. With recompute only
-        the inputs of the blocks are kept.
+        A norm keeps its input and the normalized input, both in float32, and its output. Attention
+        whose bias needs a gradient keeps q, k, v and its weights for all pairs of tokens, all in
+        float32; with dropout, the weights three times. Dropout keeps a mask, autocast the cast
+        matrices. With recompute only the inputs of the blocks are kept.
         """
         c, e, drop = self.config, dtype.itemsize, 3 if self.config.dropout else 1
         S, T, width, pairs = c.source_length, c.target_length, c.n_head * c.head_size, 4 * c.n_head
@@ -395,7 +394,7 @@ class T5(nn.Module):
         return c.n_layer * kept[0] + c.n_decoder_layer * kept[1], backward
 
     def head_bytes(self, batch_size: int, device_type: str, dtype: torch.dtype) -> tuple[int, int]:
-        """As head.head_bytes, for a batch of targets of target_length tokens."""
+        """See head.head_bytes; for a batch of targets of target_length tokens."""
         rows = batch_size * self.config.target_length
         return head_bytes(self.lm_head.weight, rows, device_type, dtype)
 

@@ -1,4 +1,4 @@
-"""Finetunes or pretrains a GPT, on one process or many.
+"""Finetunes a GPT or a T5, or pretrains a GPT, with one process or many.
 
     python train.py config/finetune_shakespeare.py
     python train.py config/finetune_shakespeare.py --init_from=gpt2 --batch_size=4
@@ -58,7 +58,7 @@ from nanotune.training.run import (
 )
 
 MAX_SKIPPED = 10  # the run stops if the float16 scaler skips this many steps in a row
-# without cuDNN, which plans again for each cache length, longer than a token takes
+# not cuDNN: its plan for each new cache length takes longer than a token
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -66,19 +66,19 @@ ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 class Config:
     ONE_OF: ClassVar = (("epochs", "max_iters"),)
     # I/O
-    out_dir: str = "out"
+    out_dir: str = "out"              # the folder of the run
     eval_interval: AtLeast1 = 2000    # steps between evaluations; also at the first and last step
     log_interval: AtLeast1 = 1        # steps between printed losses
-    eval_iters: AtLeast0 = 2400  # windows of block_size per evaluation; 0: the whole split
+    eval_iters: AtLeast0 = 2400  # windows of block_size tokens per evaluation; 0: the whole split
     eval_only: bool = False           # evaluate once and stop; write nothing
     dry_run: bool = False             # print the plan with its memory and stop; load no weights
     always_save_checkpoint: bool = True  # write ckpt.pt at each evaluation; False: only if better
     init_from: str = "scratch"  # scratch, resume, gpt2*, a hub id, a Hugging Face folder, a run
-    overwrite: bool = False           # replace the run in out_dir by a new one
-    auto_resume: bool = False  # resume if out_dir has a state, else begin from init_from
+    overwrite: bool = False           # replace the run in out_dir with a new one
+    auto_resume: bool = False  # resume if out_dir has a saved state, else start from init_from
     force_resume: bool = False  # resume even if seed, data, block_size or global batch differ
     save_interval: AtLeast1 | None = None  # steps between saves of state.pt; None: eval_interval
-    keep_states: UpTo1000 = 2  # states to keep: if the newest is damaged, resume from an older one
+    keep_states: UpTo1000 = 2  # states to keep: if the newest is damaged, an older one is used
     sample_interval: AtLeast0 = 0     # evaluations between printed samples; 0: none
     sample_start: EscapedText = "\n"  # the sample's prompt
     # wandb
@@ -88,12 +88,12 @@ class Config:
     tensorboard: bool = False         # log to out_dir/tensorboard
     # data
     dataset: str = "openwebtext"      # a folder in data/, or a path
-    gradient_accumulation_steps: UpTo65536 = 5 * 8  # micro-steps per step, of all processes
+    gradient_accumulation_steps: UpTo65536 = 5 * 8  # micro-steps per step, over all processes
     batch_size: UpTo65536 = 12        # samples per micro-step
     block_size: AtLeast1 | None = None  # tokens per sample; None: the model's, 1024 from scratch
     separate_documents: bool = False  # tokens attend only to their own document
-    source_length: AtLeast1 | None = None  # pairs: most tokens of a source; None: the model's, 512
-    target_length: AtLeast1 | None = None  # pairs: most tokens of a target; None: the model's, 512
+    source_length: AtLeast1 | None = None  # pairs: max tokens of a source; None: the model's, 512
+    target_length: AtLeast1 | None = None  # pairs: max tokens of a target; None: the model's, 512
     # model (from scratch; a pretrained model only takes dropout)
     n_layer: UpTo1000 = 12
     n_head: UpTo65536 = 12
@@ -101,22 +101,22 @@ class Config:
     dropout: Fraction = 0.0           # for pretraining 0 is good, for finetuning try 0.1
     bias: bool = False                # biases in LayerNorms and Linears
     # optimizer
-    learning_rate: NonNegative = 6e-4  # the highest, after warmup
+    learning_rate: NonNegative = 6e-4  # the maximum, reached after warmup
     max_iters: AtLeast0 = 600000      # steps in total
-    epochs: AboveZero | None = None   # passes over the data, in the place of max_iters
+    epochs: AboveZero | None = None   # passes over the data, instead of max_iters
     weight_decay: NonNegative = 1e-1  # on matrices and embeddings only
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     grad_clip: NonNegative = 1.0      # clip the gradient to this norm; 0: no clipping
-    patience: AtLeast0 = 0  # stop after this many evaluations without a better one; 0: never
+    patience: AtLeast0 = 0  # stop after this many evaluations without improvement; 0: never
     # memory
-    weights: Literal["float32", "bfloat16"] = "float32"  # bfloat16 halves weights and gradients
-    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"  # moments: 8, 2 or 0 bytes
-    recompute: bool = False  # recompute activations in the backward pass: 4/3 of the time
+    weights: Literal["float32", "bfloat16"] = "float32"  # or bfloat16: halves weights and gradients
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"  # less: adamw8bit, adafactor
+    recompute: bool = False  # recompute activations: saves memory, takes 4/3 of the time
     lora_rank: Rank = 0  # train only adapters of this rank; 0: train all weights
     # learning rate
     decay_lr: bool = True             # cosine decay after warmup; False: constant
-    warmup_iters: AtLeast0 = 2000
+    warmup_iters: AtLeast0 = 2000     # steps of linear warmup
     lr_decay_iters: AtLeast0 | None = None  # None: max_iters
     min_lr: NonNegative | None = None  # None: learning_rate / 10
     # system
@@ -126,7 +126,7 @@ class Config:
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
     dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16 (with a GradScaler)
     compile: bool | Literal["auto"] = "auto"  # auto: if torch.compile is known to work
-    seed: Seed = 1337                 # of weights, data order and dropout
+    seed: Seed = 1337                 # for initial weights, data order and dropout
 
 
 # -----------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def seed_draws(*numbers: int) -> None:
 
 
 def count_targets(r: Run, step: int) -> int:
-    """The targets of a step's *global* batch that count in the loss."""
+    """The number of targets in a step's *global* batch that count in the loss."""
     samples = r.cfg.gradient_accumulation_steps * r.cfg.batch_size
     return r.data["train"].count_targets(step * samples, samples)
 
@@ -189,15 +189,15 @@ def gradient_norm(r: Run) -> tuple[torch.Tensor, float]:
 
 def update(r: Run, loss: float, norm: torch.Tensor, finite: bool, step: int,
            skipped_in_a_row: int) -> int:
-    """Clips the gradient and steps. Returns how many steps in a row the float16 scaler skipped.
-    Raises NonFiniteLoss before the step if loss or gradient is not finite; all ranks pass the same
-    `loss` and `finite`."""
+    """Clips the gradient and updates the weights. Returns the number of steps that the float16
+    scaler skipped in a row. Raises NonFiniteLoss before the update if the loss or the gradient is
+    not finite; all ranks pass the same `loss` and `finite`."""
     if not math.isfinite(loss) or not (finite or r.scaler.is_enabled()):
         what = "gradient norm is not finite" if math.isfinite(loss) else f"loss is {loss}"
         raise NonFiniteLoss(
-            f"step {step}: the {what}; stopped before the step, so that the files in "
-            f"{r.cfg.out_dir} are good; try a lower --learning_rate, a longer --warmup_iters, "
-            "--grad_clip=1.0 or --dtype=float32, and look at the data")
+            f"step {step}: the {what}; stopped before the step, so the files in "
+            f"{r.cfg.out_dir} are intact; try a lower --learning_rate, a longer --warmup_iters, "
+            "--grad_clip=1.0 or --dtype=float32, and check the data")
     if r.cfg.grad_clip > 0 and finite:
         params = [p for p in r.model.parameters() if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(params, r.cfg.grad_clip, norm)
@@ -210,7 +210,7 @@ def update(r: Run, loss: float, norm: torch.Tensor, finite: bool, step: int,
     r.progress.skipped += 1
     if skipped_in_a_row + 1 == MAX_SKIPPED:
         raise NonFiniteLoss(
-            f"step {step}: the fp16 scaler skipped {MAX_SKIPPED} steps in a row, the gradients "
+            f"step {step}: the fp16 scaler skipped {MAX_SKIPPED} steps in a row: the gradients "
             "overflow; try a lower --learning_rate, --dtype=bfloat16 or --dtype=float32")
     return skipped_in_a_row + 1
 
@@ -225,8 +225,8 @@ def evaluate_and_save(r: Run) -> None:
     train_loss, val_loss = evaluate_splits(r)
     if not math.isfinite(val_loss):
         raise NonFiniteLoss(
-            f"step {p.step}: the validation loss is {val_loss}; stopped without saving, so that "
-            f"the files in {cfg.out_dir} are good; try a lower --learning_rate or --dtype=float32")
+            f"step {p.step}: the validation loss is {val_loss}; stopped without saving, so the "
+            f"files in {cfg.out_dir} are intact; try a lower --learning_rate or --dtype=float32")
     begin(r)
     improved, before = val_loss < p.best_val_loss, replace(p)
     if improved:
@@ -252,8 +252,8 @@ def evaluate_and_save(r: Run) -> None:
 
 
 def begin(r: Run) -> None:
-    """Makes out_dir this run's, once. With overwrite that is after the first evaluation: until the
-    new run is known to work, the old one is intact."""
+    """Prepares out_dir for this run, once. With overwrite this happens after the first evaluation:
+    the old run stays intact until the new one is known to work."""
     if not r.begun:
         if r.world.is_main:
             try:
@@ -272,15 +272,15 @@ def evaluate_splits(r: Run) -> list[float]:
 
 
 def save(r: Run, name: str, as_best: bool = False) -> bool:
-    """Writes ckpt.pt or state.pt on rank 0; all ranks must call it. Returns whether that succeeded;
-    if not, it warns, and the previous file is intact. Raises NonFiniteLoss if the weights
-    are not finite: the file would replace a good one."""
+    """Writes ckpt.pt or state.pt on rank 0; all ranks must call it. Returns whether the write
+    succeeded; if not, it warns, and the previous file is intact. Raises NonFiniteLoss if the
+    weights are not finite: the file would replace a good one."""
     cfg, p, whole = r.cfg, r.progress, name == checkpoint.STATE_FILE
     weights = state_dicts.whole_weights(r.model)
     if not share(r.world, state_dicts.are_finite(weights)):
         raise NonFiniteLoss(
-            f"step {p.step}: the weights are not finite; stopped without saving, so that the "
-            f"files in {cfg.out_dir} are good; try a lower --learning_rate or --dtype=float32")
+            f"step {p.step}: the weights are not finite; stopped without saving, so the "
+            f"files in {cfg.out_dir} are intact; try a lower --learning_rate or --dtype=float32")
     moments = state_dicts.optimizer_state(r.model, r.optimizer) if whole else None
     error = None
     if r.world.is_main:
@@ -288,7 +288,7 @@ def save(r: Run, name: str, as_best: bool = False) -> bool:
                                      r.tokenizer, weights, p.run_id, r.start.lora)
         if whole:
             data |= {"optimizer": moments, "scaler": r.scaler.state_dict(), "progress": asdict(p),
-                     "data": {split: held.fingerprint for split, held in r.data.items()}}
+                     "data": {split: dataset.fingerprint for split, dataset in r.data.items()}}
         try:
             files.save(Path(cfg.out_dir) / name, data, cfg.keep_states if whole else 1)
             if as_best:
@@ -310,7 +310,7 @@ def show_sample(r, length=120):
     r.model.eval()
     generator = torch.Generator(r.world.device).manual_seed(r.cfg.seed)
     ids, pairs = r.tokenizer.encode(r.cfg.sample_start), r.model.config.takes_pairs
-    # eager: these shapes would be compiled again
+    # eager: torch.compile would recompile for these shapes
     with (torch.compiler.set_stance("force_eager"), sdpa_kernel(ANY_LENGTH),
           r.model.lm_head.keep(), autocast(r.world.device, r.dtype, cache=True)):
         new = stream(r.model, [ids], length, temperature=0.8, top_k=200,
@@ -332,7 +332,7 @@ def train(r: Run, signals: StopSignals) -> int:
     tokens_per_iter = round(samples * r.data["train"].tokens_per_sample)
     peak = matmul_peak(r.world.device, r.dtype)
     began, timed, skipped = time.perf_counter(), 0, 0
-    # the evaluation at step 0 has no dropout: the first loss would look like another model's
+    # evaluation has no dropout: this note explains why the first training loss differs
     note = f", with dropout {cfg.dropout}" if cfg.dropout else ""
     r.model.train()
     while True:
@@ -374,7 +374,7 @@ def train(r: Run, signals: StopSignals) -> int:
             return 128 + int(signals.received or signal.SIGTERM)
 
 
-def tell_end(r):
+def log_end(r):
     p, cfg = r.progress, r.cfg
     path = Path(cfg.out_dir, checkpoint.best_file(cfg.always_save_checkpoint))
     r.log.say(f"best validation loss {p.best_val_loss:.4f} at step {p.best_step}, in {path}; "
@@ -386,18 +386,18 @@ def tell_end(r):
 
 def finish(r: Run, status: int) -> None:
     """Writes the last step's state.pt, and ckpt.pt with always_save_checkpoint, unless they are
-    written already; then tells how the run ended. Raises UserError if a file was not written."""
+    written already; then prints how the run ended. Raises UserError if a file was not written."""
     if r.tried_step != r.progress.step:
         if r.cfg.always_save_checkpoint and r.progress.evaluated != r.progress.step:
             save(r, checkpoint.MODEL_FILE)
         save(r, checkpoint.STATE_FILE)
     if status:
-        r.log.say(f"stopped by a signal after step {r.progress.step - 1}; go on with:\n"
+        r.log.say(f"stopped by a signal after step {r.progress.step - 1}; resume with:\n"
                   f"  {resume_command(r.cfg.out_dir)}")
     for error in filter(None, r.not_saved.values()):
         raise UserError(error)
     if status == 0:
-        tell_end(r)
+        log_end(r)
 
 
 def main(argv: list[str]) -> None:

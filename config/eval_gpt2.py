@@ -1,4 +1,4 @@
-# the loss of gpt2 (124M) on both splits of a dataset, and nothing else
+# evaluate gpt2 (124M) on both splits of a dataset, without training
 # n_layer=12, n_head=12, n_embd=768
 init_from = "gpt2"
 eval_only = True

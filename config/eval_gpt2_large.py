@@ -1,4 +1,4 @@
-# the loss of gpt2-large (774M) on both splits of a dataset, and nothing else
+# evaluate gpt2-large (774M) on both splits of a dataset, without training
 # n_layer=36, n_head=20, n_embd=1280
 init_from = "gpt2-large"
 eval_only = True

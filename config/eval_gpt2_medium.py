@@ -1,4 +1,4 @@
-# the loss of gpt2-medium (355M) on both splits of a dataset, and nothing else
+# evaluate gpt2-medium (355M) on both splits of a dataset, without training
 # n_layer=24, n_head=16, n_embd=1024
 init_from = "gpt2-medium"
 eval_only = True

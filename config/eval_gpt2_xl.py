@@ -1,4 +1,4 @@
-# the loss of gpt2-xl (1558M) on both splits of a dataset, and nothing else
+# evaluate gpt2-xl (1558M) on both splits of a dataset, without training
 # n_layer=48, n_head=25, n_embd=1600
 init_from = "gpt2-xl"
 eval_only = True

@@ -1,7 +1,7 @@
-# strategy: conversations (data/chat/prepare.py); the loss counts the assistant's texts alone
-# The model has the language and learns the turns, and when to stop. A low rate, dropout against
-# learning answers by heart, few epochs, and the best checkpoint by validation loss.
-# Each conversation attends to itself only. Then: python sample.py --out_dir=out-chat --chat
+# strategy: conversations (data/chat/prepare.py); only the assistant's texts count in the loss
+# The model knows the language; it learns the turns, and when to stop. Use a low learning rate,
+# dropout against memorizing answers, few epochs, and the best checkpoint by validation loss.
+# Tokens attend only to their own conversation. Then: python sample.py --out_dir=out-chat --chat
 out_dir = "out-chat"
 eval_interval = 20
 eval_iters = 200
@@ -18,4 +18,4 @@ dropout = 0.1
 epochs = 3
 warmup_iters = 10
 always_save_checkpoint = False
-patience = 5  # five evaluations without a better one: stop
+patience = 5  # stop after five evaluations without improvement

@@ -1,6 +1,6 @@
-# strategy: very little text (a few hundred kilobytes: one author, one show, one's own letters)
-# The model will have read all of it within a few steps, and then learns it by heart. So few
-# steps, a very low rate, much dropout, frequent evaluation, and the best checkpoint only.
+# strategy: very little text (a few hundred kilobytes: one author, one show, your own letters)
+# The model reads all of it within a few steps, and then memorizes it. Use few steps, a very low
+# learning rate, much dropout, frequent evaluation, and only the best checkpoint.
 out_dir = "out-little"
 eval_interval = 5
 eval_iters = 0  # the whole validation split: it is small

@@ -1,5 +1,5 @@
-# gpt2-xl finetuned on Shakespeare: 20 small steps, the best checkpoint kept
-# needs a GPU with 40 GB in float32; on less, --init_from=gpt2-medium or gpt2
+# finetune gpt2-xl on Shakespeare: 20 small steps; keep the best checkpoint
+# needs a GPU with 40 GB, in float32; with less, use --init_from=gpt2-medium or gpt2
 import time
 
 out_dir = "out-shakespeare"
@@ -12,7 +12,7 @@ dataset = "shakespeare"
 init_from = "gpt2-xl"  # the largest GPT-2, 1558M parameters
 always_save_checkpoint = False  # ckpt.pt only when the validation loss improves
 
-# 1 sample x 32 micro-steps x 1024 tokens = 32,768 tokens a step
+# 1 sample x 32 micro-steps x 1024 tokens = 32,768 tokens per step
 # Shakespeare has 301,966 tokens: 1 epoch = 9.2 steps
 batch_size = 1
 gradient_accumulation_steps = 32

@@ -1,6 +1,6 @@
-# strategy: one task from some thousand examples (classify, extract, answer in a form)
-# The form is learned soon; what must not be lost is the language. A low rate, dropout against
-# learning examples by heart, and the best checkpoint by validation loss. Give --dataset.
+# strategy: one task from a few thousand examples (classify, extract, answer in a format)
+# The model learns the format quickly, and must not forget the language. Use a low learning rate,
+# dropout against memorizing examples, and the best checkpoint by validation loss. Give --dataset.
 out_dir = "out-task"
 eval_interval = 50
 eval_iters = 200
@@ -14,4 +14,4 @@ dropout = 0.1
 max_iters = 1000
 warmup_iters = 50
 always_save_checkpoint = False
-patience = 5  # five evaluations without a better one: stop
+patience = 5  # stop after five evaluations without improvement

@@ -1,5 +1,5 @@
-# make chat: the quickstart's pretrained model finetuned on conversations about Python's library
-# about 3 minutes on a CPU
+# make chat: finetune the quickstart's pretrained model on conversations about Python's library
+# takes about 3 minutes on a CPU
 out_dir = "out-quickstart-chat"
 eval_interval = 200
 eval_iters = 0  # the whole validation split: 105 windows
@@ -9,7 +9,7 @@ always_save_checkpoint = False
 dataset = "python_docs/chat"
 init_from = "out-quickstart-base"
 separate_documents = True
-# 1,024 tokens a step: 1 epoch = 227 steps
+# 1,024 tokens per step: 1 epoch = 227 steps
 batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 128

@@ -1,5 +1,5 @@
-# quickstart, step 2: that model finetuned on Python's language reference (pydoc_data.topics)
-# with --init_from=scratch the same steps without pretraining, to see what it bought
+# quickstart, step 2: finetune step 1's model on Python's language reference (pydoc_data.topics)
+# with --init_from=scratch: the same steps without pretraining, to compare
 out_dir = "out-quickstart"
 eval_interval = 50
 eval_iters = 80  # 10,240 tokens: nearly the whole validation split
@@ -8,12 +8,12 @@ always_save_checkpoint = False
 
 dataset = "python_docs/topics"
 init_from = "out-quickstart-base"
-# 1,024 tokens a step: 1 epoch = 93 steps
+# 1,024 tokens per step: 1 epoch = 93 steps
 batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 128
 
-# read with --init_from=scratch alone
+# used only with --init_from=scratch
 n_layer = 4
 n_head = 4
 n_embd = 192

@@ -1,4 +1,4 @@
-# quickstart, step 1: a small GPT from scratch on the docstrings of Python's standard library
+# quickstart, step 1: pretrain a small GPT on the docstrings of Python's standard library
 # 2.6M parameters; about 2 minutes on 2 CPU cores
 out_dir = "out-quickstart-base"
 eval_interval = 200
@@ -6,7 +6,7 @@ eval_iters = 80
 log_interval = 25
 
 dataset = "python_docs/docstrings"
-# 8 samples x 128 tokens = 1,024 tokens a step: 1 epoch = 422 steps
+# 8 samples x 128 tokens = 1,024 tokens per step: 1 epoch = 422 steps
 batch_size = 8
 gradient_accumulation_steps = 1
 block_size = 128

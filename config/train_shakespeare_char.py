@@ -1,6 +1,6 @@
-# a small GPT from scratch on the characters of Shakespeare: minutes on a GPU, an hour or two on CPU
+# pretrain a small GPT on the characters of Shakespeare: minutes on a GPU, 1 to 2 hours on a CPU
 out_dir = "out-shakespeare-char"
-eval_interval = 250  # often, since so little data is soon overfitted
+eval_interval = 250  # often: so little data is overfitted quickly
 eval_iters = 12800
 log_interval = 10
 always_save_checkpoint = False  # keep the best, not the last
@@ -19,8 +19,8 @@ n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3  # small models bear a higher one
+learning_rate = 1e-3  # small models allow a higher one
 max_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99  # few tokens a step: a longer memory
+beta2 = 0.99  # few tokens per step: average over more steps
 warmup_iters = 100

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 def test_a_case_that_is_not_there(monkeypatch):
     machine = dict(device="cpu", name="CPU", torch="2", dtype="float32", dtypes=["float32"])
     monkeypatch.setattr(bench, "run_process", lambda argv: (json.dumps(machine), 0.0, 0))
-    with pytest.raises(UserError, match="--only=LORA is in no case's name: float32 AdamW; "):
+    with pytest.raises(UserError, match="--only=LORA matches no case: float32 AdamW; "):
         bench.main(["memory", "--model=tiny", "--only=LORA"])
 
 
@@ -168,7 +168,7 @@ def test_the_table():
                "theirs": {"tok/s": [50.0, 50.0], "memory": [None]}}
     told = bench.table(results, peak_flops=200.0)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines()]
-    assert rows[0] == ["", "tok/s", "memory", "MFU", "the first is"]
+    assert rows[0] == ["", "tok/s", "memory", "MFU", "speedup of the first"]
     assert rows[2] == ["ours", "100.0 (90.0 to 110.0)", "2.00 GB", "50%", "1.00x"]
     assert rows[3] == ["theirs", "50.0", "-", "25%", "2.00x"]
 

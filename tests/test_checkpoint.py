@@ -469,7 +469,7 @@ def test_nanogpts_folder_samples_and_evaluates(tmp_path, monkeypatch, capsys):
                 for i in range(0, 384, 16))
     total += F.cross_entropy(exact_gelu_logits(held, tokens[None, 384:399])[0], tokens[385:400],
                              reduction="sum")
-    assert f"loss {total / 399:.4f} nats a token" in line
+    assert f"loss {total / 399:.4f} nats per token" in line
 
 
 def test_nanogpts_tokenizer_is_that_of_its_dataset(tmp_path, monkeypatch):

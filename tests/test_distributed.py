@@ -172,7 +172,7 @@ def test_what_two_processes_began_one_goes_on_with(two, tmp_path):
 def test_two_processes_speak_once(two):
     _, printed = two
     assert printed.count("step 0: train loss") == 4  # whole, part 1, stopped, masked
-    assert printed.count("nats a token") == 1
+    assert printed.count("nats per token") == 1
 
 
 def test_two_processes_evaluate_as_one(two, capsys):
@@ -238,7 +238,7 @@ def test_sigterm_to_torchrun_saves_and_the_command_goes_on(tmp_path):
         printed = [*lines]
         assert process.wait(60) != 0
     step = files.load(tmp_path / "out" / "state.pt")["iter_num"]
-    assert f"after step {step - 1}; go on with" in printed[-2]
+    assert f"after step {step - 1}; resume with" in printed[-2]
     assert printed[-1].strip().startswith("torchrun --standalone --nproc_per_node=2 train.py")
     done = torchrun("train.py", *printed[-1].split()[4:], f"--max_iters={step + 2}")
     assert done.returncode == 0, done.stderr

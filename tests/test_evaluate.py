@@ -147,13 +147,13 @@ def test_the_command(run, capsys):
         main([*argv, f"--split={split}"])
         expected = loss_of(model, TokenBin(folder / f"{split}.bin", 16, model.config.vocab_size))
         line = capsys.readouterr().out
-        found = re.search(r"loss ([\d.]+) nats a token, perplexity ([\d.]+), windows of 16", line)
+        found = re.search(r"loss ([\d.]+) nats per token, perplexity ([\d.]+), windows of 16", line)
         assert float(found[1]) == pytest.approx(expected, abs=6e-5)
         assert float(found[2]) == pytest.approx(math.exp(expected), abs=6e-3)
     main([*argv, "--block_size=5", "--eval_iters=6", "--batch_size=3"])
     model.crop_block_size(5)
     expected = loss_of(model, TokenBin(folder / "val.bin", 5, model.config.vocab_size), 2, 3)
-    assert f"loss {expected:.4f} nats a token" in capsys.readouterr().out
+    assert f"loss {expected:.4f} nats per token" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arg, message", [

@@ -236,7 +236,7 @@ def test_sample_and_evaluate(exported, tmp_path, capsys):
             evaluate.main([*common, f"--task={task}", f"--dataset={tmp_path / 'data'}",
                            f"--out_dir={tmp_path}"])
         text = capsys.readouterr().out.replace(str(source), "")
-        outputs.append(re.sub(r"[\d.]+ s, [\d.]+ prompts a second", "", text))
+        outputs.append(re.sub(r"[\d.]+ s, [\d.]+ prompts per second", "", text))
     assert outputs[0] == outputs[1] and "exact match" in outputs[0] and "loss" in outputs[0]
 
 
@@ -342,7 +342,7 @@ def test_float16(refused, folder, exported, monkeypatch, capsys):
     assert "T5 overflows in float16" in refused(folder, "--dtype=float16")
     status, _, err = run_script(monkeypatch, capsys, export.main, [
         f"--out_dir={exported[0]}", "--format=onnx", "--dtype=float16"])
-    assert status == 1 and "--dtype=float16 goes with --format=hf" in err and err.count("\n") == 1
+    assert status == 1 and "--dtype=float16 needs --format=hf" in err and err.count("\n") == 1
 
 
 def change_metadata(path, change):

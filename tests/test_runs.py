@@ -38,8 +38,8 @@ def test_one_run_and_another_picture(folder, tmp_path, capsys):
 
 def test_folders_that_are_no_runs(folder, tmp_path, monkeypatch):
     for path in (folder / "words", tmp_path / "none"):
-        with pytest.raises(UserError, match=r"is no run: it has no readable ckpt\.pt"):
+        with pytest.raises(UserError, match=r"is not a run: it has no readable ckpt\.pt"):
             runs.main([str(path)])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no run is in this folder"):
+    with pytest.raises(UserError, match="no run in the current folder"):
         runs.main([])

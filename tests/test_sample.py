@@ -375,11 +375,11 @@ def test_a_model_without_a_tokenizer(write_hf):
 
 def test_speed_is_told_in_all_and_of_the_later_half():
     times = [0.0, 4.0, 5.0, 6.0, 7.0, 7.5, 8.0, 8.5, 9.0]  # the first took four seconds
-    assert sample.speed(times, 10) == "80 tokens in 9.00 s, 8.9 a second (the later half at 20.0)"
-    assert sample.speed([0.0, 2.0], 1) == "1 tokens in 2.00 s, 0.5 a second"
+    assert sample.speed(times, 10) == "80 tokens in 9.00 s, 8.9 per second (second half: 20.0)"
+    assert sample.speed([0.0, 2.0], 1) == "1 tokens in 2.00 s, 0.5 per second"
 
 
 def test_speed_is_printed(chars, capsys):
     main([f"--out_dir={chars}", "--device=cpu", "--max_new_tokens=4", "--num_samples=3"])
     err = capsys.readouterr().err
-    assert re.search(r"^12 tokens in [\d.]+ s, [\d.,]+ a second \(the later half at", err, re.M)
+    assert re.search(r"^12 tokens in [\d.]+ s, [\d.,]+ per second \(second half: ", err, re.M)

@@ -428,8 +428,8 @@ def test_names_of_models():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--host=0.0.0.0"], "--host=0.0.0.0 lets other machines in: give a --token"),
-    (["--host=192.0.2.1"], "lets other machines in"), (["--token=short"], "at least 16 ASCII"),
+    (["--host=0.0.0.0"], "--host=0.0.0.0 is open to other machines: give a --token"),
+    (["--host=192.0.2.1"], "is open to other machines"), (["--token=short"], "at least 16 ASCII"),
     (["--token=" + "é" * 20], "ASCII"), (["--token=" + "a b" * 20], "no spaces"),
     (["--port=65536"], "--port=65536 must be in"), (["--out_dir=,"], "no model given"),
     (["--port=0", "--out_dir=out-none"], "out-none does not exist"),

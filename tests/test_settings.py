@@ -284,7 +284,7 @@ def test_evaluate_takes_the_runs_dataset(out, dataset, monkeypatch, capsys, tmp_
     status, said, err = run_script(monkeypatch, capsys, evaluate.main, [
         f"--out_dir={out}", "--device=cpu"])
     assert status == 0 and f"on {dataset} val: loss" in said, err
-    with pytest.raises(UserError, match=r"on which text\? gpt2 is no run .*already: words"):
+    with pytest.raises(UserError, match=r"gpt2 is not a run with .*already: words"):
         evaluate.main(["--init_from=gpt2", "--device=cpu"])
 
 

@@ -63,7 +63,7 @@ def predictions(out_dir):
 def test_it_classifies(trained, script, method):
     out_dir, data = trained
     _, out, _ = script(evaluate, task="classify", out_dir=out_dir, dataset=data, method=method)
-    assert "accuracy 100.00%, macro F1 100.00%; 24 prompts, 0 answers were no label" in out
+    assert "accuracy 100.00%, macro F1 100.00%; 24 prompts, 0 answers were not a label" in out
     rows = predictions(out_dir)
     assert len(rows) == 24 and {row["answer"] for row in rows} == {"bad", "a cab"}
 
@@ -90,7 +90,7 @@ def test_the_loss_of_pairs(trained, script):
     out_dir, data = trained
     _, out, _ = script(evaluate, out_dir=out_dir, dataset=data)
     logged = read_metrics(out_dir)[-1]["val_loss"]
-    assert f"loss {logged:.4f} nats a token" in out and "targets of pairs" in out
+    assert f"loss {logged:.4f} nats per token" in out and "targets of pairs" in out
     assert "over 12 pairs" in out
 
 
@@ -120,7 +120,7 @@ def test_an_export_answers_in_transformers(trained, script, tmp_path):
 
 
 @pytest.mark.parametrize("module, fields, said", [
-    (export, dict(format="peft"), "--format=peft does not take T5; use --format=hf"),
+    (export, dict(format="peft"), "--format=peft does not support T5; use --format=hf"),
     (export, dict(dtype="float16"), "T5 overflows in float16"),
     (sample, dict(dtype="float16"), "T5 overflows in float16"),
     (evaluate, dict(dtype="float16"), "T5 overflows in float16"),

@@ -137,9 +137,9 @@ def test_perplexity_of_a_file(make_dataset, make_run, tmp_path, capsys):
         F.cross_entropy(model.logits(tokens[None, max(0, t - 16):t])[0, -1], tokens[t]).item()
         for t in range(1, len(tokens)))
     n = len(text) - 1
-    assert f"loss {nats / n:.4f} nats a token, perplexity {math.exp(nats / n):.2f}, " in out
+    assert f"loss {nats / n:.4f} nats per token, perplexity {math.exp(nats / n):.2f}, " in out
     assert f"{nats / n / math.log(2):.4f} bits per byte; {n} tokens counted" in out
-    a_word = float(re.search(r"perplexity ([\d.]+) a word, of 6 between", out)[1])
+    a_word = float(re.search(r"perplexity ([\d.]+) per word; 6 words", out)[1])
     assert a_word == pytest.approx(math.exp(nats / 6), rel=1e-4)
     assert "windows of 16 every 1" in out
 
@@ -303,10 +303,10 @@ def test_no_test_file_and_another_tokenizer(task, make_dataset):
     (["--task=bleu"], "--task=bleu: use perplexity, classify, generate or lambada"),
     (["--task=classify", "--method=beam"], "--method=beam: use generate or likelihood"),
     (["--task=lambada"], "--task=lambada needs --input=FILE"),
-    (["--detokenize=True"], "--detokenize needs the text"),
+    (["--detokenize=True"], "--detokenize needs a text file"),
     (["--input=gone.txt"], "--input=gone.txt: no such file"),
     (["--stride=0"], "--stride=0 must be at least 1"),
-    (["--stride=21"], "--stride=21 is more than the windows' 20 tokens"),
+    (["--stride=21"], "--stride=21 would skip tokens: windows have 20 tokens"),
     (["--stride=2", "--eval_iters=1"], "leave --input and --stride out"),
 ])
 def test_refused(argv, message, task):
@@ -366,7 +366,7 @@ def test_the_lambada_command(gpt2_vocabulary, shared, tmp_path, capsys):
     with pytest.raises(UserError, match=r"l.jsonl, line 2: needs at least two words"):
         run(*argv)
     make_jsonl(tmp_path / "l.jsonl", [{"text": "word " * 600}])
-    with pytest.raises(UserError, match=r"line 1: has 600 tokens, the model reads 512"):
+    with pytest.raises(UserError, match=r"line 1: has 600 tokens, the model reads at most 512"):
         run(*argv)
 
 
@@ -396,7 +396,7 @@ def test_detokenized_text_is_likelier(gpt2_vocabulary, shared, tmp_path, capsys)
     for detokenize in (False, True):
         run(f"--init_from={shared('models/gutenberg-17m')}", f"--input={tmp_path / 'w.txt'}",
             f"--detokenize={detokenize}")
-        found.append(float(re.search(r"perplexity ([\d.]+) a word", capsys.readouterr().out)[1]))
+        found.append(float(re.search(r"perplexity ([\d.]+) per word", capsys.readouterr().out)[1]))
     assert found[1] < found[0] / 2
 
 
@@ -415,7 +415,7 @@ def test_windows_files_are_read_as_others(task, tmp_path, capsys):
                         ["--task=lambada", f"--input={tmp_path / 'in.jsonl'}"],
                         ["--task=classify", f"--dataset={folder}"]):
             run(f"--out_dir={out_dir}", *options)
-        found[name] = re.sub(r"[\d.]+ s, [\d,.]+ prompts a second", "", capsys.readouterr().out)
+        found[name] = re.sub(r"[\d.]+ s, [\d,.]+ prompts per second", "", capsys.readouterr().out)
     assert found["plain"] == found["windows"]
 
 
@@ -432,7 +432,7 @@ def test_end_of_text_after_an_answer_is_none_of_it(make_run, make_dataset, capsy
         for options in (["--task=classify", f"--dataset={folder}"],
                         ["--task=lambada", f"--input={folder / 'test.jsonl'}"]):
             run(f"--out_dir={out_dir}", *options)
-        found.append(re.sub(r"[\d.]+ s, [\d,.]+ prompts a second", "", capsys.readouterr().out))
+        found.append(re.sub(r"[\d.]+ s, [\d,.]+ prompts per second", "", capsys.readouterr().out))
     assert found[0] == found[1] == found[2]
 
 
