@@ -28,7 +28,7 @@ def rank_batches(model, data, windows, batch_size, world, progress):
     """Yields this rank's windows as inputs and targets, (B, T) each, on its device.
 
     All ranks get the same number of batches, since a sharded model needs all ranks in each forward
-    pass. A compiled model gets batches of one shape. Windows added for this have no targets.
+    pass. A compiled model gets batches of one shape. Windows added to fill batches have no targets.
     """
     batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
     for first in tqdm(range(0, len(batches), world.size), leave=False,

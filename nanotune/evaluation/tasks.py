@@ -96,8 +96,8 @@ def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, 
            n_vocab: int, batch_size: int, end: Sequence[int] = (), num_beams: int | None = None,
            length_penalty: float = 1.0) -> tuple[list[list[int]], list[bool]]:
     """Returns (ids of each prompt's continuation, greedy or from beam_search, whether each was
-    cut). One ends before `eot` or the ids `end`, if given. It is cut after max_new_tokens, or where
-    the batch's longest fills the context."""
+    cut). A continuation ends before `eot` or the ids `end`, if given. It is cut after
+    max_new_tokens, or where the batch's longest fills the context."""
     answers, cut = [None] * len(prompts), [False] * len(prompts)
     for batch in batches_by_length(prompts, batch_size):
         # + 1: the model does not read the last new token

@@ -42,7 +42,7 @@ MODEL_FILE, BEST_FILE, STATE_FILE = "ckpt.pt", "best.pt", "state.pt"
 
 
 def best_file(always_save_checkpoint: bool) -> str:
-    """Returns the name of the file with the best model: best.pt if ckpt.pt is the latest step."""
+    """Returns the best model's file name: best.pt if ckpt.pt is the latest step, else ckpt.pt."""
     return BEST_FILE if always_save_checkpoint else MODEL_FILE
 
 

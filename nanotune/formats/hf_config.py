@@ -16,7 +16,8 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 SUPPORTED = {"scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,),
              "add_cross_attention": (False,), "scale_attn_weights": (True, False),
              "activation_function": tuple(ACTIVATIONS), "feed_forward_proj": ("relu", "gated-gelu")}
-T5_HEADS = ("T5ForConditionalGeneration", "T5WithLMHeadModel")  # the second before 2020
+# architectures of a T5 with a head; the second is the name used before 2020
+T5_HEADS = ("T5ForConditionalGeneration", "T5WithLMHeadModel")
 
 
 # -----------------------------------------------------------------------------

@@ -5,10 +5,10 @@
     x = graph.linear(graph.embedding(), "h.0.mlp.c_fc")
     graph.save(path, metadata)
 
-A float32 graph has only standard ONNX operators (opset 23, whose Attention is fused and takes a
-past). A quantized graph also has two of onnxruntime's: MatMulNBits, whose kernel also quantizes its
-input, by blocks, and multiplies in int8; and GatherBlockQuantized. In both kinds of graph the
-embedding and a tied head share one tensor.
+A float32 graph has only standard ONNX operators (opset 23, whose Attention is fused and takes past
+keys and values). A quantized graph also has two of onnxruntime's: MatMulNBits, whose kernel also
+quantizes its input, by blocks, and multiplies in int8; and GatherBlockQuantized. In both kinds of
+graph the embedding and a tied head share one tensor.
 
 Graphs are built operator by operator, not traced by torch's exporter: fixing a traced graph (past,
 shared embedding, quantized operators) would take more code.
@@ -36,8 +36,8 @@ CLIPPED = (1, 0.95, 0.9, 0.85, 0.8)  # fractions of a 4-bit block's range to try
 
 
 class Tensors:
-    """A graph's constants, by name. They are saved in the graph, or written to the open `file` from
-    1 KiB on. Constants that `before`, another graph's, wrote to the same file are reused."""
+    """A graph's constants, by name. They are saved in the graph or, from 1 KiB on, in the open
+    `file`. Constants that `before`, another graph's, saved in the same file are reused."""
     def __init__(self, file: IO[bytes] | None = None, before: "Tensors | None" = None) -> None:
         self.protos, self.file = {}, file
         self.before = {name: proto for name, proto in (before.protos if before else {}).items()

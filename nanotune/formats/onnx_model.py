@@ -37,7 +37,7 @@ ALL = 2**31            # logits_to_keep: more than any context
 class OnnxCache:
     """The keys and values of at most `length` tokens, {input of the decoder: OrtValue}. A GPT's
     prompts of different lengths have one cache each, in `rows`, since the graph has no padding
-    mask. For a T5, `source` has the decoder's inputs from the encoder; row i belongs to
+    mask. For a T5, `source` has the decoder's inputs from the encoder; row i belongs to source
     prompt[i]."""
     def __init__(self, length: int, source: dict[str, Any] | None = None, rows: int = 0) -> None:
         self.pos, self.past, self.length, self.rows = 0, None, length, []
@@ -281,8 +281,8 @@ def config_of(entry, path):
 
 
 def open_partner(path, entry):
-    """open_session of a T5's other graph. Raises UserError if this graph or the weights are missing
-    or from another export."""
+    """(session, metadata) of a T5's other graph. Raises UserError if this graph or the weights are
+    missing or from another export."""
     partner = Path(path).with_name(Path(entry["partner"]).name)
     if not partner.is_file():
         raise UserError(f"{path} is the {entry['part']} of a T5 and needs {partner.name} in the "

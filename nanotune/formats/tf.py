@@ -44,7 +44,7 @@ def read_config(folder: Path) -> GPTConfig:
     path = folder / "hparams.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist; copy it from the folder of the pretrained "
-                        "model that the run began with")
+                        "model that the run started from")
     hparams = read_json(path)
     lacks = [name for name in HPARAMS if name not in hparams]
     if lacks:

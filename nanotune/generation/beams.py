@@ -1,6 +1,6 @@
 """Beam search: keeps the num_beams most likely partial answers, instead of one.
 
-    answers = beam_search(model, prompts, 100, num_beams=4)     # ids of the best answer to each
+    answers = beam_search(model, prompts, 100, num_beams=4)  # ids of the best answer to each prompt
 
 The algorithm is that of generate(num_beams=..., do_sample=False, early_stopping=False) in
 transformers 5. A model is as for stream().
@@ -18,7 +18,7 @@ class Search:
     def __init__(self, num_beams: int, length_penalty: float, stop_token: int | None) -> None:
         self.n, self.penalty, self.stop_token = num_beams, length_penalty, stop_token
         self.beams = [[] for _ in range(num_beams)]   # the new tokens of each
-        self.scores = [0.0] + [NEVER] * (num_beams - 1)  # log p; all begin the same: use only one
+        self.scores = [0.0] + [NEVER] * (num_beams - 1)  # log p; they start equal, so one counts
         self.rows = list(range(num_beams))  # the beam of the previous step that each continues
         self.ended, self.done = [], False   # [(score, tokens)], best first
 

@@ -205,7 +205,7 @@ class Decoder:
                  compiled: bool = False) -> None:
         self.model, self.config = model, model.config
         self.capture, self.compiled = capture, compiled
-        self.keys, self.play = None, None  # keys of the recorded step's cache; replays the step
+        self.keys, self.play = None, None  # keys of the recorded step's cache; its replay
 
     @property
     def device(self) -> torch.device:
