@@ -80,8 +80,8 @@ def checked_messages(value: Any) -> list[Message]:
              for message in value] if isinstance(value, list) else value
     messages = read_messages(plain, "messages")
     for number, message in enumerate(plain, 1):
-        other = next((key for key, held in message.items()
-                      if key not in ("role", "content") and held is not None), None)
+        other = next((key for key, field in message.items()
+                      if key not in ("role", "content") and field is not None), None)
         if other is not None:
             raise UserError(f"messages: message {number}: {other[:99]} is not supported; leave it "
                             "out")

@@ -21,10 +21,10 @@ def describe_model(name: str, source: str, model: Any) -> dict:
     run's step, val_loss (nats per token) and dataset, or None if there is no run."""
     history = history_of(source)
     with torch.device("meta"):  # a packed model, or an ONNX file's, has no parameters to count
-        made = model_class(model.config)(model.config)
+        meta_model = model_class(model.config)(model.config)
     onnx = ", ONNX" if source.endswith(".onnx") else ""
     return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanotune",
-            "kind": made.family + onnx, "parameters": made.num_params(),
+            "kind": meta_model.family + onnx, "parameters": meta_model.num_params(),
             "context": plain(model.config.block_size), "step": history.get("iter_num"),
             "val_loss": finite(history.get("best_val_loss")),
             "dataset": (history.get("config") or {}).get("dataset"),
