@@ -500,7 +500,7 @@ def test_a_test_file_that_ends_with_a_question(tmp_path, make_run):
     folder = prepare(tmp_path, "--test_fraction=0.1", lines=MANY)
     write(folder / "test.jsonl", {"messages": TALK[:2]})
     out_dir, _ = make_run(JsonTokenizer(tiny_json()), block_size=256)
-    with pytest.raises(UserError, match="line 1: its last message must be an assistant's"):
+    with pytest.raises(UserError, match="line 1: the last message must be the assistant's"):
         evaluate.main(["--task=generate", f"--out_dir={out_dir}", f"--dataset={folder}",
                        "--device=cpu"])
 

@@ -82,7 +82,7 @@ def test_a_mask_leaves_targets_out(val_bin, write_hf):
 
 def test_a_mask_that_leaves_nothing(val_bin):
     val_bin.with_suffix(".mask.bin").write_bytes(bytes(N))
-    with pytest.raises(UserError, match=r"val.bin: the windows read hold no target"):
+    with pytest.raises(UserError, match=r"val.bin: no target in the windows read"):
         loss_of(tiny_gpt(61), TokenBin(val_bin, 16, 61))
 
 

@@ -137,7 +137,7 @@ def test_absurd_sizes_in_a_file_are_refused_before_they_are_built(out, monkeypat
                max_position_embeddings=8, window_size=4)
     with pytest.raises(UserError, match="has num_layers=10000000, which must be an integer from"):
         hf_config.config_from_hf(neo, "neo")
-    with pytest.raises(UserError, match="supports only global and local layers in turn"):
+    with pytest.raises(UserError, match="supports only alternating global and local layers"):
         hf_config.config_from_hf(
             neo | {"num_layers": 4, "attention_types": [[["global"], 10**12]]}, "neo")
 

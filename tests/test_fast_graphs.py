@@ -186,7 +186,7 @@ def test_without_a_compiler_it_goes_on_plain(monkeypatch, capsys):
     tokens = drawn(Decoder(model, compiled=True), new=40)
     assert torch.equal(tokens, drawn(model, new=40))
     assert capsys.readouterr().err == ("warning: torch.compile failed here (no working C++ "
-                                       "compiler); going on without, slower but the same\n")
+                                       "compiler); continuing without it: slower, same results\n")
 
 
 @pytest.mark.slow

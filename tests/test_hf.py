@@ -166,17 +166,17 @@ def with_tensor(key, *shape):
     (False, lambda tensors: {}, r"no tensor for (transformer\S+, ){2}\S+ and 25 more"),
     (True, without("transformer.h.1.attn.attention.k_proj.weight"),
      "no tensor for transformer.h.1.attn.c_attn.weight$"),
-    (False, with_tensor("score.weight", 2, 16), "score.weight has no place"),
-    (False, with_tensor("transformer.h.2.ln_1.weight", 16), "h.2.ln_1.weight has no place"),
-    (False, with_tensor("h.1.mlp.c_fc.weight", 16, 64), r"h.1.mlp.c_fc.\w+ .*came twice"),
+    (False, with_tensor("score.weight", 2, 16), "score.weight is not part of the model"),
+    (False, with_tensor("transformer.h.2.ln_1.weight", 16), "h.2.ln_1.weight is not part"),
+    (False, with_tensor("h.1.mlp.c_fc.weight", 16, 64), r"h.1.mlp.c_fc.\w+ .*stored twice"),
     (True, with_tensor("transformer.h.0.attn.attention.q_proj.bias", 16),
-     "q_proj.bias has no place"),
-    (False, with_tensor(KEY, 64, 16), rf"{KEY} is \(64, 16\) where .* means \(16, 64\)"),
-    (False, with_tensor("transformer.wpe.weight", 23, 16), r"wpe.weight is \(23, 16\) .*\(24, 16"),
-    (False, with_tensor("transformer.ln_f.bias", 1), r"ln_f.bias is \(1,\) .*\(16,\)"),
+     "q_proj.bias is not part of the model"),
+    (False, with_tensor(KEY, 64, 16), rf"{KEY} has shape \(64, 16\).* implies \(16, 64\)"),
+    (False, with_tensor("transformer.wpe.weight", 23, 16), r"wpe.weight .*\(23, 16\).*\(24, 16"),
+    (False, with_tensor("transformer.ln_f.bias", 1), r"ln_f.bias has shape \(1,\).*\(16,\)"),
     (True, with_tensor("transformer.h.0.attn.attention.v_proj.weight", 16, 1),
-     r"v_proj.weight is \(16, 1\) .*\(16, 16\)"),
-    (False, with_tensor("lm_head.weight", 60, 16), r"lm_head.weight is \(60, 16\)"),
+     r"v_proj.weight has shape \(16, 1\).*\(16, 16\)"),
+    (False, with_tensor("lm_head.weight", 60, 16), r"lm_head.weight has shape \(60, 16\)"),
 ])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_tensors_that_do_not_fit(neo, change, message, file, write_hf):
@@ -209,7 +209,7 @@ def test_the_same_tensor_in_two_shards(stem, write_hf):
     folder = write_hf(theirs, layout=f"{stem}.index.json")
     first, second = (folder / f"part-{i}-of-2.{stem}" for i in (1, 2))
     second.write_bytes(first.read_bytes())
-    with pytest.raises(UserError, match=r"part-2\S+: the tensor \S+ has no place .*twice"):
+    with pytest.raises(UserError, match=r"part-2\S+: the tensor \S+ is not part .*twice"):
         GPT.from_pretrained(str(folder))
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_config(text, message, write_hf):
 def test_missing_files(write_hf, tmp_path):
     folder = write_hf(hf_model(), layout="model.safetensors.index.json")
     (folder / "part-2-of-2.model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"shard part-2-of-2.model.safetensors that .* missing"):
+    with pytest.raises(UserError, match=r"shard part-2-of-2.model.safetensors, listed .* missing"):
         GPT.from_pretrained(str(folder))
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=r"has none of model.safetensors, .*pytorch_model.bin"):
@@ -464,13 +464,13 @@ def test_a_folder_called_gpt2_is_the_folder(write_hf, tmp_path, monkeypatch, cap
     model, tokenizer = checkpoint.load_model("gpt2")
     assert model.config.n_layer == 2 and tokenizer.special["eos_token"] == "[END]"
     assert tokenizer_of_source("gpt2").identity == tokenizer.identity
-    assert "note: gpt2 is the folder here" in capsys.readouterr().out
+    assert "note: gpt2 is a local folder" in capsys.readouterr().out
 
 
 def test_the_hub_answers_that_there_is_no_such_model(hub):
-    with pytest.raises(UserError, match="nobody/none is no folder on this machine and no model"):
+    with pytest.raises(UserError, match="nobody/none is neither a folder on this machine nor"):
         GPT.from_pretrained("nobody/none")
-    with pytest.raises(UserError, match=r"no folder on this machine and no model"):
+    with pytest.raises(UserError, match="neither a folder on this machine nor a model"):
         GPT.from_pretrained("no such/name at all")
 
 
@@ -500,7 +500,7 @@ def test_a_hub_that_cannot_be_reached(hub, how, monkeypatch):
     else:
         hub.other = (503, "")
     with pytest.raises(UserError, match=r"hub cannot be reached for gpt2, .*hf download gpt2 "
-                                         r"--local-dir FOLDER.*give FOLDER in its place") as error:
+                                         r"--local-dir FOLDER.*give FOLDER instead") as error:
         GPT.from_pretrained("gpt2")
     assert "\n" not in str(error.value)
 

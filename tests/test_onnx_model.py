@@ -322,7 +322,7 @@ def test_damaged_metadata(refused, make_onnx, tmp_path, change):
         change(json.loads(entry.value)))
     onnx.save(damaged, tmp_path / "odd.onnx")
     said = refused(tmp_path / "odd.onnx")
-    assert re.search("odd.onnx is damaged|its metadata has|unknown kind", said) and len(said) < 400
+    assert re.search("odd.onnx is damaged|its metadata |unknown kind", said) and len(said) < 400
 
 
 def test_without_onnxruntime(refused, monkeypatch):

@@ -306,7 +306,7 @@ def test_a_graph_without_its_partner(refused, folder, part, other):
     (folder / f"{other}.onnx").unlink()
     for source in (folder, folder / f"{part}.onnx"):
         said = refused(source)
-        assert f"is the {part} of a T5 and needs {other}.onnx beside it" in said
+        assert f"is the {part} of a T5 and needs {other}.onnx in the same folder" in said
     shutil.copy(folder / f"{part}.onnx", folder / f"{other}.onnx")
     assert "export" in refused(folder / f"{part}.onnx") or "copy of it" in refused(folder)
 
@@ -314,9 +314,9 @@ def test_a_graph_without_its_partner(refused, folder, part, other):
 def test_graphs_and_weights_of_different_exports(refused, folder, tmp_path):
     onnx_t5.write_onnx(tiny_t5(seed=1, vocab_size=24), tmp_path)
     shutil.copy(tmp_path / "encoder.onnx", folder)
-    assert "are of different exports" in refused(folder)
+    assert "are from different exports" in refused(folder)
     shutil.copy(tmp_path / "decoder.onnx", folder)
-    assert "model.onnx.data is damaged or of another export" in refused(folder)
+    assert "model.onnx.data is damaged or from another export" in refused(folder)
     (folder / "model.onnx.data").write_bytes((tmp_path / "model.onnx.data").read_bytes()[:9000])
     assert "incomplete" in refused(folder)
     (folder / "model.onnx.data").unlink()

@@ -238,10 +238,10 @@ def test_the_death_of_the_server_is_shown_and_its_return(open_page):
         wait_for_spans(page, 3)
     page.wait_for_selector("#gone:visible")
     assert "does not answer" in page.locator("#gone").inner_text()
-    assert "the server went away after" in states(page)[0]
+    assert "connection lost after" in states(page)[0]
     page.locator("#go").click()
     settle(page)
-    assert "the server went away after 0" in states(page)[0]
+    assert "connection lost after 0" in states(page)[0]
     with served({"a": tiny_model()}, port=server.port):
         page.wait_for_selector("#gone", state="hidden")
         assert generate(page)[0][0].startswith("Line")

@@ -176,7 +176,7 @@ def test_defaults_and_what_changes_nothing(server):
     ({"tempratur": 1}, "tempratur", "tempratur is not supported"),
     ({"tempratur": None}, "tempratur", "tempratur is not supported"),
     ({"max_tokens": -1}, "max_tokens", "must be at least 0, not -1"),
-    ({"max_tokens": 101}, "max_tokens", "is 101, this server generates at most 100"),
+    ({"max_tokens": 101}, "max_tokens", "is 101; this server generates at most 100"),
     ({"max_tokens": 10**300}, "max_tokens", "at most 100"),
     ({"max_tokens": 1.5}, "max_tokens", "must be an integer, not 1.5"),
     ({"max_tokens": True}, "max_tokens", "must be an integer, not True"),

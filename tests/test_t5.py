@@ -270,7 +270,7 @@ def refused(call, *said):
     (dict(d_kv="x"), ("d_kv='x'", "integer")), (dict(d_ff=None), ("d_ff=None",)),
     (dict(relative_attention_num_buckets=0), ("relative_attention_num_buckets=0",)),
     (dict(d_model=17), ("16", "17")),
-    (dict(num_decoder_layers=1), ("decoder.block.1", "no place")),
+    (dict(num_decoder_layers=1), ("decoder.block.1", "not part of the model")),
 ])
 def test_refused_configs(fields, said, write_hf):
     theirs = hf_t5()

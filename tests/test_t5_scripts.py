@@ -158,7 +158,7 @@ def test_serve_answers_with_it(trained):
             assert "".join(choice["text"] for event in events for choice in event["choices"]
                            if choice["index"] == index) == text
         status, _, content = ask(server, "POST", "/v1/completions", body | {"echo": True})
-        assert status == 400 and b"does not go on from it" in content
+        assert status == 400 and b"does not continue it" in content
     with pytest.raises(UserError, match="float16"):
         open_model(str(trained[0]), torch.device("cpu"), torch.float16)
 

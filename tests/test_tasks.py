@@ -276,7 +276,7 @@ def test_classify(task, capsys):
     (["[]"], r"line 1: must be a JSON object"),
     ([], r"test.jsonl is empty"),
     ([{"prompt": "L" * 19, "completion": " it"}, {"prompt": "L", "completion": " end"}],
-     r"test.jsonl, line 1: the prompt has 19 tokens; the model reads 1 to 16 beside the longest"),
+     r"test.jsonl, line 1: the prompt has 19 tokens; with the longest label it must have 1 to 16"),
 ])
 def test_bad_test_files(lines, message, task):
     pytest.importorskip("sklearn")

@@ -853,4 +853,4 @@ def test_a_hub_that_cannot_be_reached(dataset, out, monkeypatch, capsys):
     status, _, err = run_script(monkeypatch, capsys, train.main,
                                 arguments(dataset, out, init_from="gpt2"))
     assert status == 1 and err.count("\n") == 1
-    assert "hf download gpt2 --local-dir FOLDER" in err and "give FOLDER in its place" in err
+    assert "hf download gpt2 --local-dir FOLDER" in err and "give FOLDER instead" in err

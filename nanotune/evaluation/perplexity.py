@@ -27,8 +27,8 @@ from nanotune.training.distributed import World, sum_over_ranks
 def rank_batches(model, data, windows, batch_size, world, progress):
     """Yields this rank's windows as inputs and targets, (B, T) each, on its device.
 
-    All ranks get equally many batches, since a sharded model needs all ranks in each forward pass,
-    and a compiled model gets batches of one shape: the windows added for this have no targets.
+    All ranks get the same number of batches, since a sharded model needs all ranks in each forward
+    pass. A compiled model gets batches of one shape. Windows added to fill batches have no targets.
     """
     batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
     for first in tqdm(range(0, len(batches), world.size), leave=False,
@@ -44,7 +44,7 @@ def rank_batches(model, data, windows, batch_size, world, progress):
 @torch.no_grad()
 def evaluate_loss(model: GPT | OnnxGPT, data: TokenBin, windows: list[tuple[int, int]],
                   batch_size: int, world: World, dtype: torch.dtype) -> float:
-    """Returns the mean loss of the windows in nats per token, equal on all ranks. Uses no random
+    """Returns the mean loss of the windows in nats per token, the same on all ranks. Uses no random
     numbers and keeps the model's training mode. Raises UserError if no target counts."""
     was_training = model.training
     model.eval()
@@ -57,8 +57,8 @@ def evaluate_loss(model: GPT | OnnxGPT, data: TokenBin, windows: list[tuple[int,
     model.train(was_training)
     loss, count = sum_over_ranks(loss, count, device=world.device)
     if count == 0:
-        raise UserError(f"{data.path}: the windows read hold no target that counts in the loss; "
-                        "raise --eval_iters or look at the mask")
+        raise UserError(f"{data.path}: no target in the windows read counts in the loss; raise "
+                        "--eval_iters or check the mask")
     return loss / count
 
 
@@ -79,8 +79,8 @@ def row_losses(model, x, y):
 def perplexity_sums(model: GPT | OnnxGPT, data: TokenBin, windows: list[tuple[int, int]],
                     batch_size: int, world: World,
                     n_bytes: Callable[[list[int]], int]) -> list[float]:
-    """Returns sums over this rank's windows, to be added over ranks: the number of windows, targets
-    n, loss l in nats, l * l, l * n, n * n, bytes of the targets (by a tokenizer's n_bytes)."""
+    """Returns sums over this rank's windows, to be added over ranks: windows with targets, targets
+    n, loss l in nats, l * l, l * n, n * n, bytes of the targets (from a tokenizer's n_bytes)."""
     sums = torch.zeros(7, dtype=torch.float64)
     for x, y in rank_batches(model, data, windows, batch_size, world, progress=world.is_main):
         loss = row_losses(model, x, y)
@@ -93,11 +93,11 @@ def perplexity_sums(model: GPT | OnnxGPT, data: TokenBin, windows: list[tuple[in
 
 def perplexity_of_sums(sums: list[float]) -> dict:
     """Returns {loss, standard_error, bits_per_byte, tokens, windows}, the loss in nats per token.
-    The error is a ratio estimator's over windows, since tokens of one window are not independent
+    The error is that of a ratio estimator over windows: tokens of one window are not independent
     (Cochran 1977, 6.4). Raises UserError if no target counts."""
     windows, n, loss, loss2, loss_n, n2, n_bytes = sums
     if n == 0:
-        raise UserError("no target counts in the loss here; look at the mask, or give more text")
+        raise UserError("no target counts in the loss; check the mask, or give more text")
     mean = loss / n
     spread = max(0.0, loss2 - 2 * mean * loss_n + mean * mean * n2)
     error = math.sqrt(spread * windows / (windows - 1)) / n if windows > 1 else math.nan

@@ -49,7 +49,7 @@ yours yourself
 
 def read_lines(path: Path, *names: str) -> list[tuple[str, dict]]:
     """Returns [("FILE, line N", fields), ...] of a .jsonl file. Raises UserError if the file is
-    missing or empty, or a line is no JSON object with strings of these names."""
+    missing or empty, or a line is not a JSON object with strings of these names."""
     lines = list(read_jsonl(path))
     for where, fields in lines:
         if not all(isinstance(fields.get(name), str) for name in names):
@@ -64,29 +64,29 @@ def read_lines(path: Path, *names: str) -> list[tuple[str, dict]]:
 def read_prompts(path: Path, tokenizer: AnyTokenizer,
                  block_size: int) -> tuple[list[list[int]], list[str], dict[str, list[int]]]:
     """Returns (ids of each prompt, label of each prompt, {label: ids}) of a test.jsonl. Raises
-    UserError for less than two labels, or if a prompt with the longest label exceeds block_size."""
+    UserError for fewer than two labels, or if a prompt with the longest label exceeds block_size.
+    """
     lines = read_lines(path, "prompt", "completion")
     answers = [without_end(fields["completion"], tokenizer) for _, fields in lines]
     completions = {answer.strip(): answer for answer in answers}
     if len(completions) < 2:
-        raise UserError(f"{path}: every completion is {next(iter(completions))!r}; to classify "
-                        "takes two labels or more")
+        raise UserError(f"{path}: every completion is {next(iter(completions))!r}; "
+                        "classification needs at least two labels")
     labels = {label: tokenizer.encode(completions[label]) for label in sorted(completions)}
     longest = max(map(len, labels.values()))
     prompts = []
     for where, fields in lines:
         ids = tokenizer.encode(fields["prompt"])
         if not 1 <= len(ids) <= block_size - longest:
-            raise UserError(f"{where}: the prompt has {len(ids)} tokens; the model "
-                            f"reads 1 to {block_size - longest} beside the longest label; shorten "
-                            "or drop it")
+            raise UserError(f"{where}: the prompt has {len(ids)} tokens; with the longest label it "
+                            f"must have 1 to {block_size - longest}; shorten or drop it")
         prompts.append(ids)
     return prompts, [answer.strip() for answer in answers], labels
 
 
 def batches_by_length(rows, batch_size):
-    """Indices of rows in batches, longest first: little padding, and the memory peaks at once.
-    Shows a progress bar on a terminal."""
+    """Indices of rows in batches, longest rows first: there is little padding, and the first batch
+    needs the peak memory. Shows a progress bar on a terminal."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return tqdm(batches, leave=False, disable=None)
@@ -95,9 +95,9 @@ def batches_by_length(rows, batch_size):
 def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, eot: int | None,
            n_vocab: int, batch_size: int, end: Sequence[int] = (), num_beams: int | None = None,
            length_penalty: float = 1.0) -> tuple[list[list[int]], list[bool]]:
-    """Returns (the ids of each prompt's continuation, greedy or by beam_search, whether it was
-    cut): it ends before `eot`, without beams also before the ids `end`, if given, else after
-    max_new_tokens or where the batch's longest fills the context."""
+    """Returns (ids of each prompt's continuation, greedy or from beam_search, whether each was
+    cut). A continuation ends before `eot` or the ids `end`, if given. It is cut after
+    max_new_tokens, or where the batch's longest fills the context."""
     answers, cut = [None] * len(prompts), [False] * len(prompts)
     for batch in batches_by_length(prompts, batch_size):
         # + 1: the model does not read the last new token
@@ -116,7 +116,7 @@ def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, 
 
 
 def until(tokens, end):
-    """Yields `tokens`, (B,) at a time, until each row has held the ids `end`, if there are any."""
+    """Yields `tokens`, (B,) at a time, until each row contains the ids `end`, if `end` is given."""
     if not end:
         yield from tokens
         return
@@ -155,7 +155,7 @@ def score_labels(model: GPT | OnnxGPT, prompts: list[list[int]], labels: list[li
 
 
 def parse_label(text: str, labels: list[str]) -> str | None:
-    """Returns the label equal to an answer's first line, without case and outer spaces, or None."""
+    """Returns the label equal to an answer's first line, or None. Ignores case and outer spaces."""
     line = text.strip().split("\n")[0].strip().casefold()
     return next((label for label in labels if label.casefold() == line), None)
 
@@ -171,8 +171,8 @@ def check_sklearn() -> None:
 
 def classification_scores(truth: list[str], predicted: list[str | None],
                           labels: list[str]) -> dict:
-    """Returns {accuracy, macro_f1, no_label, confusion}, by scikit-learn. A prediction of None is
-    wrong. confusion[i][j] counts prompts of label i with answer j; the last column is None."""
+    """Returns {accuracy, macro_f1, no_label, confusion} from scikit-learn. A prediction of None is
+    wrong. confusion[i][j] counts prompts of label i with answer j; the last column is for None."""
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
     none = "(no label)"
     named = [none if label is None else label for label in predicted]
@@ -202,16 +202,16 @@ def read_targets(path: Path, tokenizer: AnyTokenizer,
 
 def read_last_turns(path: Path, tokenizer: AnyTokenizer, block_size: int,
                     max_new_tokens: int) -> tuple[list[list[int]], list[str], int]:
-    """Returns (ids of each conversation up to its last answer, that answer, how many conversations
-    had to leave out their oldest turns) of a test.jsonl of {"messages"}. Raises UserError if a line
-    is no conversation with an answer at its end, or its last question does not fit."""
+    """Returns (ids of each conversation up to its last answer, each last answer, the number of
+    conversations without their oldest turns) of a test.jsonl of {"messages"}. Raises UserError if a
+    line is not a conversation that ends with an answer, or its last question does not fit."""
     check_template(tokenizer, str(path))
     prompts, targets, shortened = [], [], 0
     most = block_size - room_for_answer(block_size, max_new_tokens)
     for where, fields in read_jsonl(path):
         *before, last = read_messages(fields.get("messages"), where)
         if last.role != "assistant":
-            raise UserError(f"{where}: its last message must be an assistant's, which is scored")
+            raise UserError(f"{where}: the last message must be the assistant's; it is scored")
         try:
             ids, dropped = chat_prompt(tokenizer, before, most)
         except UserError as e:
@@ -228,8 +228,8 @@ def holds_chats(path: Path) -> bool:
 
 
 def answer_scores(target: str, answer: str) -> tuple[float, float]:
-    """Returns (exact match, F1 of words), 0 to 1, of an answer; white space does not count. F1 is
-    SQuAD's (Rajpurkar et al. 2016): words in common, with their number, over those of each."""
+    """Returns (exact match, F1 of words), 0 to 1, of an answer. White space is ignored. F1 is
+    SQuAD's (Rajpurkar et al. 2016), over the words in common, counted with repetitions."""
     wanted, given = target.split(), answer.split()
     common = sum((Counter(wanted) & Counter(given)).values())
     f1 = 2 * common / (len(wanted) + len(given)) if wanted or given else 1.0
@@ -240,8 +240,8 @@ ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeLsum": "ROUGE-Lsum"}
 
 
 def rouge_scores(targets: list[str], answers: list[str]) -> list[dict[str, float]]:
-    """Returns {name of ROUGE: F1, 0 to 1} of each answer, by the rouge-score package with its
-    stemmer (Lin 2004); {} each if that is not installed."""
+    """Returns {name of ROUGE: F1, 0 to 1} of each answer (Lin 2004), from the rouge-score package
+    with its stemmer; {} for each if it is not installed."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -252,7 +252,7 @@ def rouge_scores(targets: list[str], answers: list[str]) -> list[dict[str, float
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Returns the mean and its standard error; that of one value is not a number."""
+    """Returns the mean and its standard error, which is NaN for one value."""
     n = len(values)
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
@@ -269,7 +269,7 @@ def split_last_word(text: str, tokenizer: AnyTokenizer) -> tuple[list[int], list
 
 
 def stop_word_ids(tokenizer: AnyTokenizer) -> list[int]:
-    """Returns the ids of stop words, also capitalised, that are one token with their space."""
+    """Returns the ids of stop words, also capitalised, that are one token with a space before."""
     found = set()
     for word in [*STOP_WORDS, *map(str.title, STOP_WORDS)]:
         with contextlib.suppress(UserError):  # the vocabulary cannot express it
@@ -291,7 +291,7 @@ def lambada(model: GPT | OnnxGPT, pairs: list[tuple[list[int], list[int]]], stop
     for batch in batches_by_length(rows, batch_size):
         x = torch.zeros(len(batch), len(rows[batch[0]]) - 1, dtype=torch.int64)
         y = torch.full_like(x, IGNORED)
-        for row, i in enumerate(batch):  # pads at the right, which the causal mask hides
+        for row, i in enumerate(batch):  # right-padded: the causal mask hides padding
             context, word = pairs[i]
             x[row, :len(rows[i]) - 1] = torch.tensor(rows[i][:-1])
             y[row, len(context) - 1:len(rows[i]) - 1] = torch.tensor(word)

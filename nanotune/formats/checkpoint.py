@@ -6,7 +6,7 @@
 
     out_dir/ckpt.pt    the model: weights, model_args, iter_num, best_val_loss, config (nanoGPT's
                        keys), tokenizer, run_id
-    out_dir/best.pt    the same with the best validation loss so far, where ckpt.pt is the latest
+    out_dir/best.pt    the same for the best validation loss so far, if ckpt.pt is the latest step
     out_dir/state.pt   the latest step for --init_from=resume: also optimizer, scaler, progress
 
 A LoRA run's files hold only the adapters, with the name and the hash of their base. nanoGPT's
@@ -42,23 +42,23 @@ MODEL_FILE, BEST_FILE, STATE_FILE = "ckpt.pt", "best.pt", "state.pt"
 
 
 def best_file(always_save_checkpoint: bool) -> str:
-    """Returns the name of the file with the best model: if ckpt.pt is the latest, another."""
+    """Returns the best model's file name: best.pt if ckpt.pt is the latest step, else ckpt.pt."""
     return BEST_FILE if always_save_checkpoint else MODEL_FILE
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family."""
+    """A model's classes, and how to read its checkpoints."""
     model: type
     config: type
-    model_types: tuple[str, ...]  # transformers' names of what it reads
-    lacking: dict[str, object]    # what a checkpoint means by a field that it lacks
-    float16: bool                 # whether the model computes in it without overflow
+    model_types: tuple[str, ...]  # the model_types of config.json that it reads
+    lacking: dict[str, object]    # values of the fields that a checkpoint lacks
+    float16: bool                 # whether the model computes in float16 without overflow
 
 
 FAMILIES = (
-    Family(GPT, GPTConfig, ("gpt2", "gpt_neo"), {"activation": "gelu"}, True),  # nanoGPT's
-    Family(T5, T5Config, ("t5",), {}, False),  # its MLP's numbers are above 65504
+    Family(GPT, GPTConfig, ("gpt2", "gpt_neo"), {"activation": "gelu"}, True),  # as nanoGPT
+    Family(T5, T5Config, ("t5",), {}, False),  # activations of its MLP exceed 65504
 )
 AnyModel = GPT | T5
 AnyConfig = GPTConfig | T5Config
@@ -70,7 +70,7 @@ def model_class(config: AnyConfig) -> type[AnyModel]:
 
 
 def check_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Raises UserError if the model would overflow in this dtype of matrix products."""
+    """Raises UserError if the model overflows with matrix products in `dtype`."""
     family = next(family for family in FAMILIES if isinstance(model.config, family.config))
     if dtype == torch.float16 and not family.float16:
         raise UserError(f"{family.model.family} overflows in float16; use --dtype=bfloat16 or "
@@ -78,19 +78,19 @@ def check_dtype(model: Any, dtype: torch.dtype) -> None:
 
 
 def family_of(hf_config: dict, name: str) -> Family:
-    """Returns the family of a config.json. Raises UserError if none reads its model_type."""
+    """Returns the family of a config.json. Raises UserError if its model_type is not supported."""
     kind = hf_config.get("model_type")
     found = next((family for family in FAMILIES if kind in family.model_types), None)
     if found is None:
         known = [kind for family in FAMILIES for kind in family.model_types]
-        raise UserError(f"{name} is a {kind!r} model; nanotune takes those of model_type "
+        raise UserError(f"{name} is a {kind!r} model; nanotune supports model_type "
                         f"{', '.join(known)}")
     return found
 
 
 def config_from_args(args: dict, path: str | Path) -> AnyConfig:
     """Returns the config of a checkpoint's model_args. Raises UserError if a field is unknown or
-    has no possible value."""
+    its value is invalid."""
     names = [{f.name for f in fields(family.config)} for family in FAMILIES]
     at = next((i for i, known in enumerate(names) if args.keys() <= known), 0)
     family, unknown = FAMILIES[at], args.keys() - names[at]
@@ -109,7 +109,7 @@ def load_model(source: str, block_size: int | None = None, dropout: float = 0.0,
     a folder with a TensorFlow checkpoint; with `with_onnx` also of an exported .onnx file or its
     folder, as an OnnxGPT or OnnxT5.
 
-    The model is in training mode, its matrices in `dtype`, with LoRA adapters merged; a smaller
+    The model is in training mode, with its matrices in `dtype` and LoRA adapters merged. A smaller
     block_size crops the context. Raises UserError if the source is missing, unknown or damaged.
     """
     folder = Path(source)
@@ -150,20 +150,20 @@ def load_run(path, dropout, device, dtype):
 
 
 def pick_source(out_dir: str, init_from: str) -> str:
-    """Returns what a script reads a model from: init_from, or out_dir if that is "resume". Raises
-    UserError if out_dir does not exist: it is never a hub id."""
+    """Returns the source to load a model from: out_dir if init_from is "resume", else init_from.
+    Raises UserError if out_dir does not exist; it is never a hub id."""
     if init_from != "resume":
         return init_from
     if not Path(out_dir).exists():
         runs = sorted(str(path.parent) for path in Path().glob(f"*/{MODEL_FILE}"))
         raise UserError(f"--out_dir={out_dir} does not exist; "
-                        + (f"runs here: {', '.join(runs[:8])}" if runs else "no run is here")
-                        + "; --init_from= takes other models")
+                        + (f"runs here: {', '.join(runs[:8])}" if runs else "no runs here")
+                        + "; give other models with --init_from=")
     return out_dir
 
 
 def run_file(source: str) -> Path | None:
-    """Returns the checkpoint of a run's out_dir, or the source if it is a .pt file, or None."""
+    """Returns the checkpoint of a run's out_dir, the source if it is a .pt file, or None."""
     path = Path(source)
     if path.suffix == ".pt" and path.is_file():
         return path
@@ -171,8 +171,8 @@ def run_file(source: str) -> Path | None:
 
 
 def onnx_file(path: Path) -> Path | None:
-    """Returns the path if it names an .onnx file, or the .onnx file of an exported folder, of a
-    T5's two the decoder, or None. Raises UserError if the folder has several."""
+    """Returns the path if it names an .onnx file, the .onnx file of an exported folder (for a T5
+    the decoder's), or None. Raises UserError if the folder has several."""
     if path.suffix == ".onnx":
         return path
     graphs = sorted(path.glob("*.onnx")) if path.is_dir() else []
@@ -205,8 +205,8 @@ def check_can_be_pretrained(source):
 
 def model_from(data: dict, path: str | Path, dropout: float = 0.0,
                dtype: torch.dtype = torch.float32) -> AnyModel:
-    """Returns the model of a loaded checkpoint, nanoGPT's included, with LoRA adapters not merged.
-    Tensors of the wanted dtype are not copied. Raises UserError if they do not fit model_args."""
+    """Returns the model of a loaded checkpoint, also of nanoGPT's. LoRA adapters are not merged.
+    Tensors that have `dtype` are not copied. Raises UserError if they do not fit model_args."""
     if data.get("lora"):
         return adapted_from(data, path, dropout, dtype)
     config = replace(config_from_args(data["model_args"], path), dropout=dropout)
@@ -227,11 +227,11 @@ def model_from(data: dict, path: str | Path, dropout: float = 0.0,
 
 
 def peek_or_load(path):
-    """The content of a checkpoint file, its tensors mapped if they can be. Raises UserError as
-    files.load() if the file is damaged."""
+    """The content of a checkpoint file, with its tensors memory-mapped if possible. Raises
+    UserError if the file is damaged."""
     try:
         return files.peek(path)
-    except Exception:  # torch.load raises many kinds; files.load says what to do
+    except Exception:  # torch.load raises many types; files.load turns them into UserError
         return files.load(path)
 
 
@@ -246,7 +246,7 @@ def history_of(source: str) -> dict:
 
 
 def model_config(source: str) -> AnyConfig:
-    """Returns the config of load_model's model without reading weights. Raises UserError as it."""
+    """Returns the config of load_model's model without reading weights. Raises the same errors."""
     for path in (run_file(source), Path(source) / STATE_FILE):
         if path is not None and path.is_file():
             data = peek_or_load(path)
@@ -270,8 +270,8 @@ def adapted_from(data, path, dropout, dtype):
                         f"{e}") from None
     if changed:
         raise UserError(f"{path} holds LoRA adapters of {spec['base']}, which has changed since "
-                        "they were trained (its hash differs): put the old one back")
-    # in the dtype of training: the weights are rounded the same
+                        "they were trained (its hash differs); restore the old one")
+    # load in the dtype of training, so that the weights are rounded as they were then
     model, _ = load_model(spec["base"], data["model_args"].get("block_size"), dropout,
                           dtype=DTYPES[spec["weights"]])
     model.config = replace(config_from_args(data["model_args"], path), dropout=dropout)
@@ -289,7 +289,7 @@ def adapted_from(data, path, dropout, dtype):
 
 def read_adapters(source: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """Returns (the `lora` entry, {name: adapter}) of a LoRA run's ckpt.pt. Raises UserError if the
-    source is no LoRA run."""
+    source is not a LoRA run."""
     path = run_file(source)
     data = {} if path is None else files.load(path)
     if not data.get("lora"):
@@ -323,7 +323,7 @@ def plain_key(key: str) -> str:
 
 
 def tokenizer_from(data: dict) -> AnyTokenizer | None:
-    """Returns the tokenizer of a loaded checkpoint; nanoGPT's has none, but names its dataset."""
+    """Returns the tokenizer of a loaded checkpoint. nanoGPT stores only the dataset's name."""
     if "tokenizer" in data:
         return data["tokenizer"] and tokenizer_from_spec(data["tokenizer"])
     dataset = data.get("config", {}).get("dataset")
@@ -332,8 +332,8 @@ def tokenizer_from(data: dict) -> AnyTokenizer | None:
 
 
 def saved_weights(model: AnyModel) -> dict[str, torch.Tensor]:
-    """Returns {name: tensor} to save of a model that is not sharded, without copies; of a LoRA run
-    only the adapters."""
+    """Returns the {name: tensor} to save of a model that is not sharded, without copies; for a LoRA
+    run only the adapters."""
     return ({name: param.detach() for name, param in lora.adapters(model).items()}
             or dict(model.state_dict()))
 
@@ -341,8 +341,8 @@ def saved_weights(model: AnyModel) -> dict[str, torch.Tensor]:
 def model_data(model: AnyModel, iter_num: int, best_val_loss: float, config: dict,
                tokenizer: AnyTokenizer, weights: dict[str, torch.Tensor] | None = None,
                run_id: str | None = None, lora_spec: dict | None = None) -> dict:
-    """Returns the content of ckpt.pt. Pass the whole `weights` if the model is sharded. `lora_spec`
-    of a LoRA run has its rank, the base, the base's hash and the dtype of its weights."""
+    """Returns the content of ckpt.pt. If the model is sharded, pass its gathered `weights`. The
+    `lora_spec` of a LoRA run has the rank, the base, and the hash and dtype of the base."""
     data = {"model": dict(weights or saved_weights(model)), "model_args": asdict(model.config),
             "iter_num": iter_num, "best_val_loss": best_val_loss, "config": config,
             "tokenizer": tokenizer.spec, "run_id": run_id}

@@ -1,7 +1,6 @@
-"""Checks what a model's files hold, before a model is made of it: config fields and weights.
+"""Checks config fields and weights read from a file, before a model is built from them.
 
-Such a file may be damaged, edited by hand or from another program. Whatever it holds, the message
-is one line.
+The file may be damaged, edited by hand or from another program. Error messages are always one line.
 """
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 
 from nanotune.errors import UserError
 
-# {field of a model's config: (type, least, most)}; the most are far above any model's
+# {config field: (type, minimum, maximum)}; the maxima are far above those of any model
 NUMBERS = {
     "block_size": (int, 1, 2**24), "vocab_size": (int, 1, 2**24), "n_layer": (int, 1, 1000),
     "n_head": (int, 1, 2**16), "n_embd": (int, 1, 2**20), "n_inner": (int, 1, 2**24),
@@ -23,15 +22,15 @@ OPTIONAL = ("n_inner", "local_window", "doc_end", "attn_scale", "qkv_bias")  # m
 
 
 def brief(value: object) -> str:
-    """A value for a message: one line, cut where it is long."""
+    """Returns a value's repr for a message, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_fields(fields: dict, where: str | Path, names: dict[str, str] | None = None,
                  optional: tuple[str, ...] = OPTIONAL) -> None:
-    """Raises UserError if a config field has a value of a wrong type or size, or is None and not
-    `optional`; `names` are what `where`, the file, calls the fields."""
+    """Raises UserError if a config field has a wrong type, is out of range, or is None and not
+    `optional`. `where` is the file, for messages; `names` are its names of the fields."""
     for field, value in fields.items():
         if value is None and field in optional:
             continue
@@ -49,15 +48,16 @@ def check_fields(fields: dict, where: str | Path, names: dict[str, str] | None =
 
 
 def check_weight(value: object, name: str, where: str | Path) -> None:
-    """Raises UserError unless `value`, which the file `where` holds as `name`, is a dense tensor of
+    """Raises UserError unless `value`, the entry `name` of the file `where`, is a dense tensor of
     finite floating-point numbers. Reads each number once."""
     if not isinstance(value, torch.Tensor):
-        raise UserError(f"{where}: {name} is no tensor but {brief(value)}; use another copy of it")
+        raise UserError(f"{where}: {name} must be a tensor, got {brief(value)}; use another copy "
+                        "of it")
     if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
         raise UserError(f"{where}: {name} is not dense and floating-point ({value.dtype}, "
                         f"{value.layout}, {value.device}); use the model's original weights, not "
                         "quantized ones")
-    # a sum is not finite if a number is not; isfinite() takes 20 times as long
+    # one NaN or infinity makes the sum NaN or infinite; isfinite() takes 20 times as long
     if not value.sum(dtype=torch.float32).isfinite():
         raise UserError(f"{where}: {name} has values that are NaN or infinite: the training "
                         "diverged or the file is damaged; use another copy of it")

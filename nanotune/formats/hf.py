@@ -3,10 +3,10 @@
     fill_parameters(params, fields, weight_files)           # params: {our name: tensor}
     write_hf(folder, fields, params, tokenizer, dtype)      # then reads back and compares
 
-`fields` are those of GPTConfig or T5Config; hf_config.py reads and writes config.json. This reads,
-and tests cover: OpenAI's gpt2 repositories, whose keys lack the `transformer.` prefix and whose
-masks are stored as buffers; finetuned models, which have the prefix and may have an untied head;
-T5's, whose embedding may come three times; weights in any dtype, in one file or in shards, as
+`fields` are those of GPTConfig or T5Config; hf_config.py reads and writes config.json. Supported
+and tested: OpenAI's gpt2 repositories, whose keys lack the `transformer.` prefix and whose masks
+are stored as buffers; finetuned models, which have the prefix and may have an untied head; T5,
+whose embedding may be stored three times; weights in any dtype, in one file or in shards, as
 safetensors or as pytorch_model.bin.
 """
 import json
@@ -33,7 +33,7 @@ from nanotune.text.chat import KEY
 from nanotune.text.tokenizer import AnyTokenizer, tokenizer_of_folder
 from nanotune.text.tokenizer_files import SPECIAL, merges_as_strings, with_end_appended
 
-# masks stored as weights; a table that old files of T5 have and nothing reads
+# masks stored as weights; an unused table of old T5 files
 BUFFERS = re.compile(r"\.attn\.(attention\.)?(bias|masked_bias)$"
                      r"|\.EncDecAttention\.relative_attention_bias\.weight$")
 
@@ -60,21 +60,21 @@ def load_torch_bin(file):
         state = dict(torch.load(file, map_location="cpu", weights_only=True,
                                 mmap=zipfile.is_zipfile(file)))
     except pickle.UnpicklingError:
-        raise UserError(f"{file} carries code or objects beside plain weights, or is damaged; "
+        raise UserError(f"{file} carries code or objects other than weights, or is damaged; "
                         "it was refused and not run") from None
-    except Exception as e:  # torch.load raises many kinds for a damaged file
+    except Exception as e:  # torch.load raises many types for a damaged file
         raise UserError(f"{file} is damaged ({type(e).__name__}); fetch it again") from None
     if not all(isinstance(key, str) for key in state):
-        raise UserError(f"{file} is damaged (its keys are no names); fetch it again")
+        raise UserError(f"{file} is damaged (its keys are not strings); fetch it again")
     return state
 
 
 def read_tensors(file: str, only: tuple[str, ...] = ("",)) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (key, tensor) of one weight file, for weights whose key ends with one of `only`.
 
-    A safetensors file is opened again for each tensor, else all its mapped pages stay resident
-    beside the model. Raises UserError if the file is damaged, carries code, or holds something
-    other than finite floating-point weights.
+    A safetensors file is opened again for each tensor; otherwise all its mapped pages would stay in
+    memory in addition to the model. Raises UserError if the file is damaged, carries code, or holds
+    something other than finite floating-point weights.
     """
     def wanted(keys):
         return [key for key in keys if key.endswith(only) and not BUFFERS.search(key)]
@@ -96,10 +96,10 @@ def read_tensors(file: str, only: tuple[str, ...] = ("",)) -> Iterator[tuple[str
 
 
 def head_is_tied(weight_files: list[str], tied: bool) -> bool:
-    """Returns whether the head is the token embedding; `tied` is what config.json says.
+    """Returns whether the head is the token embedding; `tied` is config.json's value.
 
-    False also if the files hold a head that differs from the embedding: some finetuned models have
-    one although their config says tied. Raises UserError if a file is damaged.
+    If the files hold a head that differs from the embedding, the answer is False: some finetuned
+    models have one although their config says tied. Raises UserError if a file is damaged.
     """
     found = {}
     for file in weight_files:
@@ -115,7 +115,7 @@ def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
     `fields`.
 
     Raises UserError if a file is damaged, a shape differs, a tensor is neither a parameter nor a
-    known buffer, a weight is not finite, or a parameter is missing or comes twice.
+    known buffer, a weight is not finite, or a parameter is missing or stored twice.
     """
     layout, places = layout_of(fields), {}
     for name in params:
@@ -133,14 +133,14 @@ def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
                     check_copy(params[full], tensor, key, file)
                     continue
             if full not in places:
-                raise UserError(f"{file}: the tensor {key} has no place in the model, or came "
+                raise UserError(f"{file}: the tensor {key} is not part of the model, or is stored "
                                 "twice")
             name, part, parts, transposed = places.pop(full)
             target = params[name].chunk(parts)[part]
             expected = target.shape[::-1] if transposed else target.shape
             if tensor.shape != expected:
-                raise UserError(f"{file}: {key} is {tuple(tensor.shape)} where config.json "
-                                f"means {tuple(expected)}")
+                raise UserError(f"{file}: {key} has shape {tuple(tensor.shape)}, but config.json "
+                                f"implies {tuple(expected)}")
             target.copy_(tensor.t() if transposed else tensor)
     if places:
         names = sorted({name for name, *_ in places.values()})
@@ -149,10 +149,10 @@ def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
 
 
 def check_copy(embedding, tensor, key, file):
-    """Raises UserError unless a tensor that a file holds again is what came before."""
+    """Raises UserError unless another copy of the embedding equals the first."""
     if not torch.equal(embedding, tensor.to(embedding.dtype)):
-        raise UserError(f"{file}: {key} differs from the shared embedding, which it must equal; "
-                        "use another copy of it")
+        raise UserError(f"{file}: {key} must equal the shared embedding, but differs; use another "
+                        "copy of the file")
 
 
 # -----------------------------------------------------------------------------
@@ -160,11 +160,11 @@ def check_copy(embedding, tensor, key, file):
 
 def write_hf(folder: Path, fields: dict, params: dict[str, torch.Tensor],
              tokenizer: AnyTokenizer | None, dtype: torch.dtype) -> None:
-    """Writes a model (its config's fields, {name: parameter}) and its tokenizer into a folder, as
-    `dtype`, and reads them back.
+    """Writes a model (config fields and {name: parameter}) in `dtype` and its tokenizer into a
+    folder, then reads them back.
 
     Raises UserError if transformers cannot express the model, a weight is not finite in `dtype`,
-    or what is read back differs; OSError if the disk is full.
+    or the files differ when read back; OSError if the disk is full.
     """
     check_hf_takes(fields)
     layout = layout_of(fields)
@@ -204,8 +204,8 @@ def with_biases(params, layout):
 
 
 def with_head(params, fields):
-    """A T5's parameters, with the head even if it is tied and its input is not scaled: transformers
-    before 5 scales it unless the head is untied."""
+    """A T5's parameters. Adds a tied head if its input is not scaled: transformers before 5 scales
+    the input of the head unless it is untied."""
     tied = fields["tied_head"] and not fields["scale_head"]
     return params | ({"lm_head.weight": params["shared.weight"].clone()} if tied else {})
 
@@ -224,13 +224,13 @@ def tensors_to_hf(fields: dict, params: dict[str, torch.Tensor],
 
 def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dtype: torch.dtype,
                 tokenizer: AnyTokenizer | None = None) -> None:
-    """Writes model.safetensors, config.json and generation_config.json, which say the ids of the
-    tokenizer's special tokens. Raises UserError if a weight is not finite in `dtype`, OSError if
-    the disk is full."""
+    """Writes model.safetensors, config.json and generation_config.json. The latter two contain the
+    ids of the tokenizer's special tokens. Raises UserError if a weight is not finite in `dtype`,
+    OSError if the disk is full."""
     tensors = tensors_to_hf(fields, params, dtype)
-    worst = next((key for key, t in tensors.items() if not bool(t.isfinite().all())), None)
-    if worst is not None:
-        raise UserError(f"{worst} has values that are not finite in {dtype}; use bfloat16 or "
+    bad = next((key for key, t in tensors.items() if not bool(t.isfinite().all())), None)
+    if bad is not None:
+        raise UserError(f"{bad} has values that are not finite in {dtype}; use bfloat16 or "
                         "float32, and check the model's loss")
     ends = {f"{key}_id": tokenizer and tokenizer.special_ids.get(key, tokenizer.eot)
             for key in ("bos_token", "eos_token", "pad_token")}
@@ -242,8 +242,8 @@ def write_model(folder: Path, fields: dict, params: dict[str, torch.Tensor], dty
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path, like: Path) -> None:
-    """Writes a safetensors file with the access rights of `like`: the library makes it private to
-    its owner. Raises OSError if the disk is full."""
+    """Writes a safetensors file with the permissions of the file `like`: the library makes it
+    readable only by its owner. Raises OSError if the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     try:
@@ -256,7 +256,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path, like: Path) -> No
 def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, max_length: int,
                     ends_prompts: bool = False) -> None:
     """Writes tokenizer.json and tokenizer_config.json; `max_length` is the model's context in
-    tokens. With `ends_prompts` other programs append the end token to a text."""
+    tokens. With `ends_prompts`, tokenizer.json makes other programs append the end token."""
     text = merges_as_strings(tokenizer.to_json())
     if ends_prompts:
         text = with_end_appended(text, tokenizer.special["eos_token"], tokenizer.eot)
@@ -265,14 +265,14 @@ def write_tokenizer(folder: Path, tokenizer: AnyTokenizer, max_length: int,
               "clean_up_tokenization_spaces": False} | special_names(tokenizer)
     if tokenizer.chat is not None:
         config |= {KEY: tokenizer.chat.spec(), "chat_template": tokenizer.chat.jinja()}
-    if "pad_token" in config:  # a batch of prompts is padded so that each goes on where it ends
+    if "pad_token" in config:  # new tokens must directly follow each prompt of a batch
         config["padding_side"] = "left"
     Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n",
                                                      encoding="utf-8")
 
 
 def special_names(tokenizer: AnyTokenizer) -> dict[str, str]:
-    """Returns {"eos_token": text, ...}. Other programs need all of them: those that the tokenizer
-    does not have are end-of-text."""
+    """Returns {"eos_token": text, ...}. Other programs need all special tokens, so those that the
+    tokenizer lacks are set to end-of-text."""
     end = tokenizer.special.get("eos_token")
     return (dict.fromkeys(SPECIAL, end) if end else {}) | tokenizer.special

@@ -1,9 +1,9 @@
-"""Reads and writes Hugging Face's config.json, and knows how each model_type names things.
+"""Reads and writes Hugging Face's config.json, and maps our names to those of each model_type.
 
-    fields = config_from_hf(read_json(config_file), name)   # those of GPTConfig or T5Config
+    fields = config_from_hf(read_json(config_file), name)   # fields of GPTConfig or T5Config
     hf = config_to_hf(fields)                               # the content of config.json
 
-One Layout per model_type serves both directions.
+One Layout per model_type is used in both directions.
 """
 import re
 from dataclasses import dataclass, replace
@@ -16,7 +16,8 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 SUPPORTED = {"scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,),
              "add_cross_attention": (False,), "scale_attn_weights": (True, False),
              "activation_function": tuple(ACTIVATIONS), "feed_forward_proj": ("relu", "gated-gelu")}
-T5_HEADS = ("T5ForConditionalGeneration", "T5WithLMHeadModel")  # the latter before 2020
+# architectures of a T5 with a head; the second is the name used before 2020
+T5_HEADS = ("T5ForConditionalGeneration", "T5WithLMHeadModel")
 
 
 # -----------------------------------------------------------------------------
@@ -24,16 +25,16 @@ T5_HEADS = ("T5ForConditionalGeneration", "T5WithLMHeadModel")  # the latter bef
 
 @dataclass(frozen=True)
 class Layout:
-    """The names of our config fields and modules in one model_type. A module in blocks has * where
-    a block's number stands."""
+    """The names of our config fields and modules in one model_type. In a module's name, * is the
+    block's number."""
     architecture: str
     fields: dict[str, str]             # {our field: key in config.json}
     defaults: dict[str, object]        # {key: transformers' value if config.json lacks it}
-    other_names: dict[str, str]        # {another name of a key, which goes before it: the key}
+    other_names: dict[str, str]        # {another name of a key, which has precedence: the key}
     modules: dict[str, tuple[str, ...]]  # {our module: theirs, stacked by rows if several}
     transposed: tuple[str, ...]        # modules whose weights are stored as (in, out)
     prefix: str = "transformer."       # which some files leave out
-    copies: tuple[str, ...] = ()       # keys of the embedding; files hold it once or several times
+    copies: tuple[str, ...] = ()       # keys of the embedding; files have one or several of them
     biases: bool = True                # whether transformers' modules have biases
     ends_prompts: bool = False         # whether a prompt ends with the end token
 
@@ -117,7 +118,7 @@ T5_GATED = replace(LAYOUTS["t5"], modules=t5_modules(gated=True))
 
 
 def model_type_of(fields: dict) -> str:
-    """Returns the model_type that the fields of a GPTConfig or T5Config are written as."""
+    """Returns the model_type of a model with these fields of GPTConfig or T5Config."""
     if "head_size" in fields:
         return "t5"
     return "gpt2" if fields["local_window"] is None else "gpt_neo"
@@ -129,8 +130,8 @@ def layout_of(fields: dict) -> Layout:
 
 
 def keys_of(name: str, layout: Layout) -> tuple[list[str], bool]:
-    """Returns (the keys of the tensors that make up our parameter, stacked by rows; whether they
-    are stored transposed)."""
+    """Returns (keys of the tensors that are our parameter when stacked by rows, whether they are
+    stored transposed)."""
     path, _, kind = name.rpartition(".")
     module = re.sub(r"\.\d+\.", ".*.", path)
     number = "".join(re.findall(r"\.(\d+)\.", path))
@@ -143,8 +144,8 @@ def keys_of(name: str, layout: Layout) -> tuple[list[str], bool]:
 # config.json
 
 def config_from_hf(hf: dict, name: str) -> dict:
-    """Returns the fields of GPTConfig or T5Config that a config.json means; `name` is the model's,
-    for messages. A missing key means transformers' default.
+    """Returns the fields of GPTConfig or T5Config of a config.json. `name` is the model's name, for
+    messages. Missing keys have transformers' defaults.
 
     Raises UserError if the model_type, an option or a value is not supported.
     """
@@ -171,14 +172,14 @@ def config_from_hf(hf: dict, name: str) -> dict:
 
 
 def t5_fields(hf, where):
-    """The T5Config fields of a config.json, with its defaults. Raises UserError as config_from_hf.
+    """The T5Config fields of a config.json with defaults. Raises UserError as config_from_hf does.
 
-    Before transformers 5, tie_word_embeddings also says whether to scale the head's input; since
-    then it is always true, and scale_decoder_outputs says that.
+    Before transformers 5, tie_word_embeddings also sets whether the head's input is scaled. Since
+    then it is always true, and scale_decoder_outputs sets the scaling.
     """
     heads = hf.get("architectures") or [T5_HEADS[0]]
     if not set(heads) & set(T5_HEADS):
-        raise UserError(f"{where} has architectures={brief(heads)}; nanotune takes "
+        raise UserError(f"{where} has architectures={brief(heads)}; nanotune supports "
                         f"{T5_HEADS[0]}, which has a head")
     hf = {"scale_decoder_outputs": hf["tie_word_embeddings"] is not False} | hf
     for key, other in (("num_decoder_layers", "num_layers"),
@@ -192,7 +193,7 @@ def t5_fields(hf, where):
 
 def check_alternates(hf, n_layer, where):
     """Raises UserError unless GPT-Neo's layers alternate between global and local attention.
-    attention_layers, a kind per layer, goes before attention_types."""
+    attention_layers, one kind per layer, overrides attention_types."""
     key = "attention_layers" if "attention_layers" in hf else "attention_types"
     layers = hf[key]
     if key == "attention_types":
@@ -203,11 +204,11 @@ def check_alternates(hf, n_layer, where):
             layers = None
     if layers != (["global", "local"] * n_layer)[:n_layer]:
         raise UserError(f"{where} has {key}={brief(hf[key])} for {n_layer} layers; nanotune "
-                        "supports only global and local layers in turn")
+                        "supports only alternating global and local layers")
 
 
 def config_to_hf(fields: dict) -> dict:
-    """Returns the config.json that transformers reads as these config fields."""
+    """Returns the content of config.json for these config fields."""
     kind = model_type_of(fields)
     layout = LAYOUTS[kind]
     hf = {key: fields[ours] for ours, key in layout.fields.items()} | {
@@ -231,8 +232,8 @@ def check_hf_takes(fields: dict) -> None:
     hf = config_to_hf(fields)
     if hf["model_type"] == "t5":
         if fields["scale_head"] and not fields["tied_head"]:
-            raise UserError("transformers before 5 has no T5 with scale_head=True and a head of "
-                            "its own (tied_head=False)")
+            raise UserError("transformers before 5 has no T5 with scale_head=True and an untied "
+                            "head (tied_head=False); use --format=onnx")
         return
     back = {"qkv_bias": None} | config_from_hf(hf, "the model")
     fixed = ["attn_scale"] + (["qkv_bias"] if hf["model_type"] == "gpt_neo" else [])

@@ -27,14 +27,14 @@ def find_config(name: str) -> dict:
                     n_head=n_head, n_embd=n_embd)
     file = find_file(name, "config.json")
     if file is None:
-        raise UserError(f"{name} has no config.json: no Hugging Face model")
+        raise UserError(f"{name} has no config.json: it is not a Hugging Face model")
     return read_json(file)
 
 
 def note_folder(source: str) -> None:
-    """Prints a note if `source` is a folder that has the name of a model of OpenAI's."""
+    """Prints a note if `source` is a local folder with the name of one of OpenAI's models."""
     if source in GPT2_SHAPES and Path(source).is_dir():
-        print(f"note: {source} is the folder here, not the model of that name on the hub")
+        print(f"note: {source} is a local folder here, not the hub's model of that name")
 
 
 def find_pretrained(name: str) -> tuple[str, list[str]]:
@@ -44,7 +44,7 @@ def find_pretrained(name: str) -> tuple[str, list[str]]:
     """
     config = find_file(name, "config.json")
     if config is None:
-        raise UserError(f"{name} has no config.json: no Hugging Face model")
+        raise UserError(f"{name} has no config.json: it is not a Hugging Face model")
     for file in WEIGHT_FILES:
         path = find_file(name, file)
         if path is None:
@@ -54,17 +54,17 @@ def find_pretrained(name: str) -> tuple[str, list[str]]:
         shards = shards_of(path)
         paths = [find_file(name, shard) for shard in shards]
         if None in paths:
-            raise UserError(f"{name}: the shard {shards[paths.index(None)]} that {file} names is "
+            raise UserError(f"{name}: the shard {shards[paths.index(None)]}, listed in {file}, is "
                             "missing; fetch it again")
         return config, paths
     raise UserError(f"{name} has none of {', '.join(WEIGHT_FILES)}"
                     + ("" if Path(name).is_dir() else
-                      "; or the hub cannot be reached now: try again"))
+                      ", or the hub cannot be reached; try again"))
 
 
 def shards_of(index):
-    """The shards that an index file names, in order. Raises UserError if it names none, or a path
-    that leaves the folder."""
+    """The shards that an index file lists, in order. Raises UserError if it lists none, or a path
+    outside the folder."""
     shards = read_json(index).get("weight_map")
     shards = list(shards.values()) if isinstance(shards, dict) else []
     if not shards or not all(map(stays_inside, shards)):
@@ -74,10 +74,10 @@ def shards_of(index):
 
 
 def stays_inside(name):
-    """Whether a value of an index file is a path that stays in the folder, on any system."""
+    """Whether a value of an index file is a path inside the folder, on any operating system."""
     if not isinstance(name, str) or not name.isprintable() or len(name) > 255:
         return False
-    path = PureWindowsPath(name)  # takes both slashes and drives
+    path = PureWindowsPath(name)  # parses both kinds of slashes, and drives
     return bool(path.name) and not path.anchor and ".." not in path.parts
 
 
@@ -88,7 +88,7 @@ def read_json(file: str | Path) -> dict:
     except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested too deeply
         raise UserError(f"{file} is damaged ({e}); fetch it again") from None
     if not isinstance(data, dict):
-        raise UserError(f"{file} is damaged (no JSON object); fetch it again")
+        raise UserError(f"{file} is damaged (not a JSON object); fetch it again")
     return data
 
 
@@ -101,8 +101,8 @@ def find_file(name: str, file: str) -> str | None:
 
 
 def download(repo: str, *names: str) -> Path:
-    """Returns the folder in the cache that holds those of these files that a hub repository has.
-    The first must exist. Raises UserError as hub_file()."""
+    """Returns the cache folder of these files of a hub repository. Files that the repository lacks
+    are skipped, except the first, which must exist. Raises UserError as hub_file() does."""
     paths = [hub_file(repo, name) for name in names]
     if paths[0] is None:
         raise UserError(f"{repo} has no {names[0]}")
@@ -125,7 +125,7 @@ def hub_file(repo: str, file: str) -> str | None:
         RepositoryNotFoundError,
     )
     try:
-        if file == "config.json":  # the first to be read
+        if file == "config.json":  # read before all other files
             try:
                 hf_hub_download(repo, file, local_files_only=True)
             except LocalEntryNotFoundError:  # not cached: hf_hub_download() would try for 30 s
@@ -141,9 +141,9 @@ def hub_file(repo: str, file: str) -> str | None:
         raise UserError(f"{repo} is gated: accept its terms on the hub, then run "
                         "`hf auth login`") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"{repo} is no folder on this machine and no model on the hub (or a "
-                        "private one: then run `hf auth login`)") from None
-    except Exception as e:  # the file system and the HTTP library raise their own
+        raise UserError(f"{repo} is neither a folder on this machine nor a model on the hub; if it "
+                        "is private, run `hf auth login`") from None
+    except Exception as e:  # the file system and the HTTP library raise other types
         raise UserError(f"{hub_unreachable(repo)} ({type(e).__name__}: {first_line(e)})"
                         ) from None
 
@@ -152,4 +152,4 @@ def hub_unreachable(repo: str) -> str:
     """The message if the hub cannot be reached, with what to do."""
     return (f"the Hugging Face hub cannot be reached for {repo}, which is neither a folder nor in "
             "the cache on this machine; on a machine with network run `hf download "
-            f"{repo} --local-dir FOLDER`, copy FOLDER here, and give FOLDER in its place")
+            f"{repo} --local-dir FOLDER`, copy FOLDER here, and give FOLDER instead")

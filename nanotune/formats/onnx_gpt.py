@@ -18,7 +18,7 @@ from onnx import TensorProto
 from model import GPT
 from nanotune.formats.onnx_graph import SCHEMES, Graph, Tensors
 
-INLINE_LIMIT = 1.9e9        # bytes: protobuf's limit is 2 GB; more go to a second file
+INLINE_LIMIT = 1.9e9  # bytes; more go to a second file: protobuf's limit is 2 GB
 
 
 def write_onnx(model: GPT, path: str | Path, quantize: str = "none",
@@ -73,7 +73,7 @@ def attention(g, qkv, layer, mask):
 
 
 def local_mask(g, first, end):
-    """(T, S) bool, True for the last local_window tokens up to each: GPT-Neo's odd layers."""
+    """(T, S) bool for GPT-Neo's odd layers: True for keys less than local_window before a query."""
     return g.op("Greater", [g.distances(first, end), g.ints("window", -g.config.local_window)])
 
 

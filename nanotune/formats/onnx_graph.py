@@ -1,17 +1,17 @@
-"""What exported ONNX graphs are built of: constants, nodes, matrices in float32, int8 or int4.
+"""Building blocks of exported ONNX graphs: constants, nodes, matrices in float32, int8 or int4.
 
     tensors = Tensors(file)
     graph = Graph(model, tensors, SCHEMES["int8"], embedding="shared.weight")
     x = graph.linear(graph.embedding(), "h.0.mlp.c_fc")
     graph.save(path, metadata)
 
-In float32 a graph has only standard ONNX operators (opset 23, whose Attention is fused and takes a
-past). Quantized, it also has two of onnxruntime's: MatMulNBits, whose kernel quantizes its input
-too, by blocks, and multiplies in int8; and GatherBlockQuantized. The embedding and a tied head
-share one tensor in each form.
+A float32 graph has only standard ONNX operators (opset 23, whose Attention is fused and takes past
+keys and values). A quantized graph also has two of onnxruntime's: MatMulNBits, whose kernel also
+quantizes its input, by blocks, and multiplies in int8; and GatherBlockQuantized. In both kinds of
+graph the embedding and a tied head share one tensor.
 
-Graphs are built from the weights, operator by operator, rather than traced by torch's exporter: a
-traced graph would need longer code to fix (past, shared embedding, quantized operators).
+Graphs are built operator by operator, not traced by torch's exporter: fixing a traced graph (past,
+shared embedding, quantized operators) would take more code.
 """
 import json
 import math
@@ -28,23 +28,23 @@ from nanotune.formats.onnx_model import ALL, METADATA, OPSET
 
 IR_VERSION = 10  # onnxruntime 1.23 reads it
 MICROSOFT = "com.microsoft"
-# (bits per weight, most weights of a row per scale) of the layers, and of embedding and head,
-# which in 4 bits would cost as much perplexity as all layers together
+# (bits per weight, maximum weights per scale) of the layers, and of the embedding and the head. In
+# 4 bits, the latter two would cost as much perplexity as all layers together.
 SCHEMES = {"none": None, "int8": ((8, 128), (8, 128)), "int4": ((4, 32), (8, 128))}
 HEAD = "lm_head.weight"
 CLIPPED = (1, 0.95, 0.9, 0.85, 0.8)  # fractions of a 4-bit block's range to try as its scale
 
 
 class Tensors:
-    """A graph's constants, by name: kept for the graph's file, or written to the open `file`. What
-    another graph, of `before`, has in the same file is not written again."""
+    """A graph's constants, by name. They are saved in the graph or, from 1 KiB on, in the open
+    `file`. Constants that `before`, another graph's, saved in the same file are reused."""
     def __init__(self, file: IO[bytes] | None = None, before: "Tensors | None" = None) -> None:
         self.protos, self.file = {}, file
         self.before = {name: proto for name, proto in (before.protos if before else {}).items()
                        if proto.data_location == TensorProto.EXTERNAL}
 
     def add(self, name: str, array: np.ndarray) -> str:
-        """Adds an array under this name, which it returns."""
+        """Adds an array if `name` is new; returns `name`."""
         if name not in self.protos:
             self.protos[name] = self.before.get(name) or self.proto(name, array)
         return name
@@ -68,19 +68,19 @@ class Graph:
     def __init__(self, model: torch.nn.Module, tensors: Tensors, scheme: tuple | None,
                  embedding: str) -> None:
         self.config, self.tensors, self.scheme = model.config, tensors, scheme
-        self.table = embedding  # the name of its weight
+        self.table = embedding  # the name of the embedding's weight
         self.weights = {name: p.detach().numpy() for name, p in model.state_dict().items()}
         self.nodes, self.inputs, self.outputs = [], [], []
 
     def save(self, path: str | Path, metadata: dict) -> None:
-        """Writes the graph to `path`, with what open_onnx needs."""
-        made = helper.make_model(
+        """Writes the graph to `path`, with the metadata that open_onnx needs."""
+        proto = helper.make_model(
             helper.make_graph(self.nodes, "graph", self.inputs, self.outputs,
                               list(self.tensors.protos.values())),
             opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
             ir_version=IR_VERSION, producer_name=METADATA)
-        helper.set_model_props(made, {METADATA: json.dumps(metadata)})
-        onnx.save_model(made, path)
+        helper.set_model_props(proto, {METADATA: json.dumps(metadata)})
+        onnx.save_model(proto, path)
 
     def op(self, kind, inputs, outputs=1, **attributes):
         """Adds a node; returns the name of its output, or a list of names."""
@@ -111,7 +111,7 @@ class Graph:
                                             (self.outputs, "present", "P + T"))]
 
     def span(self):
-        """(P, P + T), (1,) each: the positions of the new tokens behind their past."""
+        """(P, P + T), (1,) each: the first position of the new tokens, and the end."""
         first = self.op("Shape", ["past_key_values.0.key"], start=2, end=3)
         return first, self.op("Add", [first, self.op("Shape", ["input_ids"], start=1, end=2)])
 
@@ -123,7 +123,7 @@ class Graph:
         return self.op("Sub", [self.op("Range", [zero, end, one]), rows])
 
     def last(self, x):
-        """(B, T, C) -> the last `logits_to_keep` positions, an optional input: (B, kept, C)."""
+        """(B, T, C) -> (B, kept, C), the last `logits_to_keep` positions; declares that input."""
         self.declare(self.inputs, "logits_to_keep", TensorProto.INT64, 1)
         self.ints("logits_to_keep", ALL)  # an input with a default is optional
         return self.op("Slice", [x, self.op("Neg", ["logits_to_keep"]), self.ints("to_end", ALL),
@@ -200,7 +200,7 @@ def quantize_rows(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarray
 
     A weight is about (code - 2^(bits - 1)) * scale. A byte holds two 4-bit codes, the first in the
     low half. In 4 bits the weight of largest magnitude becomes -8, whatever its sign, so that the
-    whole range -8 to 7 is used. It is clipped if that lowers the block's squared error.
+    whole range -8 to 7 is used. That weight is clipped if this lowers the block's squared error.
     """
     rows = weight.reshape(len(weight), -1, block)
     middle = 2 ** (bits - 1)

@@ -1,7 +1,7 @@
 """Runs exported ONNX files, with the methods of a GPT or a T5 that sample.py and evaluate.py use.
 
     model, tokenizer = open_onnx("shakespeare-int8/model.int8.onnx")
-    model, tokenizer = open_onnx("t5-int8/decoder.int8.onnx")   # with the encoder beside it
+    model, tokenizer = open_onnx("t5-int8/decoder.int8.onnx")   # the encoder is in the same folder
     loss = model(x, y)                      # summed over the targets that are not -1
     cache, logits = model.start(prompts, room)
     logits = model.step(idx, cache)         # (B, V), after the last token
@@ -29,15 +29,15 @@ from nanotune.text.loader import IGNORED
 from nanotune.text.tokenizer import AnyTokenizer, tokenizer_from_spec
 from t5 import T5, T5Config, pad_sources, shift_right
 
-OPSET = 23             # what export.py writes: the first with Attention
+OPSET = 23             # written by export.py; the first with Attention
 METADATA = "nanotune"  # the key of export.py's entry in a file's metadata
 ALL = 2**31            # logits_to_keep: more than any context
 
 
 class OnnxCache:
-    """The keys and values of at most `length` tokens, {input of the decoder: OrtValue}. Prompts of
-    a GPT of unequal length have one cache each, in `rows`, since the graph has no mask for padding.
-    A T5's cache has what its decoder reads of the sources too, in `source`; row i is of source
+    """The keys and values of at most `length` tokens, {input of the decoder: OrtValue}. A GPT's
+    prompts of different lengths have one cache each, in `rows`, since the graph has no padding
+    mask. For a T5, `source` has the decoder's inputs from the encoder; row i belongs to source
     prompt[i]."""
     def __init__(self, length: int, source: dict[str, Any] | None = None, rows: int = 0) -> None:
         self.pos, self.past, self.length, self.rows = 0, None, length, []
@@ -81,8 +81,8 @@ def run_graph(session, **feeds):
 
 
 def run_decoder(session, idx, past, keep, **source):
-    """(logits (B, min(keep, T), V) float32, present) of idx (B, T) after a past, None: no tokens;
-    `source` is what else the graph reads."""
+    """(logits (B, min(keep, T), V) float32, present) of idx (B, T) after `past`, None if it is
+    empty. `source` has the graph's other inputs."""
     if past is None:
         past = {i.name: ort_value(np.zeros((len(idx), i.shape[1], 0, i.shape[3]), np.float32))
                 for i in session.get_inputs() if i.name.startswith("past_")}
@@ -94,7 +94,7 @@ def run_decoder(session, idx, past, keep, **source):
 
 
 class OnnxGPT:
-    """Has the methods of a GPT in evaluation mode, with the same shapes."""
+    """An exported GPT, with the methods and shapes of a GPT in evaluation mode."""
     training = False
 
     def __init__(self, session: Any, config: GPTConfig) -> None:
@@ -112,7 +112,7 @@ class OnnxGPT:
         return run_decoder(self.session, idx, None, ALL)[0]
 
     def logits_at(self, idx: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Tensor]:
-        """As GPT.logits_at, one chunk per row, computed up to the row's last such position."""
+        """As GPT.logits_at, one chunk per row. Computes each row up to its last target only."""
         for row, marked in zip(idx, targets != IGNORED):
             at = marked.nonzero()[:, 0].tolist()
             if at:
@@ -153,12 +153,12 @@ class OnnxGPT:
         return self
 
     def train(self, mode: bool = True) -> "OnnxGPT":
-        assert not mode, "an ONNX file is not trained"
+        assert not mode, "an ONNX model cannot be trained"
         return self
 
 
 class OnnxT5:
-    """Has the methods of a T5 in evaluation mode, with the same shapes."""
+    """An exported T5, with the methods and shapes of a T5 in evaluation mode."""
     training = False
     __call__, step, eval, train = OnnxGPT.__call__, OnnxGPT.step, OnnxGPT.eval, OnnxGPT.train
     crop_block_size = T5.crop_block_size
@@ -167,14 +167,14 @@ class OnnxT5:
         self.encoder, self.session, self.config = encoder, decoder, config
 
     def encode(self, x):
-        """x (B, S), sources padded with -1 -> what the decoder reads of them, by input."""
+        """x (B, S), sources padded with -1 -> {input of the decoder: OrtValue}."""
         mask = ort_value((x != IGNORED).long().cpu().numpy())
         ids = ort_value(x.clamp(min=0).cpu().numpy())
         return run_graph(self.encoder, input_ids=ids, attention_mask=mask) | {
             "attention_mask": mask}
 
     def logits_at(self, x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tensor]:
-        """As T5.logits_at, one chunk per row, computed up to the row's last such target."""
+        """As T5.logits_at, one chunk per row. Computes each row up to its last target only."""
         for source, ids, marked in zip(x, shift_right(y, self.config), y != IGNORED):
             at = marked.nonzero()[:, 0].tolist()
             if at:
@@ -196,18 +196,18 @@ class OnnxT5:
 
 def open_onnx(path: str, block_size: int | None = None
               ) -> tuple[OnnxGPT | OnnxT5, AnyTokenizer | None]:
-    """Returns (model, tokenizer) of a file that export.py wrote, for a T5 the encoder's or the
-    decoder's. Raises UserError if the file is missing, damaged or from another program, or
-    onnxruntime is not installed; for a T5 also if the other graph or the weights are missing or of
-    another export."""
-    session, held = open_session(path)
+    """Returns (model, tokenizer) of a file written by export.py; a T5's file may be the encoder's
+    or the decoder's. Raises UserError if the file is missing, damaged or from another program, or
+    onnxruntime is not installed; for a T5 also if the other graph or the weights are missing or
+    from another export."""
+    session, entry = open_session(path)
     with checked_parse(path):
-        config, spec = config_of(held, path), held["tokenizer"]
+        config, spec = config_of(entry, path), entry["tokenizer"]
         if config.takes_pairs:
-            partner, also = open_partner(path, held)
-            sessions = {held["part"]: session, also["part"]: partner}
+            partner, other = open_partner(path, entry)
+            sessions = {entry["part"]: session, other["part"]: partner}
             model = OnnxT5(sessions["encoder"], sessions["decoder"], config)
-            spec = spec or also["tokenizer"]  # the decoder has it
+            spec = spec or other["tokenizer"]  # the decoder has it
         else:
             model = OnnxGPT(session, config)
         tokenizer = spec and tokenizer_from_spec(spec)
@@ -225,28 +225,28 @@ def open_session(path):
         raise UserError(f"{path} needs onnxruntime: pip install -r requirements-export.txt"
                         ) from None
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; export.py --format=onnx writes one")
+        raise UserError(f"{path} does not exist; create it with export.py --format=onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors only
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime has one exception type per status code
-        raise UserError(f"{path} is damaged, incomplete or no ONNX file that onnxruntime "
-                        f"{onnxruntime.__version__} reads ({str(e).splitlines()[0][:200]}); "
+        raise UserError(f"{path} is damaged, incomplete or cannot be read by onnxruntime "
+                        f"{onnxruntime.__version__} ({str(e).splitlines()[0][:200]}); "
                         "export it again") from None
-    held = session.get_modelmeta().custom_metadata_map.get(METADATA)
-    if held is None:
-        raise UserError(f"{path} was not written by export.py: give one that was, or the folder "
-                        "of the model that it came from")
+    entry = session.get_modelmeta().custom_metadata_map.get(METADATA)
+    if entry is None:
+        raise UserError(f"{path} was not written by export.py; give a file that was, or the folder "
+                        "of the original model")
     check_opset(path)
     with checked_parse(path):
-        return session, json.loads(held)
+        return session, json.loads(entry)
 
 
 def check_opset(path):
-    """Raises UserError unless the file asks for the operators of OPSET. onnxruntime does not tell,
-    and loads files of later ones, in which an operator may have another meaning."""
+    """Raises UserError unless the file is for opset OPSET. onnxruntime does not report the opset,
+    and loads files of later opsets, in which an operator may have another meaning."""
     with checked_parse(path), open(path, "rb") as f:
         opsets = [dict(fields_of(io.BytesIO(value), None)) for number, value in fields_of(f, 8)
                   if number == 8]  # ModelProto.opset_import: {1: domain, 2: version}
@@ -257,8 +257,8 @@ def check_opset(path):
 
 
 def fields_of(f, wanted):
-    """Yields (number, value) of the fields of a protobuf message: integers, and bytes, which are
-    read of the field `wanted` alone, if that is not None."""
+    """Yields (number, value) of each field of a protobuf message; values are integers or bytes. If
+    `wanted` is not None, skips the bytes of all fields except that number."""
     def integer(byte):
         value = bits = 0
         while byte[0] > 127:
@@ -274,32 +274,30 @@ def fields_of(f, wanted):
         yield number, value
 
 
-
-
-def config_of(held, path):
+def config_of(entry, path):
     """The config in a file's metadata."""
-    check_fields(held["config"], f"{path}: its metadata")
-    return (T5Config if "part" in held else GPTConfig)(**held["config"])
+    check_fields(entry["config"], f"{path}: its metadata")
+    return (T5Config if "part" in entry else GPTConfig)(**entry["config"])
 
 
-def open_partner(path, held):
-    """open_session of the other graph of a T5. Raises UserError if that or the weights are not
-    there or not of the same export."""
-    partner = Path(path).with_name(Path(held["partner"]).name)
+def open_partner(path, entry):
+    """(session, metadata) of a T5's other graph. Raises UserError if this graph or the weights are
+    missing or from another export."""
+    partner = Path(path).with_name(Path(entry["partner"]).name)
     if not partner.is_file():
-        raise UserError(f"{path} is the {held['part']} of a T5 and needs {partner.name} beside it; "
-                        "copy it there or export again")
-    session, also = open_session(str(partner))
-    if any(held[key] != also.get(key) for key in ("config", "data", "digest")):
-        raise UserError(f"{path} and {partner.name} are of different exports; export again")
-    with open(partner.with_name(Path(held["data"]).name), "rb") as f:
-        if hashlib.file_digest(f, "sha256").hexdigest() != held["digest"]:
-            raise UserError(f"{f.name} is damaged or of another export than {path}; export again")
-    return session, also
+        raise UserError(f"{path} is the {entry['part']} of a T5 and needs {partner.name} in the "
+                        "same folder; copy it there or export again")
+    session, other = open_session(str(partner))
+    if any(entry[key] != other.get(key) for key in ("config", "data", "digest")):
+        raise UserError(f"{path} and {partner.name} are from different exports; export again")
+    with open(partner.with_name(Path(entry["data"]).name), "rb") as f:
+        if hashlib.file_digest(f, "sha256").hexdigest() != entry["digest"]:
+            raise UserError(f"{f.name} is damaged or from another export than {path}; export again")
+    return session, other
 
 
 def check_graph(model, path):
-    """Raises UserError unless the config in the metadata is that of the graph."""
+    """Raises UserError unless the config in the metadata fits the graph."""
     c, inputs = model.config, model.session.get_inputs()
     layers, hs = ((c.n_decoder_layer, c.head_size) if c.takes_pairs
                   else (c.n_layer, c.n_embd // c.n_head))
@@ -311,4 +309,5 @@ def check_graph(model, path):
     logits = next(o.shape for o in model.session.get_outputs() if o.name == "logits")
     outside = c.takes_pairs and max(c.start_id, c.pad_id, c.end_id) >= c.vocab_size
     if found != wanted or logits[2] != c.vocab_size or outside:
-        raise UserError(f"{path}: its metadata has the config of another graph; export it again")
+        raise UserError(f"{path}: the config in its metadata does not fit the graph; export it "
+                        "again")

@@ -2,8 +2,8 @@
 
     encoder  inputs   input_ids (B, S) int64
                       attention_mask (B, S) int64, 0 for padding
-             outputs  cross.N.key and .value (B, nh, S, hs) float32, for each decoder layer N: what
-                      its attention to the source reads
+             outputs  cross.N.key and .value (B, nh, S, hs) float32, for each decoder layer N: the
+                      keys and values of its cross-attention
     decoder  inputs   input_ids (B, T) int64, the tokens before each target, from start_id on
                       attention_mask, cross.N.key and .value, as above
                       past_key_values.N.key and .value (B, nh, P, hs); P may be 0
@@ -11,8 +11,9 @@
              outputs  logits (B, T, V) float32
                       present.N.key and .value (B, nh, P + T, hs): the past of the next call
 
-B, S, T and P are dynamic. onnx_graph.py has the operators. Attention has scale 1; its mask is the
-bias of relative positions, read from a table of all distances, as far as they differ.
+B, S, T and P are dynamic. onnx_graph.py has the operators. Attention has scale 1. Its mask includes
+the relative position bias, read from a table with one row per distance up to max_distance; farther
+tokens have the same bias.
 """
 import hashlib
 from dataclasses import asdict
@@ -31,15 +32,15 @@ FARTHEST = 2**16  # largest max_distance: the table has twice as many rows
 
 def write_onnx(model: T5, folder: Path, quantize: str = "none",
                tokenizer_spec: dict | None = None) -> Path:
-    """Writes a float32 T5 on the CPU as encoder.onnx, decoder.onnx and model.onnx.data, with
-    `quantize`, a key of SCHEMES, in the names; returns the decoder's path.
+    """Writes a float32 T5 on the CPU as encoder.onnx, decoder.onnx and model.onnx.data; returns the
+    decoder's path. `quantize` is a key of SCHEMES; the names contain it unless it is "none".
 
     The decoder's metadata holds `tokenizer_spec`, a tokenizer's `spec`. Raises UserError if the
     model's sizes cannot be quantized or its max_distance is over FARTHEST.
     """
     if model.config.max_distance > FARTHEST:
-        raise UserError(f"max_distance={model.config.max_distance} is more than the {FARTHEST} "
-                        "that an ONNX graph takes; use --format=hf")
+        raise UserError(f"max_distance={model.config.max_distance} is more than {FARTHEST}, the "
+                        "limit of --format=onnx; use --format=hf")
     kind = "onnx" if quantize == "none" else f"{quantize}.onnx"
     graphs, tensors = {}, None
     with open(folder / f"model.{kind}.data", "wb") as file:
@@ -48,7 +49,7 @@ def write_onnx(model: T5, folder: Path, quantize: str = "none",
             graphs[part] = Graph(model, tensors, SCHEMES[quantize], "shared.weight")
             build(graphs[part], getattr(model, part))
     with open(file.name, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()  # tells that two belong together
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # open_onnx compares it
     for part, other in (("encoder", "decoder"), ("decoder", "encoder")):
         graphs[part].save(folder / f"{part}.{kind}", {
             "config": asdict(model.config), "quantize": quantize, "part": part,
@@ -108,15 +109,14 @@ def build_decoder(g, stack):
 
 
 def cross(g, where, layer):
-    """Declares the keys and values of a decoder layer's source; returns their names."""
+    """Declares the keys and values of a layer's cross-attention; returns their names."""
     c = g.config
     return [g.declare(where, f"cross.{layer}.{kind}", TensorProto.FLOAT, "B", c.n_head, "S",
                       c.head_size) for kind in ("key", "value")]
 
 
 def padding_mask(g):
-    """Declares attention_mask; returns what attention adds, (B, 1, 1, S): 0, or -inf for padding.
-    """
+    """Declares attention_mask; returns the additive mask (B, 1, 1, S), -inf for padding, else 0."""
     seen = g.op("Cast", [g.declare(g.inputs, "attention_mask", TensorProto.INT64, "B", "S")],
                 to=TensorProto.BOOL)
     added = g.op("Where", [seen, *(g.tensors.add(f"add_{x}", np.float32(x)) for x in (0, -np.inf))])
@@ -125,8 +125,8 @@ def padding_mask(g):
 
 @torch.no_grad()
 def position_bias(g, stack, first, end, causal):
-    """What attention adds for tokens `first` to `end` to tokens 0 to `end`, (1, nh, T, S); if
-    `causal` -inf for the keys behind each."""
+    """The bias (1, nh, T, S) of queries `first` to `end` to keys 0 to `end`; if `causal`, -inf for
+    the keys after each query."""
     least, most = -g.config.max_distance, 1 if causal else g.config.max_distance
     table = stack.bias(bucket_of(torch.arange(least, most + 1), **stack.buckets)).numpy()
     if causal:

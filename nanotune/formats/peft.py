@@ -2,9 +2,9 @@
 
     write_peft(folder, fields, adapters, spec, tokenizer)   # then reads back and compares
 
-PEFT's layer adds lora_alpha / r * B A x, as ours does with SCALE; A (rank, in) and B (out, rank)
-have our shapes, also beside a Conv1D, whose own weight is (in, out): fan_in_fan_out says so. Where
-transformers splits one of our matrices by rows, as GPT-Neo's q, k, v, each part has the same A.
+PEFT's layer adds lora_alpha / r * B A x; ours adds SCALE * B A x. A (rank, in) and B (out, rank)
+have our shapes, also for a Conv1D, whose weight is (in, out); fan_in_fan_out marks it. Where
+transformers splits one of our matrices by rows (GPT-Neo's q, k, v), all parts have the same A.
 """
 import json
 from pathlib import Path
@@ -22,11 +22,11 @@ MATRICES = {"lora_a": "lora_A", "lora_b": "lora_B"}  # ours: PEFT's
 
 def write_peft(folder: Path, fields: dict, adapters: dict[str, torch.Tensor], spec: dict,
                tokenizer: AnyTokenizer | None) -> None:
-    """Writes adapter_model.safetensors, adapter_config.json and the tokenizer of a LoRA run:
-    GPTConfig fields, {name: adapter}, and the checkpoint's `lora` entry.
+    """Writes adapter_model.safetensors, adapter_config.json and the tokenizer of a LoRA run, given
+    its GPTConfig fields, {name: adapter} and `spec`, the checkpoint's `lora` entry.
 
-    Raises UserError if transformers cannot express the base or what is read back differs; OSError
-    if the disk is full.
+    Raises UserError if transformers cannot express the base or the weights differ when read back;
+    OSError if the disk is full.
     """
     from safetensors.torch import load_file
     check_hf_takes(fields)
@@ -57,19 +57,20 @@ def adapters_to_peft(adapters, layout):
         parts = adapter.chunk(len(keys)) if kind == "lora_b" else [adapter] * len(keys)
         for key, part in zip(keys, parts):
             path = f"base_model.model.{key.removesuffix('.weight')}"
-            tensors[f"{path}.{MATRICES[kind]}.weight"] = part.clone()  # no file holds one twice
+            # a clone: safetensors refuses tensors that share memory
+            tensors[f"{path}.{MATRICES[kind]}.weight"] = part.clone()
     return tensors
 
 
 def needs_export(base: str) -> bool:
-    """Returns whether transformers cannot load the base of a LoRA run: neither a Hugging Face
-    folder nor a hub id."""
+    """Returns whether the base of a LoRA run is a folder that transformers cannot load: it has no
+    config.json."""
     return Path(base).is_dir() and not Path(base, "config.json").is_file()
 
 
 def name_of_base(base: str) -> str:
-    """Returns the name by which transformers loads the base: a hub id or a folder, of which an
-    absolute path, which is private, is cut to its last part; or the folder to export it to."""
+    """Returns the name with which transformers loads the base: a hub id, a folder, or the folder to
+    export it to. An absolute path is cut to its last part, since the rest is private."""
     path = Path(base)
     if needs_export(base):
         return f"{path.name}-hf"

@@ -3,7 +3,7 @@
     python export.py --init_from=checkpoint/run1 --format=hf --export_dir=run1-hf
     python train.py config/finetune_shakespeare.py --init_from=checkpoint/run1
 
-The folder holds what those programs write (checkpoint, model-N.index, model-N.data-*,
+The folder holds the files of those programs (checkpoint, model-N.index, model-N.data-*,
 hparams.json) and the tokenizer (encoder.json, vocab.bpe). Only this module needs TensorFlow:
 pip install -r requirements-tf.txt
 """
@@ -21,7 +21,7 @@ from nanotune.formats.hub import read_json
 
 HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "block_size", "n_embd": "n_embd", "n_head": "n_head",
            "n_layer": "n_layer"}
-# variables beside the weights: the optimizer's slots and beta powers, the step
+# variables other than weights: the optimizer's slots and beta powers, the step
 SLOT = re.compile(r"(.*)/(Adam|Adam_1|AdamW|AdamW_1|Momentum|Adagrad|RMSProp|RMSProp_1)")
 COUNTER = re.compile(r"(.*/)?(beta[12]_power|global_step)(_\d+)?")
 
@@ -33,8 +33,8 @@ def is_tf_checkpoint(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the index file and the data files of a folder's checkpoint. Raises UserError if the
-    folder has not exactly one checkpoint or a file is missing."""
+    """Returns the index file and the data files of a folder's checkpoint. Raises UserError unless
+    the folder has exactly one checkpoint with all its files."""
     prefix = find_prefix(folder)
     return sorted(p for p in folder.iterdir() if p.name.startswith(f"{prefix.name}."))
 
@@ -44,19 +44,19 @@ def read_config(folder: Path) -> GPTConfig:
     path = folder / "hparams.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist; copy it from the folder of the pretrained "
-                        "model that the run began with")
+                        "model that the run started from")
     hparams = read_json(path)
     lacks = [name for name in HPARAMS if name not in hparams]
     if lacks:
-        raise UserError(f"{path} does not give {', '.join(lacks)}; copy it again")
+        raise UserError(f"{path} lacks {', '.join(lacks)}; copy it again")
     fields = {ours: hparams[theirs] for theirs, ours in HPARAMS.items()}
     check_fields(fields, path, {ours: theirs for theirs, ours in HPARAMS.items()})
     return GPTConfig(**fields)
 
 
 def find_prefix(folder):
-    """The checkpoint's path without its suffix: the one that the file `checkpoint` names, which
-    may be a path on another machine, else the only one. Raises UserError if a file is missing."""
+    """The checkpoint's path without its suffix: the one that the file `checkpoint` names, possibly
+    by a path on another machine, else the only one. Raises UserError if a file is missing."""
     indexes = [p.with_suffix("") for p in sorted(folder.glob("*.index"))]
     if (folder / "checkpoint").is_file():
         text = (folder / "checkpoint").read_text(encoding="utf-8")
@@ -97,7 +97,7 @@ def check_names(found, wanted, prefix):
     if missing:
         raise UserError(f"{prefix} lacks {', '.join(missing[:3])}"
                         + (f" and {len(missing) - 3} more" if missing[3:] else "")
-                        + "; is hparams.json that of this model?")
+                        + "; check that hparams.json is from the same model")
 
 
 @torch.no_grad()
@@ -126,11 +126,11 @@ def read_model(folder: Path, dropout: float = 0.0, device: str | torch.device = 
             if name.endswith("/w"):  # (1, in, out); a Linear has (out, in)
                 tensor = tensor.squeeze(0).t()
             if tensor.shape != param.shape:
-                raise UserError(f"{prefix}: {name} is {tuple(tensor.shape)} where hparams.json "
-                                f"means {tuple(param.shape)}")
+                raise UserError(f"{prefix}: {name} has shape {tuple(tensor.shape)}, but "
+                                f"hparams.json implies {tuple(param.shape)}")
             param.copy_(tensor)
     except (tf.errors.OpError, RuntimeError, IndexError, TypeError) as e:
-        # OpError and the rest: TensorFlow's, for a damaged file; TypeError: no numbers
+        # TensorFlow's errors for a damaged file; TypeError: values that are not numbers
         raise UserError(f"{prefix} is damaged ({str(e).splitlines()[0][:200]}); copy it again"
                         ) from None
     return model

@@ -1,30 +1,30 @@
-"""Beam search: keeps the most likely beginnings of an answer, instead of one.
+"""Beam search: keeps the num_beams most likely partial answers, instead of one.
 
-    answers = beam_search(model, prompts, 100, num_beams=4)     # the ids of each prompt's best
+    answers = beam_search(model, prompts, 100, num_beams=4)  # ids of the best answer to each prompt
 
-The search is that of transformers' generate(num_beams=..., do_sample=False, early_stopping=False)
-in version 5. A model is as for stream().
+The algorithm is that of generate(num_beams=..., do_sample=False, early_stopping=False) in
+transformers 5. A model is as for stream().
 """
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-NEVER = -1e9  # the score of a beam that is not to be chosen
+NEVER = -1e9  # the score of a beam that must not be chosen
 
 
 class Search:
-    """The beams of one prompt: those that go on, and the best that ended."""
+    """The beams of one prompt: the active ones, and the best of those that ended."""
     def __init__(self, num_beams: int, length_penalty: float, stop_token: int | None) -> None:
         self.n, self.penalty, self.stop_token = num_beams, length_penalty, stop_token
         self.beams = [[] for _ in range(num_beams)]   # the new tokens of each
-        self.scores = [0.0] + [NEVER] * (num_beams - 1)  # log p of each; at first all are alike
-        self.rows = list(range(num_beams))  # the beam before that each goes on from
+        self.scores = [0.0] + [NEVER] * (num_beams - 1)  # log p; they start equal, so one counts
+        self.rows = list(range(num_beams))  # the beam of the previous step that each continues
         self.ended, self.done = [], False   # [(score, tokens)], best first
 
     def add(self, scores: list[float], rows: list[int], tokens: list[int], last: bool) -> None:
-        """Takes the best continuations, best first: log p, the beam, its next token. One that ends
-        counts if it is among the first n. With `last` all of them end."""
+        """Adds the best continuations, best first: log p, beam and next token of each. One that
+        ends counts only if it is among the first n. With `last` all of them end."""
         live, length = [], len(self.beams[0]) + 1
         for rank, (score, row, token) in enumerate(zip(scores, rows, tokens)):
             if not last and token != self.stop_token:
@@ -34,7 +34,7 @@ class Search:
         self.ended = sorted(self.ended, key=lambda pair: -pair[0])[:self.n]
         best = self.divided(live[0][0], length) if live else NEVER
         self.done = not live or (len(self.ended) == self.n and best <= self.ended[-1][0])
-        if not self.done:  # else the last beams stay, and are not looked at
+        if not self.done:  # otherwise the beams are no longer used
             self.scores, self.rows, self.beams = map(list, zip(*live[:self.n]))
 
     def divided(self, score, length):
@@ -45,12 +45,12 @@ class Search:
 def beam_search(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, num_beams: int,
                 length_penalty: float = 1.0, stop_token: int | None = None,
                 n_vocab: int | None = None) -> list[list[int]]:
-    """Returns the ids of the best of num_beams answers to each of B prompts: it has the highest
-    log p / number of tokens ** length_penalty, and ends with stop_token, or after max_new_tokens.
+    """Returns the ids of the best of num_beams answers to each of B prompts. It has the highest
+    log p / number of tokens ** length_penalty, and ends with stop_token or after max_new_tokens.
 
-    The search of a prompt ends if num_beams answers have ended and the best beam, divided by its
-    length so far, is no better than the worst of them. Ids of n_vocab and above are not drawn. When
-    a GPT's context is full, its later half is read again, as in stream().
+    A prompt's search ends when num_beams answers have ended and the best active beam's score, with
+    its present length, is not above the worst of theirs. Ids of n_vocab and above are never chosen.
+    When a GPT's context is full, its later half is read again, as in stream().
     """
     n = num_beams
     cache, logits = model.start(prompts, max_new_tokens)

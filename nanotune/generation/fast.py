@@ -1,19 +1,19 @@
 """Opens a model and makes it fast for generation: packed matrices, one CUDA graph per token.
 
     model = open_model("out-mine", device, dtype)                   # then stream(model.fast, ...)
-    model = for_generation(model, device, dtype, compiled=False)    # of a model that is loaded
+    model = for_generation(model, device, dtype, compiled=False)    # for a loaded model
     pack(model, device, dtype)                                      # the matrices only
 
 Packing: a generated token multiplies each matrix by one row per sample, so most time goes into
-reading the weights. Half precision casts them once, which halves the bytes. On an x86 CPU oneDNN
-stores them in its own order, in float32 and in bfloat16 if the CPU has it, and reads them near the
-speed of memory. In float32 torch's default, MKL, reached half of that on an AMD Zen 3, and a sixth
-for 10 samples.
+reading the weights. In half precision they are cast once, which halves the bytes. On an x86 CPU
+oneDNN stores them in its own order, in float32 and, if the CPU supports it, bfloat16. It reads them
+at nearly the memory bandwidth. In float32 torch's default, MKL, reached half of that on an AMD
+Zen 3, and a sixth for 10 samples.
 
 Graphs: a step of one token has hundreds of kernels of a few microseconds each, which a GPU runs
 faster than Python launches them. The step is recorded once as a CUDA graph and then launched as a
-whole, with fixed shapes and memory; torch.compile, if asked for, also fuses its kernels. The cost:
-each step reads the whole cache, with its empty columns. From gpt-fast (PyTorch team 2023).
+whole, with fixed shapes and memory; torch.compile, if requested, also fuses its kernels. The cost:
+each step reads the whole cache, including empty columns. From gpt-fast (PyTorch team 2023).
 """
 import sys
 from collections.abc import Callable, Sequence
@@ -35,12 +35,12 @@ from nanotune.head import Head, add_mean, is_half
 from nanotune.text.tokenizer import AnyTokenizer
 from nanotune.torch_private import can_pack_linear, pack_linear, packed_linear
 
-ALIGNED = 16  # attention on a GPU copies masks unless their columns are a multiple of this
+ALIGNED = 16  # attention on a GPU copies a mask unless its width is a multiple of this
 
 
 @dataclass
 class Model:
-    """A loaded model: as it is, and in its fastest form for stream()."""
+    """A loaded model: the model itself, `plain`, and its fastest form for stream(), `fast`."""
     plain: Any
     fast: Any
     tokenizer: AnyTokenizer
@@ -50,8 +50,8 @@ class Model:
 
 def open_model(source: str, device: torch.device, dtype: torch.dtype, compiled: bool = False
                ) -> Model:
-    """Loads a model from any source of load_model. Raises UserError as it, and if the model has no
-    tokenizer or cannot compute in `dtype`."""
+    """Loads a model from any source of load_model. Raises UserError as load_model does, and if the
+    model has no tokenizer or cannot compute in `dtype`."""
     model, tokenizer = load_model(source, device=device, with_onnx=True)
     if tokenizer is None:
         raise UserError(f"{source} has no tokenizer file: put its tokenizer.json into the folder")
@@ -71,7 +71,7 @@ def for_generation(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtyp
     if not hasattr(model, "new_cache"):  # a T5: its steps have no fixed shapes to record
         return model
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # graphs and streams are the current one's
+        torch.cuda.set_device(device)  # graphs and streams belong to the current device
         return Decoder(model, cuda_graph, compiled)
     return Decoder(model, compiled=True) if compiled else model
 
@@ -90,7 +90,7 @@ class PackedLinear(nn.Module):
 
 
 class CastLinear(nn.Module):
-    """As PackedLinear, the weight as it is."""
+    """As PackedLinear, without changing the weight's order."""
     def __init__(self, weight, bias):
         super().__init__()
         self.weight, self.bias = weight, bias
@@ -100,19 +100,19 @@ class CastLinear(nn.Module):
 
 
 class PackedHead(nn.Module):
-    """A Head in half precision; `made` makes a layer of its centred weights."""
-    def __init__(self, head, dtype, made):
+    """A Head in half precision; `linear_type` is the class of the layer of its centred weights."""
+    def __init__(self, head, dtype, linear_type):
         super().__init__()
         weight, self.mean = head.centred(dtype)
-        self.product = made(weight, None)
+        self.product = linear_type(weight, None)
 
     def forward(self, x):
         return add_mean(self.product(x), x, self.mean)
 
 
 class PackedBlock(nn.Module):
-    """A block of a GPT whose matrices are packed, written out in one function: on a CPU the calls
-    of its 10 modules take a fifth of a token's time. The activation is part of its product."""
+    """A block of a GPT with packed matrices, written as one function: on a CPU the calls of its 10
+    modules take a fifth of a token's time. The activation is fused into c_fc's product."""
     def __init__(self, block, activation):
         super().__init__()
         self.block, self.activation = block, activation
@@ -136,23 +136,23 @@ class PackedBlock(nn.Module):
 @torch.no_grad()
 def pack(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtype,
          onednn: bool = True) -> None:
-    """Casts the matrices of a model to `dtype`, autocast's, and with `onednn` packs them on an x86
-    CPU. Replaces one at a time, so memory does not double; a tied head gets its own copy. Disables
-    cuDNN's attention for the whole process."""
+    """Casts the matrices of a model to `dtype`, the dtype of autocast, and with `onednn` packs them
+    on an x86 CPU. Replaces one at a time, so memory does not double. A tied head gets its own copy.
+    Disables cuDNN's attention for the whole process."""
     if not isinstance(model, nn.Module):  # an OnnxGPT
         return
-    # cuDNN plans again for each cache length, which takes longer than a token
+    # cuDNN makes a new plan for each cache length, which takes longer than a token
     torch.backends.cuda.enable_cudnn_sdp(False)
     onednn = onednn and device.type == "cpu" and can_pack_linear(dtype)
     if dtype == torch.float32 and not onednn:
         return
-    made = PackedLinear if onednn else CastLinear
+    linear_type = PackedLinear if onednn else CastLinear
 
     def replacement(layer):
         if isinstance(layer, Head) and is_half(dtype):
-            return PackedHead(layer, dtype, made)
+            return PackedHead(layer, dtype, linear_type)
         bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        return made(layer.weight.detach().to(dtype), bias)
+        return linear_type(layer.weight.detach().to(dtype), bias)
 
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
@@ -168,7 +168,7 @@ def pack(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtype,
 
 class FixedCache:
     """A view of a KVCache with fixed shapes for steps of one token: the token's column is a tensor,
-    and attention sees the whole cache under a mask."""
+    and attention reads the whole cache with a mask."""
     to_the_end = False
 
     def __init__(self, cache):
@@ -179,7 +179,7 @@ class FixedCache:
         self.pad = None if cache.pad is None else cache.pad.clone()
 
     def place(self, cache):
-        """Makes the next token go to the cache's next column."""
+        """Sets the column of the next token to the cache's next one."""
         self.column.fill_(cache.pos)
         if self.pad is not None:
             self.pad.copy_(cache.pad) if cache.pad is not None else self.pad.zero_()
@@ -191,7 +191,7 @@ class FixedCache:
         """Does nothing: Decoder.step advances the cache itself, outside the graph."""
 
     def append(self, layer, k, v):
-        """Writes k, v (B, nh, 1, hs) into the column; returns all, (B, nh, S, hs) each."""
+        """Writes k, v (B, nh, 1, hs) into the column; returns the layer's, (B, nh, S, hs) each."""
         for whole, new in zip(self.layers[layer], (k, v)):
             whole.index_copy_(2, self.column, new.to(whole.dtype))
         return self.layers[layer]
@@ -199,13 +199,13 @@ class FixedCache:
 
 class Decoder:
     """A GPT for stream() that records the first step of one token on each cache and replays it for
-    the next ones. `capture` is cuda_graph, or None to record nothing; with `compiled` torch.compile
+    later steps. `capture` is cuda_graph, or None to record nothing. With `compiled`, torch.compile
     compiles the step first."""
     def __init__(self, model: GPT, capture: Callable[[Callable], Callable] | None = None,
                  compiled: bool = False) -> None:
         self.model, self.config = model, model.config
         self.capture, self.compiled = capture, compiled
-        self.keys, self.play = None, None  # of the cache of the recorded step, and the step
+        self.keys, self.play = None, None  # keys of the recorded step's cache; its replay
 
     @property
     def device(self) -> torch.device:
@@ -222,7 +222,7 @@ class Decoder:
         """As GPT.step: idx (B, T) -> the logits after the last token, (B, V) float32."""
         if idx.size(1) > 1:
             return self.model.step(idx, cache)
-        if self.keys is not cache.k:  # reordered for more rows, a cache has others
+        if self.keys is not cache.k:  # reordering a cache for more rows makes new keys
             self.keys, self.play = cache.k, self.record(idx, cache)
         logits = self.play(idx)
         cache.advance(1)
@@ -249,8 +249,8 @@ class Decoder:
 
 
 def compiled_or_plain(step, token, cache):
-    """Compiles `step` and tries it, which writes the column that the real step then overwrites. If
-    that fails, warns and returns `step`."""
+    """Compiles `step` and runs it once. The column that this writes is overwritten by the next
+    step. If compiling fails, warns and returns `step`."""
     compiled = torch.compile(step)
     failed = compile_error(lambda: compiled(token, cache))
     if failed:
@@ -260,7 +260,8 @@ def compiled_or_plain(step, token, cache):
 
 
 def warn_of(what, reason):
-    print(f"warning: {what} ({reason}); going on without, slower but the same", file=sys.stderr)
+    print(f"warning: {what} ({reason}); continuing without it: slower, same results",
+          file=sys.stderr)
 
 
 def cuda_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -277,7 +278,7 @@ def cuda_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             result = step()
     except RuntimeError as e:
-        warn_of("no CUDA graph of a step", first_line(e))
+        warn_of("cannot record a CUDA graph", first_line(e))
         return step
 
     def replay():

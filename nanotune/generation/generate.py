@@ -1,8 +1,8 @@
-"""Generates tokens one after the other, and decodes them to text.
+"""Generates tokens one at a time, and decodes them to text.
 
-    for token in stream(model, prompts, 100, temperature=0.8): ...    # (B,) at a time
+    for token in stream(model, prompts, 100, temperature=0.8): ...    # token (B,)
 
-A model is anything with the `config`, `start` and `step` of a GPT: also a Decoder or an OnnxGPT.
+A model is any object with the `config`, `start` and `step` of a GPT, e.g. a Decoder or an OnnxGPT.
 """
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,11 +15,12 @@ from nanotune.text.tokenizer import AnyTokenizer
 
 def encode_prompt(tokenizer: AnyTokenizer, text: str, block_size: int, where: str) -> list[int]:
     """Returns the prompt's ids; an empty prompt becomes end-of-text, after which a document begins.
-    Raises UserError, which names the prompt `where`, if it does not fit or cannot be encoded."""
+    Raises UserError if the prompt does not fit or cannot be encoded; the message calls it `where`.
+    """
     ids = tokenizer.encode(text)
     if not ids and tokenizer.eot is None:
         raise UserError(f"{where} is empty, and the model's vocabulary has no end-of-text to begin "
-                        "with; give it a character")
+                        "with; give at least one character")
     if len(ids) > block_size:
         raise UserError(f"{where} has {len(ids)} tokens, the model reads at most {block_size}; "
                         "give a shorter prompt")
@@ -33,8 +34,8 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
            n_vocab: int | None = None, generator: torch.Generator | None = None,
            with_logits: bool = False) -> Iterator[Any]:
     """Yields the next token of each of B prompts, (B,), up to max_new_tokens times. Prompts may
-    differ in length; of one longer than a GPT's block_size only the end is used. A T5's prompts
-    are sources, and its tokens the target.
+    differ in length; a GPT reads only the last block_size tokens of each. A T5's prompts are
+    sources, and the new tokens are the target.
 
     Sampling is as in sample_token(). repetition_penalty above 1 makes tokens that are already in
     the row less likely (Keskar et al. 2019, "CTRL"). A row that drew stop_token repeats it; when
@@ -43,7 +44,7 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
     When the context is full, its later half is read again as a prompt. So the model always sees at
     least half a context, at the cost of one prompt every block_size / 2 tokens.
 
-    with_logits yields (token, logits): the model's own, (B, n_vocab), without the penalty.
+    If with_logits, yields (token, logits): the model's logits (B, n_vocab), without the penalty.
     """
     cache, logits = model.start(prompts, max_new_tokens)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
@@ -75,9 +76,9 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
                  top_p: float | None = None,
                  generator: torch.Generator | None = None) -> torch.Tensor:
     """logits (B, V) -> ids (B,) drawn from their softmax at this temperature; 0 takes the most
-    likely. top_k keeps the k most likely tokens, top_p the fewest that have this probability. Each
+    likely. top_k keeps the k most likely tokens, top_p the fewest with this total probability. Each
     row uses one uniform number, by inverting the cumulative probabilities."""
-    if temperature < 1e-5:  # the quotient below could be infinite, and 1e-5 decides as 0 does
+    if temperature < 1e-5:  # the quotient below could overflow; 1e-5 gives the same token as 0
         return logits.argmax(-1)
     ids = None
     if top_k is not None and top_k < logits.size(-1):
@@ -87,8 +88,8 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
     p = (logits / temperature).softmax(-1, dtype=torch.float32)
     upto = p.cumsum(-1)
     if top_p is not None and top_p < 1:
-        enough = upto - p >= top_p  # the tokens before it are enough
-        enough[:, 0] = False  # 1e-320 is 0 in float32
+        enough = upto - p >= top_p  # the tokens before this one are enough
+        enough[:, 0] = False  # keeps one token: a top_p of 1e-320 is 0 in float32
         p = p.masked_fill(enough, 0.0)
         upto = p.cumsum(-1)
     draw = torch.rand(len(p), 1, device=p.device, generator=generator)
@@ -114,9 +115,9 @@ def penalize(logits, seen, penalty):
 
 def read_prompts(model: Any, prompts: Sequence[list[int]], room: int,
                  cache: Any = None) -> tuple[Any, torch.Tensor]:
-    """Returns (cache, logits (B, V)) after B prompts, the last block_size tokens of each, which are
-    left-padded to one length. A given KVCache is overwritten; a new one has room for `room` more
-    tokens, within block_size."""
+    """Returns (cache, logits (B, V)) after the last block_size tokens of each of B prompts, which
+    are left-padded to one length. A given KVCache is overwritten. A new one has room for `room`
+    more tokens, up to block_size in all."""
     prompts = [ids[-model.config.block_size:] for ids in prompts]
     length = max(map(len, prompts))
     pad = [length - len(ids) for ids in prompts]
@@ -130,7 +131,7 @@ def read_prompts(model: Any, prompts: Sequence[list[int]], room: int,
 
 def take_rows(cached: torch.Tensor, rows: torch.Tensor, pos: int) -> torch.Tensor:
     """Returns rows `rows` (N,) of a cache's keys or values, (layers, B, nh, S, hs), of which the
-    first `pos` columns count. It is in place if N is B, where a recorded step expects it."""
+    first `pos` columns are filled. If N is B, works in place: a recorded step reads this memory."""
     if len(rows) != cached.size(1):
         return cached[:, rows]
     cached[:, :, :, :pos] = cached[:, rows, :, :pos]
@@ -138,7 +139,7 @@ def take_rows(cached: torch.Tensor, rows: torch.Tensor, pos: int) -> torch.Tenso
 
 
 def text_before(model: Any, prompt: list[int]) -> list[int]:
-    """Returns the ids that the new text goes on from: the prompt's, or none if it is an answer."""
+    """Returns the ids that the new text continues: the prompt's, or none for a T5's answer."""
     return [] if model.config.takes_pairs else prompt
 
 
@@ -149,7 +150,7 @@ class TextPieces:
         print(pieces.rest())
 
     The text ends before the first of `stops` or the tokenizer's eot; `done` is then True. A piece
-    has only whole characters, and not what may be the beginning of a stop.
+    has only whole characters. Text that may be the beginning of a stop is held back.
     """
     CONTEXT = 8  # previous tokens to decode with the new ones: the text may depend on them
 
@@ -177,7 +178,7 @@ class TextPieces:
         return self.tokenizer.decode(self.window)[len(before):]
 
     def before_stop(self, new):
-        """The held text and `new` up to a stop; holds back what may be the beginning of one."""
+        """The text held back and `new`, up to a stop or to what may be the beginning of one."""
         text = self.held + new
         found = self.find_stop(text)
         self.done = found is not None

@@ -1,12 +1,12 @@
-"""Who may use the server: checks Host, Origin and the token.
+"""Access control of the server: checks Host, Origin and the token.
 
     access = Access("127.0.0.1")
     access.check(headers)           # raises ApiError
     access.check_token(headers)
 
-A browser that visits another site must not use a server on its own machine. By DNS rebinding a site
-makes its own name mean this machine; its requests then carry that name as Host. A site's scripts
-and forms carry its address as Origin.
+Pages of other sites must not use a server on the machine of the browser. With DNS rebinding, a site
+resolves its own name to this machine; its requests then have that name as Host. Requests of a
+site's scripts and forms have the site's address as Origin.
 """
 import hmac
 import ipaddress
@@ -26,21 +26,21 @@ def address_of(host):
 
 
 def is_loopback(host: str) -> bool:
-    """Returns whether only this machine reaches a server bound to `host`."""
+    """Returns whether only this machine can reach a server bound to `host`."""
     address = address_of(host)
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
 @dataclass
 class Access:
-    """Who may ask: the host that the server is bound to, the token ("": none is needed) and more
-    names that its address has, as behind a proxy."""
+    """Access rules: the host that the server is bound to, the token ("": none is needed) and other
+    names of the server, e.g. behind a proxy."""
     host: str = "127.0.0.1"
     token: str = ""
     names: tuple[str, ...] = ()
 
     def check(self, headers: Message) -> None:
-        """Raises ApiError for a request to another host, or sent by another site's page."""
+        """Raises ApiError for a request to another host, or from another site's page."""
         hosts, origin = headers.get_all("Host", []), headers.get("Origin")
         host = hosts[0] if len(hosts) == 1 else ""
         if not self.knows(hostname(host)):
@@ -51,15 +51,15 @@ class Access:
             raise ApiError(403, f"pages of {origin[:99]!r} may not use this server")
 
     def knows(self, name):
-        """Whether a Host is this server. Bound to all addresses, any address is: DNS rebinding, by
-        which a site makes its name mean this machine, needs a name."""
+        """Whether a name or address from a Host header is this server's. If it is bound to all
+        addresses, every IP address is: DNS rebinding needs a name."""
         bound = address_of(self.host)
         to_all = bound is not None and bound.is_unspecified
         return (name in (self.host, *self.names) or (to_all and address_of(name) is not None)
                 or (is_loopback(name) and (to_all or is_loopback(self.host))))
 
     def check_token(self, headers: Message) -> None:
-        """Raises ApiError if a token is needed and is not the one given."""
+        """Raises ApiError if a token is needed and the request does not give it."""
         scheme, _, given = headers.get("Authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode(), self.token.encode())
         if self.token and not (right and scheme.lower() == "bearer"):

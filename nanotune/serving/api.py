@@ -5,8 +5,8 @@
     answer.chunk(piece)         # one event of a stream
     answer.whole(results)       # all of it at once
 
-Beyond OpenAI's fields: top_k and repetition_penalty. Probabilities are the model's own. chat.py
-does the same for conversations, with the checks that are here.
+Additions to OpenAI's fields: top_k and repetition_penalty. Log-probabilities are at temperature 1
+without the penalty. chat.py does the same for conversations, with the checks of this file.
 """
 import secrets
 import time
@@ -20,7 +20,7 @@ from nanotune.generation.generate import encode_prompt
 from nanotune.serving.engine import Engine, Piece, Request
 from nanotune.text.read import check_surrogates
 
-# {field: (type, the numbers allowed)}; of a number that is left out or null, Request's default
+# {field: (type, allowed numbers)}; if a number is left out or null, Request's default is used
 NUMBERS = {
     "max_tokens": (int, Interval(0)), "temperature": (float, Interval(0, 10, "[]")),
     "top_k": (int, Interval(0, 2**31)), "top_p": (float, Interval(0, 1, "[]")),
@@ -29,7 +29,7 @@ NUMBERS = {
 }
 OTHERS = {"model": str, "echo": bool, "stream": bool, "prompt": str | list, "stop": str | list}
 KNOWN = NUMBERS | {key: (kind, None) for key, kind in OTHERS.items()}
-# fields of OpenAI's that are not here, with the value besides null that changes nothing
+# {unsupported field of OpenAI's: its default}; only the default and null are allowed
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1, "logit_bias": {},
            "suffix": None, "stream_options": None, "user": None}
 MOST_STOPS, LONGEST_STOP = 4, 200
@@ -38,20 +38,20 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_l
 
 
 class ApiError(Exception):
-    """An answer that is an error: its HTTP status, one line, and the field that it is about."""
+    """An error response: the HTTP status, a one-line message, and the field that is wrong."""
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.param = status, param
 
     def body(self) -> dict:
-        """Returns OpenAI's form of it."""
+        """Returns the error in OpenAI's form."""
         kind = TYPES.get(self.status, TYPES[400])
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
 
 
 @dataclass
 class Limits:
-    """Most tokens per sample, and most samples per request (prompts x n)."""
+    """Maximum tokens per sample and samples per request (prompts x n)."""
     max_tokens: int = 2048
     max_batch: int = 16
 
@@ -67,19 +67,20 @@ class Completion:
 
 
 def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -> Completion:
-    """Checks the body of a request, as JSON gave it. Raises ApiError, which names the field."""
+    """Checks a request's body, parsed from JSON. Raises ApiError, which names the field."""
     given = check_fields(body, KNOWN, NEUTRAL)
     engine, n = pick_engine(given, engines), given.pop("n", 1)
     check_max_tokens(given.setdefault("max_tokens", min(16, limits.max_tokens)), limits)
     prompts = strings("prompt", given.pop("prompt", ""))
     if len(prompts) * n > limits.max_batch:
-        raise ApiError(400, f"{len(prompts)} prompts x n={n} make {len(prompts) * n} samples, this "
-                       f"server takes at most {limits.max_batch} per request",
+        raise ApiError(400, f"{len(prompts)} prompts x n={n} make {len(prompts) * n} samples; this "
+                       f"server allows at most {limits.max_batch} per request",
                        "n" if len(prompts) <= limits.max_batch else "prompt")
     ids = [prompt_ids(engine, text, i) for i, text in enumerate(prompts, 1)]
     stream, echo = given.pop("stream", False), given.pop("echo", False)
     if echo and engine.model.plain.config.takes_pairs:
-        raise ApiError(400, "echo: this model answers a prompt and does not go on from it", "echo")
+        raise ApiError(400, "echo is not supported: this model answers a prompt and does not "
+                       "continue it; leave it out", "echo")
     request = Request(
         prompts=[row for row in ids for _ in range(n)], stops=check_stops(given.pop("stop", [])),
         seed=given.pop("seed", secrets.randbelow(2**32)),
@@ -88,9 +89,9 @@ def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -
 
 
 def check_fields(body: Any, known: Mapping[str, tuple], neutral: Mapping[str, Any]) -> dict:
-    """Returns {field: value} of a request's body. `known` has the type of each field, and the
-    Interval of a number; `neutral` the fields that may have that value alone. A field that is null
-    or neutral is left out. Raises ApiError for another type, field or a number out of bounds."""
+    """Returns {field: value} of a request's body, without null and neutral fields. `known` has the
+    type of each field and the Interval of numbers; `neutral` is as NEUTRAL. Raises ApiError for an
+    unknown field, a wrong type or a number out of bounds."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     given = {key: check_field(key, value, known, neutral) for key, value in body.items()}
@@ -98,7 +99,7 @@ def check_fields(body: Any, known: Mapping[str, tuple], neutral: Mapping[str, An
 
 
 def pick_engine(given: dict, engines: Mapping[str, Engine]) -> Engine:
-    """Returns the engine that the field model, which is taken out, names; or the first."""
+    """Takes the field model out of `given` and returns its engine, by default the first."""
     name = given.pop("model", next(iter(engines)))
     if name not in engines:
         raise ApiError(404, f"there is no model {shown(name)}; GET /v1/models lists them", "model")
@@ -108,12 +109,12 @@ def pick_engine(given: dict, engines: Mapping[str, Engine]) -> Engine:
 def check_max_tokens(max_tokens: int, limits: Limits) -> None:
     """Raises ApiError above the server's limit."""
     if max_tokens > limits.max_tokens:
-        raise ApiError(400, f"max_tokens is {max_tokens}, this server generates at most "
+        raise ApiError(400, f"max_tokens is {max_tokens}; this server generates at most "
                        f"{limits.max_tokens}", "max_tokens")
 
 
 def check_field(key, value, known, neutral):
-    """The value of a field, if it has the right type and is within bounds; None: the default."""
+    """The value of a field, checked for type and bounds; None: use the default."""
     plain = key in neutral and value == neutral[key] and (
         isinstance(value, bool) is isinstance(neutral[key], bool))
     if plain or (value is None and (key in known or key in neutral)):
@@ -136,12 +137,12 @@ def check_field(key, value, known, neutral):
 
 
 def shown(value):
-    """A value for a message; a list or an object, which may be deep, by its type."""
+    """A value for a message; for a list or an object, which may be deep, only its type."""
     return f"a {type(value).__name__}" if isinstance(value, list | dict) else f"{value!r:.40}"
 
 
 def strings(key, value):
-    """A string or a list of strings as a list; each must be text that UTF-8 can hold."""
+    """A string or a list of strings as a list; each must be valid in UTF-8."""
     values = [value] if isinstance(value, str) else value
     if not values or not all(isinstance(text, str) for text in values):
         raise ApiError(400, f"{key} must be a string or a list of strings", key)
@@ -156,7 +157,7 @@ def strings(key, value):
 def check_stops(value):
     stops = strings("stop", value) if value else []
     if len(stops) > MOST_STOPS or any(not 0 < len(stop) <= LONGEST_STOP for stop in stops):
-        raise ApiError(400, f"stop takes up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} "
+        raise ApiError(400, f"stop must be up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} "
                        "characters", "stop")
     return stops
 
@@ -213,13 +214,13 @@ class Answer:
 
 
 def usage(prompt_tokens: int, generated: int) -> dict[str, int]:
-    """Returns the numbers of tokens of an answer."""
+    """Returns the token counts of an answer."""
     return {"prompt_tokens": prompt_tokens, "completion_tokens": generated,
             "total_tokens": prompt_tokens + generated}
 
 
 def joined(choices):
-    """The choices of one sample's pieces as one."""
+    """Joins the choices of one sample's pieces."""
     *_, last = choices
     logprobs = last["logprobs"] and {key: [x for choice in choices for x in choice["logprobs"][key]]
                                      for key in last["logprobs"]}

@@ -1,5 +1,5 @@
-// The chat tab of the page: a conversation per model. A message goes to all of them; each keeps its
-// history, as exchanges {user, answer}, of which any can be edited or regenerated.
+// The chat tab of the page: one conversation per model. A message is sent to all models. Each
+// conversation is a list of exchanges {user, answer}; any of them can be edited or regenerated.
 import {$, ask, element, events, form, login, models, showGone} from "./page.js";
 
 const say = $("#say"), box = say.elements.message;
@@ -18,7 +18,7 @@ function request(talk) {
     top_p: number("top_p"), seed: Math.floor(Math.random() * 2 ** 32), stream: true};
 }
 
-// has each of these conversations answer its last message
+// answers the last message of each of these conversations
 async function run(asked) {
   const mine = running = new AbortController();
   showRunning();
@@ -31,7 +31,7 @@ async function answer(talk, signal) {
   const exchange = talk.exchanges.at(-1), state = $(".state", talk.root);
   const tell = (text, busy = true, bad = false) => {
     talk.root.ariaBusy = busy;
-    if (talk.exchanges.at(-1) !== exchange) return;  // the conversation was begun anew
+    if (talk.exchanges.at(-1) !== exchange) return;  // a new conversation was started
     state.textContent = text;
     state.classList.toggle("bad", bad);
   };
@@ -54,7 +54,7 @@ async function answer(talk, signal) {
   } catch (error) {
     const lost = error instanceof TypeError;  // what fetch throws if there is no connection
     if (lost && !signal.aborted) showGone(true);
-    tell(signal.aborted ? "stopped" : lost ? "the server went away" : error.message, false,
+    tell(signal.aborted ? "stopped" : lost ? "connection lost" : error.message, false,
       !signal.aborted);
   }
 }
@@ -91,7 +91,7 @@ function draw(talk) {
     })]));
 }
 
-// puts a text field in the place of a message; sending it takes the conversations back to there
+// replaces a message with a text field; sending it drops the exchanges from there on
 function edit(talk, item, at) {
   const field = element("textarea", {value: talk.exchanges[at].user, rows: 3, ariaLabel: "Message"});
   const button = (label, act) => {

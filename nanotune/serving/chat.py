@@ -5,9 +5,9 @@
     answer.chunk(piece)         # one event of a stream
     answer.whole(results)       # all of it at once
 
-Fields are those of /v1/completions, with messages in place of prompt, and without echo and
-logprobs. If a conversation is longer than the context, its oldest messages are left out;
-dropped_messages, a field beyond OpenAI's, says how many.
+Fields are those of /v1/completions, with messages instead of prompt, and without echo and logprobs.
+If a conversation is longer than the context, its oldest messages are dropped; dropped_messages, an
+addition to OpenAI's fields, is their number.
 """
 import secrets
 import time
@@ -44,12 +44,12 @@ CHAT_NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {},
 
 
 def parse_chat(body: Any, engines: Mapping[str, Engine], limits: Limits) -> Completion:
-    """Checks the body of a request, as JSON gave it. Raises ApiError, which names the field."""
+    """Checks a request's body, parsed from JSON. Raises ApiError, which names the field."""
     given = check_fields(body, CHAT_KNOWN, CHAT_NEUTRAL)
     engine, n = pick_engine(given, engines), given.pop("n", 1)
     tokenizer, size = engine.model.tokenizer, engine.model.plain.config.block_size
     if n > limits.max_batch:
-        raise ApiError(400, f"n is {n}, this server takes at most {limits.max_batch} samples per "
+        raise ApiError(400, f"n is {n}; this server allows at most {limits.max_batch} samples per "
                        "request", "n")
     if (longer := given.pop("max_completion_tokens", None)) is not None:
         given.setdefault("max_tokens", longer)
@@ -73,25 +73,25 @@ def parse_chat(body: Any, engines: Mapping[str, Engine], limits: Limits) -> Comp
 
 
 def checked_messages(value: Any) -> list[Message]:
-    """The messages of a request. A content may be a list of parts, if all are texts. Raises
-    UserError if they are none, one has a field that is not supported, or the last is no user's."""
+    """The messages of a request. A content may be a list of text parts. Raises UserError if the
+    messages are invalid, one has an unsupported field, or the last is not the user's."""
     plain = [message | {"content": text_of(message["content"])}
              if isinstance(message, dict) and "content" in message else message
              for message in value] if isinstance(value, list) else value
     messages = read_messages(plain, "messages")
     for number, message in enumerate(plain, 1):
-        other = next((key for key, held in message.items()
-                      if key not in ("role", "content") and held is not None), None)
+        other = next((key for key, field in message.items()
+                      if key not in ("role", "content") and field is not None), None)
         if other is not None:
             raise UserError(f"messages: message {number}: {other[:99]} is not supported; leave it "
                             "out")
     if messages[-1].role != "user":
-        raise UserError("messages: the last must be a user's, which the model answers")
+        raise UserError("messages: the last must be a user's; the model answers it")
     return messages
 
 
 def text_of(content: Any) -> Any:
-    """A list of parts {"type": "text", "text"} as one text; anything else as it is."""
+    """A list of parts {"type": "text", "text"} as one text; anything else unchanged."""
     parts = content if isinstance(content, list) else []
     texts = [part.get("text") for part in parts
              if isinstance(part, dict) and part.get("type") == "text"]
@@ -100,24 +100,24 @@ def text_of(content: Any) -> Any:
 
 
 class ChatAnswer:
-    """The answer to a conversation. Its texts have no white space at their beginning."""
+    """The answer to a conversation. White space at the beginning of its texts is removed."""
     def __init__(self, completion: Completion) -> None:
         self.prompt_tokens = completion.prompt_tokens
         self.begun = [False] * len(completion.request.prompts)
-        self.spoken = list(self.begun)  # whether a chunk has told the role
+        self.role_sent = list(self.begun)
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
                      "model": completion.engine.name, "dropped_messages": completion.dropped}
 
     def text(self, piece):
-        """The text of a piece, without the space before the whole."""
+        """The text of a piece, without white space at the beginning of the whole text."""
         text = piece.text if self.begun[piece.row] else piece.text.lstrip()
         self.begun[piece.row] |= bool(text)
         return text
 
     def chunk(self, piece: Piece) -> dict:
         """Returns an event of a stream."""
-        delta = {} if self.spoken[piece.row] else {"role": "assistant"}
-        self.spoken[piece.row] = True
+        delta = {} if self.role_sent[piece.row] else {"role": "assistant"}
+        self.role_sent[piece.row] = True
         choice = {"index": piece.row, "delta": delta | {"content": self.text(piece)},
                   "logprobs": None, "finish_reason": piece.finish}
         return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}

@@ -1,4 +1,4 @@
-"""Tells about a served model: its kind and size, its run's step, losses and settings.
+"""Describes a served model: its kind and size, and the step, losses and settings of its run.
 
     about = describe_model("out-mine", source, model)
     run = describe_run(source)
@@ -13,18 +13,18 @@ import torch
 from nanotune.formats.checkpoint import history_of, model_class
 from nanotune.training.logbook import read_entries
 
-MOST_POINTS = 1000  # of a curve of logged iterations: more do not show
+MOST_POINTS = 1000  # of a curve of logged iterations; more would not be visible
 
 
 def describe_model(name: str, source: str, model: Any) -> dict:
-    """Returns an entry of /v1/models: OpenAI's fields, and kind, parameters, context (tokens); of a
-    run also step, val_loss (nats per token) and dataset, else None."""
+    """Returns an entry of /v1/models: OpenAI's fields, kind, parameters, context (tokens), and the
+    run's step, val_loss (nats per token) and dataset, or None if there is no run."""
     history = history_of(source)
     with torch.device("meta"):  # a packed model, or an ONNX file's, has no parameters to count
-        made = model_class(model.config)(model.config)
+        meta_model = model_class(model.config)(model.config)
     onnx = ", ONNX" if source.endswith(".onnx") else ""
     return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanotune",
-            "kind": made.family + onnx, "parameters": made.num_params(),
+            "kind": meta_model.family + onnx, "parameters": meta_model.num_params(),
             "context": plain(model.config.block_size), "step": history.get("iter_num"),
             "val_loss": finite(history.get("best_val_loss")),
             "dataset": (history.get("config") or {}).get("dataset"),
@@ -32,9 +32,9 @@ def describe_model(name: str, source: str, model: Any) -> dict:
 
 
 def describe_run(source: str) -> dict:
-    """Returns {"settings", "batch", "evaluations"} of a run: the fields that it was trained with,
-    [[iter, loss], ...] of logged iterations, thinned out, and [[step, train_loss, val_loss], ...]
-    of evaluations. Reads the files again, so a run that trains shows its latest."""
+    """Returns {"settings", "batch", "evaluations"} of a run: its config, [[iter, loss], ...] of up
+    to MOST_POINTS logged iterations, and [[step, train_loss, val_loss], ...] of evaluations. Reads
+    the files again at each call, so a run that is training shows its latest values."""
     entries = read_entries(Path(source, "metrics.jsonl"))
     batch = [[e["iter"], finite(e["loss"])] for e in entries if "iter" in e]
     settings = history_of(source).get("config") or {}
@@ -45,10 +45,10 @@ def describe_run(source: str) -> dict:
 
 
 def finite(value):
-    """A number (or a tensor of one) as a float; None, which JSON has, for NaN and infinity."""
+    """A number (or a tensor of one) as a float; None for NaN and infinity, which JSON lacks."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def plain(value):
-    """A setting as JSON can hold it."""
+    """A setting as JSON can store it."""
     return finite(value) if isinstance(value, float) else value

@@ -5,9 +5,9 @@
     while (pieces := job.results.get()) is not None: ...
     engine.cancel(job)                  # ends it within a token, or takes it out of the queue
 
-All work on a model is done by its one thread: requests are answered in the order in which they
-came, and CUDA graphs and OpenMP's workers, which belong to a thread, are made once. A client that
-reads slowly holds up nobody: its results wait in the job.
+One thread does all work on a model: requests are answered in order of arrival, and CUDA graphs and
+OpenMP's workers, which belong to a thread, are created once. A client that reads slowly does not
+delay others: its results wait in the job.
 """
 import traceback
 from collections import deque
@@ -26,12 +26,12 @@ from nanotune.generation.generate import TextPieces, stream, text_before
 
 
 class Busy(Exception):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class Token(NamedTuple):
-    """A token's text, its log-probability (None of a prompt's first), and those of the most likely
-    tokens in its place, {text: log-probability}, by the model alone: temperature 1, no penalty."""
+    """A token's text, its log-probability (None for a prompt's first token), and the most likely
+    tokens at its position, {text: log-probability}; at temperature 1 without the penalty."""
     text: str
     logprob: float | None
     top: dict[str, float] | None
@@ -39,8 +39,8 @@ class Token(NamedTuple):
 
 @dataclass
 class Piece:
-    """New text of the sample `row`; `finish` is stop or length at its end, where `count` is the
-    number of its tokens. `tokens`, if asked for, are those that the text comes from."""
+    """New text of the sample `row`. At the sample's end `finish` is stop or length, and `count` is
+    its number of tokens. `tokens`, if log-probabilities are requested, are the text's tokens."""
     row: int
     text: str
     tokens: list[Token]
@@ -50,7 +50,7 @@ class Piece:
 
 @dataclass
 class Request:
-    """What to generate: a sample after each of the prompts (ids), as one batch, as stream()."""
+    """A batch to generate: one sample for each prompt (ids), with the options of stream()."""
     prompts: list[list[int]]
     max_tokens: int
     temperature: float = 1.0
@@ -59,21 +59,21 @@ class Request:
     repetition_penalty: float = 1.0
     seed: int = 0
     stops: list[str] = field(default_factory=list)
-    logprobs: int | None = None   # so many alternatives of each token; None: no probabilities
-    echo: list[str] | None = None  # texts of the prompts, to come first
+    logprobs: int | None = None   # number of alternatives per token; None: no probabilities
+    echo: list[str] | None = None  # texts of the prompts, to send first
 
 
 @dataclass(eq=False)
 class Job:
-    """A request in work. `results` gives lists of Piece, one per token; at the end None, or the
-    exception that ended it."""
+    """A submitted request. `results` gives one list of Piece per token, then None or the exception
+    that ended the job."""
     request: Request
     results: SimpleQueue = field(default_factory=SimpleQueue)
     cancelled: bool = False
 
 
 class Engine:
-    """One model, its queue and its thread. `name` is what clients call it."""
+    """One model, its queue and its thread. `name` is the model's name in requests."""
     def __init__(self, name: str, model: Model, max_queue: int) -> None:
         self.name, self.model, self.max_queue = name, model, max_queue
         self.waiting, self.running, self.closed = deque(), None, False
@@ -92,7 +92,7 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Ends a job; does nothing after its end."""
+        """Ends a job; does nothing if it has ended."""
         job.cancelled = True
         with self.changed:
             if job in self.waiting:
@@ -119,7 +119,7 @@ class Engine:
                     if job.cancelled:
                         break
                 job.results.put(ConnectionAbortedError() if job.cancelled else None)
-            except Exception as e:  # the server goes on; the client is told
+            except Exception as e:  # the server continues; the client gets the error
                 if not out_of_memory(e):
                     traceback.print_exc()
                 job.results.put(e)
@@ -138,8 +138,8 @@ class Engine:
 # one request
 
 def generate(model: Model, request: Request) -> Iterator[list[Piece]]:
-    """Yields the new pieces of text after each token; the prompts first, if they are to be echoed.
-    A sample ends at end-of-text, at a stop, or after max_tokens."""
+    """Yields the new pieces of text after each token; with echo, the prompts first. A sample ends
+    at end-of-text, at a stop, or after max_tokens."""
     r, tokenizer = request, model.tokenizer
     rows = [Row(i, tokenizer, text_before(model.plain, ids), r.stops)
             for i, ids in enumerate(r.prompts)]
@@ -171,7 +171,7 @@ class Row:
         self.pending, self.count, self.finish = [], 0, None
 
     def add(self, id, token):
-        """The Piece that is ready with this token (a Token or None), or None."""
+        """The Piece that is ready after this id, or None; `token` is None without logprobs."""
         self.count += 1
         if id != self.eot and token is not None:
             self.pending.append(token)
@@ -190,8 +190,8 @@ class Row:
 
 
 def describe(tokenizer, logits, ids, k):
-    """The Token of each of R ids (R,) that follow where the model gives logits (R, V), with k
-    alternatives each. A part of a character has no text, and is told by its id."""
+    """The Token of each of R ids (R,), with k alternatives each, from logits (R, V). A token that
+    is part of a character has the text token_id:ID."""
     def text(id):
         found = tokenizer.decode([id])
         return f"token_id:{id}" if "\ufffd" in found else found
@@ -202,14 +202,14 @@ def describe(tokenizer, logits, ids, k):
     for values, columns in zip(*(part.tolist() for part in logp.topk(min(k, logp.size(1))))):
         top = {}
         for id, value in zip(columns, values):
-            top.setdefault(text(id), value)  # of tokens with one text, the most likely
+            top.setdefault(text(id), value)  # if tokens have the same text, the most likely
         tops.append(top)
     return [Token(text(id), value, top)
             for id, value, top in zip(ids.tolist(), chosen.tolist(), tops)]
 
 
 def echo(model, request):
-    """The prompts as pieces, with the log-probabilities of their tokens if asked for."""
+    """The prompts as pieces, with the log-probabilities of their tokens if requested."""
     found = {}  # the n samples of a prompt share them
     for ids, text in zip(request.prompts, request.echo):
         if request.logprobs is not None and tuple(ids) not in found:

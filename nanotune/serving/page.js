@@ -1,11 +1,11 @@
-// The page of serve.py: sends the form to each model, shows the tokens as they come.
+// The page of serve.py: sends the form to each model and shows the tokens as they arrive.
 export const $ = (selector, root = document) => root.querySelector(selector);
 export const form = $("#form");
 export const login = $("#login");
 const tip = $("#tip");
 const details = new WeakMap();  // token's span -> its log-probabilities
 const phone = matchMedia("(max-width: 820px)");
-export const models = Promise.withResolvers();  // what /v1/models lists, once it is known
+export const models = Promise.withResolvers();  // the list of /v1/models, once it is known
 let columns = [], running = null, token = sessionStorage.getItem("token") ?? "";
 
 export function element(name, properties = {}, ...children) {
@@ -76,11 +76,11 @@ async function run(column, signal) {
     const lost = error instanceof TypeError;  // what fetch throws if there is no connection
     if (lost && !signal.aborted) showGone(true);
     say(signal.aborted ? `stopped after ${count} tokens`
-      : lost ? `the server went away after ${count} tokens` : error.message, false, !signal.aborted);
+      : lost ? `connection lost after ${count} tokens` : error.message, false, !signal.aborted);
   }
 }
 
-// the events of a stream, up to its end; throws what went wrong, a TypeError if the server is gone
+// yields the events of a stream; throws its error, or a TypeError if the connection is lost
 export async function* events(response) {
   if (!response.ok) throw new Error((await response.json()).error.message);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -95,7 +95,7 @@ export async function* events(response) {
       yield event;
     }
   }
-  throw new TypeError("the stream broke off");
+  throw new TypeError("the stream is incomplete");
 }
 
 function show(choice, samples) {
@@ -197,7 +197,7 @@ function curve(series) {
       svg("text", {x: left - 6, y: Y(loss) + 4, "text-anchor": "end"}, loss.toFixed(2)),
       svg("text", {x: X(top * part), y: H - 4, "text-anchor": "middle"}, `${Math.round(top * part)}`));
   }
-  let last = -99;  // where the last label stands: the next keeps its distance
+  let last = -99;  // y of the last label; the next one must not overlap it
   for (const [name, points] of Object.entries(series)) {
     const known = points.filter(([, y]) => y !== null);
     if (!known.length) continue;
@@ -259,7 +259,7 @@ async function showModels() {
   describe();
 }
 
-function describe() {  // the values of the sliders, and the curl command
+function describe() {  // shows the sliders' values and the curl command
   for (const slider of form.querySelectorAll("input[type=range]"))
     $("output", slider.parentElement).value = Number(slider.value).toFixed(2);
   const quoted = text => `'${text.replaceAll("'", "'\\''")}'`;

@@ -1,4 +1,4 @@
-"""The HTTP server: who may ask, how much, and for how long.
+"""The HTTP server, with its limits on access, size and time.
 
     server = Server(("127.0.0.1", 8000), Access(), Limits())
     server.add(Engine(...), source)
@@ -9,9 +9,9 @@
     GET  /v1/models                  the models, as describe.describe_model
     GET  /runs/NAME/metrics          losses and settings of a model's run
     POST /v1/completions             text, whole or as Server-Sent Events
-    POST /v1/chat/completions        an answer in a conversation, in the same ways
+    POST /v1/chat/completions        an answer in a conversation, whole or as Server-Sent Events
 
-Each connection has a thread and one request. No request names a path or loads a model.
+Each connection has a thread and one request. No request can name a file or load a model.
 """
 import io
 import json
@@ -38,9 +38,9 @@ from nanotune.serving.engine import Busy, Engine
 
 MAX_CONNECTIONS = 512             # each has a thread; more are closed at once
 HEADER_BYTES, BODY_BYTES = 16 * 1024, 256 * 1024
-READ_SECONDS, WRITE_SECONDS = 10, 30  # for the headers, and again for the body; for a write
-DRAIN_BYTES, DRAIN_SECONDS = 16 * 1024**2, 2  # what is read on after an error
-POLL_SECONDS = 0.25               # how often to see whether a client that waits has gone
+READ_SECONDS, WRITE_SECONDS = 10, 30  # for the headers and again for the body; for each write
+DRAIN_BYTES, DRAIN_SECONDS = 16 * 1024**2, 2  # limits of reading the rest after an error
+POLL_SECONDS = 0.25               # how often to check whether a waiting client has disconnected
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
         "/page.js": ("page.js", "text/javascript"), "/chat.js": ("chat.js", "text/javascript")}
 POSTS = {"/v1/completions": (parse_completion, Answer),
@@ -56,8 +56,8 @@ HEADERS = {
 
 
 class Server(ThreadingHTTPServer):
-    """Listens on (host, port) at once; add() gives it models. Raises UserError if the address is
-    taken or not of this machine. server_close() ends the engines too."""
+    """Listens on (host, port) from the start; add() adds models. Raises UserError if the address is
+    in use or not on this machine. server_close() also ends the engines."""
     request_queue_size = 128
     allow_reuse_address = os.name == "posix"  # on Windows two servers would share a port
 
@@ -66,7 +66,7 @@ class Server(ThreadingHTTPServer):
         folder = Path(__file__).parent
         self.page = {path: (folder.joinpath(name).read_bytes(), f"{kind}; charset=utf-8")
                      for path, (name, kind) in PAGE.items()}
-        self.data = {"/health": lambda: {"status": "ok"},  # what GET answers as JSON
+        self.data = {"/health": lambda: {"status": "ok"},  # JSON answers to GET
                      "/v1/models": lambda: {"object": "list", "data": self.models}}
         self.slots = BoundedSemaphore(MAX_CONNECTIONS)
         if ":" in address[0]:
@@ -87,7 +87,7 @@ class Server(ThreadingHTTPServer):
             self.data[f"/runs/{engine.name}/metrics"] = partial(describe_run, source)
 
     def server_bind(self):
-        TCPServer.server_bind(self)  # HTTPServer's looks up the host's name, over the network
+        TCPServer.server_bind(self)  # HTTPServer's looks up the host's name over the network
 
     def server_close(self) -> None:
         super().server_close()
@@ -100,7 +100,7 @@ class Server(ThreadingHTTPServer):
             return
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # the system starts no more threads
+        except RuntimeError:  # the system cannot start another thread
             self.slots.release()
             raise
 
@@ -116,8 +116,8 @@ class Server(ThreadingHTTPServer):
 
 
 class LimitedReader(io.RawIOBase):
-    """Reads from a socket up to a number of bytes, until a time: a timeout of the socket's alone
-    begins again with each byte."""
+    """Reads up to a number of bytes from a socket, until a deadline. The socket's own timeout would
+    begin again with each byte."""
     def __init__(self, connection):
         self.connection, self.left, self.end = connection, 0, 0.0
 
@@ -132,7 +132,7 @@ class LimitedReader(io.RawIOBase):
         if seconds <= 0:
             raise TimeoutError("the request took too long")
         if self.left <= 0:
-            raise ApiError(431, f"headers take at most {HEADER_BYTES:,} bytes")
+            raise ApiError(431, f"headers may have at most {HEADER_BYTES:,} bytes")
         self.connection.settimeout(seconds)
         n = self.connection.recv_into(buffer)
         self.left -= n
@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request of one connection."""
     protocol_version, server_version, sys_version = "HTTP/1.1", "nanotune", ""
     disable_nagle_algorithm = True  # a token is sent at once
-    requestline = command = path = ""  # until the request was read
+    requestline = command = path = ""  # until the request is read
     sent = False    # whether the headers of the answer were sent
     unread = False  # whether a part of the request was not read
 
@@ -180,9 +180,9 @@ class Handler(BaseHTTPRequestHandler):
         except ApiError as e:
             self.send_failure(e)
         except (ConnectionError, TimeoutError):
-            pass  # the client went away, or did not read
+            pass  # the client disconnected, or did not read
         except Exception:
-            self.send_failure(ApiError(500, "a bug of the server; its terminal shows more"))
+            self.send_failure(ApiError(500, "a bug in the server; its terminal has the traceback"))
             raise
 
     do_GET = do_POST = respond
@@ -195,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
         if method == "GET" and path not in page and path not in data:
             raise ApiError(404, f"there is no {path[:99]}")
         if self.command != method:
-            raise ApiError(405, f"{path[:99]} takes {method}")
+            raise ApiError(405, f"use {method} for {path[:99]}")
         if method == "POST":
             self.complete(*POSTS[path])
         elif path in page:
@@ -222,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
             completion.engine.cancel(job)
 
     def results(self, job):
-        """The job's lists of pieces as they come, as long as the client is there."""
+        """Yields the job's lists of pieces while the client is connected."""
         while True:
             if self.has_gone():
                 raise ConnectionAbortedError
@@ -230,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
                 pieces = job.results.get(timeout=POLL_SECONDS)
             except Empty:
                 continue
-            if isinstance(pieces, ConnectionAbortedError):  # the server ends
+            if isinstance(pieces, ConnectionAbortedError):  # the server is shutting down
                 raise pieces
             if isinstance(pieces, Exception):
                 reason = ("out of memory: ask for fewer samples or tokens" if out_of_memory(pieces)
@@ -249,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
             return False
 
     def send_stream(self, answer, results):
-        first = next(results, [])  # what fails before the first token has a status of its own
+        first = next(results, [])  # an error before the first token gets its own HTTP status
         self.start(200, "text/event-stream; charset=utf-8")
         for pieces in chain([first], results):
             self.write("".join(f"data: {dump(answer.chunk(piece))}\n\n" for piece in pieces))
@@ -269,13 +269,13 @@ class Handler(BaseHTTPRequestHandler):
         if not (lengths[0].isascii() and lengths[0].isdigit()):
             raise ApiError(400, "Content-Length must be a number")
         if len(lengths[0]) > 9 or int(lengths[0]) > BODY_BYTES:
-            raise ApiError(413, f"a body may have {BODY_BYTES:,} bytes")
+            raise ApiError(413, f"the body may have at most {BODY_BYTES:,} bytes")
         length = int(lengths[0])
         self.reader.allow(length + 1, READ_SECONDS)
         try:
             body = self.rfile.read(length)
         except TimeoutError:
-            raise ApiError(408, f"the body must come within {READ_SECONDS} s") from None
+            raise ApiError(408, f"the body must arrive within {READ_SECONDS} s") from None
         self.unread = False
         if len(body) < length:
             raise ConnectionAbortedError
@@ -292,7 +292,7 @@ class Handler(BaseHTTPRequestHandler):
         self.write(body)
 
     def send_failure(self, error):
-        """Sends an error, in a stream that has begun as an event."""
+        """Sends an error; if a stream has begun, as an event."""
         with suppress(OSError):
             if self.sent:
                 self.write(f"data: {dump(error.body())}\n\n")
@@ -300,13 +300,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_json(error.status, error.body())
 
     def send_error(self, code, message=None, explain=None):
-        """What http.server finds wrong with a request, in the form of all errors."""
+        """Sends an error that http.server found, in the form of all errors."""
         self.unread = True
         self.send_json(code, ApiError(code, message or self.responses[code][0]).body())
 
     def start(self, status, kind, headers=()):
         self.connection.settimeout(WRITE_SECONDS)
-        self.request_version = self.protocol_version  # HTTP/0.9's answers have no headers
+        self.request_version = self.protocol_version  # HTTP/0.9 would get no headers
         self.send_response(status)
         headers = HEADERS | {"Content-Type": kind} | dict(headers)
         if status == 401:
@@ -317,14 +317,14 @@ class Handler(BaseHTTPRequestHandler):
         self.sent = True
 
     def write(self, data):
-        self.connection.settimeout(WRITE_SECONDS)  # has_gone() left none
+        self.connection.settimeout(WRITE_SECONDS)  # has_gone() made the socket non-blocking
         self.wfile.write(data if isinstance(data, bytes) else data.encode())
 
     def log_error(self, format, *args):
-        """Prints nothing: log_request() tells the status; a silent connection is no error."""
+        """Prints nothing: log_request() prints the status, and a silent connection is no error."""
 
     def log_request(self, code="-", size="-"):
-        if self.path != "/health":  # which the page asks for all the time
+        if self.path != "/health":  # the page asks for it every 2 s
             super().log_request(code, size)
 
 
