@@ -395,7 +395,7 @@ def pick_columns(where: str, fields: dict, args: argparse.Namespace,
 
 
 def as_text(where: str, fields: dict, column: str) -> str:
-    """Returns a field as text. Raises UserError if it is neither a text nor a number."""
+    """Returns a field as text. Raises UserError if it is not a text or a number, or is NaN."""
     value = fields[column]
     if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         return json.dumps(value)

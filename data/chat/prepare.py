@@ -157,19 +157,19 @@ def write_chats(args: argparse.Namespace, splits: dict[str, list[Chat]],
     numbers of tokens in train.bin and val.bin. Prints how many conversations were cut or left out.
     """
     files = tokenizer.files | {"tokenizer_config.json": fetch.chat_config(tokenizer)}
-    tokens, held, cut, out = {}, {}, 0, 0
+    tokens, kept, cut, out = {}, {}, 0, 0
     for split, chats in splits.items():
-        tokens[split], mask, held[split], shortened = encode_chats(
+        tokens[split], mask, kept[split], shortened = encode_chats(
             chats, tokenizer, args.block_size, split)
-        cut, out = cut + shortened, out + len(chats) - len(held[split])
+        cut, out = cut + shortened, out + len(chats) - len(kept[split])
         if split == "test":
-            files |= {"test.jsonl": jsonl(held["test"])} if held["test"] else {}
+            files |= {"test.jsonl": jsonl(kept["test"])} if kept["test"] else {}
         else:
             files[f"{split}.mask.bin"] = mask.tobytes()
     counts = fetch.write_dataset(args.out_dir, [tokens["train"]], [tokens["val"]], files)
-    chats = [chat for split in held.values() for chat in split]
+    chats = [chat for split in kept.values() for chat in split]
     turns = sum(message.role == "assistant" for chat in chats for message in chat)
-    print("conversations: " + ", ".join(f"{len(held[s]):,} {s}" for s in ("train", "val", "test"))
+    print("conversations: " + ", ".join(f"{len(kept[s]):,} {s}" for s in ("train", "val", "test"))
           + f"; {turns / max(1, len(chats)):.1f} answers and "
           f"{sum(map(len, tokens.values())) / max(1, len(chats)):.1f} tokens on average")
     if cut or out:
