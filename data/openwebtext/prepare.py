@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.encode("")        # loads it now: an error comes before the long download
     documents = load_documents(args.input, args.num_proc)
     if len(documents) < 2:
-        raise UserError(f"--input={args.input}: {len(documents)} document; the split needs 2")
+        raise UserError(f"--input={args.input}: needs at least 2 documents, has {len(documents)}")
     # datasets caches the split and the tokens, so a stopped run continues from there
     split = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     tokenized = split.map(tokenize, batched=True, remove_columns=["text"], desc="tokenizing",

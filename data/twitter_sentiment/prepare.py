@@ -127,7 +127,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                    help="fraction of the rest for validation (default: 0.05)")
     p.add_argument("--seed", type=int, default=0,
                    help="seed of the tweets and the split (default: 0)")
-    p.add_argument("--pairs", action="store_true", help="write pairs for T5; needs its --tokenizer")
+    p.add_argument("--pairs", action="store_true", help="write pairs for T5 (with its --tokenizer)")
     p.add_argument("--loss_on", default="completion", choices=["all", "completion"],
                    help="tokens that the loss counts (default: completion)")
     p.add_argument("--block_size", type=int, default=1024,
