@@ -1,11 +1,13 @@
-"""Shared code of the prepare.py scripts: downloads, splits, encodes and writes a text.
+"""Shared code of the prepare.py scripts: downloads, splits, encodes and writes texts.
 
 A dataset is a folder with train.bin and val.bin: token ids as little-endian uint16, without a
-header. The tokenizer is beside them: meta.pkl (characters), tokenizer.json (the tokenizers
+header. The folder also has the tokenizer: meta.pkl (characters), tokenizer.json (the tokenizers
 library), or no file, which means GPT-2's byte pair encoding. If only some tokens count in the loss,
-train.mask.bin and val.mask.bin hold one byte per token, 1 or 0. If the dataset is of pairs, for T5,
-train.pairs.bin and val.pairs.bin hold two little-endian uint32 per pair: how many tokens its source
-has and how many its target, which follow each other and each end with the end token.
+train.mask.bin and val.mask.bin have one byte per token: 1 if it counts, else 0.
+
+A dataset of pairs, for T5, has train.pairs.bin and val.pairs.bin: two little-endian uint32 per
+pair, the numbers of source tokens and of target tokens. In the .bin file each source is followed by
+its target. Both end with the end token, which is counted.
 """
 import argparse
 import contextlib
@@ -67,7 +69,7 @@ from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts
 
 LENGTH = np.dtype("<u4")
 MIN_TOKENS = 8                  # a shorter split is a mistake
-# files that describe the .bin files: deleted when those are replaced
+# files that describe the .bin files: deleted when the .bin files are replaced
 COMPANIONS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "train.mask.bin",
               "val.mask.bin", "train.pairs.bin", "val.pairs.bin", "test.jsonl")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}   # of a table's columns
@@ -82,7 +84,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def parser(description: str, folder: Path, input_help: str = "",
            tokenizers: str = "gpt2, a tokenizer.json, a folder or a hub id (default: gpt2)",
            ) -> argparse.ArgumentParser:
-    """Returns a parser with --out_dir (default: `folder`); with --input and --tokenizer, unless
+    """Returns a parser with --out_dir (default: `folder`), and with --input and --tokenizer unless
     their help is ""."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,7 +93,7 @@ def parser(description: str, folder: Path, input_help: str = "",
     if tokenizers:
         p.add_argument("--tokenizer", default="gpt2", metavar="NAME", help=tokenizers)
     p.add_argument("--out_dir", type=Path, default=folder, metavar="DIR",
-                   help="where train.bin and val.bin go (default: the script's own folder)")
+                   help="folder for train.bin and val.bin (default: the script's folder)")
     return p
 
 
@@ -116,16 +118,16 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None,
              timeout: float = 30.0) -> Path:
-    """Downloads `url` to `path`, unless it exists, and returns `path`; writes it atomically.
+    """Downloads `url` to `path`, atomically, unless `path` exists. Returns `path`.
 
-    `timeout` is in seconds for each read. Raises UserError if the download fails, is a web page, or
-    does not have `size` bytes and the hash `sha256`; also if an existing `path` does not, since
-    nanoGPT's users put their own texts there.
+    `timeout` is in seconds, for each read. Raises UserError if the download fails, is a web page,
+    or does not have `size` bytes and the hash `sha256`. An existing file is checked too: nanoGPT's
+    users put their own texts there.
     """
     if path.exists():
         if problem := wrong_with(path, size, sha256):
-            raise UserError(f"{path} is not the file that {url} gives: {problem}; delete it to "
-                            f"download that, or pass --input={path} to use it as it is")
+            raise UserError(f"{path} is not the file of {url}: {problem}; delete it to download "
+                            f"that file, or pass --input={path} to use this one")
         return path
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +139,7 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
     except (UserError, ValueError, HTTPException, URLError, TimeoutError, ConnectionError) as error:
         reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
         raise UserError(f"cannot download {url}: {reason or type(error).__name__}; "
-                        f"fetch it by hand and pass --input=FILE") from error
+                        f"download it yourself and pass --input=FILE") from error
     finally:
         part.unlink(missing_ok=True)
     return path
@@ -153,19 +155,19 @@ def receive(url: str, part: Path, size: int | None, timeout: float) -> None:
     with urlopen(request, timeout=timeout, context=context) as answer:
         # a login page or a proxy's error page may have status 200
         if answer.headers.get_content_type() == "text/html":
-            raise UserError("the answer is a web page, not the file")
+            raise UserError("the server sent a web page instead of the file")
         promised = int(answer.headers.get("Content-Length") or 0) or size
         with open(part, "wb") as f, tqdm(desc=part.stem, total=promised, unit="B",
                                          unit_scale=True, disable=None) as bar:
             while block := answer.read(1 << 16):
                 bar.update(f.write(block))
-    # http.client takes a connection that closed early as the end of the file
-    if promised and (came := part.stat().st_size) != promised:
-        raise UserError(f"{came:,} of {promised:,} bytes came")
+    # to http.client a connection that closes early is the end of the file
+    if promised and (received := part.stat().st_size) != promised:
+        raise UserError(f"received {received:,} of {promised:,} bytes")
 
 
 def wrong_with(path: Path, size: int | None, sha256: str | None) -> str:
-    """The problem with a downloaded file as text, or ""."""
+    """Returns the problem with a downloaded file as text, or "" if there is none."""
     if size is not None and path.stat().st_size != size:
         return f"it has {path.stat().st_size:,} bytes, not {size:,}"
     with open(path, "rb") as f:
@@ -180,13 +182,13 @@ def shakespeare(source: Path | None, folder: Path) -> str:
     source = source or download(SHAKESPEARE, folder / "input.txt", 1_115_394, SHAKESPEARE_SHA256)
     text = read_text(source)
     if not text.strip():
-        raise UserError(f"{source} is empty; it should hold the text to train on")
+        raise UserError(f"{source} is empty; it must contain the text to train on")
     return text
 
 
 def from_datasets(name: str | Path, load: Callable[[Any], Any]) -> Any:
-    """Returns load(datasets), of the datasets package. Raises UserError, with the `name` of what is
-    loaded, if the package is not installed or cannot load it."""
+    """Returns load(datasets), where `datasets` is the package of that name. Raises UserError if the
+    package is not installed, or cannot load the data; `name` is the data's name in the error."""
     try:
         import datasets
     except ImportError:
@@ -194,28 +196,28 @@ def from_datasets(name: str | Path, load: Callable[[Any], Any]) -> Any:
     try:
         return load(datasets)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"datasets cannot load {name}: {error.__cause__ or error}; --input= takes "
-                        "files fetched by hand") from error
+        raise UserError(f"datasets cannot load {name}: {error.__cause__ or error}; download it "
+                        "yourself and pass --input=FILE") from error
 
 
 # -----------------------------------------------------------------------------
 # a split is a list of pieces: (text, whether a document ends after it)
 
 def split_text(text: str, val_fraction: float = 0.1) -> tuple[Pieces, Pieces]:
-    """Returns (train, val) of one continuous text: val is its end; no end-of-text is added."""
+    """Returns (train, val) of one continuous text. val is its end. No end-of-text is added."""
     cut = int(len(text) * (1 - val_fraction))
     return [(text[:cut], False)], [(text[cut:], False)]
 
 
 def split_documents(documents: Sequence[str | Document], val_fraction: float = 0.1,
                     seed: int = 1337) -> tuple[Pieces, Pieces]:
-    """Returns (train, val); val gets random whole documents, up to val_fraction of the characters.
+    """Returns (train, val). val gets random whole documents, up to val_fraction of the characters.
 
-    If they are less than half of that (one document, or a few long ones), val also gets the end of
-    the longest training document. Raises UserError if val_fraction is not between 0 and 1.
+    If these make less than half of that (one document, or a few long ones), val also gets the end
+    of the longest training document. Raises UserError if val_fraction is not between 0 and 1.
     """
     if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: must lie between 0 and 1")
+        raise UserError(f"--val_fraction={val_fraction}: must be between 0 and 1")
     wanted, have, chosen = val_fraction * sum(map(len, documents)), 0, set()
     for i in random.Random(seed).sample(range(len(documents)), len(documents)):
         if have + len(documents[i]) <= wanted:
@@ -251,8 +253,8 @@ def choose_tokenizer(name: str) -> AnyTokenizer:
 
 
 def char_tokenizer(pieces: Pieces) -> CharTokenizer:
-    """Returns a tokenizer with one id per distinct character, sorted, as nanoGPT's. Raises
-    UserError above 65,536 characters."""
+    """Returns a tokenizer with one id per distinct character, in sorted order, as in nanoGPT.
+    Raises UserError if there are more than 65,536."""
     characters = set()
     for parts, _ in read_pieces(pieces):
         for part in parts:
@@ -263,17 +265,17 @@ def char_tokenizer(pieces: Pieces) -> CharTokenizer:
 
 
 def split_at(mark: str | None, text: str) -> list[str]:
-    """The documents that a mark, such as <|endoftext|>, separates in a text. The newlines around
-    it belong to it; empty documents are dropped."""
+    """Splits a text at a mark, such as <|endoftext|>, into documents. If the text has the mark,
+    newlines at both ends of a document are removed. Empty documents are dropped."""
     parts = text.split(mark) if mark else [text]
     parts = [part.strip("\n") for part in parts] if len(parts) > 1 else parts
     return [part for part in parts if part.strip()]
 
 
 def check_ids(highest: int, name: str) -> None:
-    """Raises UserError if an id does not fit a .bin file (uint16)."""
+    """Raises UserError if an id does not fit in a .bin file (uint16)."""
     if highest > np.iinfo(TOKEN).max:
-        raise UserError(f"{name}: ids up to {highest:,} do not fit a .bin file, which holds those "
+        raise UserError(f"{name}: ids up to {highest:,} do not fit in a .bin file, whose ids are "
                         f"below 65,536 (uint16); use a smaller vocabulary")
 
 
@@ -282,7 +284,7 @@ def train_bpe(pieces: Pieces, vocab_size: int) -> JsonTokenizer:
     between 257 and 65536."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     if not 257 <= vocab_size <= 65536:
-        raise UserError(f"--vocab_size={vocab_size}: must lie between 257 (each byte, and "
+        raise UserError(f"--vocab_size={vocab_size}: must be between 257 (each byte, and "
                         f"end-of-text) and 65536")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -320,20 +322,20 @@ def read_fields(path: Path) -> Iterator[tuple[str, dict]]:
     where, header = next(rows, (str(path), []))
     columns = [name.strip().lower() for name in header]
     if len(columns) == 1:
-        print(f"{path}: {header[0]!r} in the first row is taken for the name of the only column")
+        print(f"{path}: the first row, {header[0]!r}, is used as the name of the only column")
         columns = ["text"]
     if len(set(columns)) < len(columns):
         raise UserError(f"{where}: two columns have the same name: {', '.join(columns)}")
     for where, row in rows:
         if len(row) != len(columns):
-            raise UserError(f"{where}: {len(row)} fields where the first row names {len(columns)}")
+            raise UserError(f"{where}: {len(row)} fields, but the first row has {len(columns)}")
         yield where, dict(zip(columns, row))
 
 
 def read_rows(path: Path, content: str, strict: bool = True,
               separator: str = ",") -> Iterator[tuple[str, list[str]]]:
-    """Yields ('FILE, line N', fields) for each row of a CSV except blank lines; N is the row's last
-    line. Raises UserError if the CSV is malformed; without `strict` quotes need not match."""
+    """Yields ('FILE, line N', fields) for each row of a CSV except blank lines. N is the row's last
+    line. Raises UserError if the CSV is malformed. Without `strict`, quotes need not match."""
     csv.field_size_limit(2**31 - 1)     # a field may be a whole document
     rows = csv.reader(io.StringIO(content, newline=""), strict=strict, delimiter=separator)
     try:
@@ -341,8 +343,8 @@ def read_rows(path: Path, content: str, strict: bool = True,
             if row:
                 yield f"{path}, line {rows.line_num}", row
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: malformed CSV ({error}); a field with a "
-                        'comma, a quote or a line end stands in "quotes", a quote in it twice'
+        raise UserError(f"{path}, line {rows.line_num}: malformed CSV ({error}); put a field with "
+                        'a comma, a quote or a line end in "quotes", and double each quote in it'
                         ) from None
 
 
@@ -352,22 +354,25 @@ PAIRS = (("prompt", "completion"), ("source_text", "target_text"), ("question", 
 
 def add_example_options(p: argparse.ArgumentParser) -> None:
     """Adds the options that name the columns and divide the examples."""
-    p.add_argument("--prompt_column", metavar="NAME", help="(default: as above)")
-    p.add_argument("--completion_column", metavar="NAME", help="(default: as above)")
+    p.add_argument("--prompt_column", metavar="NAME", help="(default: see above)")
+    p.add_argument("--completion_column", metavar="NAME", help="(default: see above)")
     add_split_options(p)
 
 
 def add_split_options(p: argparse.ArgumentParser) -> None:
     """Adds the options that divide the examples."""
-    p.add_argument("--val_fraction", type=float, default=0.1, help="(default: 0.1)")
+    p.add_argument("--val_fraction", type=float, default=0.1,
+                   help="fraction for validation (default: 0.1)")
     p.add_argument("--val_input", type=Path, metavar="FILE",
-                   help="validate on the examples of this file instead of a part of --input")
-    p.add_argument("--test_fraction", type=float, default=0.0, help="(default: 0)")
-    p.add_argument("--seed", type=int, default=1337, help="of the order and the split")
+                   help="validate on this file instead of a part of --input")
+    p.add_argument("--test_fraction", type=float, default=0.0,
+                   help="fraction for test.jsonl (default: 0)")
+    p.add_argument("--seed", type=int, default=1337,
+                   help="seed of the order and the split (default: 1337)")
 
 
 def check_example_options(args: argparse.Namespace) -> None:
-    """Raises UserError if an option of add_example_options() lacks another or is impossible."""
+    """Raises UserError if an option of add_example_options() needs another or is out of range."""
     if args.prompt_column and not args.completion_column:
         raise UserError(f"--prompt_column={args.prompt_column} needs --completion_column too")
     check_fraction("val_fraction", args.val_fraction)
@@ -377,19 +382,20 @@ def check_example_options(args: argparse.Namespace) -> None:
 def pick_columns(where: str, fields: dict, args: argparse.Namespace,
                  pairs: Sequence[tuple[str | None, str]],
                  wanted: str) -> tuple[str | None, str]:
-    """Returns the columns of prompt and completion: those that the options name, or the first of
-    `pairs` that the fields have. Raises UserError, with what is `wanted`, if there are none."""
+    """Returns the columns of prompt and completion: those of the options, or the first of `pairs`
+    that the fields have. Raises UserError, which says what is `wanted`, if there are none."""
     if args.completion_column:
         pairs = [(args.prompt_column, args.completion_column)]
         wanted = " and ".join(filter(None, pairs[0]))
     for prompt, completion in pairs:
         if completion in fields and (prompt is None or prompt in fields):
             return prompt, completion
-    raise UserError(f"{where}: wants {wanted}; it has {', '.join(map(str, fields)) or 'nothing'}")
+    raise UserError(f"{where}: must have {wanted}; it has "
+                    f"{', '.join(map(str, fields)) or 'nothing'}")
 
 
 def as_text(where: str, fields: dict, column: str) -> str:
-    """A field's text; a number is written out. Raises UserError for null, a list or an object."""
+    """Returns a field as text. Raises UserError if it is not a text or a number, or is NaN."""
     value = fields[column]
     if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         return json.dumps(value)
@@ -401,14 +407,14 @@ def as_text(where: str, fields: dict, column: str) -> str:
 def split_examples(examples: list[Example], val: list[Example], val_fraction: float,
                    test_fraction: float, seed: int,
                    test: Sequence[Example] = ()) -> dict[str, list[Example]]:
-    """Removes duplicates, so that no example is in two splits, shuffles, and splits. Those of
-    `val`, if it has any, are the validation split, and those of `test` the test split."""
+    """Removes duplicates, so that no example is in two splits; then shuffles and splits. `val` and
+    `test`, unless empty, are used as these splits."""
     tested = dict.fromkeys(test)
     test, val = list(tested), [example for example in dict.fromkeys(val) if example not in tested]
     taken = {*val, *test}
     distinct = [example for example in dict.fromkeys(examples) if example not in taken]
     if len(distinct) < len(examples):
-        print(f"note: {len(examples) - len(distinct):,} examples repeat others and are left out")
+        print(f"note: {len(examples) - len(distinct):,} duplicate examples are left out")
     random.Random(seed).shuffle(distinct)
     n_test = round(len(distinct) * test_fraction)
     n_val = 0 if val else max(1, round(len(distinct) * val_fraction))
@@ -423,7 +429,7 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def check_no_end(where: str, name: str, text: str, tokenizer: AnyTokenizer) -> None:
-    """Raises UserError, with the line `where`, if the text of a field holds end-of-text."""
+    """Raises UserError, which begins with `where`, if the text of a field holds end-of-text."""
     end = tokenizer.special.get("eos_token")
     if end and end in text:
         raise UserError(f"{where}: its {name} holds {end}, which ends a document; remove it")
@@ -431,9 +437,9 @@ def check_no_end(where: str, name: str, text: str, tokenizer: AnyTokenizer) -> N
 
 def encode_pairs(pairs: Sequence[Example], tokenizer: AnyTokenizer,
                  ends: tuple[bool, bool], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (ids of all pairs, (n,); how many are of each prompt and completion, (N, 2)). Encodes
-    a prompt and its completion separately, as in generation; end-of-text follows each of the two
-    for which `ends` is true."""
+    """Returns (ids of all pairs, (n,); numbers of ids per prompt and completion, (N, 2)). Prompt
+    and completion are encoded separately, as in generation. `ends` says for each of the two whether
+    end-of-text follows it."""
     texts = (item for pair in pairs for item in zip(pair, ends))
     found = list(encode(tokenizer, texts, sum(len(text) for pair in pairs for text in pair), name))
     ids = np.concatenate([ids for ids, _ in found] or [np.zeros(0, TOKEN)])
@@ -443,37 +449,38 @@ def encode_pairs(pairs: Sequence[Example], tokenizer: AnyTokenizer,
 
 def write_examples(out_dir: Path, splits: dict[str, list[Example]], tokenizer: AnyTokenizer,
                    loss_on: str, block_size: int) -> tuple[int, int]:
-    """Writes train.bin and val.bin, their masks if loss_on is "completion", and test.jsonl; returns
-    both lengths in tokens. Prints how many examples are longer than `block_size` ids, so that no
-    window holds one whole."""
+    """Writes train.bin and val.bin, their masks if loss_on is "completion", and test.jsonl. Returns
+    the numbers of tokens in train.bin and val.bin. Prints how many examples are too long for a
+    window of `block_size` ids."""
     files, lengths, tokens = dict(tokenizer.files), {}, {}
     for split in ("train", "val"):
         tokens[split], lengths[split] = encode_pairs(splits[split], tokenizer, (False, True), split)
         if loss_on == "completion":
-            learnt = np.tile(np.array([0, 1], np.uint8), len(splits[split]))
-            files[f"{split}.mask.bin"] = np.repeat(learnt, lengths[split].ravel()).tobytes()
+            mask = np.tile(np.array([0, 1], np.uint8), len(splits[split]))
+            files[f"{split}.mask.bin"] = np.repeat(mask, lengths[split].ravel()).tobytes()
     if splits["test"]:
         files["test.jsonl"] = jsonl(splits["test"])
     counts = write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
     lengths = np.concatenate([lengths["train"], lengths["val"]]).sum(1)
     targets = "completions" if loss_on == "completion" else "all tokens"
     print("examples: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "val", "test"))
-          + f"; {np.mean(lengths):.1f} tokens each, {lengths.max()} at most; loss on {targets}")
+          + f"; {np.mean(lengths):.1f} tokens on average, {lengths.max()} at most; "
+          f"loss on {targets}")
     if long := int((lengths > block_size).sum()):
         print(f"note: {long:,} of {len(lengths):,} examples are longer than "
-              f"--block_size={block_size}: they stay, but no window holds one whole, so the model "
-              "sees its end without its beginning; shorten them or raise --block_size")
+              f"--block_size={block_size}: they are kept, but do not fit in a window, so the model "
+              "sees their end without their beginning; shorten them or raise --block_size")
     return counts
 
 
 def write_pairs(out_dir: Path, splits: dict[str, list[Example]], tokenizer: AnyTokenizer,
                 most: tuple[int, int]) -> tuple[int, int]:
-    """Writes train.bin and val.bin with their lengths, and test.jsonl; returns both lengths in
-    tokens. Prints how many sources and targets have more than `most` tokens, and how many tokens
-    the vocabulary does not know. Raises UserError if the tokenizer has no end token."""
+    """Writes train.bin and val.bin, the lengths of their pairs, and test.jsonl. Returns the numbers
+    of tokens in train.bin and val.bin. Prints how many sources and targets have more than `most`
+    tokens, and how many tokens are unknown. Raises UserError if the tokenizer has no end token."""
     if tokenizer.eot is None:
-        raise UserError(f"{tokenizer.name} has no end token, which ends a source and a target; use "
-                        "T5's own")
+        raise UserError(f"{tokenizer.name} has no end token, which ends each source and target; "
+                        "use T5's tokenizer")
     files, lengths, tokens = dict(tokenizer.files), {}, {}
     for split in ("train", "val"):
         tokens[split], lengths[split] = encode_pairs(splits[split], tokenizer, (True, True), split)
@@ -483,28 +490,28 @@ def write_pairs(out_dir: Path, splits: dict[str, list[Example]], tokenizer: AnyT
     counts = write_dataset(out_dir, [tokens["train"]], [tokens["val"]], files)
     lengths = np.concatenate([lengths["train"], lengths["val"]])
     print("pairs: " + ", ".join(f"{len(splits[s]):,} {s}" for s in ("train", "val", "test")) + "; "
-          + ", ".join(f"{mean:.1f} tokens a {name}, {longest} at most" for name, mean, longest in
+          + ", ".join(f"{mean:.1f} tokens per {name}, {longest} at most" for name, mean, longest in
                       zip(("source", "target"), lengths.mean(0), lengths.max(0))))
     for name, limit, column in zip(("source", "target"), most, lengths.T):
         if long := int((column > limit).sum()):
             print(f"note: {long:,} of {len(column):,} {name}s are longer than "
                   f"--{name}_length={limit}: train.py cuts them at its own --{name}_length")
-    tell_unknown(tokenizer, np.concatenate([tokens["train"], tokens["val"]]))
+    print_unknown(tokenizer, np.concatenate([tokens["train"], tokens["val"]]))
     return counts
 
 
-def tell_unknown(tokenizer: AnyTokenizer, tokens: np.ndarray) -> None:
-    """Says how many of the tokens are the unknown one, if there are."""
+def print_unknown(tokenizer: AnyTokenizer, tokens: np.ndarray) -> None:
+    """Prints how many of the tokens are the unknown token, if any."""
     name, id = tokenizer.special.get("unk_token"), tokenizer.special_ids.get("unk_token")
     unknown = int((tokens == id).sum()) if name else 0
     if unknown:
         print(f"note: {unknown:,} of {len(tokens):,} tokens are {name}, for characters that the "
-              "vocabulary lacks (T5's lacks {, }, < and line ends): the model cannot tell them "
-              "apart or write them")
+              "vocabulary lacks (T5's lacks {, }, < and line ends): the model cannot distinguish "
+              "or write them")
 
 
 def jsonl(examples: Sequence[Example]) -> bytes:
-    """The content of a .jsonl file with one example per line."""
+    """Returns the content of a .jsonl file with one example per line."""
     return "".join(json.dumps(example._asdict(), ensure_ascii=False) + "\n"
                    for example in examples).encode("utf-8")
 
@@ -514,7 +521,7 @@ def jsonl(examples: Sequence[Example]) -> bytes:
 
 def encode_dataset(out_dir: Path, train: Pieces, val: Pieces,
                    tokenizer: AnyTokenizer) -> tuple[int, int]:
-    """Encodes both splits and writes them to `out_dir` as write_dataset()."""
+    """Encodes both splits and writes them with write_dataset(), whose result it returns."""
     ids = [(ids for ids, _ in encode(tokenizer, read_texts(pieces, tokenizer.sliceable),
                                      sum(len(text) for text, _ in pieces), name))
            for pieces, name in ((train, "train"), (val, "val"))]
@@ -523,13 +530,13 @@ def encode_dataset(out_dir: Path, train: Pieces, val: Pieces,
 
 def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.ndarray],
                   files: dict[str, bytes]) -> tuple[int, int]:
-    """Writes train.bin, val.bin and `files` ({name: content}); returns both lengths in tokens.
+    """Writes train.bin, val.bin and `files` ({name: content}). Returns the numbers of tokens in
+    train.bin and val.bin. Raises UserError if a split has less than MIN_TOKENS tokens.
 
-    It first writes and fsyncs all as NAME.part, so an error leaves the old files. Then it deletes
-    those, COMPANIONS included, and renames the new ones; an error then leaves no file. train.bin is
-    deleted first and comes last, and val.bin after what describes it: a kill at any moment leaves
-    the old dataset, the new one, or none that opens. Raises UserError if a split has less than
-    MIN_TOKENS tokens.
+    All files are first written and fsynced as NAME.part, so an error leaves the old files. Then the
+    old files, COMPANIONS included, are deleted and the new ones renamed; an error then leaves no
+    file. train.bin is deleted first and renamed last, and val.bin is renamed after the files that
+    describe it: a kill at any moment leaves the old dataset, the new one, or none that opens.
     """
     names = [*files, "val.bin", "train.bin"]
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -537,8 +544,8 @@ def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.n
     try:
         counts = write_part(out_dir, "train.bin", train), write_part(out_dir, "val.bin", val)
         if min(counts) < MIN_TOKENS:
-            raise UserError(f"too little text: {counts[0]} tokens to train on and {counts[1]} to "
-                            f"validate on; each needs {MIN_TOKENS} or more: give more text")
+            raise UserError(f"too little text: {counts[0]} training tokens and {counts[1]} for "
+                            f"validation; both must be {MIN_TOKENS} or more: give more text")
         for name, content in files.items():
             write_part(out_dir, name, [np.frombuffer(content, np.uint8)])
         for name in ("train.bin", "val.bin", *COMPANIONS):
@@ -552,13 +559,13 @@ def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.n
         raise
     print(f"{out_dir}: train.bin {counts[0]:,} tokens, val.bin {counts[1]:,} tokens")
     if min(counts) <= 1024 and "train.pairs.bin" not in files:
-        print(f"note: one is shorter than GPT-2's context of 1,024 tokens: train with "
+        print(f"note: a split is shorter than GPT-2's context of 1,024 tokens: train with "
               f"--block_size={min(counts) - 1} or less")
     return counts
 
 
 def write_part(out_dir: Path, name: str, arrays: Iterable[np.ndarray]) -> int:
-    """Writes arrays to NAME.part and syncs it; returns the number of elements."""
+    """Writes arrays to NAME.part and fsyncs it. Returns the number of elements."""
     count = 0
     with open(out_dir / f"{name}.part", "wb") as f:
         for array in arrays:
@@ -571,8 +578,8 @@ def write_part(out_dir: Path, name: str, arrays: Iterable[np.ndarray]) -> int:
 
 def print_next(config: str, out_dir: Path, counts: tuple[int, int], *options: str,
                context: int = 1024) -> None:
-    """Prints the command that trains on a dataset: the config file of that name, whose block_size
-    is `context`, with a smaller --block_size if a split is shorter."""
+    """Prints the command that trains on a dataset with the config file of that name. `context` is
+    its block_size; if a split is shorter, the command has a smaller --block_size."""
     name = dataset_name(out_dir)
     argv = ["python", "train.py", f"config/{config}.py", f"--dataset={name}", *options]
     if min(counts) <= context:
@@ -581,20 +588,20 @@ def print_next(config: str, out_dir: Path, counts: tuple[int, int], *options: st
 
 
 def model_option(tokenizer: str) -> str:
-    """Returns the --init_from that goes with a --tokenizer. A tokenizer.json or a dataset folder
-    does not say which model it belongs to."""
+    """Returns the --init_from option for the model of a --tokenizer: "MODEL" for a tokenizer.json
+    or a dataset's folder, which do not name their model."""
     is_model = not Path(tokenizer).exists() or Path(tokenizer, "config.json").is_file()
     return f"--init_from={tokenizer if is_model else 'MODEL'}"
 
 
 def finetuning_config(train_tokens: int) -> str:
-    """Returns the name of the config file for so much text; docs/training.md has the table."""
+    """Returns the name of the config file for a text of this size, as in docs/training.md."""
     sizes = {"finetune_little_data": 250_000, "finetune_task": 12_000_000}
     return next((name for name, most in sizes.items() if train_tokens < most), "finetune_domain")
 
 
 def dataset_name(out_dir: Path) -> str:
-    """Returns the value of --dataset for a folder: its path inside data/, or else its full path."""
+    """Returns the value of --dataset for a folder: its path in data/, or else its full path."""
     out_dir = out_dir.resolve()
     inside = out_dir.is_relative_to(DATA)
     return out_dir.relative_to(DATA).as_posix() if inside else str(out_dir)

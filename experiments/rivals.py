@@ -1,8 +1,8 @@
-"""What people use instead, each at its best setting; bench.py runs these as its rivals.
+"""The programs that bench.py compares nanotune with, each at its best setting.
 
-    python experiments/rivals.py TASK JSON    # one of TASKS; prints its figures as a line of JSON
+    python experiments/rivals.py TASK JSON    # prints the figures as one line of JSON
 
-Each task runs in a process of its own. TASKS are at the end of the file.
+bench.py runs each task in a separate process. TASKS, at the end of the file, lists them.
 """
 import json
 import re
@@ -26,7 +26,7 @@ def gpu_memory(device):
 # transformers and nanoGPT
 
 def train_transformers(folder, batch_size, block_size, steps, warm_up, device, dtype, compiled):
-    """transformers' GPT2LMHeadModel in the loop that its users write: sdpa, fused AdamW."""
+    """Measures transformers' GPT2LMHeadModel in a plain training loop: sdpa, fused AdamW."""
     from transformers import GPT2LMHeadModel
     torch.set_float32_matmul_precision("high")  # TF32, as train.py
     model = GPT2LMHeadModel.from_pretrained(
@@ -53,7 +53,8 @@ def train_transformers(folder, batch_size, block_size, steps, warm_up, device, d
 
 
 def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, compiled):
-    """transformers' generate() with its cache, or its static one, which it compiles itself."""
+    """Measures transformers' generate() with its cache. `compiled` uses the static cache, for which
+    generate() compiles the model itself."""
     from transformers import GPT2LMHeadModel
     model = GPT2LMHeadModel.from_pretrained(
         Path(folder, "hf"), dtype=getattr(torch, dtype)).to(device).eval()
@@ -62,7 +63,7 @@ def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, comp
                    pad_token_id=model.config.vocab_size - 1)
     if compiled:
         options["cache_implementation"] = "static"
-    timed = []  # a static cache is as long as the sample, and each length is compiled for
+    timed = []  # a static cache has the length of the sample, and each length compiles again
     for n in (max_new_tokens,) * 3 if compiled else (8, 8, max_new_tokens):
         began = time.perf_counter()
         new = model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)
@@ -72,8 +73,8 @@ def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, comp
 
 
 def sample_nanogpt(path, shape, num_samples, max_new_tokens, device, dtype):
-    """nanoGPT's model.generate() under autocast, as in its sample.py, which prints no times."""
-    sys.path.insert(0, path)  # its model.py, not ours
+    """Measures nanoGPT's model.generate() under autocast, as in its sample.py."""
+    sys.path.insert(0, path)  # nanoGPT's model.py, not ours
     from model import GPT, GPTConfig
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**shape)).to(device).eval()
@@ -90,7 +91,7 @@ def sample_nanogpt(path, shape, num_samples, max_new_tokens, device, dtype):
 # -----------------------------------------------------------------------------
 # llama.cpp
 
-# our names of GPT-2's modules -> those of GGUF files
+# our names of GPT-2's modules -> names in GGUF files
 GGUF_NAMES = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd",
               "transformer.ln_f": "output_norm", "ln_1": "attn_norm", "attn.c_attn": "attn_qkv",
               "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
@@ -98,7 +99,7 @@ GGUF_NAMES = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd
 
 
 def write_gguf(model, path):
-    """A GPT-2 as a GGUF file in float32, without a vocabulary, which llama-bench does not need."""
+    """Writes a GPT-2 as a GGUF file in float32. llama-bench does not need the vocabulary."""
     import gguf
     config, file = model.config, gguf.GGUFWriter(path, "gpt2")
     file.add_block_count(config.n_layer)
@@ -121,7 +122,8 @@ def write_gguf(model, path):
 
 
 def sample_llama_cpp(source, folder, executable, form, max_new_tokens):
-    """llama-bench on a GGUF file of the model; llama-quantize, which lies beside it, casts it."""
+    """Runs llama-bench on a GGUF file of the model, which llama-quantize casts. Both programs must
+    be in the same folder."""
     sys.path.insert(0, str(ROOT))
     from nanotune.formats.checkpoint import load_model
     whole, path = Path(folder, "f32.gguf"), Path(folder, f"{form}.gguf")
@@ -140,7 +142,7 @@ def sample_llama_cpp(source, folder, executable, form, max_new_tokens):
 # CTranslate2
 
 def sample_ctranslate2(source, folder, form, num_samples, max_new_tokens):
-    """Its Generator on a conversion of a Hugging Face folder."""
+    """Measures CTranslate2's Generator on a converted Hugging Face folder."""
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
     path = Path(folder, f"ctranslate2-{form}")

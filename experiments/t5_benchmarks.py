@@ -1,20 +1,20 @@
-"""T5 beside transformers' on the tweets of data/twitter_sentiment, with random weights.
+"""T5 compared with transformers' T5 on the tweets of data/twitter_sentiment, with random weights.
 
     python experiments/t5_benchmarks.py train --input=tweets.csv --dtype=bfloat16
     python experiments/t5_benchmarks.py generate --input=tweets.csv
     python experiments/t5_benchmarks.py export --input=tweets.csv
     python experiments/t5_benchmarks.py f1 --input=tweets.csv
 
-train      pairs a second and peak memory of t5-base's shape: ours; transformers in a plain loop,
-           each batch padded to its longest row; the same padded to 300 + 200, as SimpleT5 does
-generate   500 predictions of t5-small's shape, batched and one at a time
+train      pairs per second and peak memory of t5-base's shape: nanotune; transformers in a plain
+           loop, padded to the longest row of a batch; the same padded to 300 + 200, as in SimpleT5
+generate   about 500 predictions of t5-small's shape, in batches and one at a time
 f1         macro F1 of a small T5 from scratch, by train.py and by a transformers loop, three splits
-export     ONNX in float32, int8 and int4: size and greedy speed of t5-base's shape beside PyTorch,
-           float32; F1 of the small T5 from scratch, which it trains if f1 has not
+export     ONNX in float32, int8 and int4: size and greedy speed of t5-base's shape compared with
+           PyTorch in float32; F1 of the small T5 from scratch, trained here unless f1 has run
 
-Needs `pip install transformers`. Each case of train is a process of its own, in turns. Seconds are
-of CPU time on one thread, so that other programs on the machine do not count. The tokenizer is
-trained on the tweets.
+Needs `pip install transformers`. The cases of train run in turns, each in a separate process.
+Seconds are CPU time of one thread, so that other programs on the machine do not count. The
+tokenizer is trained on the tweets.
 """
 import argparse
 import json
@@ -51,7 +51,7 @@ SHAPES = {"base": dict(n_layer=12, n_decoder_layer=12, n_head=12, n_embd=768, n_
           "small": {},
           "tiny": dict(n_layer=2, n_decoder_layer=2, n_head=4, n_embd=128, head_size=32,
                        n_inner=512, vocab_size=4000)}
-LONGEST, SIMPLE_T5 = None, (300, 200)  # the rows of a batch: as its longest, or always so long
+LONGEST, SIMPLE_T5 = None, (300, 200)  # padding: to the longest row of a batch, or to 300 + 200
 LEARNING_RATE = 1e-3                   # of the tiny model
 
 
@@ -60,27 +60,28 @@ def command(script, *options):
 
 
 def train_tokenizer(folder, source, size):
-    """A Unigram vocabulary of tweets, with T5's special tokens and ids, and the labels as tokens.
-    It is kept in `folder`, since another training of it gives other tokens."""
+    """Returns a Unigram tokenizer of tweets, with T5's special tokens and ids, and the labels as
+    tokens. It is kept in `folder`, because training it again gives other tokens."""
     if folder.is_dir():
         return tokenizer_of_folder(folder)
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    made = Tokenizer(models.Unigram())
-    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trained = Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    trained.pre_tokenizer, trained.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     lines = read_text(source).splitlines() + ["positive", "negative"] * 1000
-    made.train_from_iterator(lines, trainers.UnigramTrainer(
+    trained.train_from_iterator(lines, trainers.UnigramTrainer(
         vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False))
     names = zip(("pad_token", "eos_token", "unk_token"), special)
     folder.mkdir(parents=True)
-    for name, content in JsonTokenizer(made.to_str(), special=names).files.items():
+    for name, content in JsonTokenizer(trained.to_str(), special=names).files.items():
         (folder / name).write_bytes(content)
     return tokenizer_of_folder(folder)
 
 
 def make_folder(args, shape, seed=0):
-    """A folder of a T5 with random weights, and the splits' folders."""
+    """Returns the folder of a T5 with random weights and the folders of the splits. Creates those
+    that do not exist."""
     folder = args.out_dir.resolve() / f"t5-{shape}"
     if not folder.is_dir():
         folder.mkdir(parents=True)
@@ -101,7 +102,8 @@ def make_folder(args, shape, seed=0):
 # training
 
 def shuffled_batches(split, size, lengths, seed=0):
-    """Batches of pairs as a DataLoader's, padded to their longest row or to `lengths`."""
+    """Yields shuffled batches of pairs, like a DataLoader, padded to the longest row or `lengths`.
+    """
     config = T5Config(source_length=512, target_length=512)
     data, rng = open_dataset(split / "train.bin", config), np.random.RandomState(seed)
     while True:
@@ -113,8 +115,8 @@ def shuffled_batches(split, size, lengths, seed=0):
                         for row, n in zip(rows, (S, T)))
 
 
-def theirs(model):
-    """A transformers model as a function of (x, y) -> the summed loss."""
+def transformers_loss(model):
+    """Returns a function (x, y) -> the summed loss of a transformers model."""
     def loss(x, y):
         return (y >= 0).sum() * model(
             input_ids=x.clamp(min=0), attention_mask=(x >= 0).long(),
@@ -123,7 +125,7 @@ def theirs(model):
 
 
 def case(args):
-    """Trains one case for a few steps; prints the seconds of each and the peak memory as JSON."""
+    """Trains one case for a few steps. Prints the seconds per step and the peak memory as JSON."""
     from transformers import AutoModelForSeq2SeqLM
     folder, splits = make_folder(args, args.shape)
     dtype, size = DTYPES[args.dtype], args.batch_size
@@ -135,7 +137,7 @@ def case(args):
     else:
         model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
         batches = shuffled_batches(splits[0], size, SIMPLE_T5 if args.case == "300" else LONGEST)
-        loss_of = theirs(model)
+        loss_of = transformers_loss(model)
     params = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     optimizer = make_optimizer("adamw", params, 1e-4, (0.9, 0.999), CPU)
     model.train()
@@ -154,7 +156,7 @@ def case(args):
 
 def train(args):
     make_folder(args, args.shape)
-    cases = {"nanotune": 32, "longest": 32, "300": 8}  # pairs a step; SimpleT5's default is 8
+    cases = {"nanotune": 32, "longest": 32, "300": 8}  # pairs per step; SimpleT5's default is 8
     found = {name: [] for name in cases}
     for _ in range(args.rounds):
         for name, size in cases.items():
@@ -197,7 +199,8 @@ def generate(args):
 
 
 def loop_f1(folder, split, steps, seed):
-    """Macro F1 of transformers' model after a plain loop; the best of six by validation loss."""
+    """Returns macro F1 of transformers' model after a plain loop. The validation loss chooses the
+    weights, every sixth of the steps."""
     from transformers import AutoModelForSeq2SeqLM
     torch.manual_seed(seed)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dropout_rate=0.1)
@@ -205,21 +208,21 @@ def loop_f1(folder, split, steps, seed):
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.999),
                                   weight_decay=0.0)
     val = open_dataset(split / "val.bin", T5Config())
-    batches, best, held = shuffled_batches(split, 32, LONGEST, seed), float("inf"), None
+    batches, best, weights = shuffled_batches(split, 32, LONGEST, seed), float("inf"), None
     for step in range(steps + 1):
         if step % (steps // 6) == 0:
             model.eval()
             with torch.no_grad():
-                loss = float(theirs(model)(*val.read(val.windows())))
+                loss = float(transformers_loss(model)(*val.read(val.windows())))
             if loss < best:
-                best, held = loss, {k: v.clone() for k, v in model.state_dict().items()}
+                best, weights = loss, {k: v.clone() for k, v in model.state_dict().items()}
         model.train()
         x, y = next(batches)
-        (theirs(model)(x, y) / (y >= 0).sum()).backward()
+        (transformers_loss(model)(x, y) / (y >= 0).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    model.load_state_dict(held)
+    model.load_state_dict(weights)
     model.eval()
     rows, predicted = test_rows(split), []
     for row in rows:
@@ -232,7 +235,7 @@ def loop_f1(folder, split, steps, seed):
 
 
 def train_tiny(args, folder, split, seed):
-    """The run of a small T5 on a split."""
+    """Returns the folder of a small T5's run on a split. Trains it if it is not there."""
     out_dir = args.out_dir.resolve() / f"tiny-{seed}"
     if not (out_dir / "predictions.jsonl").is_file():
         command("train.py", "config/finetune_t5_sentiment.py", f"--dataset={split}",
@@ -261,7 +264,7 @@ def f1(args):
 # ONNX
 
 def export_forms(args, source, name):
-    """{form: exported folder} of a model."""
+    """Exports a model in each form, unless that is done. Returns {form: folder}."""
     forms = {"float32": "none", "int8": "int8", "int4": "int4"}
     folders = {form: args.out_dir.resolve() / f"{name}-{form}" for form in forms}
     for form, folder in folders.items():
@@ -299,7 +302,8 @@ def export(args):
 
 
 def export_f1(args):
-    """F1 of the small T5 in each form, on the tweets that all three splits hold out."""
+    """Prints F1 of the small T5 in each form, on the test tweets of all three splits. It was
+    trained on the first split, which may contain test tweets of the others."""
     folder, splits = make_folder(args, "tiny")
     out_dir = train_tiny(args, folder, splits[0], 0)
     rows = [row for split in splits for row in test_rows(split)]
@@ -326,8 +330,9 @@ def main(argv):
     p.add_argument("--out_dir", type=Path, default=Path("out-t5-benchmarks"))
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--shape", default="base", choices=SHAPES)
-    p.add_argument("--steps", type=int, default=3, help="timed steps, after one (default: 3)")
-    p.add_argument("--rounds", type=int, default=2, help="of each case (default: 2)")
+    p.add_argument("--steps", type=int, default=3,
+                   help="timed steps, after an untimed one (default: 3)")
+    p.add_argument("--rounds", type=int, default=2, help="rounds of all cases (default: 2)")
     p.add_argument("--case", default="nanotune", help=argparse.SUPPRESS)
     p.add_argument("--batch_size", type=int, default=32, help=argparse.SUPPRESS)
     args = p.parse_args(argv)

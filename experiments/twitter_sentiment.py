@@ -1,15 +1,16 @@
-"""Twitter sentiment as one experiment: GPT-2, GPT-Neo and T5 on the same splits, and a floor.
+"""Compares GPT-2, GPT-Neo, T5 and a baseline on Twitter sentiment, on the same splits.
 
     python experiments/twitter_sentiment.py        (or: make sentiment)
     python experiments/twitter_sentiment.py --models=FOLDER,gpt2 --input=tweets.csv
     python experiments/twitter_sentiment.py --train="--batch_size=4 --gradient_accumulation_steps=2"
 
-For each split: data/twitter_sentiment/prepare.py with that seed, for T5 as pairs; for each model
-train.py with config/finetune_twitter_sentiment.py, or finetune_t5_sentiment.py, and evaluate.py
---task=classify; last a table of macro F1 with means, standard deviations over the splits, and the
-standard error that so many test tweets leave. The floor is logistic regression on TF-IDF of words
-and pairs of words, trained on the same tweets. What is done is not done again: after a stop, the
-same command goes on where it was.
+For each split it runs data/twitter_sentiment/prepare.py with that seed, for T5 with --pairs. For
+each model it runs train.py with config/finetune_twitter_sentiment.py or finetune_t5_sentiment.py,
+and evaluate.py --task=classify. Then it prints a table of macro F1: means, standard deviations over
+the splits, and standard errors for the number of test tweets.
+
+The baseline is logistic regression on TF-IDF of words and pairs of words, trained on the same
+tweets. If you stop it, the same command continues; finished parts are not repeated.
 """
 import argparse
 import json
@@ -31,27 +32,28 @@ from nanotune.formats.checkpoint import model_config  # noqa: E402
 from nanotune.formats.hub import find_pretrained  # noqa: E402
 from nanotune.text.tokenizer import GPT2Tokenizer  # noqa: E402
 
-FLOOR = "TF-IDF + logistic regression"
+BASELINE = "TF-IDF + logistic regression"
 
 
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", default="gpt2,EleutherAI/gpt-neo-125m,google-t5/t5-base",
-                   help="what --init_from takes, with commas (default: gpt2, gpt-neo-125m and "
-                        "t5-base)")
-    p.add_argument("--splits", type=int, default=3, help="how many, seeds 0, 1, ... (default: 3)")
-    p.add_argument("--input", type=Path, help="Sentiment140's CSV (default: it is downloaded)")
+                   help="values of --init_from, separated by commas (default: gpt2, gpt-neo-125m "
+                        "and t5-base)")
+    p.add_argument("--splits", type=int, default=3,
+                   help="number of splits, with seeds 0, 1, ... (default: 3)")
+    p.add_argument("--input", type=Path, help="Sentiment140's CSV (default: download it)")
     p.add_argument("--samples", type=int, default=10000, help="tweets in all (default: 10000)")
     p.add_argument("--out_dir", type=Path, default=Path("out-sentiment"),
-                   help="splits, runs and the table go there (default: out-sentiment)")
+                   help="folder for splits, runs and the table (default: out-sentiment)")
     p.add_argument("--train", default="", metavar="ARGS", help="more arguments for train.py")
     return p.parse_args(argv)
 
 
 def check_same_experiment(args):
-    """Raises UserError where out_dir holds runs of other settings; the number of splits and the
-    models may grow."""
+    """Raises UserError if out_dir holds runs with other settings. Splits and models may be added.
+    """
     settings = {"samples": args.samples, "train": args.train,
                 "input": str(args.input.resolve()) if args.input else None}
     path = args.out_dir / "settings.json"
@@ -62,30 +64,29 @@ def check_same_experiment(args):
     before = json.loads(path.read_text(encoding="utf-8"))
     differ = [f"--{k} was {before.get(k)}" for k in settings if settings[k] != before.get(k)]
     if differ:
-        raise UserError(f"{args.out_dir} holds runs of other settings ({'; '.join(differ)}): give "
-                        "those, or another --out_dir")
+        raise UserError(f"{args.out_dir} holds runs with other settings ({'; '.join(differ)}): use "
+                        "those settings or another --out_dir")
 
 
 def command(script, *options):
-    """Runs a script of this repository from its root; its failure ends this one with its status."""
+    """Runs a script of this repository in the root folder. If it fails, exits with its status."""
     line = [sys.executable, str(ROOT / script), *map(str, options)]
     print("$ " + shlex.join(["python", script, *line[2:]]), flush=True)
     status = subprocess.run(line, cwd=ROOT).returncode
     if status:
-        print("stopped: this experiment, started again with the same arguments, goes on from here",
-              file=sys.stderr)
+        print("stopped; to continue from here, run the same command again", file=sys.stderr)
         sys.exit(status)
 
 
 def prepare(args, seed, model=None):
-    """The split's folder, as text, or with a `model` as pairs for its tokenizer: the same tweets.
-    """
+    """Returns the folder of a split. Prepares it if it is not there; with a `model`, the same
+    tweets as pairs for its tokenizer."""
     name = f"split-{seed}" + (f"-{short_name(model)}" if model else "")
     folder = args.out_dir.resolve() / name
     form = [f"--tokenizer={source_of(model)}", "--pairs"] if model else []
     if not (folder / "test.jsonl").is_file():
         source = [f"--input={args.input.resolve()}"] if args.input else []
-        if not source and (seed > 0 or model):  # the first split's download serves all
+        if not source and (seed > 0 or model):  # all use the first split's download
             first = args.out_dir.resolve() / "split-0"
             source = [f"--input={download}" for download in first.glob("*.zip")]
         command("data/twitter_sentiment/prepare.py", f"--seed={seed}", f"--out_dir={folder}",
@@ -94,17 +95,17 @@ def prepare(args, seed, model=None):
 
 
 def short_name(model):
-    """gpt-neo-125m of EleutherAI/gpt-neo-125m, and the last folder of a path."""
+    """Returns gpt-neo-125m for EleutherAI/gpt-neo-125m, and the last folder of a path."""
     return Path(model).resolve().name
 
 
 def source_of(model):
-    """The model as the scripts take it from another folder: a local one by its full path."""
+    """Returns a hub id, or the full path of a local model: the scripts run in the root folder."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def train_and_evaluate(args, model, seed, folder):
-    """The test's macro F1 of a model on a split, of a run that was done before too."""
+    """Trains and tests a model on a split, unless that is done. Returns macro F1 on the test."""
     pairs = model_config(model).takes_pairs
     config = "finetune_t5_sentiment" if pairs else "finetune_twitter_sentiment"
     folder = prepare(args, seed, model) if pairs else folder
@@ -121,8 +122,8 @@ def train_and_evaluate(args, model, seed, folder):
     return classification_scores(truth, predicted, sorted(set(truth)))["macro_f1"]
 
 
-def floor(folder):
-    """Macro F1 of logistic regression on the split's training tweets, which train.bin holds."""
+def baseline(folder):
+    """Returns macro F1 of logistic regression trained on the tweets of the split's train.bin."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -139,8 +140,9 @@ def floor(folder):
 
 
 def table(results, tests):
-    """A Markdown table of {model: [macro F1 of each split]}, each on so many test tweets. The
-    standard error of the mean is that of a share of all of them, which macro F1 is near."""
+    """Returns {model: [macro F1 of each split]} as a Markdown table; `tests` is the number of test
+    tweets per split. The standard error of the mean is that of a proportion of all test tweets, an
+    approximation for macro F1."""
     splits = len(next(iter(results.values())))
     lines = ["| macro F1, % | " + " | ".join(f"split {i}" for i in range(splits))
              + " | mean | standard error | standard deviation |",
@@ -158,18 +160,18 @@ def main(argv=None):
     args = arguments(argv)
     models = [name for name in args.models.split(",") if name]
     if args.splits < 1 or not models:
-        raise UserError("--splits must be at least 1, and --models name one or more")
+        raise UserError("--splits must be at least 1, and --models must name at least one")
     if len(set(map(short_name, models))) < len(models):
-        raise UserError(f"--models={args.models}: two have the same name; rename a folder")
+        raise UserError(f"--models={args.models}: two models have the same name; rename a folder")
     if args.input is not None and not args.input.is_file():
         raise UserError(f"--input={args.input}: no such file")
     check_sklearn()
-    for model in models:  # the last is trained hours after the first
+    for model in models:  # fail now, not hours later
         if not Path(model).is_dir():
             find_pretrained(model)
     check_same_experiment(args)
     folders = [prepare(args, seed) for seed in range(args.splits)]
-    results = {FLOOR: [floor(folder) for folder in folders]}
+    results = {BASELINE: [baseline(folder) for folder in folders]}
     for model in models:
         results[short_name(model)] = [
             train_and_evaluate(args, model, seed, folder) for seed, folder in enumerate(folders)]

@@ -235,7 +235,7 @@ def test_the_dataset(tmp_path, capsys):
     folder = prepare(tmp_path, "--test_fraction=0.1", lines=[*MANY, MANY[0]])
     out = capsys.readouterr().out
     assert "conversations: 16 train, 2 val, 2 test; 1.0 answers" in out
-    assert "1 examples repeat others" in out and "next: python train.py config/finetune_chat" in out
+    assert "1 duplicate examples" in out and "next: python train.py config/finetune_chat" in out
     tokenizer = tokenizer_of_dataset(folder)
     assert tokenizer.chat == Template()
     seen = []
@@ -292,7 +292,7 @@ def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys, tiny):
     ({"messages": [{"role": "bot", "content": "x"}]}, "line 2: message 1 has the role 'bot'"),
     ({"messages": [{"role": "user", "content": ""}]}, "line 2: message 1: its content is empty"),
     ({"messages": TALK[2:]}, "line 2: message 1: an assistant answers a user"),
-    ({"messages": TALK[:2]}, "line 2: no message is an assistant's"),
+    ({"messages": TALK[:2]}, "line 2: no message is the assistant's"),
     ({"messages": "x"}, "line 2: must be a list"),
     ({"conversations": [1]}, "line 2: message 1 must be an object"),
     ({"conversations": [{"from": "tool", "value": "x"}]}, "line 2: message 1 has the role 'tool'"),
@@ -301,7 +301,7 @@ def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys, tiny):
     (exchange(EOT, "y"), "line 2: message 1 holds '<.endoftext.>'"),
     ({"instruction": "x", "output": ""}, "line 2: message 2: its content is empty"),
     ({"instruction": "x", "output": ["y"]}, "line 2: its output is"),
-    ({"text": "x"}, "line 2: wants messages, conversations"),
+    ({"text": "x"}, "line 2: must have messages, conversations"),
 ])
 def test_bad_lines(tmp_path, capsys, line, message):
     with pytest.raises(UserError, match=message) as error:
@@ -309,7 +309,7 @@ def test_bad_lines(tmp_path, capsys, line, message):
     assert "\n" not in str(error.value) and not (tmp_path / "out" / "train.bin").exists()
     prepare(tmp_path, "--skip_bad", lines=[*MANY, line])
     out = capsys.readouterr().out
-    assert "1 conversations are left out, the first because of" in out and "18 train, 2 val" in out
+    assert "1 conversations are left out; the first error: " in out and "18 train, 2 val" in out
 
 
 def test_other_words(tmp_path, capsys):
@@ -318,12 +318,12 @@ def test_other_words(tmp_path, capsys):
     assert tokenizer.chat == Template(user="Q:", assistant="A:", end="\n--\n")
     text = tokenizer.decode(np.fromfile(folder / "val.bin", "<u2").tolist())
     assert re.match(r"Q: What is line \d+\?\n--\nA: It ends \d+\.\n--\n", text)
-    assert "joins the marks" not in capsys.readouterr().out
+    assert "merges the marks" not in capsys.readouterr().out
     prepare(tmp_path, "--end=.", lines=[exchange("Hi", "Ho")] * 2 + [exchange("Hi", "He")])
     with pytest.raises(UserError, match=r"line 1: message 2 holds '\.', which ends a turn"):
         prepare(tmp_path, "--end=.", lines=MANY)
     for option in ("--user=", r"--end=\n", "--end= "):
-        with pytest.raises(UserError, match="must each have a text"):
+        with pytest.raises(UserError, match="must not be empty"):
             prepare(tmp_path, option, lines=MANY)
     with pytest.raises(UserError, match=r"--user: character 1 is .udcff, half of a surrogate"):
         prepare(tmp_path, "--user=\udcff", lines=MANY)
@@ -335,7 +335,7 @@ def test_a_tokenizer_that_joins_is_told_of(tmp_path, capsys):
     made.train_from_iterator(["User: x"], 300, show_progress=False, special_tokens=[EOT])
     made.save(str(tmp_path / "joins.json"))
     prepare(tmp_path, f"--tokenizer={tmp_path / 'joins.json'}", lines=MANY)
-    assert "joins the marks of turns with the texts" in capsys.readouterr().out
+    assert "merges the marks of turns with the texts" in capsys.readouterr().out
 
 
 def test_bad_files_and_options(tmp_path):
@@ -344,11 +344,11 @@ def test_bad_files_and_options(tmp_path):
         (tmp_path / "chats.json").write_text(content)
         with pytest.raises(UserError, match=message):
             prepare(tmp_path, name="chats.json")
-    with pytest.raises(UserError, match="holds no conversations"):
+    with pytest.raises(UserError, match="has no conversations"):
         prepare(tmp_path, lines=[])
     with pytest.raises(UserError, match="--test_input and --test_fraction contradict"):
         prepare(tmp_path, "--test_fraction=0.1", f"--test_input={tmp_path}", lines=MANY)
-    with pytest.raises(UserError, match="which conversations"):
+    with pytest.raises(UserError, match="no conversations are given"):
         script("chat").main([])
 
 

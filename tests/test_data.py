@@ -118,11 +118,11 @@ def test_download(server, tmp_path, path):
 
 
 @pytest.mark.parametrize("path, size, sha256, message", [
-    ("/truncated", None, None, f"{len(TEXT):,} of {len(TEXT) + 100:,} bytes came|IncompleteRead"),
-    ("/endless", len(TEXT) + 1, None, f"{len(TEXT):,} of {len(TEXT) + 1:,} bytes came"),
+    ("/truncated", None, None, f"{len(TEXT):,} of {len(TEXT) + 100:,} bytes|IncompleteRead"),
+    ("/endless", len(TEXT) + 1, None, f"received {len(TEXT):,} of {len(TEXT) + 1:,} bytes"),
     ("/good", len(TEXT) + 1, None, f"it has {len(TEXT):,} bytes, not {len(TEXT) + 1:,}"),
     ("/good", None, "0" * 64, "its sha256 is not 0000"),
-    ("/html", None, None, "the answer is a web page"),
+    ("/html", None, None, "sent a web page"),
     ("/missing", None, None, "HTTP Error 404: Not Found"),
     ("/slow", None, None, "timed out"),
 ])
@@ -262,7 +262,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_dataset_or_none(old, monkeypatch):
 
 
 def test_write_dataset_refuses_too_little_text(old):
-    with pytest.raises(UserError, match=r"too little text: 2000 tokens .* and 7"):
+    with pytest.raises(UserError, match=r"too little text: 2000 training tokens and 7"):
         fetch.write_dataset(old, [IDS], [IDS[:7]], {})
     assert (old / "val.bin").read_bytes() == b"old"
 
@@ -359,7 +359,7 @@ def test_text_folder(gpt2, folder, tmp_path, capsys):
     assert train.count(50256) + val.count(50256) == 4
     assert names(tmp_path / "mine") == ["train.bin", "val.bin"]
     out = capsys.readouterr().out
-    assert "documents 4," in out and "skipped 1 files by their endings (.py 1)" in out
+    assert "documents 4," in out and "skipped 1 files with other endings (.py 1)" in out
     cfg = next_config(out)
     assert (cfg.dataset, cfg.init_from, cfg.out_dir) == (
         str(tmp_path / "mine"), "gpt2", "out-mine")
@@ -462,19 +462,19 @@ def words(count):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({}, "which text"),
+    ({}, "no text is given; pass --input="),
     ({"input": "gone"}, "gone: no such file or folder"),
     ({"input": "empty.txt"}, r"empty\.txt is empty"),
-    ({"input": "nothing"}, r"no files of \.md \.txt in that folder; --ext="),
+    ({"input": "nothing"}, r"no \.md \.txt files in that folder; --ext="),
     ({"input": "latin.txt"}, r"latin\.txt is not UTF-8: byte 0xe9 at offset 1,003"),
     ({"input": "utf16.txt"}, r"utf16\.txt is UTF-16, not UTF-8; convert it: iconv -f UTF-16 "),
     ({"input": "short.txt", "tokenizer": "char"}, "too little text"),
-    ({"input": "good.txt", "val_fraction": 1.5}, "--val_fraction=1.5: must lie between 0 and 1"),
+    ({"input": "good.txt", "val_fraction": 1.5}, "--val_fraction=1.5: must be between 0 and 1"),
     ({"input": "good.txt", "tokenizer": "nothing"}, "--tokenizer=nothing has no tokenizer.json"),
     ({"input": "good.txt", "tokenizer": "gone.json"}, r"gone\.json: no such file"),
     ({"input": "good.txt", "tokenizer": "bad.json"}, r"bad\.json is no tokenizer.json"),
     ({"input": "good.txt", "tokenizer": "big.json"}, r"big\.json: ids up to 65,536 do not fit"),
-    ({"input": "good.txt", "tokenizer": "train", "vocab_size": 99}, "--vocab_size=99: must lie"),
+    ({"input": "good.txt", "tokenizer": "train", "vocab_size": 99}, "--vocab_size=99: must be"),
 ])
 def test_text_refuses(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)

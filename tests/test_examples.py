@@ -124,9 +124,9 @@ def test_what_is_left_out_is_said(gpt2, tmp_path, capsys):
     path = tweets_csv(tmp_path / "t.csv", rows)
     prepare("twitter_sentiment", input=path, out_dir=tmp_path / "out")
     out = capsys.readouterr().out
-    assert "115 rows; left out: 3 without a label or text, 22 that repeat others" in out
-    assert ("80 tweets taken, 40 of each label, not the 10,000 asked for: only 40 distinct ones "
-            "are negative") in out
+    assert "115 rows; left out: 3 without a label or text, 22 duplicates" in out
+    assert ("80 tweets taken, 40 of each label, fewer than --samples=10000: only 40 distinct "
+            "tweets are negative") in out
     texts = documents(tmp_path / "out", gpt2) + documents(tmp_path / "out", gpt2, "val")
     texts += [json.loads(line)["prompt"] for line in (tmp_path / "out/test.jsonl").open()]
     assert len(texts) == 80 == len({text.partition("\n")[0] for text in texts})
@@ -141,7 +141,7 @@ def test_the_zip(gpt2, tweets, tmp_path):
         module.read_tweets(tweets, tokenizer))
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.write(tweets, "x.csv")
-    with pytest.raises(UserError, match=r"other.zip holds no training.1600000"):
+    with pytest.raises(UserError, match=r"other.zip does not contain training.1600000"):
         module.read_tweets(tmp_path / "other.zip", tokenizer)
 
 
@@ -150,12 +150,12 @@ GOOD = '"0","1","date","q","user","sad"\n"4","2","date","q","user","glad"\n'
 
 @pytest.mark.parametrize("content, message", [
     ("", r"t.csv is empty"),
-    (GOOD + '"0","1","sad"\n', r"t.csv, line 3: 3 columns where Sentiment140 has 6"),
+    (GOOD + '"0","1","sad"\n', r"t.csv, line 3: 3 columns, but Sentiment140 has 6"),
     ("target,ids,date,flag,user,text\n" + GOOD, r"t.csv, line 1: the target, .* is 'target'"),
     (GOOD + '"0","1","date","q","user","sad\n"4","2","date","q","user","glad"\n',
      r"t.csv, line 4: "),
-    (GOOD.splitlines()[0], r"no tweet is positive: with a single label"),
-    (GOOD, r"1 tweets of a label make a split of none"),
+    (GOOD.splitlines()[0], r"no tweet is positive, and both labels are needed"),
+    (GOOD, r"1 tweets per label leave a split empty"),
 ])
 def test_bad_csv(gpt2, content, message, tmp_path):
     (tmp_path / "t.csv").write_text(content)
@@ -165,14 +165,14 @@ def test_bad_csv(gpt2, content, message, tmp_path):
 
 
 def test_too_few_samples(tmp_path):
-    with pytest.raises(UserError, match=r"--samples=-5: must be at least 6, one of each label"):
+    with pytest.raises(UserError, match=r"--samples=-5: must be at least 6, one per label"):
         prepare("twitter_sentiment", input=tmp_path / "t.csv", out_dir=tmp_path, samples=-5)
 
 
 def test_the_real_tweets(gpt2, shared, tmp_path, capsys):
     path = shared("data/sentiment140/tweets.csv")
     prepare("twitter_sentiment", input=path, out_dir=tmp_path)
-    assert "9,924 tweets taken, 4,962 of each label, not the 10,000" in capsys.readouterr().out
+    assert "9,924 tweets taken, 4,962 of each label, fewer than" in capsys.readouterr().out
     assert tokens(tmp_path).max() == 50256 and (mask(tmp_path).sum() == 2 * 8956)
 
 
@@ -199,7 +199,7 @@ def test_pairs(gpt2, kind, loss_on, tmp_path, capsys):
         write_lines(path, ["Completion,other, prompt", *rows])
     prepare("jsonl", input=path, out_dir=tmp_path / "out", loss_on=loss_on, test_fraction=0.1)
     out = capsys.readouterr().out
-    assert "1 examples repeat others" in out and "48 train, 6 val, 6 test" in out
+    assert "1 duplicate examples" in out and "48 train, 6 val, 6 test" in out
     texts = documents(tmp_path / "out", gpt2) + documents(tmp_path / "out", gpt2, "val")
     test = [json.loads(line) for line in (tmp_path / "out/test.jsonl").open()]
     texts += [row["prompt"] + row["completion"] for row in test]
@@ -217,7 +217,7 @@ def test_texts_and_a_single_column(gpt2, tmp_path, capsys):
     prepare("jsonl", input=tmp_path / "t.jsonl", out_dir=tmp_path / "a")
     write_lines(tmp_path / "t.csv", ["tweets", *(f'"Text {i}\nof two lines"' for i in range(40))])
     prepare("jsonl", input=tmp_path / "t.csv", out_dir=tmp_path / "b")
-    assert "'tweets' in the first row is taken for the name" in capsys.readouterr().out
+    assert "the first row, 'tweets', is used as the name" in capsys.readouterr().out
     assert tokens(tmp_path / "a").tolist() == tokens(tmp_path / "b").tolist()
     assert len(documents(tmp_path / "a", gpt2)) == 36
     with pytest.raises(UserError, match=r"texts without prompts.*--loss_on=all"):
@@ -244,7 +244,7 @@ def test_long_examples_are_said_and_kept(gpt2, tmp_path, capsys):
     prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, loss_on="completion",
             block_size=50)
     out = capsys.readouterr().out
-    assert "3 of 63 examples are longer than --block_size=50: they stay" in out
+    assert "3 of 63 examples are longer than --block_size=50: they are kept" in out
     texts = documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
     assert sum(text.count(" word") == 60 for text in texts) == 3
     # train.py counts those of its own block_size
@@ -298,7 +298,7 @@ def test_columns_by_name_and_numbers_as_labels(gpt2, tmp_path):
         assert sorted(texts) == sorted(f"Film {i}:{expected(i)}" for i in range(40))
     prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, completion_column="review")
     assert "Film 3:" in documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
-    with pytest.raises(UserError, match="line 1: wants review and sta; it has review, stars"):
+    with pytest.raises(UserError, match="line 1: must have review and sta; it has review, stars"):
         prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, prompt_column="review",
                 completion_column="sta")
 
@@ -402,21 +402,21 @@ def test_another_tokenizer(make_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("f.jsonl", "", r"f.jsonl is empty; it should hold one example per line"),
+    ("f.jsonl", "", r"f.jsonl is empty; it must have one example per line"),
     ("f.jsonl", '{"text": "a"}\n{"text": "b"\n', r"f.jsonl, line 2: malformed JSON \(.*column 13"),
     ("f.jsonl", '{"text": "a"}\n\n[1]\n', r"f.jsonl, line 3: must be a JSON object, not \[1\]"),
-    ("f.jsonl", '{"prompt": "a"}\n', r"f.jsonl, line 1: wants .*it has prompt"),
+    ("f.jsonl", '{"prompt": "a"}\n', r"f.jsonl, line 1: must have .*it has prompt"),
     ("f.jsonl", '{"prompt": "a", "completion": null}\n', r"line 1: its completion is null, not a"),
     ("f.jsonl", '{"prompt": "a", "completion": true}\n', r"line 1: its completion is true, not a"),
     ("f.jsonl", '{"prompt": "a", "completion": NaN}\n', r"line 1: its completion is NaN, not a"),
     ("f.jsonl", '{"prompt": ["a"], "completion": "b"}\n', r'line 1: its prompt is \["a"\], not a'),
     ("f.jsonl", '{"instruction": "a", "input": {}, "output": "b"}\n', r"its input is \{\}, not"),
     ("f.jsonl", '{"prompt": "a", "completion": " "}\n', r"line 1: its completion is empty"),
-    ("f.jsonl", '{"text": "a"}\n', r"1 examples leave none to train on"),
+    ("f.jsonl", '{"text": "a"}\n', r"1 examples leave none for training"),
     ("f.csv", "", r"f.csv is empty"),
-    ("f.csv", "a,b\nx,y\n", r"f.csv, line 2: wants the columns prompt and .*it has a, b"),
+    ("f.csv", "a,b\nx,y\n", r"f.csv, line 2: must have the columns prompt and .*has a, b"),
     ("f.csv", "prompt,prompt,completion\nx,y,z\n", r"line 1: two columns have the same name"),
-    ("f.csv", "prompt,completion\nx,y\nz\n", r"f.csv, line 3: 1 fields where .* names 2"),
+    ("f.csv", "prompt,completion\nx,y\nz\n", r"f.csv, line 3: 1 fields, but .* has 2"),
     ("f.csv", 'text\nx\n"y\nz\n', r"f.csv, line 4: malformed CSV"),
     ("f.csv", 'prompt,completion\nx,"y" z\n', r"f.csv, line 2: malformed CSV"),
     ("gone.jsonl", None, r"gone.jsonl: no such file"),
@@ -430,7 +430,7 @@ def test_bad_examples(name, content, message, tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    for fields, message in (({}, "which examples"),
+    for fields, message in (({}, "pass either --input=FILE or --hub="),
                             ({"val_fraction": 1.5}, "--val_fraction=1.5: must be at least 0"),
                             ({"tokenizer": "x.json"}, "--tokenizer=x.json: x.json: no such")):
         with pytest.raises(UserError, match=message):

@@ -77,7 +77,7 @@ def test_it_goes_on_where_it_stopped(experiment, arguments, tmp_path, monkeypatc
     del commands[:]
     module.main(arguments)
     assert commands == [] and (tmp_path / "out/results.md").read_text() == first
-    with pytest.raises(UserError, match=r"holds runs of other settings \(--samples was 10000\)"):
+    with pytest.raises(UserError, match=r"holds runs with other settings \(--samples was 10000\)"):
         module.main([*arguments, "--samples=50"])
     with pytest.raises(UserError, match=r"--input=gone.csv: no such file"):
         module.main([*arguments, "--input=gone.csv"])

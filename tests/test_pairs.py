@@ -182,11 +182,11 @@ def test_unknown_characters_and_long_texts_are_counted(prepare, capsys):
 
 
 @pytest.mark.parametrize("content, said", [
-    ("a,b\n1,2\n", "line 2: wants the columns source_text and target_text"),
+    ("a,b\n1,2\n", "line 2: must have the columns source_text and target_text"),
     ('source_text,target_text\nx,""\n', "line 2: its target_text is empty"),
     ('source_text,target_text\n" ",x\n', "line 2: its source_text is empty"),
     ("source_text,target_text\nx,a</s>b\n", "line 2: its target_text holds </s>"),
-    ("source_text,target_text\n", "is empty; it should hold one pair per line"),
+    ("source_text,target_text\n", "is empty; it must have one pair per line"),
 ])
 def test_bad_rows(prepare, content, said):
     with pytest.raises(UserError, match=said) as error:

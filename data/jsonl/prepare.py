@@ -1,4 +1,4 @@
-r"""Your own task as a dataset: prompts and the completions to learn, or plain texts.
+r"""Your own task as a dataset: prompts and completions, or plain texts.
 
     python data/jsonl/prepare.py --input=FILE --out_dir=data/mine --loss_on=completion
     python train.py config/finetune_task.py --dataset=mine
@@ -7,20 +7,19 @@ r"""Your own task as a dataset: prompts and the completions to learn, or plain t
 FILE is .jsonl, with one example per line, or a .csv or .tsv whose first row names the columns:
 
 prompt, completion           also source_text, target_text, or question, answer
-instruction, input, output   Alpaca's; written as Alpaca's prompt, input may be missing
-text                         a plain text; also the only column of a table
+instruction, input, output   Alpaca's, written as Alpaca's prompt; input is optional
+text                         a plain text; the only column of a table may have another name
 
---prompt_column= and --completion_column= name other columns. Numbers are taken as text.
---hub=OWNER/NAME takes a dataset of the Hugging Face hub; it needs `pip install datasets`.
+--prompt_column= and --completion_column= name other columns. Numbers are used as text.
+--hub=OWNER/NAME reads a dataset of the Hugging Face hub; it needs `pip install datasets`.
 
-The examples are shuffled and packed end to end, end-of-text after each. Where a text holds
-<|endoftext|>, it is several documents. End a prompt with a mark that never varies and no space
-("Sentiment:"), and begin its completion with the space (" positive"): to GPT-2 a word with its
-space is one token, and a space alone another.
+The examples are shuffled and packed one after another, each with end-of-text. <|endoftext|> in a
+plain text separates documents. End each prompt with the same mark and no space ("Sentiment:"), and
+begin each completion with the space (" positive"): GPT-2's tokens include the space before a word.
 
---loss_on=all           each token is learnt (the default)
---loss_on=completion    only completions are, and texts; prompts are read, not learnt
---test_fraction=0.05    keeps so much apart as test.jsonl, for evaluate.py --task=classify
+--loss_on=all           the loss counts all tokens (the default)
+--loss_on=completion    the loss counts only completions and plain texts
+--test_fraction=0.05    writes that fraction to test.jsonl, for evaluate.py --task=classify
 """
 import argparse
 import sys
@@ -64,8 +63,9 @@ def find_columns(where: str, fields: dict, args: argparse.Namespace) -> tuple[st
 
 def to_examples(where: str, fields: dict, tokenizer: fetch.AnyTokenizer,
                 args: argparse.Namespace) -> list[fetch.Example]:
-    """Returns the example of a line's fields; of a text one for each document in it. End-of-text
-    at the end of a completion is dropped, since each example gets one. Raises UserError."""
+    """Returns the example of a line, or one for each document of a plain text. End-of-text at the
+    end of a completion is removed, because each example gets one. Raises UserError if a text is
+    missing, empty or holds end-of-text."""
     prompt_column, column = find_columns(where, fields, args)
     completion = fetch.as_text(where, fields, column)
     if prompt_column is None:
@@ -77,14 +77,14 @@ def to_examples(where: str, fields: dict, tokenizer: fetch.AnyTokenizer,
             given = fetch.as_text(where, {"input": ""} | fields, "input")
             prompt = (ALPACA_INPUT if given else ALPACA).format(instruction=prompt, input=given)
     if not "".join(texts).strip():
-        raise UserError(f"{where}: its {column} is empty, there is nothing to learn")
+        raise UserError(f"{where}: its {column} is empty; fill it or delete the row")
     for name, text in ((prompt_column, prompt), (column, texts[0])):
         fetch.check_no_end(where, name, text, tokenizer)
     return [fetch.Example(prompt, text) for text in texts]
 
 
 def read_hub(name: str) -> Iterator[tuple[str, dict]]:
-    """Yields ('NAME, row N', fields) of a dataset of the hub. Raises UserError."""
+    """Yields ('NAME, row N', fields) of a dataset of the hub."""
     rows = fetch.from_datasets(name, lambda datasets: datasets.load_dataset(name, split="train"))
     for number, fields in enumerate(rows, 1):
         yield f"{name}, row {number}", fields
@@ -96,27 +96,28 @@ def read_examples(rows: Iterator[tuple[str, dict]], tokenizer: fetch.AnyTokenize
             for example in to_examples(where, fields, tokenizer, args)]
 
 
-def tell_spaces(examples: list[fetch.Example]) -> None:
-    """Says what looks like the commonest mistake of prompts for GPT-2."""
+def warn_about_spaces(examples: list[fetch.Example]) -> None:
+    """Prints a note about the most common mistake in prompts for GPT-2."""
     pairs = [e for e in examples if e.prompt]
     ends = sum(e.prompt.endswith(" ") for e in pairs)
     begins = sum(not e.completion[0].isspace() and not e.prompt[-1].isspace() for e in pairs)
     if ends or begins:
         print(f"note: {ends:,} prompts end in a space and {begins:,} completions begin without "
-              "one; GPT-2 learns best where the space is the completion's")
+              "one; GPT-2 learns best if the space begins the completion")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = fetch.parser(__doc__, Path(__file__).parent, "a .jsonl, .csv or .tsv file")
-    p.add_argument("--hub", metavar="OWNER/NAME", help="a dataset of the hub in its place")
+    p.add_argument("--hub", metavar="OWNER/NAME",
+                   help="a dataset of the Hugging Face hub instead of --input")
     fetch.add_example_options(p)
     p.add_argument("--loss_on", default="all", choices=["all", "completion"],
-                   help="which tokens are learnt (default: all)")
+                   help="tokens that the loss counts (default: all)")
     p.add_argument("--block_size", type=int, default=1024,
                    help="longer examples are counted (default: 1024, GPT-2's context)")
     args = p.parse_args(argv)
     if (args.input is None) == (args.hub is None):
-        raise UserError("which examples? pass --input=FILE or --hub=OWNER/NAME")
+        raise UserError("pass either --input=FILE or --hub=OWNER/NAME")
     fetch.check_example_options(args)
     return args
 
@@ -130,15 +131,13 @@ def main(argv: list[str] | None = None) -> None:
     val = [] if args.val_input is None else (
         read_examples(fetch.read_fields(args.val_input), tokenizer, args))
     if not examples:
-        raise UserError(f"{source} is empty; it should hold one example per line, with {WANTED}")
+        raise UserError(f"{source} is empty; it must have one example per line, with {WANTED}")
     if args.loss_on == "completion" and not any(example.prompt for example in examples):
-        raise UserError(f"{source} holds texts without prompts, each of whose tokens is to be "
-                        "learnt; use --loss_on=all")
-    tell_spaces(examples)
+        raise UserError(f"{source} has only texts without prompts; use --loss_on=all")
+    warn_about_spaces(examples)
     splits = fetch.split_examples(examples, val, args.val_fraction, args.test_fraction, args.seed)
     if not splits["train"]:
-        raise UserError(f"{source}: {len(examples)} examples leave none to train on; give it "
-                        "more of them")
+        raise UserError(f"{source}: {len(examples)} examples leave none for training; add more")
     counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
     fetch.print_next("finetune_task", args.out_dir, counts, fetch.model_option(args.tokenizer),
                      "--epochs=3")

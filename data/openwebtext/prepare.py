@@ -1,11 +1,11 @@
-"""OpenWebText in GPT-2's tokens: 9.04 billion to train on (17 GB), 4.4 million to validate.
+"""OpenWebText in GPT-2's tokens: 9.04 billion for training (17 GB), 4.4 million for validation.
 
     python data/openwebtext/prepare.py [--input=FILE_OR_FOLDER] [--out_dir=DIR] [--num_proc=8]
 
-Needs `pip install datasets`, some 100 GB of disk and a few hours; the 8,013,769 documents come
-from Skylion007/openwebtext on the Hugging Face hub. --input takes documents at hand instead:
-.jsonl or .parquet with a column "text", a folder of either, or one of datasets' save_to_disk.
-End-of-text follows each document; one in 2,000 validates, drawn as nanoGPT draws them.
+Needs `pip install datasets`, about 100 GB of disk and a few hours. Downloads the 8,013,769
+documents of Skylion007/openwebtext from the Hugging Face hub, or reads --input: .jsonl or .parquet
+with a column "text", a folder of either, or a folder that datasets' save_to_disk wrote. End-of-text
+follows each document. One document in 2,000 is for validation, drawn as in nanoGPT.
 """
 import os
 import sys
@@ -24,7 +24,7 @@ KINDS = {".jsonl": "json", ".parquet": "parquet"}
 
 
 def load_documents(source: Path | None, num_proc: int):
-    """A datasets.Dataset with a column "text", from `source` or the hub."""
+    """Returns a datasets.Dataset with the column "text", from `source` or the hub."""
     if source and not source.exists():
         raise UserError(f"--input={source}: no such file or folder")
     if source is None:
@@ -44,7 +44,7 @@ def load_documents(source: Path | None, num_proc: int):
 
 
 def find_files(source: Path) -> tuple[str, list[str]]:
-    """What datasets calls the kind of the files of `source`, and their paths in order."""
+    """Returns datasets' name for the kind of files in `source`, and their sorted paths."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     suffixes = {f.suffix for f in files if f.suffix in KINDS and f.is_file()}
     if len(suffixes) != 1:
@@ -54,9 +54,9 @@ def find_files(source: Path) -> tuple[str, list[str]]:
 
 
 def tokenize(rows: dict[str, list[str]], name: str = "gpt2") -> dict[str, list[bytes]]:
-    """Texts to the bytes of a .bin file: a quarter of what lists of int64 would take on disk.
+    """Encodes texts to the bytes of a .bin file: a quarter of the disk space of int64 lists.
 
-    GPT-2's special token in a text is plain text, as in nanoGPT's OpenWebText.
+    GPT-2's tokenizer encodes <|endoftext|> in a text as plain text, as in nanoGPT.
     """
     tokenizer = fetch.tokenizer_of_source(name)
     is_gpt2 = isinstance(tokenizer, fetch.GPT2Tokenizer)
@@ -68,7 +68,7 @@ def tokenize(rows: dict[str, list[str]], name: str = "gpt2") -> dict[str, list[b
 
 
 def arrays(tokenized, name: str) -> Iterator[np.ndarray]:
-    """The ids of a tokenized split, a thousand documents at a time."""
+    """Yields the ids of a tokenized split, a thousand documents at a time."""
     with tqdm(desc=f"writing {name}", total=len(tokenized), unit="doc", disable=None) as bar:
         for rows in tokenized.iter(batch_size=1000):
             yield np.frombuffer(b"".join(rows["ids"]), dtype=fetch.TOKEN)
@@ -76,16 +76,16 @@ def arrays(tokenized, name: str) -> Iterator[np.ndarray]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = fetch.parser(__doc__, Path(__file__).parent, "documents at hand (default: from the hub)")
+    p = fetch.parser(__doc__, Path(__file__).parent, "read these instead of a download")
     p.add_argument("--num_proc", type=int, default=os.cpu_count(),
                    help="processes that tokenize (default: one per core)")
     args = p.parse_args(argv)
     tokenizer = fetch.choose_tokenizer(args.tokenizer)
-    tokenizer.encode("")        # if it must be downloaded and cannot be, fails before the texts
+    tokenizer.encode("")        # loads it now: an error comes before the long download
     documents = load_documents(args.input, args.num_proc)
     if len(documents) < 2:
-        raise UserError(f"--input={args.input}: {len(documents)} document, and the split needs 2")
-    # the split and the tokens stay in datasets' cache, so that a run that stops goes on from there
+        raise UserError(f"--input={args.input}: needs at least 2 documents, has {len(documents)}")
+    # datasets caches the split and the tokens, so a stopped run continues from there
     split = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     tokenized = split.map(tokenize, batched=True, remove_columns=["text"], desc="tokenizing",
                           fn_kwargs={"name": args.tokenizer},

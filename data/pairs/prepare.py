@@ -8,9 +8,9 @@ FILE is .jsonl, with one pair per line, or a .csv or .tsv whose first row names 
 source_text, target_text; prompt, completion; or question, answer. --prompt_column= and
 --completion_column= name others.
 
---tokenizer is the model's: a hub id, or its folder. --prefix="summarize: " begins each source; T5
-knows some from its pretraining (Raffel et al. 2020, appendix D), any text that never varies serves.
---test_fraction=0.05 keeps so much apart as test.jsonl, for evaluate.py.
+--tokenizer must be the model's: a hub id or a folder. --prefix="summarize: " begins each source. T5
+was pretrained with some prefixes (Raffel et al. 2020, appendix D); any other fixed text works too.
+--test_fraction=0.05 writes that fraction to test.jsonl, for evaluate.py.
 """
 import argparse
 import sys
@@ -36,7 +36,7 @@ def read_pairs(rows: Iterator[tuple[str, dict]], tokenizer: fetch.AnyTokenizer,
                  for column in columns]
         for column, text in zip(columns, texts):
             if not text.strip():
-                raise UserError(f"{where}: its {column} is empty; fill it or drop the row")
+                raise UserError(f"{where}: its {column} is empty; fill it or delete the row")
             fetch.check_no_end(where, column, text, tokenizer)
         yield fetch.Example(args.prefix + texts[0], texts[1])
 
@@ -52,7 +52,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                        help=f"longer {name}s are counted (default: 512)")
     args = p.parse_args(argv)
     if args.input is None:
-        raise UserError("which pairs? pass --input=FILE")
+        raise UserError("no pairs are given; pass --input=FILE")
     fetch.check_surrogates(args.prefix, "--prefix")
     fetch.check_example_options(args)
     return args
@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> None:
     val = [] if args.val_input is None else (
         list(read_pairs(fetch.read_fields(args.val_input), tokenizer, args)))
     if not pairs:
-        raise UserError(f"{args.input} is empty; it should hold one pair per line, with {WANTED}")
+        raise UserError(f"{args.input} is empty; it must have one pair per line, with {WANTED}")
     splits = fetch.split_examples(pairs, val, args.val_fraction, args.test_fraction, args.seed)
     if not splits["train"]:
-        raise UserError(f"{args.input}: {len(pairs)} pairs leave none to train on; give it more")
+        raise UserError(f"{args.input}: {len(pairs)} pairs leave none for training; add more")
     counts = fetch.write_pairs(args.out_dir, splits, tokenizer,
                                (args.source_length, args.target_length))
     fetch.print_next("finetune_t5", args.out_dir, counts, fetch.model_option(args.tokenizer),

@@ -1,9 +1,9 @@
-"""Tiny Shakespeare by characters: 1,003,854 train, 111,540 validate, 65 are distinct.
+"""Tiny Shakespeare as characters: 1,003,854 for training, 111,540 for validation, 65 distinct.
 
     python data/shakespeare_char/prepare.py [--input=FILE] [--out_dir=DIR]
 
-Downloads 1.1 MB from karpathy/char-rnn, unless --input names the file (or any other text).
-The characters go into meta.pkl, as nanoGPT writes it.
+Downloads 1.1 MB from karpathy/char-rnn, or reads --input: the same file or any other text.
+The characters are saved in meta.pkl, in nanoGPT's format.
 """
 import sys
 from pathlib import Path
@@ -13,7 +13,8 @@ import fetch
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = fetch.parser(__doc__, Path(__file__).parent, "the text, if at hand", tokenizers="")
+    p = fetch.parser(__doc__, Path(__file__).parent, "read this text instead of a download",
+                     tokenizers="")
     args = p.parse_args(argv)
     train, val = fetch.split_text(fetch.shakespeare(args.input, args.out_dir))
     counts = fetch.encode_dataset(args.out_dir, train, val, fetch.char_tokenizer(train + val))

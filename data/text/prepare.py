@@ -3,16 +3,18 @@ r"""Your own text as a dataset: a file, or a folder of files.
     python data/text/prepare.py --input=FILE_OR_FOLDER --out_dir=data/mine
     python train.py --init_from=gpt2 --dataset=mine --out_dir=out-mine
 
-Each file is a document, with end-of-text after it; a folder is read with its subfolders, in the
-order of the paths, hidden files left out. Where a file holds <|endoftext|>, as texts made for
-gpt-2-simple do, it is several documents (--split_on=TEXT for another mark; --split_on= for none).
-A tenth of the documents validates; of a single one, its end. Text must be UTF-8; a byte order mark
-is dropped, and Windows line ends become \n.
+Each file is a document, followed by end-of-text. A folder is read with its subfolders, in the order
+of the paths, without hidden files. <|endoftext|> in a file separates documents, as in texts for
+gpt-2-simple (--split_on=TEXT uses another mark; --split_on= uses none).
+
+A tenth of the characters is for validation: whole documents, or the end of the longest if there are
+few. Text must be UTF-8. A byte order mark is removed, and Windows line ends become \n.
 
 --tokenizer=gpt2        GPT-2's, to finetune a pretrained model (the default)
---tokenizer=char        characters; for a small model from scratch
---tokenizer=train       a byte-level BPE trained on this text, of --vocab_size; from scratch too
---tokenizer=NAME        another model's: its tokenizer.json, its folder or its hub id
+--tokenizer=char        characters, for a small model from scratch
+--tokenizer=train       a byte-level BPE of --vocab_size tokens, trained on this text; for a model
+                        from scratch too
+--tokenizer=NAME        another model's: a tokenizer.json, a folder or a hub id
 """
 import argparse
 import sys
@@ -25,8 +27,8 @@ from fetch import UserError
 
 
 def find_files(source: Path, extensions: str) -> list[Path]:
-    """The file itself, or the text files of a folder in the order of their paths; prints how many
-    others the folder has."""
+    """Returns the file, or the text files of a folder in the order of their paths. Prints how many
+    other files the folder has."""
     if source.is_file():
         return [source]
     if not source.is_dir():
@@ -43,18 +45,18 @@ def find_files(source: Path, extensions: str) -> list[Path]:
             skipped[path.suffix.lower() or "no ending"] += 1
     if skipped:
         kinds = ", ".join(f"{ending} {count:,}" for ending, count in skipped.most_common(5))
-        print(f"{source}: skipped {sum(skipped.values()):,} files by their endings ({kinds}"
+        print(f"{source}: skipped {sum(skipped.values()):,} files with other endings ({kinds}"
               f"{', ...' if len(skipped) > 5 else ''})")
     if not found:
-        raise UserError(f"--input={source}: no files of {' '.join(sorted(wanted))} in that "
-                        f"folder; --ext=.log,.tex takes others")
+        raise UserError(f"--input={source}: no {' '.join(sorted(wanted))} files in that folder; "
+                        f"--ext=.log,.tex reads others")
     return [found[name] for name in sorted(found)]
 
 
 def find_documents(source: Path, extensions: str, mark: str | None,
                    end: str | None = None) -> list[fetch.Document]:
-    """Returns every document of `source`; a mark separates those of one file, and end-of-text at
-    the end of one is dropped. Raises UserError, which names every file that cannot be read."""
+    """Returns the documents of `source`. `mark` separates the documents of a file; the text `end`
+    at the end of one is removed. Raises UserError, which names each file that cannot be read."""
     documents, problems = [], []
     for path in find_files(source, extensions):
         try:
@@ -65,24 +67,26 @@ def find_documents(source: Path, extensions: str, mark: str | None,
         count = f"{len(problems)} files cannot be read: " if problems[1:] else ""
         raise UserError(count + "; ".join(problems))
     if not documents:
-        raise UserError(f"--input={source} is empty; it should hold the text to train on")
+        raise UserError(f"--input={source} is empty; it must contain the text to train on")
     return documents
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = fetch.parser(__doc__, Path(__file__).parent, "a text file, or a folder of them (required)",
                      "gpt2, char, train, a tokenizer.json, a folder or a hub id (default: gpt2)")
-    p.add_argument("--val_fraction", type=float, default=0.1, help="(default: 0.1)")
-    p.add_argument("--val_input", type=Path, metavar="FILE", help="validate on this text, file or "
-                   "folder, instead of a part of --input")
+    p.add_argument("--val_fraction", type=float, default=0.1,
+                   help="fraction for validation (default: 0.1)")
+    p.add_argument("--val_input", type=Path, metavar="FILE",
+                   help="validate on this file or folder instead of a part of --input")
     p.add_argument("--vocab_size", type=int, default=8000,
-                   help="of --tokenizer=train (default: 8000)")
-    p.add_argument("--ext", default=".txt,.md", help="files of a folder (default: .txt,.md)")
+                   help="tokens of --tokenizer=train (default: 8000)")
+    p.add_argument("--ext", default=".txt,.md",
+                   help="endings of the files to read in a folder (default: .txt,.md)")
     p.add_argument("--split_on", metavar="TEXT",
-                   help="separates the documents of a file (default: end-of-text, <|endoftext|>)")
+                   help="mark between documents of a file (default: end-of-text, <|endoftext|>)")
     args = p.parse_args(argv)
     if args.input is None:
-        raise UserError("which text? pass --input=FILE_OR_FOLDER")
+        raise UserError("no text is given; pass --input=FILE_OR_FOLDER")
     return args
 
 
@@ -101,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.input}: documents {len(documents):,}, characters {sum(map(len, documents)):,}")
     if args.tokenizer == "char":
         tokenizer = fetch.char_tokenizer(train + val)
-    elif args.tokenizer == "train":     # validation text does not train it
+    elif args.tokenizer == "train":     # not on validation text
         tokenizer = fetch.train_bpe(train, args.vocab_size)
     counts = fetch.encode_dataset(args.out_dir, train, val, tokenizer)
     out_dir = f"--out_dir=out-{args.out_dir.resolve().name}"
