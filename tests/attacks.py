@@ -121,7 +121,7 @@ def orphans(times, folder, dataset, same):
         0, 0]
     argv = arguments(dataset, out, **fields, auto_resume=True)
     for attempt in range(times + 1):
-        agent = torchrun(argv, folder / "said")
+        agent = torchrun(argv, folder / "torchrun.log")
         while agent.poll() is None and (attempt == times
                                         or resume.reached_step(out) <= 60 * attempt + 10):
             time.sleep(0.01)

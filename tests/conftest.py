@@ -81,26 +81,28 @@ def save_odd(folder, kind):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "words":
-        made = Tokenizer(models.WordLevel({"[UNK]": 0, "Line": 1, ":": 2, "[END]": 3}, "[UNK]"))
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        made.add_special_tokens(["[UNK]", "[END]"])
+        vocab = {"[UNK]": 0, "Line": 1, ":": 2, "[END]": 3}
+        tokenizer = Tokenizer(models.WordLevel(vocab, "[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.add_special_tokens(["[UNK]", "[END]"])
         names = {"eos_token": "[END]", "unk_token": "[UNK]"}
     elif kind == "unigram":
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁Line", -3.0)]
-        made = Tokenizer(models.Unigram([*pieces, *((c, -4.0) for c in "abcdefghijklm: ")], 2))
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        made.add_special_tokens(["<pad>", "</s>", "<unk>"])
-        made.enable_padding(pad_id=0, pad_token="<pad>", length=64)
+        tokenizer = Tokenizer(models.Unigram([*pieces, *((c, -4.0) for c in "abcdefghijklm: ")], 2))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+        tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=64)
         names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     else:
-        made = Tokenizer.from_str(tiny_json())
-        made.add_special_tokens([START, PAD])
+        tokenizer = Tokenizer.from_str(tiny_json())
+        tokenizer.add_special_tokens([START, PAD])
         names = {"bos_token": START, "eos_token": EOT, "pad_token": PAD, "unk_token": EOT}
         if kind == "truncated":
-            made.enable_truncation(8)
+            tokenizer.enable_truncation(8)
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     if kind == "old":
         split_into_old_files(folder)
 

@@ -59,7 +59,7 @@ def test_dropout_drops_weights_and_keeps_their_mean():
     torch.manual_seed(0)
     out = attention.attention(q, k, torch.ones_like(v), None, None, 0.25).detach()[..., 0]
     assert out.mean() == pytest.approx(1, abs=0.02)
-    assert out[:, :, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])  # one weight
+    assert out[:, :, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])  # row 0 has one weight
     assert out[:, :, 128:].std() > 0.01
 
 

@@ -230,7 +230,7 @@ def test_evaluate_answers_with_beam_search(trained, tmp_path, capsys):
     (evaluate, ["--num_beams=4"], "--num_beams is for generated answers"),
     (evaluate, ["--num_beams=4", "--task=lambada", f"--input={__file__}"], "generated answers"),
     (evaluate, ["--num_beams=4", "--task=classify", "--method=likelihood"], "generated answers"),
-])
+], ids=lambda value: getattr(value, "__name__", str(value)[:60]))
 def test_options_that_contradict_beams_are_refused(monkeypatch, capsys, module, argv, message):
     status, _, err = run_script(monkeypatch, capsys, module.main, argv)
     assert status == 1 and message in err and err.count("\n") == 1, err

@@ -334,9 +334,9 @@ def test_the_words_of_the_template_are_options(tmp_path, capsys):
 
 def test_a_warning_says_if_the_tokenizer_joins_marks_and_texts(tmp_path, capsys):
     from tokenizers import ByteLevelBPETokenizer
-    made = ByteLevelBPETokenizer(add_prefix_space=True)
-    made.train_from_iterator(["User: x"], 300, show_progress=False, special_tokens=[EOT])
-    made.save(str(tmp_path / "joins.json"))
+    tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
+    tokenizer.train_from_iterator(["User: x"], 300, show_progress=False, special_tokens=[EOT])
+    tokenizer.save(str(tmp_path / "joins.json"))
     prepare(tmp_path, f"--tokenizer={tmp_path / 'joins.json'}", lines=MANY)
     assert "joins the marks of turns with the texts" in capsys.readouterr().out
 

@@ -170,7 +170,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, saved_bytes):
     path.write_bytes(saved_bytes)
     good = files.load(path)
     rng = random.Random(0)
-    central = saved_bytes.index(b"PK\x01\x02")  # the archive's directory, behind the records
+    central = saved_bytes.index(b"PK\x01\x02")  # the zip's directory, after the records
     places = [*(rng.randrange(central) for _ in range(150)),
               *(rng.randrange(central, len(saved_bytes)) for _ in range(150)),
               *range(120), *range(len(saved_bytes) - 100, len(saved_bytes))]
@@ -186,7 +186,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, saved_bytes):
             assert str(path) in str(e)
             n_refused += 1
             continue
-        # the archive has bytes that mean nothing: padding, dates, attributes
+        # some bytes of a zip have no effect: padding, dates, attributes
         assert loaded.keys() == good.keys()
         assert all(torch.equal(loaded["model"][k], good["model"][k]) for k in good["model"])
         assert loaded["config"] == good["config"] and loaded["iter_num"] == 3
@@ -328,7 +328,7 @@ def test_optimizer_state_is_loaded_by_parameter_name(fused):
     model = GPT(CONFIG)
     before = state_dicts.optimizer_state(model, stepped(model, fused=fused))
     assert before.keys() == dict(model.named_parameters()).keys()
-    # a file that lists them in another order means the same
+    # the order in the file does not matter
     shuffled = dict(sorted(before.items(), reverse=True))
     optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=5e-4, fused=fused)
     state_dicts.load_optimizer_state(model, optimizer, shuffled, "state.pt", ALONE)
@@ -336,7 +336,7 @@ def test_optimizer_state_is_loaded_by_parameter_name(fused):
     for name in before:
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(after[name][key], before[name][key]), (name, key)
-    assert optimizer.param_groups[0]["lr"] == 5e-4  # settings are the run's, not the file's
+    assert optimizer.param_groups[0]["lr"] == 5e-4  # options come from the run, not the file
 
 
 def test_optimizer_state_before_the_first_step_is_empty_and_loads():

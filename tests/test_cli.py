@@ -47,7 +47,7 @@ def test_other_ranks_wait_before_they_print_an_error(monkeypatch, capsys, ranks)
     ValueError("not enough values to unpack (expected 2, got 1)"), KeyError("n_layer"),
     TypeError("unhashable"), AssertionError(), RuntimeError("mat1 and mat2 shapes")],
     ids=lambda error: type(error).__name__)
-def test_any_error_but_a_user_error_keeps_its_traceback(monkeypatch, capsys, error):
+def test_an_error_that_is_a_bug_keeps_its_traceback(monkeypatch, capsys, error):
     """Even if it is raised in a file of the project."""
     def main(argv):
         raise error
@@ -64,7 +64,7 @@ def test_any_error_but_a_user_error_keeps_its_traceback(monkeypatch, capsys, err
     (OSError(12, "Cannot allocate memory"), "error: out of memory on this machine ("),
     (torch.distributed.DistNetworkError("Connection reset by peer"), "error: process 0 of 1: ano"),
 ], ids=["user error", "non-finite loss", "MemoryError", "GPU memory", "ENOMEM", "lost process"])
-def test_these_errors_end_with_one_line(monkeypatch, capsys, error, line):
+def test_user_errors_no_memory_and_lost_processes_are_one_line(monkeypatch, capsys, error, line):
     def main(argv):
         raise error
 
@@ -72,7 +72,7 @@ def test_these_errors_end_with_one_line(monkeypatch, capsys, error, line):
     assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith(line)
 
 
-def test_the_first_line_of_a_message_or_the_errors_type_is_printed():
+def test_first_line_is_that_of_the_message_or_the_name_of_the_error():
     assert first_line(RuntimeError("\n  one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -14,7 +14,7 @@ def test_a_high_first_loss_does_not_flatten_the_curve():
     assert 0.4 < low < 0.49 and 0.81 < high < 0.9
 
 
-@pytest.mark.parametrize("losses", [(3.0,), (3.0, 3.0), (2.0, 1.0, 0.5, 0.9), (5.0,) * 9])
+@pytest.mark.parametrize("losses", [(3.0,), (3.0, 3.0), (2.0, 1.0, 0.5, 0.9), (5.0,) * 9], ids=str)
 def test_all_later_losses_are_shown(losses):
     found = curves.limits(evaluations(*losses))
     if len(losses) == 1:

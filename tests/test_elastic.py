@@ -32,7 +32,7 @@ def assert_same_state(a, b, atol=0.0):
 
 
 def when_step(out, step, job):
-    """Waits until a step is logged."""
+    """Wait until `step` is logged."""
     while job.alive() and resume.reached_step(out) <= step:
         time.sleep(0.001)
     assert job.alive(), job.said()
@@ -185,19 +185,19 @@ def test_torchrun_restarts_and_resumes(dataset, tmp_path, parallel, size, atol):
                            gradient_accumulation_steps=4, parallel=parallel)
     statuses, said = run_ranks(size, arguments(dataset, whole, **fields), tmp_path / "log")
     assert statuses == [0] * size, said
-    agent = torchrun(arguments(dataset, out, **fields, auto_resume=True), tmp_path / "said",
+    agent = torchrun(arguments(dataset, out, **fields, auto_resume=True), tmp_path / "torchrun.log",
                      "--max-restarts=3", size=size)
     try:
         for kill, step in enumerate((7, 18, 31)):
             while agent.poll() is None and resume.reached_step(out) <= step:
                 time.sleep(0.01)
-            assert agent.poll() is None, (tmp_path / "said").read_text()
+            assert agent.poll() is None, (tmp_path / "torchrun.log").read_text()
             os.kill(ranks_of(agent)[kill % size], signal.SIGKILL)
             time.sleep(1)  # metrics.jsonl goes back to the state's step when the run resumes
-        assert agent.wait(300) == 0, (tmp_path / "said").read_text()
+        assert agent.wait(300) == 0, (tmp_path / "torchrun.log").read_text()
     finally:
         agent.kill()
-    said = (tmp_path / "said").read_text()
+    said = (tmp_path / "torchrun.log").read_text()
     assert said.count("resuming at step") == 3
     assert_same_state(out, whole, atol)
     assert [entry["iter"] for entry in map(json.loads, (out / "metrics.jsonl").open())
@@ -210,7 +210,7 @@ def test_sigterm_to_torchrun_saves_in_time(dataset, tmp_path):
     """Slurm sends SIGTERM before the time limit. The same command resumes the run."""
     out = tmp_path / "out"
     fields = FIELDS | dict(max_iters=10**6, eval_interval=10**6, parallel="fsdp", auto_resume=True)
-    agent = torchrun(arguments(dataset, out, **fields), tmp_path / "said")
+    agent = torchrun(arguments(dataset, out, **fields), tmp_path / "torchrun.log")
     try:
         while agent.poll() is None and resume.reached_step(out) <= 3:
             time.sleep(0.01)
@@ -218,7 +218,7 @@ def test_sigterm_to_torchrun_saves_in_time(dataset, tmp_path):
         assert agent.wait(120) != 0
     finally:
         agent.kill()
-    said = (tmp_path / "said").read_text()
+    said = (tmp_path / "torchrun.log").read_text()
     assert "stopped by a signal after step" in said, said
     state = files.load(out / "state.pt")
     assert state["iter_num"] > 3

@@ -247,7 +247,7 @@ def test_long_examples_are_reported_and_kept(gpt2, tmp_path, capsys):
     assert "3 of 63 examples are longer than --block_size=50: they stay" in out
     texts = documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
     assert sum(text.count(" word") == 60 for text in texts) == 3
-    # train.py counts those of its own block_size
+    # train.py counts the examples that are longer than its block_size
     data = TokenBin(tmp_path / "train.bin", 50, 50257)
     longer = sum(len(gpt2.encode(text)) + 1 > 50 for text in documents(tmp_path, gpt2))
     assert data.count_long(50256) == (longer, len(documents(tmp_path, gpt2)))
@@ -348,11 +348,11 @@ def test_end_of_text_in_a_text_separates_documents(gpt2, tmp_path):
 def test_end_of_text_by_another_name(tmp_path, make_dataset):
     from tokenizers import Tokenizer
     folder, _ = make_dataset("json")
-    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    made.add_special_tokens(["<start>", "<end>"])
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<start>", "<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    start, end = made.token_to_id("<start>"), made.token_to_id("<end>")
+    start, end = tokenizer.token_to_id("<start>"), tokenizer.token_to_id("<end>")
     write_lines(tmp_path / "f.jsonl", [{"text": f"<start>Line {i}:<end>ends<|endoftext|> {i}"}
                                        for i in range(40)])
     (tmp_path / "f.txt").write_text("<start>Line: it ends.<end>" * 40)
@@ -395,7 +395,7 @@ def test_examples_may_be_encoded_with_a_tokenizer_json(make_dataset, tmp_path):
     ids = tokens(tmp_path / "out").tolist()
     assert (tmp_path / "out/tokenizer.json").is_file()
     assert tokenizer.decode(ids).count("<|endoftext|>") == 54
-    # the ids of the prompt are those of the prompt alone
+    # the prompt has the same ids as when it is encoded alone
     first = tokenizer.decode(ids[:ids.index(tokenizer.eot)])
     prompt = first[:first.index(":") + 1]
     assert ids[:len(tokenizer.encode(prompt))] == tokenizer.encode(prompt)
@@ -499,7 +499,7 @@ def test_a_run_reports_how_many_examples_are_too_long(make_dataset, tmp_path, ca
     folder, _ = make_dataset("json", text=text)
     size = len(np.fromfile(folder / "train.bin", "<u2"))
     run_train(folder, tmp_path / "plain", max_iters=1)
-    assert "examples are longer" not in capsys.readouterr().out  # windows may cut texts
+    assert "examples are longer" not in capsys.readouterr().out  # without a mask: windows cut texts
     np.ones(size, "u1").tofile(folder / "train.mask.bin")
     run_train(folder, tmp_path / "masked", max_iters=1)
     found = re.search(r"warning: (\d+) of (\d+) examples are longer than block_size=16: no window",
@@ -507,7 +507,7 @@ def test_a_run_reports_how_many_examples_are_too_long(make_dataset, tmp_path, ca
     assert 40 < int(found[1]) < int(found[2]) == 89
 
 
-def test_separate_documents_are_a_field_of_a_run(make_dataset, tmp_path):
+def test_separate_documents_changes_the_loss_and_needs_end_of_text(make_dataset, tmp_path):
     """The field changes the loss, is stored in the checkpoint, and needs an end-of-text token."""
     text = "".join(f"Line {i}: what's more<|endoftext|>" for i in range(100))
     folder, tokenizer = make_dataset("json", text=text)
