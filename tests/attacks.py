@@ -207,11 +207,11 @@ def fuzz(times, folder, dataset, rng):
         said = job.said()
         errors = sum(line.startswith("error: ") for line in said.splitlines())
         if status == 1 and errors == 1 and "Traceback" not in said:
-            outcome = "one line"
+            outcome = "one-line error"
         elif status == 0 and not errors and is_valid(script, cwd, said):
             outcome = "valid output"
         else:
-            outcome = "HANGS" if status is None else "NEITHER LINE NOR OUTPUT"
+            outcome = "HANGS" if status is None else "NEITHER ERROR NOR OUTPUT"
             print(outcome, script, *(field[:80] for field in fields), said[-2000:], sep="\n  ")
         count[outcome] += 1
     return count

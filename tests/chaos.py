@@ -309,7 +309,8 @@ def main(argv):
             del count["reached"]
             print(f"{parallel} on {RANKS} processes: "
                   + ", ".join(f"{n} {what}" for what, n in count.items())
-                  + f"; bitwise as undisturbed: {'yes' if equal else 'NO'}", flush=True)
+                  + f"; bitwise equal to the undisturbed run: {'yes' if equal else 'NO'}",
+                  flush=True)
             failed |= not equal
         if cfg.altered:
             count = alterations(cfg.altered, folder, dataset, random.Random(cfg.seed))

@@ -105,5 +105,5 @@ def refusal(server, body, status=400):
 def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, f"the condition is still false after {seconds} s"
         time.sleep(0.01)
