@@ -283,7 +283,7 @@ def save_model(folder, model):
     files.save(folder / "ckpt.pt", checkpoint.model_data(model, 3, 1.0, {}, Tokenizer))
 
 
-def test_load_model_from_an_out_dir(tmp_path):
+def test_load_model_returns_the_model_and_the_tokenizer_of_a_run(tmp_path):
     torch.manual_seed(0)
     model = GPT(CONFIG)
     save_model(tmp_path / "run", model)

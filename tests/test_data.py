@@ -177,7 +177,7 @@ def test_documents_are_split_by_the_fraction_and_at_most_one_is_cut(lengths, fra
     assert sorted(train + val) == sorted((text, True) for text in documents)
 
 
-def test_split_of_one_document_is_by_characters():
+def test_a_single_document_is_split_by_characters():
     assert fetch.split_documents(["0123456789"]) == ([("012345678", False)], [("9", True)])
     assert fetch.split_text("0123456789") == ([("012345678", False)], [("9", False)])
 

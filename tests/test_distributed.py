@@ -17,7 +17,7 @@ from nanotune.training.distributed import read_world, sum_over_ranks
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_one_process_needs_no_group():
+def test_one_process_creates_no_process_group():
     world = read_world("cpu")
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
     distributed.join(world)

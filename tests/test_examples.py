@@ -345,7 +345,7 @@ def test_end_of_text_in_a_text_separates_documents(gpt2, tmp_path):
         f"Q{i}: a{i}", f"One {i}", f"Two {i}"))
 
 
-def test_end_of_text_by_another_name(tmp_path, make_dataset):
+def test_end_of_text_may_have_another_name(tmp_path, make_dataset):
     from tokenizers import Tokenizer
     folder, _ = make_dataset("json")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -87,7 +87,7 @@ def test_the_experiment_resumes_where_it_stopped(
     assert commands == []
 
 
-def test_a_t5_gets_pairs(experiment, arguments, t5_folders, tmp_path, capsys):
+def test_a_t5_is_trained_on_pairs(experiment, arguments, t5_folders, tmp_path, capsys):
     """Pairs of the same tweets, encoded with the T5's tokenizer."""
     module, commands = experiment
     options = TINY.replace("--block_size=32 ", "")

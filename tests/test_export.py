@@ -49,7 +49,7 @@ def in_transformers(folder):
     dict(attn_scale=1.0, qkv_bias=False), NEO, NEO | dict(bias=False),
 ], ids=["gpt2", "no biases", "own head", "unscaled", "neo", "neo without biases"])
 @torch.no_grad()
-def test_transformers_computes_the_same(make_run, tmp_path, fields):
+def test_transformers_gives_the_same_logits_and_ids(make_run, tmp_path, fields):
     out_dir, model = make_run(JSON, **fields)
     theirs, their_tokenizer = in_transformers(export_hf(out_dir, tmp_path / "hf"))
     idx = torch.randint(JSON.n_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -196,7 +196,7 @@ def test_the_model_card_lists_settings_and_losses(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["hf", "onnx"])
-def test_a_lora_run_is_exported_merged(tmp_path, form):
+def test_a_lora_run_is_exported_with_its_adapters_merged(tmp_path, form):
     dataset = write_dataset(tmp_path / "chars")
     assert run_train(dataset, tmp_path / "base", max_iters=3) == 0
     assert run_train(dataset, tmp_path / "out", init_from=tmp_path / "base", lora_rank=2) == 0

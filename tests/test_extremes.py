@@ -52,7 +52,8 @@ def refused(monkeypatch, capsys, main, argv):
     (sample, "--repetition_penalty=1e-320", "must be at least 0.01 and at most 100"),
     (sample, f"--seed={10**30}", "--seed is too large a number")],
     ids=lambda value: getattr(value, "__name__", str(value)[:40]))
-def test_fields_have_bounds(dataset, tmp_path, monkeypatch, capsys, script, field, message):
+def test_extreme_values_of_fields_are_refused(
+        dataset, tmp_path, monkeypatch, capsys, script, field, message):
     argv = arguments(dataset, tmp_path / "out") if script is train else []
     assert message in refused(monkeypatch, capsys, script.main, [*argv, field])
     assert not (tmp_path / "out").exists()
@@ -130,7 +131,7 @@ def test_a_checkpoint_that_unpacks_to_much_more_is_refused(out, tmp_path, monkey
             read(path)
 
 
-def test_absurd_sizes_in_a_file_are_refused_before_they_are_built(out, monkeypatch):
+def test_absurd_sizes_in_a_file_are_refused_before_a_model_is_built(out, monkeypatch):
     data = files.load(out / "ckpt.pt")
     monkeypatch.setattr(checkpoint, "model_class", None)
     for args in ({"n_layer": 10**7}, {"n_layer": "x"}):
@@ -145,7 +146,7 @@ def test_absurd_sizes_in_a_file_are_refused_before_they_are_built(out, monkeypat
             neo | {"num_layers": 4, "attention_types": [[["global"], 10**12]]}, "neo")
 
 
-def test_control_characters_in_labels_are_not_printed(capsys):
+def test_control_characters_in_labels_are_escaped(capsys):
     evaluate.print_confusion(["good", "\x1b[31mbad\r", "é"], [[1, 0, 0, 0]] * 3)
     output = capsys.readouterr().out
     assert "\x1b" not in output and "\r" not in output
