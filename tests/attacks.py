@@ -1,5 +1,5 @@
-"""Four attacks of `make chaos`: a second writer, Ctrl-C under a pipe, a torchrun that is killed,
-random fields. Each returns counts; those in capitals are failures."""
+"""Four attacks of `make chaos`: a second writer, Ctrl-C with a broken pipe, a killed torchrun, and
+random fields. Each returns the counts of its outcomes; outcomes in capitals are failures."""
 import contextlib
 import math
 import os
@@ -36,12 +36,12 @@ ENDLESS = dict(max_iters=10**6, eval_interval=10**6, log_interval=10**6, save_in
 # -----------------------------------------------------------------------------
 # a second writer
 
-def impatient(rank):
+def wait_briefly_for_the_lock(rank):
     files.RETRY = 0.2
 
 
 def two_writers(looks, folder, dataset):
-    """Starts a second run in a run's folder again and again, and looks at the states meanwhile."""
+    """Repeatedly start a second run in a run's folder, and meanwhile load its states."""
     count, copy, out = Counter(), folder / "look.pt", folder / "two-writers"
     argv = arguments(dataset, out, **ENDLESS, auto_resume=True)
     first, second = Job(1, argv, folder / "first"), None
@@ -49,7 +49,7 @@ def two_writers(looks, folder, dataset):
         time.sleep(0.01)
     while count["looks"] < looks or len(count) < 2:
         if second is None:
-            second = Job(1, argv, folder / "second", impatient)
+            second = Job(1, argv, folder / "second", wait_briefly_for_the_lock)
         if not second.alive():
             refused = second.wait() == [1] and "is in use: process" in second.said()
             count["second runs refused" if refused else "SECOND RUNS NOT REFUSED"] += 1
@@ -61,7 +61,7 @@ def two_writers(looks, folder, dataset):
                 try:
                     files.load(copy)
                 except UserError:
-                    count["TORN STATES"] += 1
+                    count["DAMAGED STATES"] += 1
         assert first.alive(), first.said()
     first.kill()
     first.wait()
@@ -71,10 +71,10 @@ def two_writers(looks, folder, dataset):
 
 
 # -----------------------------------------------------------------------------
-# Ctrl-C under a pipe
+# Ctrl-C with a broken pipe
 
 def ctrl_c(step, rank):
-    """Ctrl-C in `train.py 2>&1 | tee log`, in this step, when tee ends first."""
+    """Simulate Ctrl-C in `train.py 2>&1 | tee log` at a step; tee ends first."""
     tee = subprocess.Popen(["tee", os.devnull], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     redirect(tee.stdin.fileno())
 
@@ -86,7 +86,7 @@ def ctrl_c(step, rank):
 
 
 def pipes(times, folder, dataset, same, rng):
-    """Stops a run so often, at a random step each time, and compares it to one without a stop."""
+    """Stop a run `times` times at random steps and compare it to an undisturbed run."""
     count = Counter()
     steps = sorted(rng.sample(range(6 * times), times))
     fields = dict(max_iters=6 * times, eval_interval=20, lr_decay_iters=6 * times)
@@ -97,23 +97,23 @@ def pipes(times, folder, dataset, same, rng):
         statuses, _ = run_ranks(1, argv, folder / "log", partial(ctrl_c, step))
         saved = files.load(out / checkpoint.STATE_FILE)["iter_num"]
         good = (statuses, saved) == ([130], step + 1)
-        count["stops under a broken pipe" if good else "STOPS THAT LOST STEPS"] += 1
+        count["stops with a broken pipe" if good else "STOPS THAT LOST STEPS"] += 1
     assert run_ranks(1, argv, folder / "log")[0] == [0]
-    count["bitwise the undisturbed run" if same(whole, out) else "ANOTHER RESULT"] += 1
+    count["bitwise equal to the undisturbed run" if same(whole, out) else "ANOTHER RESULT"] += 1
     return count
 
 
 # -----------------------------------------------------------------------------
-# a torchrun that is killed
+# a killed torchrun
 
-def lives(pid):
+def is_alive(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
 
 
 def orphans(times, folder, dataset, same):
-    """Kills torchrun alone, and starts the job again at once, so often; then lets it end."""
+    """Kill torchrun alone `times` times and restart the job at once; then let it finish."""
     count, out, whole = Counter(), folder / "orphans", folder / "orphans-whole"
     fields = dict(max_iters=60 * (times + 1), eval_interval=50, save_interval=5,
                   lr_decay_iters=1000, timeout=60)
@@ -121,7 +121,7 @@ def orphans(times, folder, dataset, same):
         0, 0]
     argv = arguments(dataset, out, **fields, auto_resume=True)
     for attempt in range(times + 1):
-        agent = torchrun(argv, folder / "said")
+        agent = torchrun(argv, folder / "torchrun.log")
         while agent.poll() is None and (attempt == times
                                         or resume.reached_step(out) <= 60 * attempt + 10):
             time.sleep(0.01)
@@ -129,11 +129,11 @@ def orphans(times, folder, dataset, same):
             left = ranks_of(agent).values()
             agent.kill()
             end = time.monotonic() + 60
-            while any(map(lives, left)) and time.monotonic() < end:
+            while any(map(is_alive, left)) and time.monotonic() < end:
                 time.sleep(0.1)
-            count["ORPHANS LEFT" if any(map(lives, left)) else "orphaned jobs that ended"] += 1
+            count["ORPHANS LEFT" if any(map(is_alive, left)) else "orphaned jobs that ended"] += 1
     good = agent.wait() == 0 and same(whole, out)
-    count["bitwise the undisturbed run" if good else "ANOTHER RESULT"] += 1
+    count["bitwise equal to the undisturbed run" if good else "ANOTHER RESULT"] += 1
     return count
 
 
@@ -146,13 +146,13 @@ EXTREME = {
     bool: ["maybe"], int: ["-1", "1000000000", f"{10**15}", f"{10**400}", "1.5"],
     float: ["1e-320", "1e-45", "-1.0", "1e38", "1e308", "nan", "inf"],
     str: ["", "x" * 5000, "/dev/null", "no/such/path", "\x1b[31m", "é", "meta"], type(None): []}
-# the network, minutes of compilation, or work without end
+# these use the network, compile for minutes, or never end
 LEFT_OUT = {"wandb_log", "compile", "max_iters", "max_new_tokens", "optimizer"}
 SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate, "export": export}
 
 
 def random_fields(script, rng):
-    """One to four fields of a script with a random value each; one in four is extreme."""
+    """One to four fields of a script with random values, of which one in four is extreme."""
     hints = get_type_hints(SCRIPTS[script].Config, include_extras=True)
     found = []
     for name in rng.sample(sorted(hints.keys() - LEFT_OUT), rng.randint(1, 4)):
@@ -165,7 +165,7 @@ def random_fields(script, rng):
 
 
 def confined(folder, rank):
-    """Works in a folder of its own, with 3 GB more than the process has mapped."""
+    """Change to `folder` and limit the address space to 3 GB more than is mapped now."""
     import resource
     os.chdir(folder)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -174,7 +174,7 @@ def confined(folder, rank):
 
 
 def is_valid(script, folder, said):
-    """Whether a script that ended well left what it should have."""
+    """Whether a script with exit status 0 wrote or printed what it should."""
     if script == "train":
         path = folder / "new/ckpt.pt"
         return not path.exists() or all(
@@ -186,7 +186,7 @@ def is_valid(script, folder, said):
 
 
 def fuzz(times, folder, dataset, rng):
-    """Runs each script with random fields; prints what fails."""
+    """Run random scripts with random fields; print the runs that fail."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     count, run, cwd = Counter(), folder / "fuzzed", folder / "cwd"
     assert run_ranks(1, arguments(dataset, run), folder / "log")[0] == [0]
@@ -207,22 +207,22 @@ def fuzz(times, folder, dataset, rng):
         said = job.said()
         errors = sum(line.startswith("error: ") for line in said.splitlines())
         if status == 1 and errors == 1 and "Traceback" not in said:
-            outcome = "one line"
+            outcome = "one-line error"
         elif status == 0 and not errors and is_valid(script, cwd, said):
             outcome = "valid output"
         else:
-            outcome = "HANGS" if status is None else "NEITHER LINE NOR OUTPUT"
+            outcome = "HANGS" if status is None else "NEITHER ERROR NOR OUTPUT"
             print(outcome, script, *(field[:80] for field in fields), said[-2000:], sep="\n  ")
         count[outcome] += 1
     return count
 
 
 def run_attacks(cfg, folder, dataset, same):
-    """Yields (name, counts) of the attacks that cfg asks for."""
+    """Yield (name, counts) of each attack that cfg enables."""
     if cfg.looks:
         yield "two writers", two_writers(cfg.looks, folder, dataset)
     if cfg.stops:
-        yield "Ctrl-C under a pipe", pipes(cfg.stops, folder, dataset, same,
+        yield "Ctrl-C with a broken pipe", pipes(cfg.stops, folder, dataset, same,
                                            random.Random(cfg.seed))
     if cfg.orphans:
         yield "torchrun killed", orphans(cfg.orphans, folder, dataset, same)

@@ -1,14 +1,13 @@
-"""A campaign against a run's files: processes killed at random moments, checkpoints spoiled, and
-the attacks of attacks.py.
+"""Fault injection: kill processes at random moments, corrupt checkpoints, and run attacks.py.
 
     make chaos                       # 50 kills on ddp, 50 on fsdp, 200 files, all attacks
     PYTHONPATH=. python tests/chaos.py --kills=5 --altered=0 --parallel=fsdp --seed=1
 
-A tiny run is killed by SIGKILL (one rank, or all: then the machine went down) while it starts,
-steps and saves, and started again each time with --auto_resume=True; every tenth time its newest
-state is spoiled on top. In the end its weights, moments and losses must be, bit by bit, those of
-the run that nobody disturbed. Then altered checkpoints are offered to --init_from=resume and to
-load_model: none may be loaded wrong, run code, or end in a traceback.
+A tiny run is killed with SIGKILL (one rank, or all ranks, as if the machine went down) while it
+starts, steps or saves. It is restarted each time with --auto_resume=True. Every tenth time its
+newest state is also corrupted. In the end its weights, moments and losses must be bitwise equal to
+those of an undisturbed run. Then altered checkpoints are given to --init_from=resume and to
+load_model: none may load wrong weights, run code, or end in a traceback.
 """
 import contextlib
 import io
@@ -44,11 +43,11 @@ RANKS = 2
 
 @dataclass
 class Config:
-    kills: int = 50              # for each way of running in parallel
-    altered: int = 200           # checkpoints that are spoiled
+    kills: int = 50              # for each value in `parallel`
+    altered: int = 200           # altered checkpoints
     parallel: str = "ddp,fsdp"
-    looks: int = 1000            # at the states of a run that a second run wants to write
-    stops: int = 20              # Ctrl-C under a pipe
+    looks: int = 1000            # reads of the states while a second run tries to start
+    stops: int = 20              # Ctrl-C with a broken pipe
     orphans: int = 3             # killed torchruns
     fuzzed: int = 400            # runs with random fields
     seed: int = 0
@@ -58,7 +57,7 @@ class Config:
 # kills
 
 def same(a, b):
-    """Whether two runs ended alike to the last bit: weights, moments, progress, losses."""
+    """Whether two runs ended bitwise equal: weights, moments, progress, losses."""
     one, other = (files.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
     progress = [state["progress"] | {"run_id": ""} for state in (one, other)]
     return (progress[0] == progress[1] and losses(a) == losses(b)
@@ -68,8 +67,8 @@ def same(a, b):
                     for name, state in one["optimizer"].items() for key in state))
 
 
-def unhurried(rank):
-    """Each step takes 10 ms more: or a run gets to its end before it was killed that often."""
+def slow_steps(rank):
+    """Slow each step by 10 ms, so that the run does not end before the last kill."""
     def forward_backward(r, step):
         time.sleep(0.01)
         return real(r, step)
@@ -78,7 +77,7 @@ def unhurried(rank):
 
 
 def wait_for(moment, job, out, step, rng):
-    """Returns at a moment of the kind; False where the run ended before."""
+    """Wait for a moment of this kind after `step`; return False if the run ended first."""
     if moment == "start":
         time.sleep(rng.uniform(0, 1.5))
         return job.alive()
@@ -90,8 +89,8 @@ def wait_for(moment, job, out, step, rng):
     return False
 
 
-def spoil_newest(out, rng):
-    """As a bad sector would."""
+def corrupt_newest(out, rng):
+    """Overwrite 4096 bytes of the newest state, as a bad sector would."""
     path = resume.state_files(out)[0]
     data = bytearray(path.read_bytes())
     data[len(data) // 3:len(data) // 3 + 4096] = rng.randbytes(4096)
@@ -99,7 +98,8 @@ def spoil_newest(out, rng):
 
 
 def campaign(parallel, kills, folder, dataset, rng):
-    """Kills a run that often, lets it end, compares; returns the counts."""
+    """Kill a run `kills` times and let it end; return the counts, and whether it is bitwise equal
+    to an undisturbed run."""
     fields = dict(parallel=parallel, max_iters=6 * kills + 20, eval_interval=20, save_interval=2,
                   n_embd=32, timeout=60, lr_decay_iters=6 * kills + 20)
     whole, out = folder / f"{parallel}-whole", folder / f"{parallel}-killed"
@@ -108,14 +108,14 @@ def campaign(parallel, kills, folder, dataset, rng):
     assert statuses == [0] * RANKS, said
     count, argv = Counter(), arguments(dataset, out, **fields, auto_resume=True)
     while True:
-        job = Job(RANKS, argv, folder / "log", unhurried)
+        job = Job(RANKS, argv, folder / "log", slow_steps)
         if count["kills"] == kills:
             assert job.wait(600) == [0] * RANKS, job.said()
             read_log(job.said(0), count)
             return count, same(whole, out)
         moment = rng.choices(("step", "save", "start"), (4, 4, 2))[0]
         if not wait_for(moment, job, out, resume.reached_step(out) + rng.randint(0, 2), rng):
-            raise AssertionError(f"ended before its kill:\n{job.said()}")
+            raise AssertionError(f"the run ended before it was killed:\n{job.said()}")
         victims = rng.choice(((0,), tuple(range(RANKS))) if moment == "save" else
                              (*((rank,) for rank in range(RANKS)), tuple(range(RANKS))))
         job.kill(*victims)
@@ -128,12 +128,12 @@ def campaign(parallel, kills, folder, dataset, rng):
         read_log(job.said(0), count)
         count["reached"] = resume.reached_step(out)
         if count["kills"] % 10 == 5 and len(resume.state_files(out)) == 2:
-            spoil_newest(out, rng)
-            count["states spoiled"] += 1
+            corrupt_newest(out, rng)
+            count["states corrupted"] += 1
 
 
 def read_log(said, count):
-    """Counts what a start said of how it went on."""
+    """Count fallbacks, resumes and lost steps in the output of a start."""
     count["fallbacks"] += "cannot be used" in said
     if "resuming at step " in said:
         step = int(said.partition("resuming at step ")[2].split()[0])
@@ -145,7 +145,7 @@ def read_log(said, count):
 # altered checkpoints
 
 class Trap:
-    """Leaves a file behind when a pickle of it is loaded."""
+    """An object that creates a file when its pickle is loaded."""
     def __init__(self, path):
         self.path = path
 
@@ -154,7 +154,7 @@ class Trap:
 
 
 def foreign(rng, data, trap):
-    """What somebody else may have put there: bytes that were never a state of ours."""
+    """A file that nanotune never wrote: code, garbage, or a state with wrong fields."""
     def torch_zip(content, **options):
         f = io.BytesIO()
         torch.save(content, f, **options)
@@ -188,7 +188,7 @@ def foreign(rng, data, trap):
 
 
 def altered(rng, data, others, trap):
-    """(kind, the bytes of a checkpoint after an accident or a prank)."""
+    """(kind of damage, the bytes of the altered checkpoint)."""
     kind = rng.choices(("cut", "bit", "bits", "block", "tail", "swapped", "foreign"),
                        (4, 6, 2, 2, 1, 2, 5))[0]
     if kind == "swapped":
@@ -199,18 +199,18 @@ def altered(rng, data, others, trap):
         return kind, data[:rng.randrange(len(data))]
     if kind == "tail":
         return kind, data + rng.randbytes(rng.randint(1, 5000))
-    spoiled = bytearray(data)
+    damaged = bytearray(data)
     if kind == "block":
         at, size = rng.randrange(len(data)), rng.choice((16, 512, 4096))
-        spoiled[at:at + size] = bytes(len(spoiled[at:at + size]))
+        damaged[at:at + size] = bytes(len(damaged[at:at + size]))
     else:
         for _ in range(1 if kind == "bit" else rng.randint(2, 64)):
-            spoiled[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    return kind, bytes(spoiled)
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return kind, bytes(damaged)
 
 
 def resumed(argv):
-    """(exit status, stderr, the namespace that would train or None) of train.py --eval_only."""
+    """Run train.py --eval_only: (exit status, stderr, the run's namespace or None)."""
     found, err = [], io.StringIO()
     with (mock.patch.object(train, "evaluate_splits", lambda r: found.append(r) or [1.0, 1.0]),
           mock.patch.object(sys, "argv", ["train.py", *argv]),
@@ -225,7 +225,7 @@ def resumed(argv):
 
 
 def loads_right(r, references):
-    """Whether weights, moments and progress are those of the run's own state of that step."""
+    """Whether weights, moments and run_id equal those of the run's own state at that step."""
     reference = references.get(r.progress.step)
     if reference is None or r.progress.run_id != reference["progress"]["run_id"]:
         return False
@@ -238,7 +238,7 @@ def loads_right(r, references):
 
 
 def alterations(times, folder, dataset, rng):
-    """Alters state.pt, or both states, or ckpt.pt; returns how that ended, counted."""
+    """Alter state.pt, both states or ckpt.pt `times` times; return the counts of outcomes."""
     out, trap = folder / "good", folder / "ran"
     runs = [(out, {}), (folder / "twin", {}), (folder / "cousin", dict(n_embd=32))]
     for path, fields in runs:
@@ -277,8 +277,8 @@ def alterations(times, folder, dataset, rng):
 
 
 def load_shipped(out, references, others):
-    """load_model on an altered ckpt.pt: its weights must be the run's. A sound ckpt.pt of somebody
-    else is as good as any (`others`): there is nothing to tell it by."""
+    """load_model on an altered ckpt.pt must return the run's weights. `others`: the file may be a
+    valid ckpt.pt of another run, which load_model cannot detect."""
     try:
         model, _ = checkpoint.load_model(str(out))
     except UserError:
@@ -292,7 +292,7 @@ def load_shipped(out, references, others):
 # -----------------------------------------------------------------------------
 
 def failures(count):
-    """Whether one of the counts is of a failure."""
+    """Whether an outcome is a failure: its name is in capitals."""
     return any(what.split(":")[0].isupper() for what in count)
 
 
@@ -309,7 +309,8 @@ def main(argv):
             del count["reached"]
             print(f"{parallel} on {RANKS} processes: "
                   + ", ".join(f"{n} {what}" for what, n in count.items())
-                  + f"; bitwise the undisturbed run: {'yes' if equal else 'NO'}", flush=True)
+                  + f"; bitwise equal to the undisturbed run: {'yes' if equal else 'NO'}",
+                  flush=True)
             failed |= not equal
         if cfg.altered:
             count = alterations(cfg.altered, folder, dataset, random.Random(cfg.seed))

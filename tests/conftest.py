@@ -1,7 +1,7 @@
-"""What several test files share: tiny datasets, tiny Hugging Face folders, a tiny run.
+"""Fixtures shared by several test files: tiny datasets, Hugging Face folders, models and runs.
 
-No test touches a network. What needs ../shared (GPT-2's vocabulary, a real model) skips where that
-is absent, and says so.
+No test uses the network. Tests that need a file below ../shared (GPT-2's vocabulary, a real model)
+are skipped if it does not exist.
 """
 import json
 import os
@@ -27,19 +27,20 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 START, PAD = "<|startoftext|>", "<|pad|>"
 TEXT = "".join(f"Line {i}: what's more, it ends.\n" for i in range(60))
 
-settings.register_profile("alike", derandomize=True, database=None, deadline=None, max_examples=50)
-settings.load_profile("alike")
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None,
+                          max_examples=50)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny tensors gain nothing from a second one, and sums come out alike on any machine."""
+    """Tiny tensors gain nothing from a second thread, and sums are the same on any machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def shared():
-    """shared("models/x") is that path below ../shared; without it the test skips."""
+    """shared("models/x") is the path of ../shared/models/x; skips the test if it is absent."""
     def find(path):
         if not (SHARED / path).exists():
             pytest.skip(f"no ../shared/{path}")
@@ -49,14 +50,14 @@ def shared():
 
 @pytest.fixture
 def gpt2_vocabulary(shared, monkeypatch):
-    """tiktoken finds GPT-2's vocabulary without a network: in TIKTOKEN_CACHE_DIR or ../shared."""
+    """tiktoken loads GPT-2's vocabulary offline, from TIKTOKEN_CACHE_DIR or ../shared."""
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("data/tiktoken")))
 
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """ranks(rank, size) sets what torchrun sets."""
+    """ranks(rank, size) sets the environment variables that torchrun sets."""
     def pretend(rank, size):
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size),
                             ("LOCAL_WORLD_SIZE", size)):
@@ -65,7 +66,7 @@ def ranks(monkeypatch):
 
 
 def tiny_json(text=TEXT, vocab_size=300):
-    """A tokenizer.json, as text: a byte-level BPE trained on `text`, with an end-of-text token."""
+    """The text of a tokenizer.json: a byte-level BPE trained on `text`, with end-of-text."""
     from tokenizers import ByteLevelBPETokenizer
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([text], vocab_size=vocab_size, show_progress=False,
@@ -74,37 +75,40 @@ def tiny_json(text=TEXT, vocab_size=300):
 
 
 def save_odd(folder, kind):
-    """A folder with an odd tokenizer: tokens added behind a BPE, in one file or in the old layout;
-    a Unigram model with </s>, as T5's; words with [UNK]."""
+    """Write a folder with a tokenizer of this kind. "words": whole words and [UNK]; "unigram": a
+    Unigram model with </s>, like T5's; any other: a BPE with added special tokens, stored in the
+    old layout for "old", with truncation to 8 tokens for "truncated"."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "words":
-        made = Tokenizer(models.WordLevel({"[UNK]": 0, "Line": 1, ":": 2, "[END]": 3}, "[UNK]"))
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        made.add_special_tokens(["[UNK]", "[END]"])
+        vocab = {"[UNK]": 0, "Line": 1, ":": 2, "[END]": 3}
+        tokenizer = Tokenizer(models.WordLevel(vocab, "[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.add_special_tokens(["[UNK]", "[END]"])
         names = {"eos_token": "[END]", "unk_token": "[UNK]"}
     elif kind == "unigram":
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁Line", -3.0)]
-        made = Tokenizer(models.Unigram([*pieces, *((c, -4.0) for c in "abcdefghijklm: ")], 2))
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        made.add_special_tokens(["<pad>", "</s>", "<unk>"])
-        made.enable_padding(pad_id=0, pad_token="<pad>", length=64)
+        tokenizer = Tokenizer(models.Unigram([*pieces, *((c, -4.0) for c in "abcdefghijklm: ")], 2))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+        tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=64)
         names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     else:
-        made = Tokenizer.from_str(tiny_json())
-        made.add_special_tokens([START, PAD])
+        tokenizer = Tokenizer.from_str(tiny_json())
+        tokenizer.add_special_tokens([START, PAD])
         names = {"bos_token": START, "eos_token": EOT, "pad_token": PAD, "unk_token": EOT}
         if kind == "truncated":
-            made.enable_truncation(8)
+            tokenizer.enable_truncation(8)
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     if kind == "old":
         split_into_old_files(folder)
 
 
 def split_into_old_files(folder):
-    """Replaces tokenizer.json with vocab.json, merges.txt and the files of the old layout."""
+    """Replace tokenizer.json with vocab.json, merges.txt and the files of the old layout."""
     data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     names = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer.json").unlink()
@@ -120,7 +124,7 @@ def split_into_old_files(folder):
 
 
 def write_tokenizer(folder, kind, text=TEXT):
-    """Puts the tokenizer file of a kind, 'chars', 'json' or 'gpt2' (none), into a folder."""
+    """Write the tokenizer file of a kind into a folder: 'chars', 'json' or 'gpt2' (no file)."""
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "chars":
         itos = dict(enumerate(sorted(set(text))))
@@ -133,14 +137,14 @@ def write_tokenizer(folder, kind, text=TEXT):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """The folder of a tiny dataset (see tiny.write_dataset); read, never changed."""
+    """The folder of a tiny dataset (see tiny.write_dataset). Tests must not change it."""
     return write_dataset(tmp_path_factory.mktemp("data") / "words")
 
 
 @pytest.fixture
 def make_dataset(tmp_path):
     """make_dataset("chars" | "json" | "gpt2") writes TEXT as train.bin and val.bin below tmp_path,
-    with the kind's tokenizer file; returns (folder, tokenizer). gpt2 wants gpt2_vocabulary."""
+    with the tokenizer file; returns (folder, tokenizer). "gpt2" needs gpt2_vocabulary."""
     def make(kind="chars", name="words", text=TEXT):
         folder = tmp_path / "data" / name
         tokenizer = write_tokenizer(folder, kind, text)
@@ -152,7 +156,7 @@ def make_dataset(tmp_path):
 
 
 def tiny_gpt(vocab_size, seed=0, **fields):
-    """A GPT in evaluation mode whose weights are large enough for each part to matter."""
+    """A GPT in evaluation mode; its weights are large enough that each part changes the logits."""
     torch.manual_seed(seed)
     fields = dict(block_size=16, n_layer=2, n_head=2, n_embd=16) | fields
     model = GPT(GPTConfig(vocab_size=vocab_size, **fields)).eval()
@@ -163,7 +167,7 @@ def tiny_gpt(vocab_size, seed=0, **fields):
 
 
 def greedy_reference(model, idx, new):
-    """The docstring of stream(), written out: whole forwards, the window's later half kept."""
+    """Greedy generation without a cache. Like stream(), a full context keeps its later half."""
     size, begin = model.config.block_size, max(0, idx.size(1) - model.config.block_size)
     for _ in range(new):
         if idx.size(1) - begin > size:
@@ -188,7 +192,7 @@ def make_run(tmp_path):
 
 
 def hf_model(neo=False, seed=0, **fields):
-    """transformers' GPT-2 or GPT-Neo, tiny, in evaluation mode, with weights that matter."""
+    """transformers' GPT-2 or GPT-Neo, tiny, in evaluation mode, with large weights."""
     import transformers as t
     torch.manual_seed(seed)
     fields = dict(vocab_size=61, bos_token_id=0, eos_token_id=0) | fields
@@ -206,13 +210,13 @@ def hf_model(neo=False, seed=0, **fields):
 
 
 def hf_t5(tied=True, seed=0, **fields):
-    """transformers' T5, tiny, in evaluation mode, with weights that matter."""
+    """transformers' T5, tiny, in evaluation mode, with large weights."""
     import transformers as t
     torch.manual_seed(seed)
     sizes = dict(vocab_size=61, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
                  decoder_start_token_id=0, dropout_rate=0.0)
     model = t.T5ForConditionalGeneration(t.T5Config(**sizes | fields)).eval()
-    if not tied:  # the class ties it whatever the config says
+    if not tied:  # the class ties the head whatever the config says
         model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
     with torch.no_grad():
         for param in model.parameters():
@@ -222,10 +226,11 @@ def hf_t5(tied=True, seed=0, **fields):
 
 @pytest.fixture(scope="session")
 def t5_folders(tmp_path_factory):
-    """(a tiny T5's folder, a dataset of pairs with its tokenizer); the model has 4 rows more."""
+    """(folder of a tiny T5, folder of a dataset of pairs). Both have the same tokenizer; the
+    model's vocabulary has 4 rows more."""
     model, data = (tmp_path_factory.mktemp("t5") / name for name in ("model", "pairs"))
     save_odd(model, "unigram")
-    theirs = hf_t5(vocab_size=24, d_ff=32)  # a multiple of 16, which int8 takes
+    theirs = hf_t5(vocab_size=24, d_ff=32)  # int8 needs a multiple of 16
     (model / "config.json").write_text(theirs.config.to_json_string(use_diff=False))
     save_file({name: p.detach().clone() for name, p in theirs.named_parameters()},
               model / "model.safetensors")
@@ -237,7 +242,7 @@ def t5_folders(tmp_path_factory):
 
 
 def hf_tensors(model):
-    """Its state dict without the head, where that is the embedding: as save_pretrained has it."""
+    """The tensors that save_pretrained writes: the state dict without a tied head."""
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -246,7 +251,8 @@ def hf_tensors(model):
 
 @pytest.fixture
 def write_hf(tmp_path):
-    """write_hf(model, tensors) writes config.json and the weights as a layout names them."""
+    """write_hf(model, tensors) writes config.json and the weights; `layout` is the file's name, or
+    that of the index of two shards. Returns the folder."""
     def write(model, tensors=None, layout="model.safetensors", name="hf", **config):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
@@ -259,9 +265,9 @@ def write_hf(tmp_path):
             return folder
         keys, stem = list(tensors), layout.removesuffix(".index.json")
         shards = {f"part-1-of-2.{stem}": keys[::2], f"part-2-of-2.{stem}": keys[1::2]}
-        for shard, held in shards.items():
-            save({key: tensors[key] for key in held}, folder / shard)
+        for shard, names in shards.items():
+            save({key: tensors[key] for key in names}, folder / shard)
         (folder / layout).write_text(json.dumps(
-            {"weight_map": {key: shard for shard, held in shards.items() for key in held}}))
+            {"weight_map": {key: shard for shard, names in shards.items() for key in names}}))
         return folder
     return write

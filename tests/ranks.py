@@ -1,8 +1,8 @@
-"""train.py on several ranks as torchrun would start them, forked from one process that has imported
-everything: a start costs a fork, not 3 seconds of imports.
+"""Run a script on several ranks with torchrun's environment. The ranks are forks of one process
+that has imported everything, which saves 3 seconds of imports per start.
 
-A server process (multiprocessing's) does the forking, since a pytest process that has run a
-backward pass cannot be forked. Each rank writes what it says to a file of its own.
+multiprocessing's fork server makes the forks, because a process that has run a backward pass
+cannot be forked. Each rank writes its output to its own file.
 """
 import multiprocessing
 import os
@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM = ["train", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg",
-        "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torchao.optim"]
+PRELOADED = ["train", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg",
+             "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torchao.optim"]
 
 
 def server():
-    """The context whose processes are forks of a warm one."""
+    """The multiprocessing context that forks processes with PRELOADED already imported."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     os.environ["OMP_NUM_THREADS"] = "1"
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("no forkserver here, as on Windows")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(WARM)
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
@@ -37,7 +37,7 @@ def free_port():
 
 
 class Job:
-    """`size` ranks of `train.main(argv)`; hook(rank) is called before it, in each."""
+    """`size` ranks that run main(argv) of a script; each calls hook(rank) first."""
     def __init__(self, size, argv, folder, hook=None, script="train"):
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
@@ -56,7 +56,7 @@ class Job:
         return any(process.is_alive() for process in self.ranks)
 
     def wait(self, seconds=120):
-        """The exit statuses; a rank killed by a signal has its number, negative."""
+        """Wait; return the exit statuses, the negative signal number if a signal killed a rank."""
         end = time.monotonic() + seconds
         for process in self.ranks:
             process.join(max(0.0, end - time.monotonic()))
@@ -68,7 +68,7 @@ class Job:
         return [process.exitcode for process in self.ranks]
 
     def end(self, seconds):
-        """The exit statuses; what is left after so long is killed, as torchrun does."""
+        """Wait `seconds` for each rank, kill it as torchrun does, and return the exit statuses."""
         for process in self.ranks:
             process.join(seconds)
             process.kill()
@@ -80,7 +80,7 @@ class Job:
 
 
 def work(rank, size, port, script, argv, log, hook):
-    """One rank's life, in a fork: torchrun's environment, then the script as the shell runs it."""
+    """Run one rank, in a fork: set torchrun's environment, then run the script as a shell does."""
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
                           LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
@@ -94,7 +94,7 @@ def work(rank, size, port, script, argv, log, hook):
     from nanotune.cli import run
     from nanotune.training import logbook
     torch.set_num_threads(1)
-    logbook.draw = lambda *_: None  # half a second each, and tested elsewhere
+    logbook.draw = lambda *_: None  # takes half a second; test_curves.py tests it
     module = __import__(script)
     if hook is not None:
         hook(rank)
@@ -103,6 +103,6 @@ def work(rank, size, port, script, argv, log, hook):
 
 
 def run_ranks(size, argv, folder, hook=None, seconds=120):
-    """(exit statuses, what all ranks said)."""
+    """(exit statuses, the output of all ranks)."""
     job = Job(size, argv, folder, hook)
     return job.wait(seconds), job.said()

@@ -1,4 +1,4 @@
-"""What the tests of serve.py share: tiny models behind a server of this process, and requests."""
+"""Helpers for the tests of serve.py: tiny models, a server in this process, and requests."""
 import http.client
 import json
 import threading
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Slow:
-    """A model of which each step takes a while; counts the steps."""
+    """A model whose steps each take `seconds` longer. Counts the steps."""
     def __init__(self, model, seconds=0.0):
         self.model, self.config, self.seconds = model, model.config, seconds
         self.steps, self.starts = 0, []
@@ -36,7 +36,7 @@ class Slow:
 
 
 def tiny_model(kind="chars", seconds=0.0, **fields):
-    """A Model of one of two vocabularies; "chars" can spell HTML."""
+    """A Model with a "chars" vocabulary, which can spell HTML, or a "json" one."""
     tokenizer = (CharTokenizer(sorted(set(TEXT + "<>=/'\"gck"))) if kind == "chars"
                  else JsonTokenizer(tiny_json()))
     gpt = tiny_gpt(tokenizer.n_vocab, **{"block_size": 64, **fields})
@@ -52,7 +52,7 @@ def chat_model(**fields):
 
 @contextmanager
 def served(models, access=None, limits=None, max_queue=16, sources=None, port=0):
-    """A server of {name: Model}; `server.port` is its port, a free one unless one is given."""
+    """A server of {name: Model} on `port`; 0 picks a free one, which is then in server.port."""
     access = access or Access()
     server = Server((access.host, port), access, limits or Limits())
     server.port = server.server_address[1]
@@ -69,7 +69,7 @@ def served(models, access=None, limits=None, max_queue=16, sources=None, port=0)
 
 
 def ask(server, method, path, body=None, **headers):
-    """(status, headers, body) of a request; the body is bytes, or to be sent as JSON."""
+    """Send a request, with a body of bytes or of JSON; return (status, headers, content)."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     if body is not None:
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -82,7 +82,7 @@ def ask(server, method, path, body=None, **headers):
 
 
 def complete(server, path="/v1/completions", **fields):
-    """The answer to a completion that succeeds, as JSON; of a stream its events."""
+    """The JSON answer to a request that must succeed; the list of events if it streams."""
     status, headers, content = ask(server, "POST", path, fields)
     assert status == 200, content
     if not fields.get("stream"):
@@ -94,7 +94,7 @@ def complete(server, path="/v1/completions", **fields):
 
 
 def refusal(server, body, status=400):
-    """The error that a completion is answered with."""
+    """The error in the answer to a completion request that must fail."""
     found, _, content = ask(server, "POST", "/v1/completions", body)
     assert found == status, content
     error = json.loads(content)["error"]
@@ -105,5 +105,5 @@ def refusal(server, body, status=400):
 def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, f"the condition is still false after {seconds} s"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Attention in training on a CPU gives torch's numbers, and dropout drops what it should."""
+"""Attention in training on a CPU equals torch's, and dropout drops values at the given rate."""
 import pytest
 import torch
 from conftest import tiny_gpt
@@ -20,31 +20,31 @@ def with_gradients(function, inputs):
     return out.detach(), *torch.autograd.grad(out, inputs, weights)
 
 
-def torchs(mask=None, scale=None):
+def torch_attention(mask=None, scale=None):
     return lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 
 def documents(T, B=2):
     """An additive mask of documents that end at different places in each row."""
-    of = torch.stack([torch.arange(T) // 7, torch.arange(T) // 11])[:B]
-    same = of[:, :, None] == of[:, None, :]
+    number = torch.stack([torch.arange(T) // 7, torch.arange(T) // 11])[:B]
+    same = number[:, :, None] == number[:, None, :]
     seen = same & torch.ones(T, T, dtype=torch.bool).tril()
     return torch.where(seen, 0.0, -torch.inf).double()[:, None]
 
 
 @pytest.mark.parametrize("T, rows", [(1, 4), (3, 4), (16, 4), (50, 16), (50, 128)])
 @pytest.mark.parametrize("masked, scale", [(False, None), (True, None), (False, 1.0)])
-def test_it_is_torchs_with_its_gradients(T, rows, masked, scale, monkeypatch):
+def test_output_and_gradients_equal_torchs(T, rows, masked, scale, monkeypatch):
     monkeypatch.setattr(attention, "ROWS", rows)
     mask, inputs = documents(T) if masked else None, qkv(T=T)
     ours = with_gradients(lambda *t: attention.attention(*t, mask, scale), inputs)
-    theirs = with_gradients(torchs(mask, scale), inputs)
+    theirs = with_gradients(torch_attention(mask, scale), inputs)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
-def test_gradients_with_dropout(monkeypatch):
+def test_gradients_with_dropout_are_correct(monkeypatch):
     monkeypatch.setattr(attention, "ROWS", 4)
 
     def function(q, k, v):
@@ -54,17 +54,17 @@ def test_gradients_with_dropout(monkeypatch):
 
 
 def test_dropout_drops_weights_and_keeps_their_mean():
-    """Values of 1 make the output the sum of the weights: 1 on average, and seldom exactly."""
+    """With values of 1 the output is the sum of the weights: 1 on average, but rarely exactly 1."""
     q, k, v = qkv(4, 4, 256, 8, torch.float32)
     torch.manual_seed(0)
     out = attention.attention(q, k, torch.ones_like(v), None, None, 0.25).detach()[..., 0]
     assert out.mean() == pytest.approx(1, abs=0.02)
-    assert out[:, :, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])  # one weight
+    assert out[:, :, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])  # row 0 has one weight
     assert out[:, :, 128:].std() > 0.01
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_bfloat16_is_near_float32(p):
+def test_bfloat16_is_close_to_float32(p):
     exact, half = qkv(T=200, hs=16, dtype=torch.float32), qkv(T=200, hs=16, dtype=torch.bfloat16)
 
     def function(q, k, v):
@@ -74,7 +74,7 @@ def test_bfloat16_is_near_float32(p):
         assert b.dtype == torch.bfloat16 and (a - b).norm() < 0.02 * a.norm()
 
 
-def test_where_torchs_serves(monkeypatch):
+def test_torchs_attention_is_used_for_inference_with_a_cache_in_float16_and_compiled(monkeypatch):
     monkeypatch.setattr(BlockAttention, "apply", lambda *args: pytest.fail("not torch's"))
     q, k, v = qkv(T=5, dtype=torch.float32)
     with torch.no_grad():
@@ -85,8 +85,8 @@ def test_where_torchs_serves(monkeypatch):
     torch.compile(lambda *t: attention.attention(*t, None, None), backend="eager")(q, k, v)
 
 
-@pytest.mark.parametrize("fields", [{}, dict(local_window=4), dict(doc_end=3)])
-def test_a_models_loss_and_gradients(fields, monkeypatch):
+@pytest.mark.parametrize("fields", [{}, dict(local_window=4), dict(doc_end=3)], ids=str)
+def test_a_models_loss_and_gradients_equal_those_with_torchs_attention(fields, monkeypatch):
     found, idx = [], torch.arange(32).view(2, 16) % 61
     for ours in (True, False):
         if not ours:
@@ -101,8 +101,8 @@ def test_a_models_loss_and_gradients(fields, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
 
 
-def test_recompute_keeps_no_weights():
-    """They go through save_for_backward(), which checkpoint() can drop and compute again."""
+def test_recompute_stores_no_attention_weights():
+    """save_for_backward() stores the weights, so checkpoint() can drop and recompute them."""
     model, idx = tiny_gpt(61, block_size=48), torch.arange(48).view(1, 48) % 61
     packed = []
 
@@ -117,7 +117,7 @@ def test_recompute_keeps_no_weights():
 
 
 @pytest.mark.parametrize("T", [5, ROWS, 3 * ROWS + 1])
-def test_the_plan_knows_the_weights(T):
+def test_the_memory_plan_counts_the_stored_weights(T):
     q, k, v = qkv(1, 2, T, 4, torch.float32)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -130,18 +130,18 @@ def test_the_plan_knows_the_weights(T):
 # dropout
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1 - 1e-7])
-def test_what_is_kept(p):
+def test_each_value_is_kept_with_probability_1_minus_p_independently(p):
     torch.manual_seed(0)
     mask = kept(torch.Size((1000, 1001)), p)
     assert mask.dtype == torch.bool and mask.shape == (1000, 1001)
     assert float(mask.float().mean()) == pytest.approx(1 - p, abs=0.002)
-    # neighbours, which come from one random number, are independent
+    # neighbouring values share one random number, but must be independent
     for step in range(1, 5):
         both = (mask.flatten()[step:] & mask.flatten()[:-step]).float().mean()
         assert float(both) == pytest.approx((1 - p) ** 2, abs=0.003)
 
 
-def test_it_depends_on_torchs_seed_alone():
+def test_dropout_depends_only_on_torchs_seed():
     torch.manual_seed(3)
     first = kept(torch.Size((100,)), 0.5)
     second = kept(torch.Size((100,)), 0.5)
@@ -149,8 +149,8 @@ def test_it_depends_on_torchs_seed_alone():
     assert torch.equal(kept(torch.Size((100,)), 0.5), first) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_scales_what_it_keeps(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_scales_the_values_that_it_keeps(dtype):
     torch.manual_seed(0)
     x = torch.ones(1000, dtype=dtype, requires_grad=True)
     y = dropout(x, 0.25, True)
@@ -159,7 +159,7 @@ def test_dropout_scales_what_it_keeps(dtype):
     assert torch.equal(x.grad, y.detach())
 
 
-def test_no_dropout_changes_nothing():
+def test_dropout_changes_nothing_at_rate_0_or_in_evaluation_and_drops_all_at_rate_1():
     x = torch.ones(10)
     assert dropout(x, 0.0, True) is x or torch.equal(dropout(x, 0.0, True), x)
     assert torch.equal(dropout(x, 0.5, False), x) and not dropout(x, 1.0, True).any()

@@ -1,4 +1,4 @@
-"""Beam search finds transformers' text, in batches, with each kind of model, and in scripts."""
+"""Beam search finds the same answers as transformers, in batches, with each model and script."""
 import json
 from collections import Counter
 
@@ -22,8 +22,8 @@ END = 1
 
 @pytest.fixture(params=["gpt2", "neo", "t5", "v1.1"])
 def both(request, write_hf):
-    """(ours, transformers' with the same weights, a token that answers end with: one that comes
-    often in them)."""
+    """(our model, transformers' model with the same weights, an end token that is frequent in the
+    answers)."""
     if request.param == "gpt2":
         theirs = hf_model(n_positions=40)
     elif request.param == "neo":
@@ -38,7 +38,7 @@ def both(request, write_hf):
 
 
 def their_beams(model, prompt, new, end, **options):
-    """transformers' answer to a prompt, as ids with the end token."""
+    """transformers' answer to a prompt, as ids that include the end token."""
     pairs = model.config.is_encoder_decoder
     ids = torch.tensor([[*prompt, END] if pairs else prompt])
     found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
@@ -49,15 +49,15 @@ def their_beams(model, prompt, new, end, **options):
 
 @pytest.mark.parametrize("options", [
     dict(num_beams=4), dict(num_beams=2, length_penalty=0.0),
-    dict(num_beams=5, length_penalty=2.5), dict(num_beams=3, length_penalty=-1.0)])
-def test_it_finds_transformers_text(both, options):
+    dict(num_beams=5, length_penalty=2.5), dict(num_beams=3, length_penalty=-1.0)], ids=str)
+def test_answers_equal_those_of_transformers(both, options):
     ours, theirs, end = both
     found = beam_search(ours, PROMPTS, 12, stop_token=end, **options)
     assert found == [their_beams(theirs, prompt, 12, end, **options) for prompt in PROMPTS]
 
 
-def test_the_cases_end_early_and_late_and_differ_from_greedy(both):
-    """So that the test above tests something."""
+def test_some_answers_end_early_and_some_differ_from_greedy_ones(both):
+    """Otherwise the test above would prove little."""
     ours, _, end = both
     found = [beam_search(ours, [prompt], 12, 4, penalty, end)[0]
              for prompt in PROMPTS for penalty in (0.0, 1.0, 2.5)]
@@ -67,34 +67,33 @@ def test_the_cases_end_early_and_late_and_differ_from_greedy(both):
     assert any(ids != row.tolist()[:len(ids)] for ids, row in zip(found[1::3], greedy))
 
 
-def test_a_search_ends_early(both):
-    """Steps are not made after the best answers have ended."""
+def test_a_search_stops_when_the_best_answers_have_ended(both):
     ours, _, end = both
     steps, whole = [], ours.step
     ours.step = lambda idx, cache: (steps.append(idx), whole(idx, cache))[1]
-    made = []
+    counts = []
     for prompt in PROMPTS:
         before = len(steps)
         beam_search(ours, [prompt], 36, 2, 0.0, end)
-        made.append(len(steps) - before)
-    assert min(made) < 20 and max(made) <= 36
+        counts.append(len(steps) - before)
+    assert min(counts) < 20 and max(counts) <= 36
 
 
-def test_without_an_end_token_all_beams_go_to_the_limit(both):
+def test_without_an_end_token_answers_reach_the_limit_and_ids_stay_below_n_vocab(both):
     ours, _, _ = both
     assert [len(ids) for ids in beam_search(ours, PROMPTS, 7, 3)] == [7] * 4
     found = beam_search(ours, PROMPTS, 7, 3, n_vocab=30)
     assert max(max(ids) for ids in found) < 30
 
 
-def test_a_tiny_vocabulary():
+def test_a_vocabulary_may_be_smaller_than_the_number_of_beams():
     assert beam_search(tiny_gpt(1), [[0]], 3, 4) == [[0, 0, 0]]
     assert beam_search(tiny_gpt(1), [[0]], 3, 4, stop_token=0) == [[0]]
     assert len(beam_search(tiny_gpt(2), [[0], [1, 0]], 5, 7, stop_token=1)) == 2
 
 
 def best_by_hand(model, prompt, new):
-    """The likeliest of all continuations by `new` tokens."""
+    """The most likely of all continuations of `new` tokens."""
     beams = [(0.0, [])]
     for _ in range(new):
         rows = [[*prompt, *ids][-model.config.block_size:] for _, ids in beams]
@@ -105,13 +104,14 @@ def best_by_hand(model, prompt, new):
     return max(beams)[1]
 
 
-def test_enough_beams_find_the_likeliest():
+def test_enough_beams_find_the_most_likely_answer():
     model = tiny_gpt(5)
     assert beam_search(model, [[1, 2]], 4, 5 ** 3) == [best_by_hand(model, [1, 2], 4)]
 
 
 def test_a_full_context_is_read_again():
-    """As in stream(): with one row much likelier than the others, beams are greedy."""
+    """As in stream(). Large weights make one token much more likely than the others: the search is
+    greedy."""
     model = tiny_gpt(9)
     with torch.no_grad():
         model.lm_head.weight *= 30
@@ -119,8 +119,8 @@ def test_a_full_context_is_read_again():
     assert model.config.block_size < 40 and beam_search(model, [[5, 6, 7, 8]], 40, 2)[0] == wanted
 
 
-def test_recorded_steps(monkeypatch):
-    """A step is recorded again for more rows, and sees the reordered cache."""
+def test_recorded_steps_give_the_same_answers(monkeypatch):
+    """A step is recorded again for another number of rows, and reads the reordered cache."""
     model = tiny_gpt(61, block_size=40)
     recorded = []
 
@@ -130,11 +130,11 @@ def test_recorded_steps(monkeypatch):
     prompts = [row[:1] for row in PROMPTS] * 2
     assert (beam_search(Decoder(model, capture), prompts, 12, 3, 1.0, END)
             == beam_search(model, prompts, 12, 3, 1.0, END))
-    assert len(recorded) == 2  # of one row each, which read the prompts; of all beams
+    assert len(recorded) == 2  # for one row per prompt, and for all beams
 
 
 @pytest.mark.parametrize("family", ["gpt", "t5"])
-def test_onnx(tmp_path, family):
+def test_onnx_models_give_the_same_answers(tmp_path, family):
     pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
     pytest.importorskip("onnx", reason="needs requirements-export.txt")
     from test_onnx_t5 import tiny_t5
@@ -151,24 +151,24 @@ def test_onnx(tmp_path, family):
     assert found == beam_search(model, PROMPTS, 30, 3, 1.0, END)
 
 
-def test_a_t5_keeps_one_source_per_prompt(monkeypatch):
-    """Beams of a prompt trade places without a copy of what the encoder gave."""
+def test_beams_of_a_t5_share_the_encoders_output(monkeypatch):
+    """Reordering the beams does not copy the keys and values of the encoder's output."""
     from t5 import T5, T5Cache
     torch.manual_seed(0)
-    model, kept = T5(T5Config(vocab_size=61, n_layer=1, n_decoder_layer=1, n_head=2, n_embd=16,
+    model, pointers = T5(T5Config(vocab_size=61, n_layer=1, n_decoder_layer=1, n_head=2, n_embd=16,
                               head_size=8, n_inner=16)).eval(), []
     reorder = T5Cache.reorder
 
     def watched(cache, rows):
         reorder(cache, rows)
-        kept.append(cache.source_kv[0][0].data_ptr())
+        pointers.append(cache.source_kv[0][0].data_ptr())
     monkeypatch.setattr(T5Cache, "reorder", watched)
     beam_search(model, PROMPTS, 8, 3)
-    assert len(kept) == 8 and len(set(kept)) == 1
+    assert len(pointers) == 8 and len(set(pointers)) == 1
 
 
 # -----------------------------------------------------------------------------
-# as the scripts use it
+# in the scripts
 
 @pytest.fixture
 def trained(make_dataset, make_run):
@@ -199,7 +199,7 @@ def test_sample_prints_the_best_answer(trained, tmp_path, capsys):
     assert capsys.readouterr().out == f"Line 1{texts[0][:2]}\n{'-' * 15}\n"
 
 
-def test_evaluate_searches_with_beams(trained, tmp_path, capsys):
+def test_evaluate_answers_with_beam_search(trained, tmp_path, capsys):
     out_dir, folder = trained
     model, tokenizer = load_model(str(out_dir))
     prompts, _ = tasks.read_targets(folder / "test.jsonl", tokenizer, 32)
@@ -216,7 +216,7 @@ def test_evaluate_searches_with_beams(trained, tmp_path, capsys):
     assert [row["answer"] for row in rows] == list(map(tokenizer.decode, found))
 
 
-@pytest.mark.parametrize("module, argv, said", [
+@pytest.mark.parametrize("module, argv, message", [
     *((sample, ["--num_beams=4", f"--{name}={value}"],
        f"--num_beams and --{name} contradict each other") for name, value in (
         ("temperature", 0.7), ("top_k", 5), ("top_p", 0.5), ("repetition_penalty", 1.2))),
@@ -230,7 +230,7 @@ def test_evaluate_searches_with_beams(trained, tmp_path, capsys):
     (evaluate, ["--num_beams=4"], "--num_beams is for generated answers"),
     (evaluate, ["--num_beams=4", "--task=lambada", f"--input={__file__}"], "generated answers"),
     (evaluate, ["--num_beams=4", "--task=classify", "--method=likelihood"], "generated answers"),
-])
-def test_what_does_not_go_with_beams(monkeypatch, capsys, module, argv, said):
+], ids=lambda value: getattr(value, "__name__", str(value)[:60]))
+def test_options_that_contradict_beams_are_refused(monkeypatch, capsys, module, argv, message):
     status, _, err = run_script(monkeypatch, capsys, module.main, argv)
-    assert status == 1 and said in err and err.count("\n") == 1, err
+    assert status == 1 and message in err and err.count("\n") == 1, err

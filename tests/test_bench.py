@@ -1,4 +1,4 @@
-"""bench.py: its cases run, and measure what they say; the figures are nobody's promise."""
+"""bench.py: each case runs and measures what its name says. No test checks a speed."""
 import json
 import re
 import subprocess
@@ -26,21 +26,21 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_a_case_that_is_not_there(monkeypatch):
+def test_a_case_that_does_not_exist_is_refused(monkeypatch):
     machine = dict(device="cpu", name="CPU", torch="2", dtype="float32", dtypes=["float32"])
     monkeypatch.setattr(bench, "run_process", lambda argv: (json.dumps(machine), 0.0, 0))
     with pytest.raises(UserError, match="--only=LORA matches no case: float32 AdamW; "):
         bench.main(["memory", "--model=tiny", "--only=LORA"])
 
 
-def test_flops_are_the_models():
+def test_flops_per_token_equal_the_models():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257, n_layer=24, n_head=16, n_embd=1024))
     cost = bench.cost_of_token("gpt2-medium", 1024)
     assert cost["flops"] == model.flops_per_token() == 6 * cost["N"] + 12 * 24 * 1024 * 1024
 
 
-def test_both_ways_of_loading_give_one_model(folder, monkeypatch):
+def test_both_ways_of_loading_give_equal_weights(folder, monkeypatch):
     pytest.importorskip("transformers")
     made = []
     monkeypatch.setattr(bench, "timed_load", lambda load: made.append(load()))
@@ -50,7 +50,7 @@ def test_both_ways_of_loading_give_one_model(folder, monkeypatch):
     assert all(torch.equal(tensor, copied[name]) for name, tensor in ours.items())
 
 
-def test_the_rivals_train_and_sample(folder):
+def test_transformers_trains_and_samples(folder):
     pytest.importorskip("transformers")
     rivals = script("experiments/rivals.py")
     found = rivals.train_transformers(str(folder), 2, 16, 1, 0, "cpu", "float32", compiled=False)
@@ -79,7 +79,7 @@ def test_ctranslate2_samples(folder, tmp_path):
     assert found["tok/s"] > 0 and found["size"] > 0
 
 
-def test_what_against_names(tmp_path):
+def test_against_accepts_a_package_a_nanogpt_folder_or_llama_bench(tmp_path):
     (tmp_path / "train.py").touch()
     executable = tmp_path / "llama-bench"
     executable.touch(mode=0o755)
@@ -89,7 +89,7 @@ def test_what_against_names(tmp_path):
     assert {name: bench.rival_of(replace(TINY, against=name)) for name in names} == names
 
 
-def test_a_rivals_forms(tmp_path, folder):
+def test_a_rival_has_a_case_for_each_number_format_that_it_supports(tmp_path, folder):
     executable = tmp_path / "llama-bench"
     executable.touch(mode=0o755)
     cfg, forms = replace(TINY, against=str(executable)), ["float32", "bfloat16", "int8", "int4"]
@@ -101,13 +101,13 @@ def test_a_rivals_forms(tmp_path, folder):
     assert bench.runtime_cases(TINY, folder, forms) == {}
 
 
-def test_a_loads_figures(folder):
+def test_a_load_reports_seconds_and_memory(folder):
     found = bench.timed_load(lambda: load_model(str(folder / "hf")))
     assert found["seconds"] > 0 and found["memory/weights"] >= 0
 
 
 @pytest.mark.slow
-def test_our_training_is_train_pys(folder):
+def test_training_reports_the_figures_of_train_py(folder):
     found = bench.train_ours(TINY, folder)
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     first = [json.loads(line) for line in lines if '"iter"' in line][bench.WARM_UP]
@@ -116,13 +116,13 @@ def test_our_training_is_train_pys(folder):
 
 
 @pytest.mark.slow
-def test_our_sampling_is_sample_pys(folder):
+def test_sampling_reports_speed_and_memory(folder):
     found = bench.sample_ours(TINY, folder)
     assert found["tok/s"] > 0 and found["from the start"] > 0 and found["memory"] > 1e8
 
 
-def test_weights_are_counted_once_a_step():
-    """gpt2's 124M in half precision, 10 samples at 300 tokens a second together."""
+def test_memory_bandwidth_counts_the_weights_once_per_step():
+    """GPT-2 124M in half precision, 10 samples, 300 tokens per second in total."""
     cfg, found = replace(TINY, num_samples=10), {"bandwidth": 1e11}
     found |= bench.cost_of_token("gpt2", 1024)
     case = bench.with_mbu(cfg, found, "ours, bfloat16", lambda: {"tok/s": 300.0})
@@ -131,7 +131,7 @@ def test_weights_are_counted_once_a_step():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "sample", "sample --exported=True", "load", "memory"])
-def test_a_whole_mode(mode, tmp_path, monkeypatch, capsys):
+def test_each_mode_prints_a_table_and_writes_its_results(mode, tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("onnxruntime")
     fields = ["--model=tiny", "--repeats=2", "--steps=1", "--block_size=32", "--max_new_tokens=5",
@@ -144,18 +144,19 @@ def test_a_whole_mode(mode, tmp_path, monkeypatch, capsys):
         assert all(len(values) == 2 for values in found.values())
 
 
-@pytest.mark.parametrize("argv, said", [
+@pytest.mark.parametrize("argv, message", [
     (["nonsense"], "train, sample, load, memory"), (["train", "--model=gpt3"], "--model=gpt3"),
     (["sample", "--against=nowhere"], "--against=nowhere"),
     (["sample", "--init_from=gpt2"], "--exported=True"),
     (["train", "--against=ctranslate2"], "ctranslate2 does not train"),
-    (["sample", f"--against={sys.executable}", "--num_samples=2"], "llama-bench")])
-def test_bad_input_is_one_line(argv, said, monkeypatch, capsys):
+    (["sample", f"--against={sys.executable}", "--num_samples=2"], "llama-bench")],
+    ids=str)
+def test_bad_arguments_are_one_line(argv, message, monkeypatch, capsys):
     status, _, err = run_script(monkeypatch, capsys, bench.main, argv)
-    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_a_case_that_fails_is_told_and_left_out(capsys):
+def test_a_case_that_fails_is_printed_and_left_out(capsys):
     def broken():
         raise UserError("no such thing")
     cases = {"ours": lambda: {"tok/s": 3.0}, "theirs": broken}
@@ -163,26 +164,26 @@ def test_a_case_that_fails_is_told_and_left_out(capsys):
     assert "theirs: no such thing" in capsys.readouterr().out
 
 
-def test_the_table():
+def test_the_table_has_medians_ranges_mfu_and_ratios():
     results = {"ours": {"tok/s": [90.0, 110.0, 100.0], "memory": [2e9]},
                "theirs": {"tok/s": [50.0, 50.0], "memory": [None]}}
-    told = bench.table(results, peak_flops=200.0)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines()]
+    table = bench.table(results, peak_flops=200.0)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert rows[0] == ["", "tok/s", "memory", "MFU", "speedup of the first"]
     assert rows[2] == ["ours", "100.0 (90.0 to 110.0)", "2.00 GB", "50%", "1.00x"]
     assert rows[3] == ["theirs", "50.0", "-", "25%", "2.00x"]
 
 
-def test_a_process_that_fails_says_its_last_line(tmp_path):
+def test_a_failed_process_is_reported_with_its_last_line(tmp_path):
     (tmp_path / "bad.py").write_text("print('first')\nraise SystemExit('the reason')\n")
     with pytest.raises(UserError, match=r"bad\.py failed: the reason"):
         bench.run_process([sys.executable, tmp_path / "bad.py"])
 
 
-def test_nothing_heavier_than_torch_is_imported_before_it_is_used():
+def test_importing_the_scripts_imports_nothing_slower_than_torch():
     heavy = {"transformers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tiktoken", "wandb",
              "tokenizers", "torchao", "tensorflow", "pandas", "safetensors", "huggingface_hub",
-             "torch._dynamo", "sympy"}  # 2 seconds, and 1: what makes a model on meta may take them
+             "torch._dynamo", "sympy"}  # 2 s and 1 s; creating a model on meta may import them
     code = ("import sys, torch, train, sample, evaluate, export, bench\n"
             "from model import GPT, GPTConfig\n"
             "model = GPT.empty(GPTConfig(n_layer=1, n_head=1, n_embd=8), dtype=torch.bfloat16)\n"

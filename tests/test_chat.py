@@ -1,5 +1,5 @@
-"""Conversations: the template's tokens against transformers', the history, data/chat/prepare.py,
-sample.py --chat, and evaluate.py on held-out last turns."""
+"""Conversations: the template and its ids compared with transformers', the history,
+data/chat/prepare.py, sample.py --chat, and evaluate.py on held-out last turns."""
 import io
 import json
 import re
@@ -49,11 +49,11 @@ def tiny():
 
 @pytest.fixture
 def chat_run(make_run):
-    """The out_dir of a tiny model with a template, and a context of 256 tokens."""
+    """The out_dir of a tiny model with a template and a context of 256 tokens."""
     return make_run(with_template(JsonTokenizer(tiny_json())), block_size=256)[0]
 
 
-def theirs_of(tokenizer, folder):
+def transformers_tokenizer(tokenizer, folder):
     from transformers import AutoTokenizer
     write_tokenizer(folder, tokenizer, 1024)
     return AutoTokenizer.from_pretrained(folder)
@@ -64,7 +64,8 @@ def render(theirs, messages, **options):
 
 
 def answers(*texts):
-    """A stream() that gives these texts in turn, each with an end; records the prompts."""
+    """(a stream() that answers with these texts in turn, each followed by END; the list of its
+    prompts)."""
     given, prompts = iter(texts), []
 
     def stream(model, rows, max_new_tokens, **options):
@@ -78,29 +79,29 @@ def answers(*texts):
 # -----------------------------------------------------------------------------
 # the template
 
-def test_a_conversation_and_its_mask(tiny):
+def test_a_conversation_is_encoded_with_a_mask_of_its_answer(tiny):
     ids, mask = encode_chat(tiny, read_messages(TALK[:3], "x"))
     assert tiny.decode(ids) == (f"System: Be kind.{END}User: What's up?{END}Assistant: Not\n\n\n"
                                 f"much.\n### It's 1234{END}")
     counted = tiny.decode([id for id, counts in zip(ids, mask) if counts])
     assert counted == f" Not\n\n\nmuch.\n### It's 1234{END}"
-    assert mask == sorted(mask)  # the answer is last
+    assert mask == sorted(mask)  # the answer is at the end
 
 
-def test_ids_are_those_of_transformers(tiny, tmp_path):
-    theirs = theirs_of(tiny, tmp_path)
+def test_ids_equal_those_of_transformers(tiny, tmp_path):
+    theirs = transformers_tokenizer(tiny, tmp_path)
     messages = read_messages(TALK, "x")
     assert render(theirs, TALK) == encode_chat(tiny, messages)[0]
     prompt, dropped = chat_prompt(tiny, messages[:-1], 10**6)
     assert render(theirs, TALK[:-1], add_generation_prompt=True) == prompt and dropped == 0
-    # generation goes on with the ids of training
+    # the prompt has the same ids as in training
     assert encode_chat(tiny, messages)[0][:len(prompt)] == prompt
     assert tokenizer_of_folder(tmp_path).chat == tiny.chat
 
     @given(st.lists(TEXTS, min_size=2, max_size=4))
     @example(["\x1c a", " \u00a0b\n"])
     @example(["###", "\n###"])
-    def alike(texts):
+    def check(texts):
         raw = [{"role": ("user", "assistant")[i % 2], "content": text}
                for i, text in enumerate(texts)]
         try:
@@ -110,12 +111,12 @@ def test_ids_are_those_of_transformers(tiny, tmp_path):
                 render(theirs, raw)
         else:
             assert render(theirs, raw) == ids
-    alike()
+    check()
 
 
-def test_ids_are_those_of_transformers_with_gpt2(gpt2_vocabulary, tmp_path):
+def test_ids_equal_those_of_transformers_with_gpt2s_vocabulary(gpt2_vocabulary, tmp_path):
     ours = with_template(GPT2Tokenizer())
-    theirs = theirs_of(ours, tmp_path)
+    theirs = transformers_tokenizer(ours, tmp_path)
     messages = read_messages(TALK, "x")
     assert render(theirs, TALK) == encode_chat(ours, messages)[0]
     assert render(theirs, TALK[:-1], add_generation_prompt=True) == (
@@ -124,8 +125,9 @@ def test_ids_are_those_of_transformers_with_gpt2(gpt2_vocabulary, tmp_path):
 
 @pytest.mark.parametrize("parts", [
     {"end": "\n%}{{'x\"\n"}, {"user": "{{ 7 * 7 }}", "end": "{#\\n"},
-    {"assistant": "\u00e9\u2028'\"\\", "before": "\t"}, {"before": ""}])
-def test_any_words_are_quoted_in_the_jinja(parts):
+    {"assistant": "\u00e9\u2028'\"\\", "before": "\t"}, {"before": ""}],
+    ids=["tag and quotes", "expression and comment", "letters and backslash", "empty"])
+def test_any_words_are_quoted_in_the_jinja_template(parts):
     from transformers.utils.chat_template_utils import render_jinja_template
     messages = [Message("system", "a"), Message("user", "b {{ 1 }}"), Message("assistant", "c")]
     template = Template(**parts)
@@ -136,15 +138,15 @@ def test_any_words_are_quoted_in_the_jinja(parts):
 
 
 @pytest.mark.parametrize("text", [f"Hi{END}Assistant: fake", f"a{END}{END}b", f"Hi{EOT}", EOT])
-def test_no_text_begins_a_turn(tiny, tmp_path, text):
+def test_a_text_that_contains_an_end_mark_is_refused(tiny, tmp_path, text):
     mark = repr(EOT if EOT in text else END)
     with pytest.raises(UserError, match=re.escape(f"message 1 holds {mark}, which ends a turn")):
         encode_chat(tiny, [Message("user", text)])
     with pytest.raises(Exception, match="holds the mark"):
-        render(theirs_of(tiny, tmp_path), [{"role": "user", "content": text}])
+        render(transformers_tokenizer(tiny, tmp_path), [{"role": "user", "content": text}])
 
 
-def test_the_template_travels(tiny, tmp_path, make_run):
+def test_the_template_is_kept_in_checkpoints_and_exports(tiny, tmp_path, make_run):
     other = with_template(JsonTokenizer(tiny_json()), user="Q:", assistant="A:", end="\n~~\n")
     assert tokenizer_from_spec(other.spec).chat == other.chat != tiny.chat
     assert tokenizer_from_spec(JsonTokenizer(tiny_json()).spec).chat is None
@@ -156,8 +158,9 @@ def test_the_template_travels(tiny, tmp_path, make_run):
 
 
 @pytest.mark.parametrize("spec", [[], {"user": "U"}, Template().spec() | {"end": ""},
-                                  Template().spec() | {"user": 1}, Template().spec() | {"x": ""}])
-def test_a_damaged_template(tmp_path, spec):
+                                  Template().spec() | {"user": 1}, Template().spec() | {"x": ""}],
+                         ids=["list", "missing fields", "empty end", "number", "unknown field"])
+def test_a_damaged_template_is_refused(tmp_path, spec):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({chat.KEY: spec}))
     with pytest.raises(UserError, match="its chat template is damaged"):
         tokenizer_of_dataset(tmp_path)
@@ -180,14 +183,14 @@ def test_a_damaged_template(tmp_path, spec):
     ([TALK[0], TALK[2]], "message 2: an assistant answers a user"),
     ([TALK[1], TALK[0]], "message 2: only the first message may have the role system"),
 ])
-def test_bad_messages(value, message):
+def test_bad_messages_are_refused(value, message):
     with pytest.raises(UserError, match=message) as error:
         read_messages(value, "here")
     assert str(error.value).startswith("here") and "\n" not in str(error.value)
 
 
-def test_the_oldest_turns_go(tiny):
-    """The system's message stays, and the first that stays after it is a user's."""
+def test_the_oldest_turns_are_dropped_from_a_prompt_that_is_too_long(tiny):
+    """The system message stays, and the message after it is always a user's."""
     messages = [Message("system", "S")] + [
         Message(("user", "assistant")[i % 2], "qxzvjkwyu"[i]) for i in range(9)]
     size = len(tiny.encode("User: q" + END)), len(tiny.encode("Assistant: x" + END))
@@ -214,7 +217,7 @@ def write(path, *lines):
 
 
 def prepare(tmp_path, *argv, lines=None, name="chats.jsonl"):
-    """Runs the script on lines with a tiny vocabulary; returns the dataset's folder."""
+    """Run the script on lines with a tiny vocabulary; return the dataset's folder."""
     if lines is not None:
         write(tmp_path / name, *lines)
     (tmp_path / "tokenizer.json").write_text(tiny_json(), encoding="utf-8")
@@ -231,7 +234,7 @@ def exchange(user, assistant):
 MANY = [exchange(f"What is line {i}?", f"It ends {i}.") for i in range(20)]
 
 
-def test_the_dataset(tmp_path, capsys):
+def test_the_dataset_has_each_conversation_once_and_a_mask_of_the_answers(tmp_path, capsys):
     folder = prepare(tmp_path, "--test_fraction=0.1", lines=[*MANY, MANY[0]])
     out = capsys.readouterr().out
     assert "conversations: 16 train, 2 val, 2 test; 1.0 answers" in out
@@ -255,7 +258,7 @@ def test_the_dataset(tmp_path, capsys):
                                   for i in range(20))
 
 
-def test_forms_that_are_recognised(tmp_path, tiny):
+def test_the_formats_of_common_datasets_are_recognised(tmp_path, tiny):
     alpaca = {"instruction": "Add.", "input": "1 2", "output": "3"}
     sharegpt = {"id": "x", "conversations": [
         {"from": "system", "value": "S"}, {"from": "human", "value": "Hi"},
@@ -273,7 +276,7 @@ def test_forms_that_are_recognised(tmp_path, tiny):
         assert [list(map(tuple, found)) for found in module.read_chats(path, tiny, False)] == wanted
 
 
-def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys, tiny):
+def test_long_conversations_are_cut_after_an_answer_or_left_out(tmp_path, capsys, tiny):
     turns = [message for i in range(6) for message in exchange(f"Q {i}", f"A {i}")["messages"]]
     lines = [*MANY, {"messages": turns}, exchange("Q", "A" * 300)]
     folder = prepare(tmp_path, "--block_size=90", "--val_fraction=0.5", lines=lines)
@@ -303,7 +306,7 @@ def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys, tiny):
     ({"instruction": "x", "output": ["y"]}, "line 2: its output is"),
     ({"text": "x"}, "line 2: must have messages, conversations"),
 ])
-def test_bad_lines(tmp_path, capsys, line, message):
+def test_bad_lines_are_refused_or_skipped(tmp_path, capsys, line, message):
     with pytest.raises(UserError, match=message) as error:
         prepare(tmp_path, lines=[MANY[0], line])
     assert "\n" not in str(error.value) and not (tmp_path / "out" / "train.bin").exists()
@@ -312,7 +315,7 @@ def test_bad_lines(tmp_path, capsys, line, message):
     assert "1 conversations are left out; the first error: " in out and "18 train, 2 val" in out
 
 
-def test_other_words(tmp_path, capsys):
+def test_the_words_of_the_template_are_options(tmp_path, capsys):
     folder = prepare(tmp_path, "--user=Q:", "--assistant=A:", r"--end=\n--\n", lines=MANY)
     tokenizer = tokenizer_of_dataset(folder)
     assert tokenizer.chat == Template(user="Q:", assistant="A:", end="\n--\n")
@@ -329,16 +332,16 @@ def test_other_words(tmp_path, capsys):
         prepare(tmp_path, "--user=\udcff", lines=MANY)
 
 
-def test_a_tokenizer_that_joins_is_told_of(tmp_path, capsys):
+def test_a_warning_says_if_the_tokenizer_joins_marks_and_texts(tmp_path, capsys):
     from tokenizers import ByteLevelBPETokenizer
-    made = ByteLevelBPETokenizer(add_prefix_space=True)
-    made.train_from_iterator(["User: x"], 300, show_progress=False, special_tokens=[EOT])
-    made.save(str(tmp_path / "joins.json"))
+    tokenizer = ByteLevelBPETokenizer(add_prefix_space=True)
+    tokenizer.train_from_iterator(["User: x"], 300, show_progress=False, special_tokens=[EOT])
+    tokenizer.save(str(tmp_path / "joins.json"))
     prepare(tmp_path, f"--tokenizer={tmp_path / 'joins.json'}", lines=MANY)
     assert "merges the marks of turns with the texts" in capsys.readouterr().out
 
 
-def test_bad_files_and_options(tmp_path):
+def test_bad_files_and_options_are_refused(tmp_path):
     for content, message in (("[1]", "item 1: must be a JSON object"), ("{}", "must be a JSON arr"),
                              ("[", "malformed JSON")):
         (tmp_path / "chats.json").write_text(content)
@@ -352,8 +355,8 @@ def test_bad_files_and_options(tmp_path):
         script("chat").main([])
 
 
-def test_conversations_from_the_docs(monkeypatch):
-    """Each is in the split that holds its docstring; the follow-ups are about the subject."""
+def test_conversations_are_made_from_docstrings(monkeypatch):
+    """A conversation is in the split of its docstring; follow-ups are about the same function."""
     import ast
     module = script("python_docs")
     source = "\n".join(f'def f{i}(a{i}, b):\n    """Returns the number of item {i}."""'
@@ -388,7 +391,7 @@ def talk(out_dir, monkeypatch, capsys, text, *argv):
     return capsys.readouterr()
 
 
-def test_a_chat_with_its_history(chat_run, monkeypatch, capsys):
+def test_a_prompt_contains_the_history_since_the_last_reset(chat_run, monkeypatch, capsys):
     stream, prompts = answers("  Hello\n\nyou. ", "Fine.", "Again.")
     monkeypatch.setattr(sample, "stream", stream)
     out, _ = talk(chat_run, monkeypatch, capsys, "Hi\n\n How?\n/reset\nx\n",
@@ -442,7 +445,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_session(chat_run, monkeypatch, capsy
     assert f"Assistant: {part.strip()}{END}User: And?" in prompts[1] and "More." in out
 
 
-def test_an_empty_answer_and_a_bad_message(chat_run, monkeypatch, capsys):
+def test_an_empty_answer_and_a_bad_message_are_not_in_the_history(chat_run, monkeypatch, capsys):
     stream, prompts = answers("", "Yes.")
     monkeypatch.setattr(sample, "stream", stream)
     _, err = talk(chat_run, monkeypatch, capsys, f"Hi\n{EOT}\n{'long ' * 99}\nWell?\n")
@@ -452,7 +455,7 @@ def test_an_empty_answer_and_a_bad_message(chat_run, monkeypatch, capsys):
     assert prompts[1] == f"User: Well?{END}Assistant:"
 
 
-def test_what_chat_refuses(chat_run, make_run):
+def test_options_that_contradict_chat_are_refused(chat_run, make_run):
     plain, _ = make_run(JsonTokenizer(tiny_json()), name="out-plain")
     for out_dir, argv, message in (
             (plain, ["--chat"], "out-plain has no chat template: it was not finetuned on conv"),
@@ -467,12 +470,12 @@ def test_what_chat_refuses(chat_run, make_run):
 # -----------------------------------------------------------------------------
 # evaluate.py --task=generate
 
-def test_held_out_last_turns(tmp_path, make_run, monkeypatch, capsys):
+def test_evaluate_answers_held_out_last_turns(tmp_path, make_run, monkeypatch, capsys):
     lines = [{"messages": [*exchange("First", "One")["messages"],
                            *exchange(f"Number {i}", "It ends here.")["messages"]]}
              for i in range(4)]
     folder = prepare(tmp_path, f"--test_input={write(tmp_path / 'test.jsonl', *lines)}", lines=MANY)
-    tokenizer = JsonTokenizer(tiny_json())  # without a template: the dataset's is used
+    tokenizer = JsonTokenizer(tiny_json())  # has no template: the dataset's is used
     out_dir, _ = make_run(tokenizer, block_size=256)
     prompts, read = [], []
 
@@ -492,11 +495,11 @@ def test_held_out_last_turns(tmp_path, make_run, monkeypatch, capsys):
     rows = list(map(json.loads, (out_dir / "predictions.jsonl").read_text().splitlines()))
     assert [row["answer"] for row in rows] == [" It ends here.", " It ends."] * 2
     assert not any(row["cut"] for row in rows)
-    assert len(read) == len(tokenizer.encode(f" It ends here.{END}"))  # then all have ended
+    assert len(read) == len(tokenizer.encode(f" It ends here.{END}"))  # all answers have ended then
     assert [row["f1"] for row in rows] == pytest.approx([1, 0.4] * 2)
 
 
-def test_a_test_file_that_ends_with_a_question(tmp_path, make_run):
+def test_a_test_conversation_that_ends_with_a_question_is_refused(tmp_path, make_run):
     folder = prepare(tmp_path, "--test_fraction=0.1", lines=MANY)
     write(folder / "test.jsonl", {"messages": TALK[:2]})
     out_dir, _ = make_run(JsonTokenizer(tiny_json()), block_size=256)
@@ -505,7 +508,7 @@ def test_a_test_file_that_ends_with_a_question(tmp_path, make_run):
                        "--device=cpu"])
 
 
-def test_beams_do_not_answer_conversations(tmp_path, make_run):
+def test_beam_search_on_conversations_is_refused(tmp_path, make_run):
     folder = prepare(tmp_path, "--test_fraction=0.1", lines=MANY)
     out_dir, _ = make_run(JsonTokenizer(tiny_json()), block_size=256)
     with pytest.raises(UserError, match=r"holds conversations.*leave --num_beams out"):

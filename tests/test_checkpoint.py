@@ -1,4 +1,5 @@
-"""Checkpoints: written whole or not at all; refused when damaged or carrying code; nanoGPT's."""
+"""Checkpoints: written whole or not at all, refused if damaged or if they contain code, and those
+of nanoGPT."""
 import errno
 import io
 import os
@@ -26,11 +27,11 @@ ALONE = read_world("cpu")
 
 
 class PowerCut(BaseException):
-    """Ends the process, for all that the code under test can see."""
+    """Stands for the end of the process: the code under test does not catch it."""
 
 
 class Trap:
-    """An object whose pickle, when loaded, leaves a file behind."""
+    """An object whose pickle creates a folder when it is loaded."""
     def __init__(self, marker):
         self.marker = str(marker)
 
@@ -47,7 +48,7 @@ def folder_is_clean(folder, *names):
 
 
 def refused(path):
-    """The one line with which a checkpoint is refused."""
+    """The one-line error that loading a checkpoint raises."""
     with pytest.raises(UserError) as e:
         files.load(path)
     assert str(path) in str(e.value)
@@ -58,7 +59,7 @@ def refused(path):
 # -----------------------------------------------------------------------------
 # writing
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_a_loaded_checkpoint_equals_the_saved_one(tmp_path):
     path = tmp_path / "ckpt.pt"
     saved = data() | {"iter_num": 3, "best_val_loss": 1.5, "config": {"dataset": "x", "n": None},
                       "tokenizer": {"kind": "characters", "itos": ["a", "é", "\n"]}}
@@ -70,7 +71,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_a_crash_before_the_rename_leaves_the_old_one(tmp_path, monkeypatch, moment):
+def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch, moment):
     path = tmp_path / "ckpt.pt"
     files.save(path, data(1.0))
 
@@ -86,18 +87,18 @@ def test_a_crash_before_the_rename_leaves_the_old_one(tmp_path, monkeypatch, mom
     assert folder_is_clean(tmp_path, "ckpt.pt")
 
 
-def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+def test_the_new_file_is_synced_to_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
     order = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(files.os, name,
                             lambda *a, name=name, real=real: (order.append(name), real(*a)))
     files.save(tmp_path / "ckpt.pt", data())
-    assert order == ["fsync", "replace", "fsync"]  # the last is the folder's
+    assert order == ["fsync", "replace", "fsync"]  # the last one syncs the folder
 
 
 @pytest.mark.parametrize("limit", [100, 70_000, 1_000_000, 1_048_700])
-def test_a_disk_that_is_full_is_one_line_and_loses_nothing(tmp_path, limit):
+def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, limit):
     path = tmp_path / "ckpt.pt"
     files.save(path, data(1.0))
     big = data() | {"model": {"w": torch.ones(512, 512)}}  # 1,048,576 bytes of weights
@@ -117,8 +118,9 @@ def test_a_disk_that_is_full_is_one_line_and_loses_nothing(tmp_path, limit):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   RuntimeError("PytorchStreamWriter failed\nwriting file")])
-def test_a_write_error_in_the_middle(tmp_path, error):
+                                   RuntimeError("PytorchStreamWriter failed\nwriting file")],
+                         ids=["disk full", "torch's writer"])
+def test_a_write_error_is_one_line_and_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "state.pt"
     path.write_bytes(b"old")
 
@@ -133,7 +135,7 @@ def test_a_write_error_in_the_middle(tmp_path, error):
     assert folder_is_clean(tmp_path, "state.pt")
 
 
-def test_ctrl_c_in_the_middle_of_a_save_leaves_no_half_file(tmp_path):
+def test_ctrl_c_during_a_save_leaves_no_partial_file(tmp_path):
     def write(f):
         f.write(b"half of it")
         raise KeyboardInterrupt
@@ -168,7 +170,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, saved_bytes):
     path.write_bytes(saved_bytes)
     good = files.load(path)
     rng = random.Random(0)
-    central = saved_bytes.index(b"PK\x01\x02")  # the archive's directory, behind the records
+    central = saved_bytes.index(b"PK\x01\x02")  # the zip's directory, after the records
     places = [*(rng.randrange(central) for _ in range(150)),
               *(rng.randrange(central, len(saved_bytes)) for _ in range(150)),
               *range(120), *range(len(saved_bytes) - 100, len(saved_bytes))]
@@ -184,7 +186,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, saved_bytes):
             assert str(path) in str(e)
             n_refused += 1
             continue
-        # the archive has bytes that mean nothing: padding, dates, attributes
+        # some bytes of a zip have no effect: padding, dates, attributes
         assert loaded.keys() == good.keys()
         assert all(torch.equal(loaded["model"][k], good["model"][k]) for k in good["model"])
         assert loaded["config"] == good["config"] and loaded["iter_num"] == 3
@@ -237,10 +239,10 @@ def test_code_is_refused_and_not_run(tmp_path, write):
 
 @pytest.mark.parametrize("pickled", [
     b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.",      # a call
-    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",          # an allowed one, badly
-    b"\x80\x02}X\x01\x00\x00\x00aX\x01\x00\x00\x00bs",        # no end
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",          # an allowed one, wrong arguments
+    b"\x80\x02}X\x01\x00\x00\x00aX\x01\x00\x00\x00bs",        # without STOP
     b"\x80\x02h\x07.", b"\x80\x02].", b"\x80\x02N.", b"", b"R.", b"\x80\x02(u."])
-def test_a_hostile_pickle_in_a_sound_archive_is_one_line(tmp_path, saved_bytes, pickled):
+def test_a_hostile_pickle_in_a_valid_archive_is_one_line(tmp_path, saved_bytes, pickled):
     good, path = tmp_path / "good.pt", tmp_path / "hostile.pt"
     with zipfile.ZipFile(good) as old, zipfile.ZipFile(path, "w") as new:
         for info in old.infolist():
@@ -249,24 +251,24 @@ def test_a_hostile_pickle_in_a_sound_archive_is_one_line(tmp_path, saved_bytes, 
     refused(path)
 
 
-@pytest.mark.parametrize("content", [{"weights": 1}, {"model": {}}, [1, 2], "text"])
-def test_a_file_that_is_no_checkpoint(tmp_path, content):
+@pytest.mark.parametrize("content", [{"weights": 1}, {"model": {}}, [1, 2], "text"], ids=str)
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "ckpt.pt")
     assert "no checkpoint" in refused(tmp_path / "ckpt.pt")
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "does not exist" in refused(tmp_path / "ckpt.pt")
     assert "does not exist" in refused(tmp_path)
 
 
-def test_weights_that_do_not_fit_model_args(tmp_path):
+def test_weights_that_do_not_fit_model_args_are_refused(tmp_path):
     model = GPT(CONFIG)
     args = dict(vars(CONFIG))
     for wrong in ({"n_embd": 32}, {"n_layer": 3}, {"vocab_size": 19}, {"colour": "red"}):
-        held = {"model": model.state_dict(), "model_args": args | wrong}
+        stored = {"model": model.state_dict(), "model_args": args | wrong}
         with pytest.raises(UserError) as e:
-            checkpoint.model_from(held, "out/ckpt.pt")
+            checkpoint.model_from(stored, "out/ckpt.pt")
         assert "out/ckpt.pt" in str(e.value) and "model_args" in str(e.value)
         assert "\n" not in str(e.value)
 
@@ -281,7 +283,7 @@ def save_model(folder, model):
     files.save(folder / "ckpt.pt", checkpoint.model_data(model, 3, 1.0, {}, Tokenizer))
 
 
-def test_load_model_from_an_out_dir(tmp_path):
+def test_load_model_returns_the_model_and_the_tokenizer_of_a_run(tmp_path):
     torch.manual_seed(0)
     model = GPT(CONFIG)
     save_model(tmp_path / "run", model)
@@ -300,7 +302,7 @@ def test_load_model_from_an_out_dir(tmp_path):
         checkpoint.load_model(str(tmp_path / "run"), block_size=17)
 
 
-def test_load_model_says_what_a_source_is_not(tmp_path):
+def test_load_model_refuses_a_source_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"neither ckpt\.pt .* nor config\.json"):
         checkpoint.load_model(str(tmp_path))
     for source in (str(tmp_path / "none"), "./none", "out-none"):
@@ -321,12 +323,12 @@ def stepped(model, steps=2, **options):
     return optimizer
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_optimizer_state_goes_by_name(fused):
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_optimizer_state_is_loaded_by_parameter_name(fused):
     model = GPT(CONFIG)
     before = state_dicts.optimizer_state(model, stepped(model, fused=fused))
     assert before.keys() == dict(model.named_parameters()).keys()
-    # a file that lists them in another order means the same
+    # the order in the file does not matter
     shuffled = dict(sorted(before.items(), reverse=True))
     optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=5e-4, fused=fused)
     state_dicts.load_optimizer_state(model, optimizer, shuffled, "state.pt", ALONE)
@@ -334,7 +336,7 @@ def test_optimizer_state_goes_by_name(fused):
     for name in before:
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(after[name][key], before[name][key]), (name, key)
-    assert optimizer.param_groups[0]["lr"] == 5e-4  # settings are the run's, not the file's
+    assert optimizer.param_groups[0]["lr"] == 5e-4  # options come from the run, not the file
 
 
 def test_optimizer_state_before_the_first_step_is_empty_and_loads():
@@ -378,7 +380,7 @@ def test_moments_are_cropped_with_the_position_embeddings():
 # nanoGPT's files
 
 def exact_gelu_logits(data, idx):
-    """The model that a nanoGPT checkpoint holds, worked out from its tensors."""
+    """The logits of a nanoGPT checkpoint, computed from its tensors with the exact GELU."""
     w = {key.removeprefix("_orig_mod."): t for key, t in data["model"].items()}
     args = data["model_args"]
     C, nh, T = args["n_embd"], args["n_head"], idx.size(1)
@@ -404,38 +406,38 @@ def exact_gelu_logits(data, idx):
 
 
 def nanogpt_out_dir(folder, **options):
-    held, order = nanogpt_checkpoint(**options)
+    stored, order = nanogpt_checkpoint(**options)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(held, folder / "ckpt.pt")
-    return held, order
+    torch.save(stored, folder / "ckpt.pt")
+    return stored, order
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_nanogpts_model(tmp_path, bias, compiled):
-    held, _ = nanogpt_out_dir(tmp_path / "run", bias=bias, compiled=compiled)
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no biases", "biases"])
+def test_nanogpts_checkpoint_gives_nanogpts_logits(tmp_path, bias, compiled):
+    stored, _ = nanogpt_out_dir(tmp_path / "run", bias=bias, compiled=compiled)
     model, _ = checkpoint.load_model(str(tmp_path / "run"))
     idx = torch.arange(16)[None]
     with torch.no_grad():
-        difference = model.eval().logits(idx) - exact_gelu_logits(held, idx)
+        difference = model.eval().logits(idx) - exact_gelu_logits(stored, idx)
     assert difference.abs().max() < 1e-5  # the tanh GELU would be off by 1e-3
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_nanogpts_mask_buffers_are_no_weights(tmp_path):
-    held, _ = nanogpt_out_dir(tmp_path / "run", bias=True)
-    for i in range(2):  # its attention without scaled_dot_product_attention stores them
-        held["model"][f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
-    torch.save(held, tmp_path / "run" / "ckpt.pt")
+def test_nanogpts_mask_buffers_are_ignored(tmp_path):
+    stored, _ = nanogpt_out_dir(tmp_path / "run", bias=True)
+    for i in range(2):  # nanoGPT stores them if it has no scaled_dot_product_attention
+        stored["model"][f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    torch.save(stored, tmp_path / "run" / "ckpt.pt")
     model, _ = checkpoint.load_model(str(tmp_path / "run"))
     idx = torch.arange(16)[None]
-    assert (model.eval().logits(idx) - exact_gelu_logits(held, idx)).abs().max() < 1e-5
+    assert (model.eval().logits(idx) - exact_gelu_logits(stored, idx)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_nanogpts_moments_come_to_their_parameters(tmp_path, bias, compiled):
-    held, order = nanogpt_out_dir(tmp_path / "run", bias=bias, compiled=compiled)
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no biases", "biases"])
+def test_nanogpts_moments_are_loaded_for_the_right_parameters(tmp_path, bias, compiled):
+    stored, order = nanogpt_out_dir(tmp_path / "run", bias=bias, compiled=compiled)
     loaded = files.load(tmp_path / "run" / "ckpt.pt")
     model = checkpoint.model_from(loaded, "ckpt.pt")
     optimizer = torch.optim.AdamW(model.param_groups(0.1), fused=True)
@@ -443,16 +445,16 @@ def test_nanogpts_moments_come_to_their_parameters(tmp_path, bias, compiled):
     state = state_dicts.optimizer_state(model, optimizer)
     assert state.keys() == set(order)
     for i, name in enumerate(order):
-        theirs = held["optimizer"]["state"][i]
+        theirs = stored["optimizer"]["state"][i]
         assert torch.equal(state[name]["exp_avg"], theirs["exp_avg"]), name
         assert torch.equal(state[name]["exp_avg_sq"], theirs["exp_avg_sq"]), name
         assert state[name]["step"] == 4
 
 
-def test_nanogpts_folder_samples_and_evaluates(tmp_path, monkeypatch, capsys):
+def test_sample_and_evaluate_read_nanogpts_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data" / "chars")
-    held, _ = nanogpt_out_dir(tmp_path / "out-chars", bias=True, compiled=True)
+    stored, _ = nanogpt_out_dir(tmp_path / "out-chars", bias=True, compiled=True)
     sample.main(["--out_dir=out-chars", "--start=ab", "--num_samples=2", "--max_new_tokens=20",
                  "--device=cpu"])
     samples = capsys.readouterr().out.split("-" * 15 + "\n")
@@ -464,18 +466,18 @@ def test_nanogpts_folder_samples_and_evaluates(tmp_path, monkeypatch, capsys):
     line = capsys.readouterr().out
     tokens = torch.frombuffer(bytearray((tmp_path / "data/chars/val.bin").read_bytes()),
                               dtype=torch.int16).long()
-    total = sum(F.cross_entropy(exact_gelu_logits(held, tokens[None, i:i + 16])[0],
+    total = sum(F.cross_entropy(exact_gelu_logits(stored, tokens[None, i:i + 16])[0],
                                 tokens[i + 1:i + 17], reduction="sum")
                 for i in range(0, 384, 16))
-    total += F.cross_entropy(exact_gelu_logits(held, tokens[None, 384:399])[0], tokens[385:400],
+    total += F.cross_entropy(exact_gelu_logits(stored, tokens[None, 384:399])[0], tokens[385:400],
                              reduction="sum")
     assert f"loss {total / 399:.4f} nats per token" in line
 
 
-def test_nanogpts_tokenizer_is_that_of_its_dataset(tmp_path, monkeypatch):
+def test_nanogpts_tokenizer_is_its_datasets_or_gpt2s(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nanogpt_out_dir(tmp_path / "run")
-    assert checkpoint.load_model("./run")[1] is None  # neither its dataset nor GPT-2's size
+    assert checkpoint.load_model("./run")[1] is None  # no dataset, and not GPT-2's size
     write_dataset(tmp_path / "data" / "chars")
     assert checkpoint.load_model("./run")[1].encode("a\n") == [2, 0]
     shutil.rmtree(tmp_path / "data")
@@ -483,8 +485,8 @@ def test_nanogpts_tokenizer_is_that_of_its_dataset(tmp_path, monkeypatch):
     assert checkpoint.load_model("./run")[1].name == "GPT-2's BPE"
 
 
-def test_saving_reads_no_more_than_it_must():
-    """optimizer_state hands out the tensors themselves: a save makes no second copy of them."""
+def test_saving_copies_no_moments_and_stores_a_tied_head_once():
+    """optimizer_state() returns the optimizer's own tensors."""
     model = GPT(CONFIG)
     optimizer = stepped(model)
     state = state_dicts.optimizer_state(model, optimizer)

@@ -1,4 +1,4 @@
-"""Model files that hold what no model has: each script ends with one line."""
+"""Model files with impossible values: each script ends with one line."""
 import json
 import shutil
 
@@ -45,8 +45,8 @@ VALUES = [(False, key, value) for key, values in {
     (True, "window_size", None)]
 
 
-@pytest.mark.parametrize("neo", [False, True])
-def test_values_that_no_config_has(neo, write_hf):
+@pytest.mark.parametrize("neo", [False, True], ids=["gpt2", "neo"])
+def test_impossible_values_in_config_json_are_refused(neo, write_hf):
     folder = write_hf(hf_model(neo=neo))
     right = json.loads((folder / "config.json").read_text())
     for of_neo, key, value in VALUES:
@@ -57,7 +57,7 @@ def test_values_that_no_config_has(neo, write_hf):
             refused(folder, said, checkpoint.model_config)
 
 
-def test_values_that_no_checkpoint_has(make_run):
+def test_impossible_values_in_a_checkpoint_are_refused(make_run):
     out_dir, model = make_run(CHARS)
     data = checkpoint.model_data(model, 0, 1.0, {}, CHARS)
     for key, values in {"n_head": SIZES, "bias": ("x", None), "dropout": ("x", 7, NAN),
@@ -77,7 +77,7 @@ def test_values_that_no_checkpoint_has(make_run):
     ({"n_head": 0}, "n_head=0"), ({"n_head": "x"}, "n_head='x'"), ({"n_layer": -1}, "n_layer=-1"),
     ({"n_ctx": 2.5}, "n_ctx=2.5"), ({"n_embd": None}, "n_embd=None"), ([1], "damaged"),
 ])
-def test_values_that_no_tensorflow_checkpoint_has(tmp_path, hparams, said):
+def test_impossible_values_in_a_tensorflow_checkpoint_are_refused(tmp_path, hparams, said):
     right = dict(n_vocab=9, n_ctx=8, n_embd=4, n_head=2, n_layer=1)
     (tmp_path / "m.index").touch()
     (tmp_path / "m.data-00000-of-00001").touch()
@@ -86,7 +86,7 @@ def test_values_that_no_tensorflow_checkpoint_has(tmp_path, hparams, said):
     refused(tmp_path, f"hparams.json .*{said}")
 
 
-def test_json_that_is_nested_too_deeply(write_hf):
+def test_json_that_is_nested_too_deeply_is_refused(write_hf):
     folder = write_hf(hf_model())
     (folder / "config.json").write_text('{"a": ' + "[" * 100_000)
     refused(folder, "config.json is damaged")
@@ -101,8 +101,8 @@ def test_json_that_is_nested_too_deeply(write_hf):
     {"a": "C:part.safetensors"}, {"a": "..\\outside.safetensors"}, {"a": ".."}, {"a": ""},
     {"a": "x\0y"}, {"a": "a\nb"}, {"a": "x" * 5000},
 ], ids=lambda value: repr(value)[:40])
-def test_an_index_that_names_no_files_of_its_folder(weight_map, write_hf, tmp_path):
-    """Though the file outside holds the right weights."""
+def test_an_index_that_names_no_file_in_its_folder_is_refused(weight_map, write_hf, tmp_path):
+    """Even if the file outside has the right weights."""
     folder = write_hf(hf_model())
     outside = (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     if weight_map == {"a": "ABSOLUTE"}:
@@ -111,7 +111,7 @@ def test_an_index_that_names_no_files_of_its_folder(weight_map, write_hf, tmp_pa
     refused(folder, r"model.safetensors.index.json is damaged \(its weight_map")
 
 
-def test_shards_in_a_folder_below(write_hf):
+def test_shards_may_be_in_a_subfolder(write_hf):
     folder = write_hf(hf_model())
     (folder / "below").mkdir()
     (folder / "model.safetensors").rename(folder / "below" / "part.safetensors")
@@ -135,7 +135,7 @@ WRONG_IN_A_PICKLE = WRONG | {
 
 @pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("key", [KEY, "transformer.wte.weight", "transformer.ln_f.bias"])
-def test_weights_that_are_no_finite_floats(key, write_hf, make_run):
+def test_weights_that_are_not_finite_floats_are_refused(key, write_hf, make_run):
     theirs = hf_model()
     out_dir, model = make_run(CHARS)
     data = checkpoint.model_data(model, 0, 1.0, {}, CHARS)
@@ -152,20 +152,20 @@ def test_weights_that_are_no_finite_floats(key, write_hf, make_run):
                 refused(folder, rf"{layout}: {key} (is|has|must be) ")
 
 
-def test_keys_that_are_no_names(write_hf):
+def test_tensor_names_that_are_not_strings_are_refused(write_hf):
     tensors = hf_tensors(hf_model())
     refused(write_hf(hf_model(), tensors | {5: torch.ones(1)}, "pytorch_model.bin"), "not strings")
 
 
 def test_masks_may_be_of_any_type(write_hf):
-    """They are not read: boolean, and -inf."""
+    """Masks are not read. These are boolean and -inf."""
     tensors = hf_tensors(hf_model())
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.bool)
     tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-INF)
     load_model(str(write_hf(hf_model(), tensors)))
 
 
-def test_adapters_that_are_not_finite(make_run, tmp_path):
+def test_adapters_that_are_not_finite_are_refused(make_run, tmp_path):
     base, _ = make_run(CHARS)
     model = tiny_gpt(CHARS.n_vocab)
     lora.add_lora(model, 2)
@@ -181,7 +181,8 @@ def test_adapters_that_are_not_finite(make_run, tmp_path):
 # -----------------------------------------------------------------------------
 # each script
 
-def test_each_script_says_it_in_one_line(write_hf, make_dataset, tmp_path, monkeypatch, capsys):
+def test_each_script_refuses_bad_model_files_in_one_line(
+        write_hf, make_dataset, tmp_path, monkeypatch, capsys):
     dataset, _ = make_dataset("chars")
     tensors = hf_tensors(hf_model())
     nan = tensors | {KEY: tensors[KEY] * NAN}

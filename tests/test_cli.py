@@ -21,19 +21,19 @@ def test_a_user_error_is_one_line(monkeypatch, capsys):
         1, "", "error: --batch_size=0 must be at least 1 and at most 65536\n")
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
-    with pytest.raises(json.JSONDecodeError):  # a ValueError, but a library's
+def test_an_error_of_a_library_keeps_its_traceback(monkeypatch, capsys):
+    with pytest.raises(json.JSONDecodeError):  # a ValueError, but raised in a library
         run_script(monkeypatch, capsys, lambda argv: json.loads("{"), [])
 
 
-def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
     def main(argv):
         raise KeyboardInterrupt
 
     assert run_script(monkeypatch, capsys, main, []) == (130, "", "")
 
 
-def test_other_ranks_let_the_first_speak(monkeypatch, capsys, ranks):
+def test_other_ranks_wait_before_they_print_an_error(monkeypatch, capsys, ranks):
     waits = []
     monkeypatch.setattr(cli.time, "sleep", waits.append)
     for rank in (0, 1):
@@ -45,9 +45,10 @@ def test_other_ranks_let_the_first_speak(monkeypatch, capsys, ranks):
 
 @pytest.mark.parametrize("error", [
     ValueError("not enough values to unpack (expected 2, got 1)"), KeyError("n_layer"),
-    TypeError("unhashable"), AssertionError(), RuntimeError("mat1 and mat2 shapes")])
-def test_our_own_bug_keeps_its_traceback(monkeypatch, capsys, error):
-    """Also one that was raised in a file of the project: only UserError is one line."""
+    TypeError("unhashable"), AssertionError(), RuntimeError("mat1 and mat2 shapes")],
+    ids=lambda error: type(error).__name__)
+def test_an_error_that_is_a_bug_keeps_its_traceback(monkeypatch, capsys, error):
+    """Even if it is raised in a file of the project."""
     def main(argv):
         raise error
 
@@ -62,8 +63,8 @@ def test_our_own_bug_keeps_its_traceback(monkeypatch, capsys, error):
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), "error: out of memory on the device (C"),
     (OSError(12, "Cannot allocate memory"), "error: out of memory on this machine ("),
     (torch.distributed.DistNetworkError("Connection reset by peer"), "error: process 0 of 1: ano"),
-])
-def test_what_ends_as_one_line(monkeypatch, capsys, error, line):
+], ids=["user error", "non-finite loss", "MemoryError", "GPU memory", "ENOMEM", "lost process"])
+def test_user_errors_no_memory_and_lost_processes_are_one_line(monkeypatch, capsys, error, line):
     def main(argv):
         raise error
 
@@ -71,7 +72,7 @@ def test_what_ends_as_one_line(monkeypatch, capsys, error, line):
     assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith(line)
 
 
-def test_a_message_is_its_first_line():
+def test_first_line_is_that_of_the_message_or_the_name_of_the_error():
     assert first_line(RuntimeError("\n  one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
@@ -79,8 +80,8 @@ def test_a_message_is_its_first_line():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_reader_that_goes_away_ends_a_script_quietly(lines):
-    """`python train.py ... | head -1`: more than a pipe holds, and less, which comes at exit."""
+def test_a_closed_pipe_ends_a_script_quietly(lines):
+    """`python train.py ... | head -1`. Output that fits in the pipe's buffer fails at exit."""
     code = ("from nanotune.cli import run\n"
             f"run(lambda argv: [print('line') for _ in range({lines})])")
     script = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE,
@@ -90,7 +91,7 @@ def test_a_reader_that_goes_away_ends_a_script_quietly(lines):
     script.stderr.close()
 
 
-def test_torch_is_not_imported():
-    """The data scripts use it too, and begin in a tenth of a second."""
+def test_cli_does_not_import_torch():
+    """The data scripts use nanotune.cli too, and start in 0.1 s."""
     code = "import sys\nimport nanotune.cli\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)

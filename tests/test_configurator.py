@@ -1,4 +1,4 @@
-"""Arguments and config files onto a dataclass: round trips, and each mistake told in one line."""
+"""Arguments and config files set the fields of a dataclass; each mistake is one line."""
 import dataclasses
 import math
 import typing
@@ -62,7 +62,7 @@ FIELDS = {
 
 
 @given(st.fixed_dictionaries({}, optional=FIELDS))
-def test_values_come_through_the_command_line(values):
+def test_any_value_is_read_back_from_the_command_line(values):
     cfg = configure(Config, [f"--{name}={value}" for name, value in values.items()])
     assert cfg == Config(**values)
     for name, value in values.items():
@@ -70,7 +70,7 @@ def test_values_come_through_the_command_line(values):
 
 
 @given(values=st.fixed_dictionaries({}, optional=FIELDS))
-def test_values_come_through_a_file(values, tmp_path_factory):
+def test_any_value_is_read_back_from_a_config_file(values, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "some.py"
     path.write_text("".join(f"{n} = {v!r}\n" for n, v in values.items()), encoding="utf-8")
     cfg = configure(Config, [str(path)])
@@ -105,12 +105,12 @@ def test_any_text_is_a_value_of_the_type_or_an_error(name, text):
     ("--out_dir=--x", "--x"), ("--out_dir= a b\n", " a b\n"), ("--init_from=https://x/?a=1&b=2",
                                                              "https://x/?a=1&b=2"),
 ])
-def test_single_values(arg, expected):
+def test_arguments_are_converted_to_the_type_of_the_field(arg, expected):
     value = getattr(configure(Config, [arg]), arg[2:].partition("=")[0])
     assert value == expected and type(value) is type(expected)
 
 
-@pytest.mark.parametrize("arg, wants", [
+@pytest.mark.parametrize("arg, kind", [
     ("--max_iters=1.5", "an integer"), ("--max_iters=True", "an integer"),
     ("--max_iters=1e-3", "an integer"), ("--max_iters=1e999", "an integer"),
     ("--max_iters=None", "an integer"), ("--max_iters=", "an integer"),
@@ -121,9 +121,9 @@ def test_single_values(arg, expected):
     ("--block_size=True", "an integer or None"), ("--min_lr=", "a number or None"),
     ("--min_lr=False", "a number or None"),
 ])
-def test_wrong_types(arg, wants):
+def test_wrong_types_are_refused(arg, kind):
     name, _, text = arg.partition("=")
-    refuse([arg], f"{name} must be {wants}, got ", repr(text))
+    refuse([arg], f"{name} must be {kind}, got ", repr(text))
 
 
 @pytest.mark.parametrize("line, parts", [
@@ -138,12 +138,12 @@ def test_wrong_types(arg, wants):
     ("learning_rat = 1", ["learning_rat: there is no such field (did you mean learning_rate?)"]),
     ("def schedule(): pass", ["schedule: there is no such field"]),
 ])
-def test_wrong_types_and_names_in_a_file(config_file, line, parts):
+def test_wrong_types_and_names_in_a_file_are_refused(config_file, line, parts):
     path = config_file(line)
     refuse([path], f"{path}: ", *parts)
 
 
-def test_later_wins(config_file):
+def test_the_later_argument_or_file_wins(config_file):
     path = config_file("max_iters = 2\nout_dir = 'file'")
     assert configure(Config, [path, "--max_iters=3"]) == Config(max_iters=3, out_dir="file")
     assert configure(Config, ["--max_iters=3", path]) == Config(max_iters=2, out_dir="file")
@@ -213,7 +213,7 @@ warmup_iters = 100
 
 
 @pytest.mark.parametrize("name", NANOGPT)
-def test_config_files_in_nanogpts_shape(config_file, name):
+def test_nanogpts_config_files_are_accepted(config_file, name):
     cfg = configure(train.Config, [config_file(NANOGPT[name])])
     assert cfg != train.Config()
     if name == "finetune":
@@ -223,13 +223,13 @@ def test_config_files_in_nanogpts_shape(config_file, name):
         assert (cfg.gradient_accumulation_steps, cfg.weight_decay) == (40, 0.1)
 
 
-def test_what_a_file_keeps_to_itself(config_file, tmp_path):
+def test_imports_and_private_names_in_a_file_are_not_fields(config_file, tmp_path):
     path = config_file("import math as m, os.path\n_half = 0.5\nlearning_rate = _half * m.pi\n"
                        "out_dir = __file__\n")
     cfg = configure(Config, [path])
     assert cfg.learning_rate == math.pi / 2 and cfg.out_dir == path
     assert "math" not in dir(cfg)
-    # one file's names are not seen by the next
+    # the next file does not see these names
     refuse([path, config_file("bias = _half > 0", "next.py")], "line 1: NameError", "_half")
 
 
@@ -241,17 +241,17 @@ def test_what_a_file_keeps_to_itself(config_file, tmp_path):
     (b"max_iters = 1\nout_dir = 'caf\xe9'\n", ["line 2", "SyntaxError"]),
     (b"max_iters = 1\0\n", ["line ", "SyntaxError"]),
 ])
-def test_errors_inside_a_file(config_file, text, parts):
+def test_an_error_inside_a_file_is_reported_with_its_line(config_file, text, parts):
     path = config_file(text)
     refuse([path], path, *parts)
 
 
-def test_utf8_in_a_file(config_file):
+def test_a_file_is_read_as_utf8(config_file):
     assert configure(Config, [config_file("out_dir = 'café'")]).out_dir == "café"
     assert configure(Config, [config_file(b"\xef\xbb\xbfout_dir = 'bom'")]).out_dir == "bom"
 
 
-def test_missing_files(config_file, tmp_path):
+def test_missing_files_are_refused(config_file, tmp_path):
     path = config_file("")
     missing = path.replace("some.py", "sme.py")
     refuse([missing], f"{missing} does not exist", f"did you mean {path}?")
@@ -259,7 +259,7 @@ def test_missing_files(config_file, tmp_path):
     refuse(["max_iters=3"], "max_iters=3 does not exist", "--name=value")
 
 
-def test_a_bare_flag_is_true():
+def test_a_flag_without_a_value_means_true():
     cfg = configure(Config, ["--bias", "--compile"])
     assert cfg.bias is True and cfg.compile is True
     assert configure(Config, ["--bias", "--bias=False"]).bias is False
@@ -276,7 +276,7 @@ def test_a_bare_flag_is_true():
     ("--max-iters=3", ["did you mean max_iters?"]), ("--=3", ["no such field"]),
     ("--__class__=3", ["no such field"]),
 ])
-def test_bad_arguments(arg, parts):
+def test_bad_arguments_are_refused(arg, parts):
     refuse([arg], *parts)
 
 
@@ -285,13 +285,13 @@ def test_bad_arguments(arg, parts):
     (["--bias", "False", "--learning_rate", "1e-4"], {"bias": False, "learning_rate": 1e-4}),
     (["--learning_rate", "-1", "--out_dir", "a b"], {"learning_rate": -1.0, "out_dir": "a b"}),
     (["--bias", "FILE", "--max_iters=2"], {"bias": True, "max_iters": 2, "out_dir": "file"}),
-])
-def test_a_value_after_a_space(argv, values, config_file):
+], ids=str)
+def test_a_value_may_follow_a_space(argv, values, config_file):
     file = config_file("out_dir = 'file'")
     assert configure(Config, [file if arg == "FILE" else arg for arg in argv]) == Config(**values)
 
 
-def test_a_bool_with_other_values_after_a_space():
+def test_compile_takes_an_optional_value_after_a_space():
     for argv, value in ((["--compile"], True), (["--compile", "auto"], "auto"),
                         (["--compile", "False"], False)):
         assert configure(train.Config, argv).compile == value
@@ -306,7 +306,7 @@ def test_a_bool_with_other_values_after_a_space():
     (sample, "--length", "max_new_tokens"), (sample, "--nsamples", "num_samples"),
     (sample, "--checkpoint_dir", "init_from"), (evaluate, "--bf16", "dtype"),
 ])
-def test_the_names_of_other_programs(script, arg, meant):
+def test_option_names_of_other_programs_get_a_suggestion(script, arg, meant):
     refuse([f"{arg}=1"], f"{arg}: there is no such field (did you mean {meant}?)",
            cls=script.Config)
 
@@ -315,15 +315,15 @@ def test_the_names_of_other_programs(script, arg, meant):
     (r"a\nb", "a\nb"), (r"\t\n", "\t\n"), (r"\\n", r"\n"), (r"\x \d", r"\x \d"), ("\n", "\n"),
     (r"FILE:C:\new\text.txt", r"FILE:C:\new\text.txt"), ("", ""), ("\\", "\\"),
 ])
-def test_escapes_of_a_text(text, value, config_file):
-    """Decoded on the command line, in no path; a config file is Python, which has its own."""
+def test_escapes_in_a_text_are_decoded_on_the_command_line(text, value, config_file):
+    """Not in paths, and not in config files, where Python decodes them."""
     cfg = configure(sample.Config, [f"--start={text}", "--stop", text, f"--out_dir={text}"])
     assert (cfg.start, cfg.stop, cfg.out_dir) == (value, value, text)
     assert configure(train.Config, [f"--sample_start={text}"]).sample_start == value
     assert configure(sample.Config, [config_file(f"start = {text!r}")]).start == text
 
 
-@pytest.mark.parametrize("script", [train, sample, evaluate])
+@pytest.mark.parametrize("script", [train, sample, evaluate], ids=lambda script: script.__name__)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_lists_each_field_with_its_comment(script, flag, capsys):
     with pytest.raises(SystemExit) as end:
@@ -338,7 +338,7 @@ def test_help_lists_each_field_with_its_comment(script, flag, capsys):
         assert "#" not in lines[f"--{field.name}"]
 
 
-def test_help_text():
+def test_help_has_groups_defaults_and_comments():
     text = help_text(Config).splitlines()
     assert "names" in text and "numbers" in text
     line = next(line for line in text if "--learning_rate" in line)
@@ -349,7 +349,7 @@ def test_help_text():
 # -----------------------------------------------------------------------------
 # values outside their bounds
 
-@pytest.mark.parametrize("script, arg, said", [
+@pytest.mark.parametrize("script, arg, message", [
     (train, "--min_lr=-0.1", "--min_lr=-0.1 must be at least 0"),
     (train, "--lr_decay_iters=-1", "--lr_decay_iters=-1 must be at least 0"),
     (train, "--learning_rate=1e999", "--learning_rate=inf must be a finite number"),
@@ -363,13 +363,13 @@ def test_help_text():
      "--repetition_penalty=0.0 must be at least 0.01 and at most 100"),
     (evaluate, "--stride=0", "--stride=0 must be at least 1"),
 ])
-def test_a_value_outside_its_bounds(script, arg, said):
+def test_a_value_outside_its_bounds_is_refused(script, arg, message):
     with pytest.raises(UserError) as info:
         configure(script.Config, [arg])
-    assert str(info.value) == said
+    assert str(info.value) == message
 
 
-def test_bounds_hold_in_a_config_file_too(tmp_path):
+def test_bounds_apply_in_a_config_file_too(tmp_path):
     (tmp_path / "c.py").write_text("min_lr = -0.1\n")
     with pytest.raises(UserError, match=r"--min_lr=-0\.1 must be at least 0"):
         configure(train.Config, [str(tmp_path / "c.py")])
@@ -378,14 +378,15 @@ def test_bounds_hold_in_a_config_file_too(tmp_path):
 
 @pytest.mark.parametrize("ends, inside, outside", [
     ("[)", [0, 0.5], [1, -1e-9]), ("(]", [0.5, 1], [0]), ("()", [0.5], [0, 1]),
-    ("[]", [0, 1], [2])])
-def test_an_interval(ends, inside, outside):
+    ("[]", [0, 1], [2])], ids=str)
+def test_an_interval_contains_its_closed_ends_but_not_nan_or_infinity(ends, inside, outside):
     interval = Interval(0, 1, ends)
     assert all(map(interval.holds, inside))
     assert not any(map(interval.holds, [*outside, math.nan, math.inf, -math.inf]))
 
 
-@pytest.mark.parametrize("script", [train, sample, evaluate, export, bench])
+@pytest.mark.parametrize("script", [train, sample, evaluate, export, bench],
+                         ids=lambda script: script.__name__)
 def test_every_number_has_bounds(script):
     for name, kind in typing.get_type_hints(script.Config, include_extras=True).items():
         assert not {int, float} & set(members(kind)), f"{script.__name__}.{name} has no bounds"

@@ -1,4 +1,4 @@
-"""The scale of loss.png, and what is marked in it."""
+"""loss.png: its scale, and the step that it marks."""
 import pytest
 
 from nanotune.training import curves
@@ -14,11 +14,11 @@ def test_a_high_first_loss_does_not_flatten_the_curve():
     assert 0.4 < low < 0.49 and 0.81 < high < 0.9
 
 
-@pytest.mark.parametrize("losses", [(3.0,), (3.0, 3.0), (2.0, 1.0, 0.5, 0.9), (5.0,) * 9])
+@pytest.mark.parametrize("losses", [(3.0,), (3.0, 3.0), (2.0, 1.0, 0.5, 0.9), (5.0,) * 9], ids=str)
 def test_all_later_losses_are_shown(losses):
     found = curves.limits(evaluations(*losses))
     if len(losses) == 1:
-        assert found is None  # matplotlib's own
+        assert found is None  # matplotlib chooses
     else:
         assert found[0] < min(losses[1:]) - 0.01 and found[1] > max(losses[len(losses) // 4:][1:])
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 SCRIPTS = ("shakespeare", "shakespeare_char", "openwebtext", "text", "python_docs")
 TEXT = "".join(f"Line {i} of a text, and what's more: it ends.\n" for i in range(100))
-alike = settings(max_examples=50, derandomize=True, database=None, deadline=None)
+repeatable = settings(max_examples=50, derandomize=True, database=None, deadline=None)
 
 
 def script(name):
@@ -61,7 +61,7 @@ def shakespeare_txt():
 
 @pytest.fixture(scope="module")
 def gpt2():
-    """tiktoken's encoding."""
+    """tiktoken's encoding of GPT-2."""
     with pytest.MonkeyPatch.context() as patch:
         if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED / "tiktoken").exists():
             patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
@@ -77,7 +77,7 @@ def gpt2():
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server on this machine: its answers go by the path, and `asked` lists the paths."""
+    """A local web server. The path selects the answer; server.asked lists the requested paths."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     done = threading.Event()
 
@@ -109,9 +109,9 @@ def server(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["/good", "/endless"])
-def test_download(server, tmp_path, path):
+def test_a_download_is_written_and_not_repeated(server, tmp_path, path):
     file = tmp_path / "new" / "input.txt"
-    for _ in range(2):      # the second time it is there
+    for _ in range(2):      # the second time the file exists
         assert fetch.download(server.url + path, file, len(TEXT)) == file
         assert file.read_text() == TEXT
     assert server.asked == [path] and names(file.parent) == ["input.txt"]
@@ -126,14 +126,14 @@ def test_download(server, tmp_path, path):
     ("/missing", None, None, "HTTP Error 404: Not Found"),
     ("/slow", None, None, "timed out"),
 ])
-def test_download_refuses(server, tmp_path, path, size, sha256, message):
+def test_a_bad_download_is_one_error_and_no_file(server, tmp_path, path, size, sha256, message):
     with pytest.raises(UserError, match=message) as info:
         fetch.download(server.url + path, tmp_path / "f", size, sha256, timeout=0.2)
     assert "pass --input=FILE" in str(info.value)
     assert names(tmp_path) == []
 
 
-def test_download_without_a_server(server, tmp_path):
+def test_a_download_without_a_server_is_one_error_and_no_file(server, tmp_path):
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match=r"cannot download .*refused"):
@@ -141,14 +141,14 @@ def test_download_without_a_server(server, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_download_that_fails_at_the_end(server, tmp_path, monkeypatch):
+def test_a_download_that_cannot_be_renamed_leaves_no_file(server, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: raise_(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         fetch.download(server.url + "/good", tmp_path / "f")
     assert names(tmp_path) == []
 
 
-def test_download_keeps_a_text_of_the_users(server, tmp_path):
+def test_a_download_keeps_the_users_own_file(server, tmp_path):
     (tmp_path / "input.txt").write_text("mine")
     with pytest.raises(UserError, match=r"it has 4 bytes.*pass --input=.*input\.txt"):
         fetch.download(server.url + "/good", tmp_path / "input.txt", len(TEXT))
@@ -162,22 +162,22 @@ def raise_(error):
 # -----------------------------------------------------------------------------
 # reading and splitting
 
-@alike
+@repeatable
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.floats(0.05, 0.6))
-def test_split_documents(lengths, fraction):
+def test_documents_are_split_by_the_fraction_and_at_most_one_is_cut(lengths, fraction):
     documents = [f"{i:02}" + "." * n for i, n in enumerate(lengths)]
     train, val = fetch.split_documents(documents, fraction)
     assert (train, val) == fetch.split_documents(documents, fraction)
     total, have = sum(map(len, documents)), sum(len(text) for text, _ in val)
     assert fraction * total / 2 <= have <= fraction * total + 1
     cut = [text for text, ends in train if not ends]
-    if cut:         # put the one text that was cut together again
+    if cut:         # join the two parts of the one document that was cut
         assert len(cut) == 1
         train[train.index((cut[0], False))] = (cut[0] + val.pop()[0], True)
     assert sorted(train + val) == sorted((text, True) for text in documents)
 
 
-def test_split_of_one_document_is_by_characters():
+def test_a_single_document_is_split_by_characters():
     assert fetch.split_documents(["0123456789"]) == ([("012345678", False)], [("9", True)])
     assert fetch.split_text("0123456789") == ([("012345678", False)], [("9", False)])
 
@@ -185,7 +185,7 @@ def test_split_of_one_document_is_by_characters():
 # -----------------------------------------------------------------------------
 # encoding
 
-def test_encode_ends_documents_once(gpt2):
+def test_each_document_ends_with_one_end_of_text(gpt2):
     pieces = [(TEXT * 100, True), ("cut here", False), ("end", True)]      # the first needs slices
     tokenizer = fetch.choose_tokenizer("gpt2")
     ids = np.concatenate([ids for ids, _ in fetch.encode(
@@ -203,13 +203,13 @@ OLD = {"train.bin": b"old", "val.bin": b"old", "meta.pkl": b"old", "train.mask.b
 
 @pytest.fixture
 def old(tmp_path):
-    """A folder that holds an earlier dataset and a script."""
+    """A folder with an older dataset and a script."""
     for name, content in {**OLD, "prepare.py": b""}.items():
         (tmp_path / name).write_bytes(content)
     return tmp_path
 
 
-def test_write_dataset_replaces_all_of_an_older_one(old):
+def test_write_dataset_replaces_all_files_of_an_older_one(old):
     files = {"tokenizer.json": b"{}"}
     assert fetch.write_dataset(old, [IDS, IDS], iter([IDS]), files) == (4000, 2000)
     assert names(old) == ["prepare.py", "tokenizer.json", "train.bin", "val.bin"]
@@ -229,7 +229,7 @@ def test_write_dataset_that_fails_midway_leaves_the_older_one(old):
 
 
 @pytest.mark.parametrize("works", [0, 1, 2])
-def test_write_dataset_that_fails_at_the_last_leaves_neither(old, monkeypatch, works):
+def test_write_dataset_that_fails_while_renaming_leaves_no_dataset(old, monkeypatch, works):
     replace, left = os.replace, iter(range(works))
     monkeypatch.setattr(os, "replace", lambda *paths: (
         replace(*paths) if next(left, None) is not None else raise_(KeyboardInterrupt())))
@@ -239,7 +239,7 @@ def test_write_dataset_that_fails_at_the_last_leaves_neither(old, monkeypatch, w
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_dataset_or_none(old, monkeypatch):
-    """After each file operation: train.bin opens only with all that describes it, val.bin too."""
+    """After each file operation: with a train.bin or a new val.bin, all other files are new."""
     (old / "tokenizer.json").write_bytes(b"old")
     seen = []
 
@@ -267,7 +267,7 @@ def test_write_dataset_refuses_too_little_text(old):
     assert (old / "val.bin").read_bytes() == b"old"
 
 
-def test_a_short_split_is_said(tmp_path, capsys):
+def test_a_short_split_is_reported(tmp_path, capsys):
     fetch.write_dataset(tmp_path, [IDS], [IDS[:100]], {})
     assert "--block_size=99 or less" in capsys.readouterr().out
 
@@ -276,7 +276,7 @@ def test_a_short_split_is_said(tmp_path, capsys):
 # the scripts
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_from_any_folder(name, tmp_path):
+def test_help_works_from_any_folder(name, tmp_path):
     path = ROOT / "data" / name / "prepare.py"
     result = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True,
                             text=True)
@@ -299,7 +299,7 @@ def test_ctrl_c_is_one_line(capsys):
     assert info.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_shakespeare(gpt2, shakespeare_txt, tmp_path):
+def test_shakespeare_has_the_known_number_of_tokens(gpt2, shakespeare_txt, tmp_path):
     (tmp_path / "meta.pkl").write_bytes(b"of an earlier run by characters")
     prepare("shakespeare", input=shakespeare_txt, out_dir=tmp_path)
     train, val = tokens(tmp_path)
@@ -308,7 +308,7 @@ def test_shakespeare(gpt2, shakespeare_txt, tmp_path):
     assert gpt2.decode(train + val) == shakespeare_txt.read_text(encoding="utf-8")
 
 
-def test_shakespeare_char(shakespeare_txt, tmp_path):
+def test_shakespeare_char_has_the_known_number_of_tokens_and_characters(shakespeare_txt, tmp_path):
     prepare("shakespeare_char", input=shakespeare_txt, out_dir=tmp_path)
     train, val = tokens(tmp_path)
     meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
@@ -326,7 +326,7 @@ def test_shakespeare_checks_its_download(server, tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_shakespeare_of_an_empty_file(tmp_path):
+def test_shakespeare_refuses_an_empty_file(tmp_path):
     (tmp_path / "input.txt").write_text("\n")
     with pytest.raises(UserError, match=r"input\.txt is empty"):
         prepare("shakespeare", input=tmp_path / "input.txt", out_dir=tmp_path)
@@ -337,7 +337,7 @@ def test_shakespeare_of_an_empty_file(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four documents in three files, and files that are none."""
+    """Four documents in three files, and files to skip: empty, hidden or of another type."""
     source = tmp_path / "texts"
     (source / "sub").mkdir(parents=True)
     (source / ".git").mkdir()
@@ -350,7 +350,7 @@ def folder(tmp_path):
     return source
 
 
-def test_text_folder(gpt2, folder, tmp_path, capsys):
+def test_text_reads_the_documents_of_a_folder(gpt2, folder, tmp_path, capsys):
     prepare("text", input=folder, out_dir=tmp_path / "mine", val_fraction=0.4)
     train, val = tokens(tmp_path / "mine")
     documents = gpt2.decode(train).split("<|endoftext|>") + gpt2.decode(val).split("<|endoftext|>")
@@ -368,7 +368,7 @@ def test_text_folder(gpt2, folder, tmp_path, capsys):
 
 
 def next_config(out):
-    """The train.Config of the command that a prepare.py's last line prints."""
+    """The train.Config of the command in the last line of a prepare.py's output."""
     python, script_name, *argv = shlex.split(out.splitlines()[-1].removeprefix("next: "))
     assert (python, script_name) == ("python", "train.py")
     return configure(Config, [str(ROOT / argv[0]), *argv[1:]])
@@ -400,7 +400,7 @@ def test_text_names_every_bad_file(folder, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "mine").exists()
 
 
-def test_a_validation_file_of_ones_own(gpt2, folder, tmp_path):
+def test_text_may_have_a_separate_validation_file(gpt2, folder, tmp_path):
     (tmp_path / "val.txt").write_text(f"Mine.<|endoftext|>{TEXT}")
     prepare("text", input=folder, val_input=tmp_path / "val.txt", out_dir=tmp_path / "out")
     train_ids, val_ids = tokens(tmp_path / "out")
@@ -408,14 +408,14 @@ def test_a_validation_file_of_ones_own(gpt2, folder, tmp_path):
     assert train_ids.count(50256) == 4
 
 
-def test_text_order_is_that_of_the_paths(folder):
+def test_text_reads_files_in_the_order_of_their_paths(folder):
     files = script("text").find_files(folder, "txt, .md")
     assert [f.relative_to(folder).as_posix() for f in files] == [
         "b.txt", "c.txt", "empty.txt", "sub/a.MD"]
     assert [f.name for f in script("text").find_files(folder, ".py")] == ["d.py"]
 
 
-def test_text_other_marks(folder, tmp_path):
+def test_text_may_be_separated_by_another_mark_or_none(folder, tmp_path):
     def read(*args):
         found = script("text").find_documents(*args)
         return ["".join(parts) for parts, _ in fetch.read_pieces([(d, True) for d in found])]
@@ -425,16 +425,16 @@ def test_text_other_marks(folder, tmp_path):
     assert read(tmp_path / "f", "", "====") == ["one", "two"]
 
 
-def test_text_by_characters(folder, tmp_path):
+def test_text_may_be_encoded_by_characters(folder, tmp_path):
     prepare("text", input=folder / "b.txt", out_dir=tmp_path, tokenizer="char")
     train, val = tokens(tmp_path)
     itos = pickle.loads((tmp_path / "meta.pkl").read_bytes())["itos"]
-    # a newline stands for the end of the one document
+    # a newline is written in place of the end-of-text of the one document
     assert "".join(itos[i] for i in train + val) == "Bee\n" + TEXT + "\n"
     assert len(train) == int(0.9 * len("Bee\n" + TEXT))
 
 
-def test_text_with_a_tokenizer_of_its_own_and_again(folder, tmp_path, capsys):
+def test_text_trains_a_tokenizer_or_reads_one_from_a_file(folder, tmp_path, capsys):
     from tokenizers import Tokenizer
     prepare("text", input=folder, out_dir=tmp_path / "1", tokenizer="train", vocab_size=300)
     assert next_config(capsys.readouterr().out).init_from == "scratch"
@@ -444,7 +444,7 @@ def test_text_with_a_tokenizer_of_its_own_and_again(folder, tmp_path, capsys):
     assert tokenizer.get_vocab_size() == 300 and max(train) < 300
     assert tokenizer.token_to_id("<|endoftext|>") == 0 and (train + val).count(0) == 4
     assert TEXT in tokenizer.decode(train)
-    # a file that would cut documents short, and the same tokens all the same
+    # the truncation and padding of a tokenizer file are ignored
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=2000)
     tokenizer.save(str(tmp_path / "cut.json"))
@@ -455,7 +455,7 @@ def test_text_with_a_tokenizer_of_its_own_and_again(folder, tmp_path, capsys):
 
 
 def words(count):
-    """A tokenizer.json of so many words, without end-of-text."""
+    """A tokenizer.json of `count` words, without end-of-text."""
     vocab = {f"w{i}": i for i in range(count)}
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"}
     return json.dumps({"version": "1.0", "model": model, "added_tokens": []})
@@ -476,7 +476,7 @@ def words(count):
     ({"input": "good.txt", "tokenizer": "big.json"}, r"big\.json: ids up to 65,536 do not fit"),
     ({"input": "good.txt", "tokenizer": "train", "vocab_size": 99}, "--vocab_size=99: must be"),
 ])
-def test_text_refuses(tmp_path, monkeypatch, arguments, message):
+def test_text_refuses_bad_input(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("nothing").mkdir()
     for name, content in {
@@ -490,7 +490,7 @@ def test_text_refuses(tmp_path, monkeypatch, arguments, message):
     assert not Path("mine").exists() or names(Path("mine")) == []
 
 
-def test_a_tokenizer_without_end_of_text_separates_by_a_newline_if_it_has_one():
+def test_without_end_of_text_documents_are_separated_by_a_newline_if_there_is_one():
     lines = fetch.char_tokenizer([("ab\n", True)])
     assert fetch.document_end(lines) == lines.encode("\n") == [0]
     assert fetch.document_end(fetch.char_tokenizer([("ab", True)])) == []
@@ -501,7 +501,7 @@ def test_a_tokenizer_without_end_of_text_separates_by_a_newline_if_it_has_one():
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A small standard library: 1,002 docstrings and what is to be left out."""
+    """A small standard library: 1,003 docstrings, and others that must be left out."""
     root = tmp_path / "lib"
     for name in ("pkg", "test", "site-packages"):
         (root / name).mkdir(parents=True)
@@ -528,13 +528,13 @@ except ImportError:
     return module
 
 
-def test_docstrings(library):
+def test_docstrings_of_functions_classes_and_modules_are_read(library):
     docstrings = library.read_docstrings(library.read_library())
     assert docstrings[:2] == ["Returns the number 0.", "Returns the number 1."]
     assert docstrings[1000:] == ["Class C.\n\nText.\n    indented", "Class C.", "Module pkg."]
 
 
-def test_python_docs(library, tmp_path):
+def test_python_docs_writes_the_same_two_datasets_each_time(library, tmp_path):
     from tokenizers import Tokenizer
     for run in "12":
         library.main([f"--out_dir={tmp_path / run}", "--vocab_size=500"])
@@ -562,7 +562,7 @@ def test_repeats_are_dropped():
     assert script("python_docs").drop_repeats(documents) == ["short", whole, "short too"]
 
 
-def test_python_without_topics_or_sources(library, monkeypatch, tmp_path):
+def test_a_python_without_sources_or_topics_is_refused(library, monkeypatch, tmp_path):
     monkeypatch.setattr(library.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "gone")})
     with pytest.raises(UserError, match=r"only 0 docstrings in .*gone"):
         library.main([f"--out_dir={tmp_path}"])
@@ -574,9 +574,9 @@ def test_python_without_topics_or_sources(library, monkeypatch, tmp_path):
 # -----------------------------------------------------------------------------
 # data/openwebtext
 
-def test_openwebtext_tokens(gpt2):
+def test_openwebtext_encodes_each_text_and_its_end(gpt2):
     class Tokenized(list):
-        """What main() uses of a datasets.Dataset."""
+        """The part of datasets.Dataset that main() uses."""
         def iter(self, batch_size):
             for i in range(0, len(self), 2):
                 yield {"ids": self[i:i + 2]}
@@ -588,14 +588,14 @@ def test_openwebtext_tokens(gpt2):
     assert ids.tolist() == [i for text in texts for i in [*gpt2.encode_ordinary(text), 50256]]
 
 
-def test_openwebtext_without_datasets(gpt2, monkeypatch, tmp_path):
+def test_openwebtext_without_the_datasets_package_is_refused(gpt2, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         prepare("openwebtext", out_dir=tmp_path / "out")
     assert names(tmp_path) == []
 
 
-def test_openwebtext(gpt2, tmp_path, monkeypatch):
+def test_openwebtext_reads_a_file_and_refuses_bad_ones(gpt2, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("datasets", reason="needs the optional package datasets")

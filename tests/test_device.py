@@ -13,7 +13,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def cards(monkeypatch):
-    """cards(n, capability) makes this a machine with n such GPUs."""
+    """cards(n, capability) makes torch see n GPUs of this compute capability."""
     def pretend(n, capability=(8, 0)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
@@ -22,7 +22,7 @@ def cards(monkeypatch):
     return pretend
 
 
-def test_auto_takes_the_gpu_where_there_is_one(cards, monkeypatch):
+def test_auto_picks_a_gpu_if_there_is_one(cards, monkeypatch):
     cards(2)
     assert pick_device() == CUDA
     cards(0)
@@ -31,7 +31,7 @@ def test_auto_takes_the_gpu_where_there_is_one(cards, monkeypatch):
     assert pick_device() == torch.device("mps")
 
 
-def test_each_process_has_a_card_of_its_own(cards, ranks):
+def test_each_process_has_its_own_gpu(cards, ranks):
     cards(2)
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     ranks(1, 2)
@@ -40,42 +40,44 @@ def test_each_process_has_a_card_of_its_own(cards, ranks):
         pick_device("auto", local_rank=2)
 
 
-def test_a_card_that_is_not_there(cards):
+def test_a_gpu_that_does_not_exist_is_refused(cards):
     cards(1)
     with pytest.raises(UserError, match=r"cuda:3 .* has 1 GPU"):
         pick_device("cuda:3")
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16),
-                                               ((9, 0), torch.bfloat16)])
-def test_auto_dtype_on_a_gpu_is_what_it_computes_itself(cards, monkeypatch, capability, dtype):
+                                               ((9, 0), torch.bfloat16)], ids=str)
+def test_auto_dtype_on_a_gpu_is_bfloat16_only_if_the_gpu_does_not_emulate_it(
+        cards, monkeypatch, capability, dtype):
     cards(1, capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # emulated: no guide
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # even if it is emulated
     assert pick_dtype("auto", CUDA) == dtype
 
 
-@pytest.mark.parametrize("amx, avx512", [(False, False), (True, False), (False, True)])
-def test_auto_dtype_on_a_cpu(monkeypatch, amx, avx512):
+@pytest.mark.parametrize("amx, avx512", [(False, False), (True, False), (False, True)],
+                         ids=["neither", "AMX", "AVX-512"])
+def test_auto_dtype_on_a_cpu_is_bfloat16_only_with_amx_or_avx512(monkeypatch, amx, avx512):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
     assert pick_dtype("auto", CPU) == (torch.bfloat16 if amx or avx512 else torch.float32)
 
 
-def test_a_dtype_that_is_asked_for():
+def test_a_given_dtype_is_used_and_an_unknown_one_is_refused():
     assert pick_dtype("float16", CPU) == torch.float16
     assert pick_dtype("auto", torch.device("mps")) == torch.float32
     with pytest.raises(UserError, match="--dtype=half: use auto, float32, bfloat16 or float16"):
         configure(Config, ["--dtype=half"])
 
 
-def test_what_was_cast_is_not_kept_for_the_rest_of_a_pass():
+def test_autocast_keeps_cast_weights_only_if_asked_to():
     for fields, kept in (({}, False), ({"cache": True}, True)):
         with devices.autocast(CPU, torch.bfloat16, **fields):
             assert torch.is_autocast_enabled("cpu")
             assert torch.is_autocast_cache_enabled() == kept
 
 
-def test_compile_is_picked_where_it_works(cards, monkeypatch):
+def test_auto_compiles_only_where_compilation_works(cards, monkeypatch):
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: object())
     cards(1, (7, 0))
     assert pick_compile("auto", CUDA) is True

@@ -1,4 +1,4 @@
-"""One run on many processes: sums over ranks, and two processes against one."""
+"""One run on several processes: sums over ranks, and two processes compared with one."""
 import json
 import os
 import subprocess
@@ -17,7 +17,7 @@ from nanotune.training.distributed import read_world, sum_over_ranks
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_one_process_needs_no_group():
+def test_one_process_creates_no_process_group():
     world = read_world("cpu")
     assert (world.rank, world.size, world.is_main) == (0, 1, True)
     distributed.join(world)
@@ -27,7 +27,8 @@ def test_one_process_needs_no_group():
 
 
 @pytest.mark.parametrize("steps, size, use", [(3, 2, 2), (40, 3, 39), (1, 4, 4)])
-def test_accumulation_that_does_not_divide(tmp_path, monkeypatch, capsys, ranks, steps, size, use):
+def test_accumulation_steps_that_do_not_divide_among_processes_are_refused(
+        tmp_path, monkeypatch, capsys, ranks, steps, size, use):
     ranks(0, size)
     status, _, err = run_script(monkeypatch, capsys, train.main, arguments(
         write_dataset(tmp_path / "chars"), tmp_path / "out", gradient_accumulation_steps=steps))
@@ -72,7 +73,7 @@ for job in json.load(open(sys.argv[1])):
         status = end.code or 0
     with open(f"{job['note']}.{os.environ['RANK']}", "w") as f:
         f.write(str(status))
-cli.end_now(0)  # as scripts do: destructors of DDP may abort
+cli.end_now(0)  # as scripts do, because destructors of DDP may abort
 '''
 
 
@@ -86,9 +87,9 @@ def torchrun(*command, timeout=120):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """(folder, stdout) of several runs by two processes, which one start of them makes: whole is
-    six steps in one go, parts is three and three, stopped is ended by a signal to one of them at
-    step 4 and goes on, masked has uneven targets."""
+    """(folder, stdout) of several runs on two processes, which are started only once. "whole" has
+    six steps, "parts" has three and resumes for three more, "stopped" ends by a signal to rank 1 at
+    step 4 and is resumed, "masked" has uneven targets."""
     folder = tmp_path_factory.mktemp("two")
     dataset = write_dataset(folder / "chars")
     masked = write_dataset(folder / "masked")
@@ -128,7 +129,7 @@ def assert_same_state(a, b, atol=0.0):
                                        atol=atol, msg=f"{name} {key}")
 
 
-def test_two_processes_are_one(two, tmp_path):
+def test_two_processes_compute_the_same_as_one(two, tmp_path):
     folder, _ = two
     assert statuses(folder, "whole") == [0, 0]
     run_train(folder / "chars", tmp_path / "one", **FIELDS)
@@ -139,7 +140,7 @@ def test_two_processes_are_one(two, tmp_path):
     assert_same_state(tmp_path / "one", folder / "whole", atol=1e-3)
 
 
-def test_targets_that_are_uneven_among_ranks_weigh_alike(two, tmp_path):
+def test_targets_that_are_uneven_among_ranks_have_equal_weights(two, tmp_path):
     folder, _ = two
     run_train(folder / "masked", tmp_path / "one", **FIELDS | {"dropout": 0.0})
     for one, other in zip(losses(tmp_path / "one"), losses(folder / "masked-out")):
@@ -162,20 +163,20 @@ def test_a_signal_to_one_stops_both_at_the_same_step(two):
     assert losses(folder / "stopped") == losses(folder / "whole")
 
 
-def test_what_two_processes_began_one_goes_on_with(two, tmp_path):
+def test_one_process_resumes_a_run_of_two(two, tmp_path):
     folder, _ = two
     (tmp_path / "state.pt").write_bytes((folder / "whole" / "state.pt").read_bytes())
     assert run_train(folder / "chars", tmp_path, init_from="resume", **FIELDS, max_iters=8) == 0
     assert [e["step"] for e in read_metrics(tmp_path) if "step" in e] == [8]
 
 
-def test_two_processes_speak_once(two):
+def test_two_processes_print_each_line_once(two):
     _, printed = two
     assert printed.count("step 0: train loss") == 4  # whole, part 1, stopped, masked
     assert printed.count("nats per token") == 1
 
 
-def test_two_processes_evaluate_as_one(two, capsys):
+def test_two_processes_evaluate_the_same_as_one(two, capsys):
     folder, printed = two
     evaluate.main([f"--out_dir={folder / 'whole'}", f"--dataset={folder / 'chars'}",
                    "--device=cpu", "--dtype=float32", "--eval_iters=7", "--batch_size=3"])
@@ -192,7 +193,7 @@ def test_a_user_error_under_torchrun_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_blows_up_ends_on_both(tmp_path):
+def test_a_non_finite_loss_ends_both_processes(tmp_path):
     done = torchrun("train.py", *arguments(
         write_dataset(tmp_path / "chars"), tmp_path / "out", learning_rate=1e30, grad_clip=0.0))
     assert done.returncode != 0
@@ -202,8 +203,8 @@ def test_a_run_that_blows_up_ends_on_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_of_the_first_rank_alone_ends_both(tmp_path):
-    """Only the first writes: when its disk is full, the other waits for it in vain."""
+def test_a_failure_of_rank_0_ends_both_processes(tmp_path):
+    """Only rank 0 writes. If its disk is full, rank 1 must not wait for it."""
     (tmp_path / "driver.py").write_text(
         "import os, train\n"
         "from nanotune import cli, files\n"
@@ -224,7 +225,7 @@ def test_a_failure_of_the_first_rank_alone_ends_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_saves_and_the_command_goes_on(tmp_path):
+def test_sigterm_to_torchrun_saves_and_the_printed_command_resumes(tmp_path):
     dataset = write_dataset(tmp_path / "chars")
     fields = FIELDS | dict(max_iters=100_000, eval_interval=50_000)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",

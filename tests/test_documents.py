@@ -1,4 +1,4 @@
-"""Documents in parts: the same documents and the same ids as from the whole text at once."""
+"""Documents read in parts: the documents and ids equal those of the whole text in memory."""
 import json
 from itertools import chain, pairwise
 
@@ -19,7 +19,7 @@ TEXTS = st.lists(st.sampled_from([*LETTERS, EOT, "==", "a b", "\n" * 9]), max_si
 
 @pytest.fixture(scope="module")
 def small():
-    """Blocks, slices and batches of a few characters."""
+    """Blocks, edges and batches of a few characters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "BLOCK", 7)
         patch.setattr(documents, "EDGE", 16)
@@ -41,27 +41,27 @@ def text_of(found):
 
 
 @pytest.mark.parametrize("mark, end", [(None, EOT), (EOT, EOT), ("==", EOT), ("\n", "b")])
-def test_documents_are_those_of_the_whole_text(small, tmp_path, mark, end):
+def test_documents_equal_those_of_the_whole_text(small, tmp_path, mark, end):
     @given(TEXTS)
     @example(" " * 50 + "a" + " " * 50 + EOT + "\n" * 50 + "==" * 9 + "=" + "ab " * 50 + EOT + "  ")
-    def alike(text):
+    def check(text):
         (tmp_path / "f").write_bytes(text.encode())
         found = list(find_documents(tmp_path / "f", mark, end))
         expected = whole(read.read_text(tmp_path / "f"), mark, end)
         assert list(map(len, found)) == list(map(len, expected))
         assert text_of(found) == expected
-    alike()
+    check()
 
 
-def test_a_document_is_cut_as_a_text(small, tmp_path):
+def test_a_document_is_sliced_like_a_string(small, tmp_path):
     (tmp_path / "f").write_text("one two three")
     document, = find_documents(tmp_path / "f", None)
     cut = [document[4:], document[:3], document[4:][:3], document[50:], document[3:2]]
     assert [len(part) for part in cut] == [9, 3, 3, 0, 0]
-    assert text_of(cut) == ["two three", "one", "two", "", ""]     # also back in the file
+    assert text_of(cut) == ["two three", "one", "two", "", ""]     # in any order
 
 
-def test_a_file_that_becomes_shorter(small, tmp_path):
+def test_a_file_that_becomes_shorter_is_refused(small, tmp_path):
     (tmp_path / "f").write_text("one two three")
     with pytest.raises(UserError, match=r"f became shorter while it was read; run this again"):
         text_of([Document(tmp_path / "f", 0, 14)])
@@ -72,11 +72,11 @@ def tokenizers():
     yield pytest.param(CharTokenizer(sorted({*LETTERS, *EOT, "="})), id="characters")
     yield pytest.param(JsonTokenizer(tiny_json()), id="json")
     prefix = changed(pre_tokenizer={"add_prefix_space": True})
-    yield pytest.param(JsonTokenizer(prefix), id="json that joins")
+    yield pytest.param(JsonTokenizer(prefix), id="json with a prefix space")
 
 
 def changed(token=(), **parts):
-    """tiny_json() with some fields replaced."""
+    """tiny_json() with these fields replaced."""
     data = json.loads(tiny_json())
     for name, fields in parts.items():
         data[name] = {**(data[name] or {}), **fields}
@@ -85,13 +85,14 @@ def changed(token=(), **parts):
 
 
 @pytest.mark.parametrize("tokenizer", [*tokenizers()])
-def test_ids_are_those_of_the_whole_text(small, gpt2_vocabulary, tokenizer, tmp_path, monkeypatch):
+def test_ids_equal_those_of_the_whole_text(
+        small, gpt2_vocabulary, tokenizer, tmp_path, monkeypatch):
     in_slices = documents.slices
     monkeypatch.setattr(documents, "slices", lambda parts: in_slices(parts, 3))
     end = np.array(documents.document_end(tokenizer))
 
     @given(TEXTS, TEXTS)
-    def alike(first, second):
+    def check(first, second):
         (tmp_path / "f").write_bytes(f"{first}\nb{EOT}{second}a".encode())
         found = list(find_documents(tmp_path / "f", EOT))
         pieces = [*((document, True) for document in found), (first, False), (second, True)]
@@ -101,10 +102,10 @@ def test_ids_are_those_of_the_whole_text(small, gpt2_vocabulary, tokenizer, tmp_
         assert np.concatenate([ids for ids, _ in got]).tolist() == list(chain(*expected))
         lengths = np.concatenate([lengths for _, lengths in got])
         assert lengths.sum() == sum(map(len, expected)) and len(lengths) >= len(pieces)
-    alike()
+    check()
 
 
-def test_a_text_is_sliced_after_words():
+def test_a_text_is_sliced_only_after_whole_words():
     text = "one two\nthree  four\n\n" * 3 + "x" * 30 + " end"
     parts = list(documents.slices(iter([text[:40], text[40:]]), 8))
     assert "".join(parts) == text and len(parts) > 5
@@ -114,14 +115,13 @@ def test_a_text_is_sliced_after_words():
 @pytest.mark.parametrize("change", [
     {"normalizer": {"type": "NFC"}}, {"pre_tokenizer": {"add_prefix_space": True}},
     {"pre_tokenizer": {"use_regex": False}}, {"pre_tokenizer": {"type": "Whitespace"}},
-    {"token": {"rstrip": True}}, {"token": {"content": "a b"}}])
-def test_a_tokenizer_that_may_join_is_given_whole_texts(change):
+    {"token": {"rstrip": True}}, {"token": {"content": "a b"}}], ids=str)
+def test_a_tokenizer_that_may_join_slices_is_not_sliceable(change):
     assert JsonTokenizer(tiny_json()).sliceable
     assert not JsonTokenizer(changed(**change)).sliceable
 
 
-def test_many_short_texts(gpt2_vocabulary):
-    """Also with more texts than tasks."""
+def test_a_batch_of_many_or_no_texts_is_encoded_like_each_text(gpt2_vocabulary):
     tokenizer, texts = GPT2Tokenizer(), [f"text {i}" for i in range(1000)] + [""]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == list(
         map(tokenizer.encode, texts))

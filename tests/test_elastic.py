@@ -1,4 +1,4 @@
-"""Processes that die, hang or go wrong: the others stop together, and a restart goes on."""
+"""Processes that die, hang or compute NaN: the others stop together, and a restart resumes."""
 import json
 import math
 import os
@@ -32,17 +32,17 @@ def assert_same_state(a, b, atol=0.0):
 
 
 def when_step(out, step, job):
-    """Waits until a step is logged."""
+    """Wait until `step` is logged."""
     while job.alive() and resume.reached_step(out) <= step:
         time.sleep(0.001)
     assert job.alive(), job.said()
 
 
 # -----------------------------------------------------------------------------
-# not finite on one rank: all stop before the step, together
+# NaN on one rank: all ranks stop before the step
 
-def nan_in_a_batch(rank):
-    """Rank 1 reads a token whose embedding is NaN, in the batches of step 2."""
+def nan_in_the_activations(rank):
+    """In step 2 the activations of rank 1 are NaN."""
     def forward_backward(r, step):
         if rank == 1 and step == 2:
             r.model.transformer.ln_f.register_forward_hook(lambda module, args, x: x * math.nan)
@@ -52,7 +52,7 @@ def nan_in_a_batch(rank):
 
 
 def nan_in_the_loss(rank):
-    """Rank 1's loss alone: its gradients are sound."""
+    """In step 2 the loss of rank 1 is NaN, but its gradients are finite."""
     def forward_backward(r, step):
         loss = real(r, step)
         return loss * math.nan if rank == 1 and step == 2 else loss
@@ -61,7 +61,7 @@ def nan_in_the_loss(rank):
 
 
 def nan_in_a_gradient(rank):
-    """After the ranks have exchanged gradients, as a fault of rank 1's memory would have it."""
+    """In step 2 a gradient of rank 1 becomes NaN after the all-reduce, as with a memory fault."""
     def forward_backward(r, step):
         loss = real(r, step)
         if rank == 1 and step == 2:
@@ -76,15 +76,15 @@ def nan_in_a_gradient(rank):
 @pytest.mark.parametrize("parallel, hook", [
     ("ddp", nan_in_a_gradient), ("fsdp", nan_in_the_loss),
     *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
-        ("ddp", nan_in_a_batch), ("ddp", nan_in_the_loss), ("fsdp", nan_in_a_batch),
+        ("ddp", nan_in_the_activations), ("ddp", nan_in_the_loss), ("fsdp", nan_in_the_activations),
         ("fsdp", nan_in_a_gradient)))])
-def test_all_ranks_stop_before_the_step(dataset, tmp_path, parallel, hook):
+def test_all_ranks_stop_before_the_step_if_one_has_a_nan(dataset, tmp_path, parallel, hook):
     out = tmp_path / "out"
     argv = arguments(dataset, out, **FIELDS | dict(parallel=parallel, save_interval=1))
     statuses, said = run_ranks(2, argv, tmp_path / "log", hook)
     assert statuses == [1, 1], said
     errors = [line for line in said.splitlines() if line.startswith("error")]
-    assert len(errors) == 2  # the second rank waits: torchrun would have ended it by now
+    assert len(errors) == 2  # rank 1 waits before it prints; torchrun would end it first
     assert errors[0] == errors[1]
     what = "gradient norm is not finite" if hook is nan_in_a_gradient else "loss is nan"
     assert errors[0].startswith(f"error: step 2: the {what}; stopped before the step")
@@ -94,10 +94,10 @@ def test_all_ranks_stop_before_the_step(dataset, tmp_path, parallel, hook):
 
 
 # -----------------------------------------------------------------------------
-# a process that is gone, or does not answer
+# a process that is gone or does not answer
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_rank_ends_the_other_and_the_run_goes_on(dataset, tmp_path, rank):
+def test_a_killed_rank_ends_the_other_and_the_run_can_be_resumed(dataset, tmp_path, rank):
     out, whole = tmp_path / "out", tmp_path / "whole"
     fields = FIELDS | dict(max_iters=12, save_interval=2, eval_interval=6)
     statuses, said = run_ranks(2, arguments(dataset, whole, **fields), tmp_path / "log")
@@ -113,20 +113,20 @@ def test_a_killed_rank_ends_the_other_and_the_run_goes_on(dataset, tmp_path, ran
     assert "--auto_resume=True" in said and "Traceback" not in said
     statuses, said = run_ranks(2, argv, tmp_path / "log")
     assert statuses == [0, 0], said
-    assert ("without a word" in said) == (rank == 0)  # rank 0 had the last word
+    assert ("without a word" in said) == (rank == 0)  # only rank 0 records how a run ends
     assert_same_state(out, whole)
     assert losses(out) == losses(whole)
 
 
-def test_a_rank_that_hangs_ends_the_other_in_time(dataset, tmp_path):
-    """A stopped process is what a machine is whose cable was drawn: silent, not gone."""
+def test_a_rank_that_hangs_ends_the_other_after_the_timeout(dataset, tmp_path):
+    """A stopped process stands for a machine without network: its connections stay open."""
     out = tmp_path / "out"
     job = Job(2, arguments(dataset, out, **FIELDS, max_iters=10**6, eval_interval=10**6,
                            timeout=3), tmp_path / "log")
     when_step(out, 2, job)
     os.kill(job.ranks[1].pid, signal.SIGSTOP)
     try:
-        job.ranks[0].join(60)  # gloo's own patience is 30 minutes
+        job.ranks[0].join(60)  # gloo's default timeout is 30 minutes
         assert job.ranks[0].exitcode == 1, job.said()
     finally:
         job.kill(1)
@@ -136,8 +136,8 @@ def test_a_rank_that_hangs_ends_the_other_in_time(dataset, tmp_path):
     assert resume.read_run_file(out)["status"] == "failed"
 
 
-def test_a_process_that_never_comes_is_not_waited_for(dataset, tmp_path):
-    """One of two starts: it gives up after --timeout."""
+def test_a_process_that_never_starts_ends_the_other_after_the_timeout(dataset, tmp_path):
+    """Only one of two processes starts."""
     job = Job(2, arguments(dataset, tmp_path / "out", **FIELDS, timeout=4), tmp_path / "log",
               absent_second)
     statuses = job.wait(60)
@@ -151,7 +151,7 @@ def absent_second(rank):
 
 
 # -----------------------------------------------------------------------------
-# torchrun restarts by itself
+# torchrun restarts the processes
 
 def torchrun(argv, log, *options, size=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -178,26 +178,26 @@ def ranks_of(agent):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("parallel, size, atol", [("ddp", 2, 0.0), ("fsdp", 2, 0.0),
                                                   ("ddp", 4, 1e-6)])
-def test_torchrun_restarts_and_goes_on(dataset, tmp_path, parallel, size, atol):
-    """Three times a rank is killed, another each time; the weights are those of no kill."""
+def test_torchrun_restarts_and_resumes(dataset, tmp_path, parallel, size, atol):
+    """Ranks are killed in turn, three times; the weights equal those of an undisturbed run."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     fields = FIELDS | dict(max_iters=40, lr_decay_iters=40, save_interval=5, eval_interval=20,
                            gradient_accumulation_steps=4, parallel=parallel)
     statuses, said = run_ranks(size, arguments(dataset, whole, **fields), tmp_path / "log")
     assert statuses == [0] * size, said
-    agent = torchrun(arguments(dataset, out, **fields, auto_resume=True), tmp_path / "said",
+    agent = torchrun(arguments(dataset, out, **fields, auto_resume=True), tmp_path / "torchrun.log",
                      "--max-restarts=3", size=size)
     try:
         for kill, step in enumerate((7, 18, 31)):
             while agent.poll() is None and resume.reached_step(out) <= step:
                 time.sleep(0.01)
-            assert agent.poll() is None, (tmp_path / "said").read_text()
+            assert agent.poll() is None, (tmp_path / "torchrun.log").read_text()
             os.kill(ranks_of(agent)[kill % size], signal.SIGKILL)
             time.sleep(1)  # metrics.jsonl goes back to the state's step when the run resumes
-        assert agent.wait(300) == 0, (tmp_path / "said").read_text()
+        assert agent.wait(300) == 0, (tmp_path / "torchrun.log").read_text()
     finally:
         agent.kill()
-    said = (tmp_path / "said").read_text()
+    said = (tmp_path / "torchrun.log").read_text()
     assert said.count("resuming at step") == 3
     assert_same_state(out, whole, atol)
     assert [entry["iter"] for entry in map(json.loads, (out / "metrics.jsonl").open())
@@ -207,10 +207,10 @@ def test_torchrun_restarts_and_goes_on(dataset, tmp_path, parallel, size, atol):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sigterm_to_torchrun_saves_in_time(dataset, tmp_path):
-    """What Slurm does before the time limit; the same command goes on."""
+    """Slurm sends SIGTERM before the time limit. The same command resumes the run."""
     out = tmp_path / "out"
     fields = FIELDS | dict(max_iters=10**6, eval_interval=10**6, parallel="fsdp", auto_resume=True)
-    agent = torchrun(arguments(dataset, out, **fields), tmp_path / "said")
+    agent = torchrun(arguments(dataset, out, **fields), tmp_path / "torchrun.log")
     try:
         while agent.poll() is None and resume.reached_step(out) <= 3:
             time.sleep(0.01)
@@ -218,7 +218,7 @@ def test_sigterm_to_torchrun_saves_in_time(dataset, tmp_path):
         assert agent.wait(120) != 0
     finally:
         agent.kill()
-    said = (tmp_path / "said").read_text()
+    said = (tmp_path / "torchrun.log").read_text()
     assert "stopped by a signal after step" in said, said
     state = files.load(out / "state.pt")
     assert state["iter_num"] > 3

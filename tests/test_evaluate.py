@@ -1,4 +1,5 @@
-"""The reported loss against a plain loop over transformers' model; what it may not depend on."""
+"""The reported loss equals that of a plain loop over transformers' model, for any batch size and
+number of processes."""
 import json
 import math
 import re
@@ -35,7 +36,7 @@ def loss_of(model, data, eval_iters=0, batch_size=3, world=ALONE, dtype=torch.fl
 
 @torch.no_grad()
 def plain_loop(theirs, tokens, starts):
-    """The mean over all targets of windows that begin at these places."""
+    """The mean loss over all targets of the windows that begin at `starts`."""
     total, count = 0.0, 0
     for start in starts:
         window = torch.from_numpy(tokens[start:start + T + 1].astype(np.int64))
@@ -45,8 +46,8 @@ def plain_loop(theirs, tokens, starts):
     return total / count
 
 
-@pytest.mark.parametrize("neo", [False, True])
-def test_the_loss_is_that_of_transformers(neo, val_bin, write_hf):
+@pytest.mark.parametrize("neo", [False, True], ids=["gpt2", "neo"])
+def test_the_loss_equals_that_of_transformers(neo, val_bin, write_hf):
     theirs = hf_model(neo=neo)
     ours = GPT.from_pretrained(str(write_hf(theirs)))
     data, tokens = TokenBin(val_bin, T, 61), np.fromfile(val_bin, "<u2")
@@ -54,7 +55,7 @@ def test_the_loss_is_that_of_transformers(neo, val_bin, write_hf):
     assert loss_of(ours, data) == pytest.approx(whole, abs=1e-4)
     spaced = [round(i * (N - 1 - T) // 5) for i in range(6)]
     assert loss_of(ours, data, 2, 3) == pytest.approx(plain_loop(theirs, tokens, spaced), abs=1e-4)
-    assert abs(whole - plain_loop(theirs, tokens, spaced)) > 1e-3  # these are two numbers
+    assert abs(whole - plain_loop(theirs, tokens, spaced)) > 1e-3  # the two losses differ
 
 
 def test_a_compiled_model_sees_batches_of_one_shape(val_bin):
@@ -80,22 +81,22 @@ def test_a_mask_leaves_targets_out(val_bin, write_hf):
     assert loss_of(ours, TokenBin(val_bin, T, 61)) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_mask_that_leaves_nothing(val_bin):
+def test_a_mask_that_leaves_no_target_is_refused(val_bin):
     val_bin.with_suffix(".mask.bin").write_bytes(bytes(N))
     with pytest.raises(UserError, match=r"val.bin: no target in the windows read"):
         loss_of(tiny_gpt(61), TokenBin(val_bin, 16, 61))
 
 
 @pytest.mark.parametrize("eval_windows", [0, 12])
-def test_batch_sizes_do_not_matter(val_bin, eval_windows):
+def test_the_batch_size_does_not_change_the_loss(val_bin, eval_windows):
     model, data = tiny_gpt(61), TokenBin(val_bin, 16, 61)
     expected = loss_of(model, data, eval_windows, 1)
     for size in (2, 3, 4, 12):
         assert loss_of(model, data, eval_windows // size, size) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_it_disturbs_nothing(val_bin, training):
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_evaluation_changes_no_mode_gradient_or_random_state(val_bin, training):
     model, data = tiny_gpt(61, dropout=0.5).train(training), TokenBin(val_bin, 16, 61, seed=7)
     model.transformer.wte.weight.grad = torch.ones(61, 16)
     before, batch = torch.get_rng_state(), data.batch(5, 2)[0]
@@ -111,7 +112,7 @@ def test_it_disturbs_nothing(val_bin, training):
 
 @pytest.mark.parametrize("size", [2, 3, 50])
 def test_ranks_share_the_windows(val_bin, size, monkeypatch):
-    """The sums that the ranks would add up are those of one process."""
+    """The sums over all ranks equal those of one process."""
     model, data, sums = tiny_gpt(61), TokenBin(val_bin, 16, 61), []
     expected = loss_of(model, data)
 
@@ -125,7 +126,7 @@ def test_ranks_share_the_windows(val_bin, size, monkeypatch):
     assert count == N - 1 and loss / count == pytest.approx(expected, abs=1e-6)
 
 
-def test_under_bf16_autocast(val_bin):
+def test_the_loss_under_bfloat16_autocast_is_close_to_float32(val_bin):
     model, data = tiny_gpt(61), TokenBin(val_bin, 16, 61)
     exact, rough = loss_of(model, data), loss_of(model, data, dtype=torch.bfloat16)
     assert exact != rough and rough == pytest.approx(exact, abs=0.02)
@@ -140,7 +141,7 @@ def run(make_dataset, make_run):
     return folder, *make_run(tokenizer)
 
 
-def test_the_command(run, capsys):
+def test_the_command_prints_the_loss_of_a_split(run, capsys):
     folder, out_dir, model = run
     argv = [f"--out_dir={out_dir}", f"--dataset={folder}", "--device=cpu", "--dtype=float32"]
     for split in ("val", "train"):
@@ -165,7 +166,7 @@ def test_the_command(run, capsys):
     ("--batch_size=0", "--batch_size=0 must be at least 1"),
     ("--eval_iters=-1", "--eval_iters=-1 must be at least 0"),
 ])
-def test_refused(run, arg, message, tmp_path, monkeypatch):
+def test_bad_options_are_refused(run, arg, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, out_dir, _ = run
     with pytest.raises(UserError, match=message) as error:
@@ -173,7 +174,7 @@ def test_refused(run, arg, message, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_another_tokenizers_text(run, make_dataset):
+def test_data_from_another_tokenizer_is_refused(run, make_dataset):
     _, out_dir, _ = run
     other, _ = make_dataset("json", name="other")
     with pytest.raises(UserError, match=r"out-tiny reads a character vocabulary .* was made with "
@@ -181,8 +182,8 @@ def test_another_tokenizers_text(run, make_dataset):
         main([f"--out_dir={out_dir}", f"--dataset={other}", "--device=cpu"])
 
 
-def test_a_real_model(shared, gpt2_vocabulary, tmp_path, capsys):
-    """On a page of real text it predicts far better than chance, as its README says."""
+def test_a_real_model_predicts_real_text(shared, gpt2_vocabulary, tmp_path, capsys):
+    """Its loss on real text is far below that of chance, as its README says."""
     from nanotune.text.tokenizer import GPT2Tokenizer
     text = shared("data/tinyshakespeare/input.txt").read_text(encoding="utf-8")[:4000]
     ids = GPT2Tokenizer().encode(text)

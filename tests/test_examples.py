@@ -1,4 +1,4 @@
-"""Prompts and completions: from a CSV or JSONL, through a mask, into the loss of train.py."""
+"""Prompts and completions: read from CSV or JSONL, masked, and used in the loss of train.py."""
 import importlib.util
 import itertools
 import json
@@ -75,7 +75,7 @@ def tweets(tmp_path):
     return tweets_csv(tmp_path / "tweets.csv", sad + glad, "latin-1")
 
 
-def test_tweets(gpt2, tweets, tmp_path, capsys):
+def test_tweets_are_split_mixed_and_balanced(gpt2, tweets, tmp_path, capsys):
     out = tmp_path / "out"
     prepare("twitter_sentiment", input=tweets, out_dir=out, samples=300, test_fraction=0.1)
     test = [json.loads(line) for line in (out / "test.jsonl").open(encoding="utf-8")]
@@ -90,12 +90,12 @@ def test_tweets(gpt2, tweets, tmp_path, capsys):
         sad = "Tweet: sad caf\u00e9" in text and "& rain\nSentiment: negative" in text
         assert sad or ("Tweet: glad" in text and "@user\nSentiment: positive" in text)
     assert {row["completion"] for row in test} == {" positive", " negative"}
-    # neighbours in the file are of both labels, or a window would hold one alone
+    # the labels are mixed, or a window would contain only one of them
     labels = [text.endswith("positive") for text in train]
     assert 90 < sum(a != b for a, b in itertools.pairwise(labels)) < 170
 
 
-def test_only_the_answers_count(gpt2, tweets, tmp_path):
+def test_only_the_answers_count_in_the_loss(gpt2, tweets, tmp_path):
     prepare("twitter_sentiment", input=tweets, out_dir=tmp_path / "out")
     for split in ("train", "val"):
         ids, counts = tokens(tmp_path / "out", split), mask(tmp_path / "out", split)
@@ -105,10 +105,10 @@ def test_only_the_answers_count(gpt2, tweets, tmp_path):
         ends = np.flatnonzero(ids == 50256)
         assert counts.sum() == 2 * len(ends) and counts[ends].all() and counts[ends - 1].all()
     prepare("twitter_sentiment", input=tweets, out_dir=tmp_path / "out", loss_on="all")
-    assert not list((tmp_path / "out").glob("*.mask.bin"))  # the old ones are gone
+    assert not list((tmp_path / "out").glob("*.mask.bin"))  # the old masks are deleted
 
 
-def test_a_seed_is_a_split(gpt2, tweets, tmp_path):
+def test_the_seed_decides_the_split(gpt2, tweets, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         prepare("twitter_sentiment", input=tweets, out_dir=tmp_path / name, seed=seed)
     for file in ("train.bin", "train.mask.bin", "val.bin", "test.jsonl"):
@@ -117,8 +117,8 @@ def test_a_seed_is_a_split(gpt2, tweets, tmp_path):
         assert a != c or "mask" in file
 
 
-def test_what_is_left_out_is_said(gpt2, tmp_path, capsys):
-    """Repeats, spaces aside, stand in no two splits; a neutral row and an empty one go."""
+def test_rows_that_are_left_out_are_counted(gpt2, tmp_path, capsys):
+    """Rows that differ only in spaces are repeats. Neutral rows and empty ones are left out."""
     rows = [("0", f"sad {i % 40}  x") for i in range(60)] + [("4", f"glad {i}") for i in range(50)]
     rows += [("0", "sad 3 x "), ("4", "sad 5 x"), ("2", "neutral"), ("", "no label"), ("4", " ")]
     path = tweets_csv(tmp_path / "t.csv", rows)
@@ -132,7 +132,7 @@ def test_what_is_left_out_is_said(gpt2, tmp_path, capsys):
     assert len(texts) == 80 == len({text.partition("\n")[0] for text in texts})
 
 
-def test_the_zip(gpt2, tweets, tmp_path):
+def test_tweets_are_read_from_sentiment140s_zip(gpt2, tweets, tmp_path):
     module = script("data/twitter_sentiment/prepare.py")
     with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
         archive.write(tweets, module.MEMBER)
@@ -157,19 +157,19 @@ GOOD = '"0","1","date","q","user","sad"\n"4","2","date","q","user","glad"\n'
     (GOOD.splitlines()[0], r"no tweet is positive, and both labels are needed"),
     (GOOD, r"1 tweets per label leave a split empty"),
 ])
-def test_bad_csv(gpt2, content, message, tmp_path):
+def test_a_bad_csv_is_refused(gpt2, content, message, tmp_path):
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(UserError, match=message) as error:
         prepare("twitter_sentiment", input=tmp_path / "t.csv", out_dir=tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_too_few_samples(tmp_path):
+def test_too_few_samples_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"--samples=-5: must be at least 6, one per label"):
         prepare("twitter_sentiment", input=tmp_path / "t.csv", out_dir=tmp_path, samples=-5)
 
 
-def test_the_real_tweets(gpt2, shared, tmp_path, capsys):
+def test_the_real_tweets_have_the_known_counts(gpt2, shared, tmp_path, capsys):
     path = shared("data/sentiment140/tweets.csv")
     prepare("twitter_sentiment", input=path, out_dir=tmp_path)
     assert "9,924 tweets taken, 4,962 of each label, fewer than" in capsys.readouterr().out
@@ -190,7 +190,7 @@ def write_lines(path, lines):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 @pytest.mark.parametrize("loss_on", ["all", "completion"])
-def test_pairs(gpt2, kind, loss_on, tmp_path, capsys):
+def test_prompts_and_completions_are_read_from_jsonl_and_csv(gpt2, kind, loss_on, tmp_path, capsys):
     path = tmp_path / f"f.{kind}"
     if kind == "jsonl":
         write_lines(path, [*PAIRS, "", PAIRS[3]])
@@ -212,7 +212,7 @@ def test_pairs(gpt2, kind, loss_on, tmp_path, capsys):
     assert gpt2.decode(learnt).split("<|endoftext|>")[:-1] == expected
 
 
-def test_texts_and_a_single_column(gpt2, tmp_path, capsys):
+def test_texts_are_read_from_jsonl_and_from_a_single_csv_column(gpt2, tmp_path, capsys):
     write_lines(tmp_path / "t.jsonl", [{"text": f"Text {i}\nof two lines"} for i in range(40)])
     prepare("jsonl", input=tmp_path / "t.jsonl", out_dir=tmp_path / "a")
     write_lines(tmp_path / "t.csv", ["tweets", *(f'"Text {i}\nof two lines"' for i in range(40))])
@@ -224,21 +224,21 @@ def test_texts_and_a_single_column(gpt2, tmp_path, capsys):
         prepare("jsonl", input=tmp_path / "t.jsonl", out_dir=tmp_path / "a", loss_on="completion")
 
 
-def test_texts_among_pairs_count_whole(gpt2, tmp_path):
+def test_all_tokens_of_a_text_among_pairs_count(gpt2, tmp_path):
     write_lines(tmp_path / "f.jsonl", [{"text": f"Text {i}"} for i in range(30)] + PAIRS[:30])
     prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, loss_on="completion")
     learnt = gpt2.decode(tokens(tmp_path)[mask(tmp_path) == 1].tolist())
     assert "Text" in learnt and "answer" in learnt and "Question" not in learnt
 
 
-def test_spaces_at_the_seam_are_told(gpt2, tmp_path, capsys):
+def test_a_space_between_prompt_and_completion_is_reported(gpt2, tmp_path, capsys):
     pairs = [{"prompt": "Question: ", "completion": f"a{i}"} for i in range(40)]
     write_lines(tmp_path / "f.jsonl", [*pairs, {"prompt": "Question:", "completion": "b"}])
     prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path)
     assert "40 prompts end in a space and 1 completions begin" in capsys.readouterr().out
 
 
-def test_long_examples_are_said_and_kept(gpt2, tmp_path, capsys):
+def test_long_examples_are_reported_and_kept(gpt2, tmp_path, capsys):
     long = [{"prompt": f"Q{i}:", "completion": " word" * 60} for i in range(3)]
     write_lines(tmp_path / "f.jsonl", [*PAIRS, *long])
     prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, loss_on="completion",
@@ -247,7 +247,7 @@ def test_long_examples_are_said_and_kept(gpt2, tmp_path, capsys):
     assert "3 of 63 examples are longer than --block_size=50: they are kept" in out
     texts = documents(tmp_path, gpt2) + documents(tmp_path, gpt2, "val")
     assert sum(text.count(" word") == 60 for text in texts) == 3
-    # train.py counts those of its own block_size
+    # train.py counts the examples that are longer than its block_size
     data = TokenBin(tmp_path / "train.bin", 50, 50257)
     longer = sum(len(gpt2.encode(text)) + 1 > 50 for text in documents(tmp_path, gpt2))
     assert data.count_long(50256) == (longer, len(documents(tmp_path, gpt2)))
@@ -260,7 +260,7 @@ def test_long_examples_are_said_and_kept(gpt2, tmp_path, capsys):
     ("f.csv", 'id,question,answer\n1,"Q%d", A'),
     ("f.csv", "prompt\tcompletion\nQ%d\t A"),
 ])
-def test_columns_and_separators_that_people_have(gpt2, name, content, tmp_path, capsys):
+def test_common_column_names_and_separators_are_recognised(gpt2, name, content, tmp_path, capsys):
     header, _, row = content.rpartition("\n")
     write_lines(tmp_path / name, filter(None, [header, *(row % i for i in range(40))]))
     prepare("jsonl", input=tmp_path / name, out_dir=tmp_path, loss_on="completion")
@@ -268,11 +268,11 @@ def test_columns_and_separators_that_people_have(gpt2, name, content, tmp_path, 
     assert sorted(texts) == sorted(f"Q{i} A" for i in range(40))
     assert set(gpt2.decode(tokens(tmp_path)[mask(tmp_path) == 1]).split("<|endoftext|>")) == {
         " A", ""}
-    said = "separated by" in capsys.readouterr().out
-    assert said == (name == "f.csv" and "," not in content)
+    reported = "separated by" in capsys.readouterr().out
+    assert reported == (name == "f.csv" and "," not in content)
 
 
-def test_alpaca(gpt2, tmp_path):
+def test_alpacas_columns_get_alpacas_prompt(gpt2, tmp_path):
     lines = [{"instruction": f"Add {i}.", "input": "2" if i % 2 else "", "output": str(i)}
              for i in range(40)]
     write_lines(tmp_path / "f.jsonl", lines)
@@ -287,7 +287,7 @@ def test_alpaca(gpt2, tmp_path):
     assert set(learnt.split("<|endoftext|>")) <= {"", *map(str, range(40))}
 
 
-def test_columns_by_name_and_numbers_as_labels(gpt2, tmp_path):
+def test_columns_are_chosen_by_name_and_may_have_numbers(gpt2, tmp_path):
     lines = [{"review": f"Film {i}:", "stars": i % 5, "score": 0.5 * i}
              for i in range(40)]
     write_lines(tmp_path / "f.jsonl", lines)
@@ -303,8 +303,8 @@ def test_columns_by_name_and_numbers_as_labels(gpt2, tmp_path):
                 completion_column="sta")
 
 
-def test_a_dataset_of_the_hub(gpt2, tmp_path, monkeypatch):
-    """By the datasets package, which may be missing; here a stand-in with what is used of it."""
+def test_a_dataset_is_read_from_the_hub(gpt2, tmp_path, monkeypatch):
+    """Uses a stand-in for the datasets package, which may not be installed."""
     def load_dataset(name, split):
         if name != "someone/pairs":
             raise FileNotFoundError(f"{name} is not on the hub")
@@ -323,17 +323,17 @@ def test_a_dataset_of_the_hub(gpt2, tmp_path, monkeypatch):
         prepare("jsonl", hub="someone/pairs", out_dir=tmp_path)
 
 
-def test_validation_examples_of_ones_own(gpt2, tmp_path, capsys):
+def test_validation_examples_may_be_in_their_own_file(gpt2, tmp_path, capsys):
     write_lines(tmp_path / "f.jsonl", PAIRS)
     write_lines(tmp_path / "val.csv", ["prompt,completion", "Mine:, yes", "Question 3:, answer 3"])
     prepare("jsonl", input=tmp_path / "f.jsonl", val_input=tmp_path / "val.csv", out_dir=tmp_path)
     assert documents(tmp_path, gpt2, "val") == ["Mine: yes", "Question 3: answer 3"]
-    assert len(documents(tmp_path, gpt2)) == 59  # none is in both
+    assert len(documents(tmp_path, gpt2)) == 59  # no example is in both
     assert "next: python train.py config/finetune_task.py" in capsys.readouterr().out
 
 
-def test_end_of_text_in_examples(gpt2, tmp_path):
-    """It separates the documents of a text; at an end it is dropped: each example gets one."""
+def test_end_of_text_in_a_text_separates_documents(gpt2, tmp_path):
+    """At the end of an example it is dropped, because every example gets one."""
     lines = [{"prompt": f"Q{i}:", "completion": f" a{i}<|endoftext|>"} for i in range(30)]
     lines += [{"text": f"One {i}<|endoftext|>\nTwo {i}<|endoftext|>"} for i in range(30)]
     write_lines(tmp_path / "f.jsonl", lines)
@@ -345,14 +345,14 @@ def test_end_of_text_in_examples(gpt2, tmp_path):
         f"Q{i}: a{i}", f"One {i}", f"Two {i}"))
 
 
-def test_end_of_text_by_another_name(tmp_path, make_dataset):
+def test_end_of_text_may_have_another_name(tmp_path, make_dataset):
     from tokenizers import Tokenizer
     folder, _ = make_dataset("json")
-    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    made.add_special_tokens(["<start>", "<end>"])
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<start>", "<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    start, end = made.token_to_id("<start>"), made.token_to_id("<end>")
+    start, end = tokenizer.token_to_id("<start>"), tokenizer.token_to_id("<end>")
     write_lines(tmp_path / "f.jsonl", [{"text": f"<start>Line {i}:<end>ends<|endoftext|> {i}"}
                                        for i in range(40)])
     (tmp_path / "f.txt").write_text("<start>Line: it ends.<end>" * 40)
@@ -375,19 +375,19 @@ def test_end_of_text_by_another_name(tmp_path, make_dataset):
     ({"prompt": "a", "completion": "<|endoftext|>"}, "line 2: its completion is empty"),
     ({"text": "<|endoftext|><|endoftext|>"}, "line 2: its text is empty"),
 ])
-def test_end_of_text_inside_an_example(fields, message, tmp_path):
+def test_end_of_text_inside_a_prompt_or_completion_is_refused(fields, message, tmp_path):
     write_lines(tmp_path / "f.jsonl", [{"text": "fine"}, fields])
     with pytest.raises(UserError, match=message):
         prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path / "out")
 
 
-def test_a_tweet_with_end_of_text(tmp_path):
+def test_a_tweet_with_end_of_text_is_refused(tmp_path):
     path = tweets_csv(tmp_path / "t.csv", [("0", "sad"), ("4", "glad <|endoftext|> x")])
     with pytest.raises(UserError, match=r"t.csv, line 2: its tweet holds <\|endoftext\|>"):
         prepare("twitter_sentiment", input=path, out_dir=tmp_path / "out")
 
 
-def test_another_tokenizer(make_dataset, tmp_path):
+def test_examples_may_be_encoded_with_a_tokenizer_json(make_dataset, tmp_path):
     folder, tokenizer = make_dataset("json")
     write_lines(tmp_path / "f.jsonl", PAIRS)
     prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path / "out", loss_on="completion",
@@ -395,7 +395,7 @@ def test_another_tokenizer(make_dataset, tmp_path):
     ids = tokens(tmp_path / "out").tolist()
     assert (tmp_path / "out/tokenizer.json").is_file()
     assert tokenizer.decode(ids).count("<|endoftext|>") == 54
-    # the prompt alone is encoded as it is in the middle of the file
+    # the prompt has the same ids as when it is encoded alone
     first = tokenizer.decode(ids[:ids.index(tokenizer.eot)])
     prompt = first[:first.index(":") + 1]
     assert ids[:len(tokenizer.encode(prompt))] == tokenizer.encode(prompt)
@@ -421,7 +421,7 @@ def test_another_tokenizer(make_dataset, tmp_path):
     ("f.csv", 'prompt,completion\nx,"y" z\n', r"f.csv, line 2: malformed CSV"),
     ("gone.jsonl", None, r"gone.jsonl: no such file"),
 ])
-def test_bad_examples(name, content, message, tmp_path):
+def test_bad_examples_are_refused(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message) as error:
@@ -429,7 +429,7 @@ def test_bad_examples(name, content, message, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments_are_refused(tmp_path):
     for fields, message in (({}, "pass either --input=FILE or --hub="),
                             ({"val_fraction": 1.5}, "--val_fraction=1.5: must be at least 0"),
                             ({"tokenizer": "x.json"}, "--tokenizer=x.json: x.json: no such")):
@@ -440,8 +440,8 @@ def test_bad_arguments(tmp_path):
 # -----------------------------------------------------------------------------
 # the mask in the loss
 
-def test_the_loss_is_that_of_the_completions(tmp_path):
-    """Value and gradients of the model's own loss, against PyTorch's on the targets that count."""
+def test_the_loss_counts_only_the_unmasked_targets(tmp_path):
+    """Loss and gradients equal those of PyTorch's cross entropy on the targets that count."""
     rng = np.random.RandomState(0)
     rng.randint(0, 61, 200).astype("<u2").tofile(tmp_path / "train.bin")
     (rng.rand(200) < 0.2).astype("u1").tofile(tmp_path / "train.mask.bin")
@@ -459,13 +459,13 @@ def test_the_loss_is_that_of_the_completions(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     torch.testing.assert_close(grads[0], grads[1])
     model.zero_grad()
-    nothing = model(x, torch.full_like(y, -1))  # no target at all: nothing to learn, no NaN
+    nothing = model(x, torch.full_like(y, -1))  # no target at all: the loss is 0, not NaN
     nothing.backward()
     assert nothing.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_a_mask_of_another_length(tmp_path):
+def test_a_mask_of_another_length_is_refused(tmp_path):
     np.zeros(100, "<u2").tofile(tmp_path / "val.bin")
     np.zeros(99, "u1").tofile(tmp_path / "val.mask.bin")
     with pytest.raises(UserError, match=r"val.mask.bin has 99 entries for the 100 tokens"):
@@ -475,9 +475,9 @@ def test_a_mask_of_another_length(tmp_path):
 @pytest.mark.parametrize("fields", [{}, dict(attn_scale=1.0, qkv_bias=False, local_window=3)],
                          ids=["gpt2", "neo"])
 @torch.no_grad()
-def test_separate_documents_are_each_alone(fields):
-    """Packed into rows, three documents get the logits that each gets by itself; without the
-    field they do not, and a cached prompt is left as it is."""
+def test_separate_documents_do_not_attend_to_each_other(fields):
+    """Three documents packed into one row get the same logits as each alone. Without `doc_end` they
+    do not. Prompts in a cache are not separated."""
     model = tiny_gpt(61, n_layer=3, **fields)
     documents = [torch.tensor(ids) for ids in ([5, 6, 7, 8, 0], [9, 0], [1, 2, 3, 4, 9, 8, 7])]
     packed = torch.stack([torch.cat(documents), torch.cat(documents[::-1])])
@@ -488,18 +488,18 @@ def test_separate_documents_are_each_alone(fields):
         for logits, document in zip(row.split([len(d) for d in order]), order):
             torch.testing.assert_close(logits, model.logits(document[None])[0])
     apart = (model.logits(packed)[0] - plain[0]).abs()
-    assert apart[:5].max() < 1e-5 < 0.1 < apart[5:].max()  # the first has none before it
+    assert apart[:5].max() < 1e-5 < 0.1 < apart[5:].max()  # no document is before the first
     cached = model.step(packed, model.new_cache(2))
     torch.testing.assert_close(cached, plain[:, -1])
 
 
-def test_a_run_says_which_examples_are_too_long(make_dataset, tmp_path, capsys):
+def test_a_run_reports_how_many_examples_are_too_long(make_dataset, tmp_path, capsys):
     text = "".join(f"Line {i}: what's more{' it ends' * (i % 2 * 9)}<|endoftext|>"
                    for i in range(99))
     folder, _ = make_dataset("json", text=text)
     size = len(np.fromfile(folder / "train.bin", "<u2"))
     run_train(folder, tmp_path / "plain", max_iters=1)
-    assert "examples are longer" not in capsys.readouterr().out  # texts, which windows may cut
+    assert "examples are longer" not in capsys.readouterr().out  # without a mask: windows cut texts
     np.ones(size, "u1").tofile(folder / "train.mask.bin")
     run_train(folder, tmp_path / "masked", max_iters=1)
     found = re.search(r"warning: (\d+) of (\d+) examples are longer than block_size=16: no window",
@@ -507,8 +507,8 @@ def test_a_run_says_which_examples_are_too_long(make_dataset, tmp_path, capsys):
     assert 40 < int(found[1]) < int(found[2]) == 89
 
 
-def test_separate_documents_in_a_run(make_dataset, tmp_path):
-    """The field changes the loss, is kept in the checkpoint, and wants an end-of-text."""
+def test_separate_documents_changes_the_loss_and_needs_end_of_text(make_dataset, tmp_path):
+    """The field changes the loss, is stored in the checkpoint, and needs an end-of-text token."""
     text = "".join(f"Line {i}: what's more<|endoftext|>" for i in range(100))
     folder, tokenizer = make_dataset("json", text=text)
     assert np.fromfile(folder / "train.bin", "<u2").tolist().count(tokenizer.eot) > 50

@@ -1,4 +1,4 @@
-"""The experiment from the CSV to the table, with models of a few thousand parameters."""
+"""The Twitter sentiment experiment, from the CSV to the table, with tiny models."""
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ TINY = ("--max_iters=2 --eval_interval=1 --block_size=32 --batch_size=2 --warmup
 
 @pytest.fixture
 def experiment(monkeypatch):
-    """(module, commands): its scripts are run in this process, and listed."""
+    """(module, commands): the scripts run in this process; `commands` lists their names."""
     module, commands = script("experiments/twitter_sentiment.py"), []
 
     def command(name, *options):
@@ -37,7 +37,7 @@ def experiment(monkeypatch):
 
 @pytest.fixture
 def arguments(tmp_path, write_hf, gpt2_vocabulary):
-    """Tweets that a word tells apart, and a GPT-2 and a GPT-Neo folder with GPT-2's vocabulary."""
+    """Tweets whose label one word decides, and a GPT-2 and a GPT-Neo with GPT-2's vocabulary."""
     pytest.importorskip("sklearn")
     rows = [("04"[i % 2], f"{('sad', 'glad')[i % 2]} tweet {i}") for i in range(200)]
     path = tweets_csv(tmp_path / "t.csv", rows)
@@ -49,7 +49,8 @@ def arguments(tmp_path, write_hf, gpt2_vocabulary):
             f"--out_dir={tmp_path / 'out'}", f"--train={TINY}"]
 
 
-def test_it_goes_on_where_it_stopped(experiment, arguments, tmp_path, monkeypatch, capsys):
+def test_the_experiment_resumes_where_it_stopped(
+        experiment, arguments, tmp_path, monkeypatch, capsys):
     module, commands = experiment
     inner = module.command
 
@@ -65,14 +66,14 @@ def test_it_goes_on_where_it_stopped(experiment, arguments, tmp_path, monkeypatc
         module.main(arguments)
     assert commands == ["data/twitter_sentiment/prepare.py"] * 2 + ["train.py"]
     monkeypatch.setattr(module, "command", inner)
-    module.main(arguments)  # the run that was not evaluated is resumed, not begun again
+    module.main(arguments)  # the run that was not evaluated is resumed, not restarted
     assert commands[3:] == ["train.py", "evaluate.py"] * 4
     first = (tmp_path / "out/results.md").read_text()
     assert first.startswith("| macro F1, % | split 0 | split 1 | mean | standard error | "
                             "standard deviation |\n")
     assert [line.split(" | ")[0] for line in first.splitlines()[2:]] == [
         "| TF-IDF + logistic regression", "| tiny-gpt2", "| tiny-neo"]
-    # the word tells: the floor is perfect, and two steps teach a tiny model nothing
+    # one word decides the label: TF-IDF is perfect; two steps teach a tiny model nothing
     assert first.splitlines()[2].endswith("| 100.0 | 100.0 | 100.0 | 0.0 | 0.0 |")
     del commands[:]
     module.main(arguments)
@@ -86,8 +87,8 @@ def test_it_goes_on_where_it_stopped(experiment, arguments, tmp_path, monkeypatc
     assert commands == []
 
 
-def test_a_t5_gets_pairs(experiment, arguments, t5_folders, tmp_path, capsys):
-    """Of the same tweets, which its own tokenizer encodes."""
+def test_a_t5_is_trained_on_pairs(experiment, arguments, t5_folders, tmp_path, capsys):
+    """Pairs of the same tweets, encoded with the T5's tokenizer."""
     module, commands = experiment
     options = TINY.replace("--block_size=32 ", "")
     module.main([arguments[0], f"--models={t5_folders[0]}", "--splits=1",
@@ -100,7 +101,7 @@ def test_a_t5_gets_pairs(experiment, arguments, t5_folders, tmp_path, capsys):
     assert len(text) == len(pairs) and "sst2 sentence: " in pairs[0]
 
 
-def test_the_table():
+def test_the_table_has_means_and_errors():
     module = script("experiments/twitter_sentiment.py")
     rows = module.table({"a": [0.70, 0.72, 0.77], "b": [0.5, 0.5, 0.5]}, 500).splitlines()
     assert rows[2] == "| a | 70.0 | 72.0 | 77.0 | 73.0 | 1.1 | 3.6 |"
@@ -108,7 +109,7 @@ def test_the_table():
     assert module.table({"a": [0.8]}, 500).endswith("| a | 80.0 | 80.0 | 1.8 | - |\n")
 
 
-def test_the_config_is_one_of_train():
+def test_the_config_file_is_valid_for_train():
     from configurator import configure
     cfg = configure(train.Config, [str(REPO / "config/finetune_twitter_sentiment.py")])
     assert cfg.dataset == "twitter_sentiment" and cfg.init_from == "gpt2"

@@ -1,4 +1,4 @@
-"""export.py as a user runs it: what transformers makes of the folder, and what is refused."""
+"""export.py: the exported folders in transformers, PEFT and ONNX Runtime, and refused exports."""
 import json
 import subprocess
 import sys
@@ -42,14 +42,14 @@ def in_transformers(folder):
 
 
 # -----------------------------------------------------------------------------
-# what transformers makes of it
+# the folder in transformers
 
 @pytest.mark.parametrize("fields", [
     dict(), dict(bias=False), dict(tied_head=False, activation="gelu", n_inner=40),
     dict(attn_scale=1.0, qkv_bias=False), NEO, NEO | dict(bias=False),
 ], ids=["gpt2", "no biases", "own head", "unscaled", "neo", "neo without biases"])
 @torch.no_grad()
-def test_transformers_computes_the_same(make_run, tmp_path, fields):
+def test_transformers_gives_the_same_logits_and_ids(make_run, tmp_path, fields):
     out_dir, model = make_run(JSON, **fields)
     theirs, their_tokenizer = in_transformers(export_hf(out_dir, tmp_path / "hf"))
     idx = torch.randint(JSON.n_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def test_transformers_computes_the_same(make_run, tmp_path, fields):
     assert their_tokenizer.eos_token_id == theirs.generation_config.eos_token_id == JSON.eot
 
 
-def test_greedy_text_is_that_of_sample(make_run, tmp_path, capsys):
+def test_transformers_greedy_text_equals_that_of_sample(make_run, tmp_path, capsys):
     out_dir, _ = make_run(CHARS, block_size=64)
     theirs, their_tokenizer = in_transformers(export_hf(out_dir, tmp_path / "hf"))
     ids = their_tokenizer("what's more", return_tensors="pt").input_ids
@@ -70,7 +70,7 @@ def test_greedy_text_is_that_of_sample(make_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("tokenizer", [CHARS, JSON], ids=["characters", "tokenizer.json"])
-def test_it_comes_back_in(make_run, tmp_path, tokenizer):
+def test_an_exported_folder_is_loaded_and_exported_again_unchanged(make_run, tmp_path, tokenizer):
     out_dir, model = make_run(tokenizer)
     back, back_tokenizer = load_model(str(export_hf(out_dir, tmp_path / "hf")))
     assert back_tokenizer.identity == tokenizer.identity
@@ -81,8 +81,8 @@ def test_it_comes_back_in(make_run, tmp_path, tokenizer):
         tmp_path / "hf" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_smaller_dtypes(make_run, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_are_exported_in_the_given_dtype(make_run, tmp_path, dtype):
     out_dir, model = make_run(CHARS)
     folder = export_hf(out_dir, tmp_path / "hf", dtype=str(dtype).removeprefix("torch."))
     tensors = load_file(folder / "model.safetensors")
@@ -94,7 +94,7 @@ def test_smaller_dtypes(make_run, tmp_path, dtype):
 
 
 def test_gpt2s_padded_vocabulary_is_cut(capsys):
-    """Ids of the padding are never drawn here; other programs would draw them."""
+    """nanotune never draws the ids of the padding, but other programs would."""
     model, idx = tiny_gpt(50304, n_embd=4), torch.arange(8)[None]
     before = model.logits(idx)
     export.cut_padding(model, GPT2Tokenizer())
@@ -117,9 +117,9 @@ def test_rows_that_may_be_added_tokens_are_kept(make_run, tmp_path, form, capsys
     assert ours == theirs
 
 
-def test_gpt2s_vocabulary_out_of_tiktoken(gpt2_vocabulary, tmp_path):
-    """Vocabulary and merges: its own encoding and transformers' are alike on text that tries the
-    pre-tokenizer, bytes without a character, and the end-of-text token."""
+def test_gpt2s_vocabulary_is_exported_from_tiktoken(gpt2_vocabulary, tmp_path):
+    """With its vocabulary and merges, transformers gives the same ids. The text tests the
+    pre-tokenizer, bytes that are no whole character, and the end-of-text token."""
     ours = GPT2Tokenizer()
     hf.write_tokenizer(tmp_path, ours, 1024)
     assert tokenizer_of_folder(tmp_path).identity == ours.identity
@@ -132,7 +132,7 @@ def test_gpt2s_vocabulary_out_of_tiktoken(gpt2_vocabulary, tmp_path):
 
 @pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
 def test_transformers_answers_a_batch_of_prompts(make_run, tmp_path, fields):
-    """Prompts of several lengths in one batch get what each gets alone."""
+    """Prompts of different lengths get the same answers in one batch as alone."""
     from transformers import pipeline
     out_dir, _ = make_run(JSON, **fields | dict(block_size=64))
     folder = str(export_hf(out_dir, tmp_path / "hf"))
@@ -144,14 +144,14 @@ def test_transformers_answers_a_batch_of_prompts(make_run, tmp_path, fields):
     assert len({answer["generated_text"] for answer, in together}) > 1
 
 
-def test_special_tokens_go_out_as_they_came(make_run, tmp_path):
-    """Also end-of-text by another name, at which both stop; what the model lacks is end-of-text."""
+def test_special_tokens_are_exported_as_they_were_loaded(make_run, tmp_path):
+    """The end-of-text token may have another name. It also replaces a missing unk_token."""
     from tokenizers import Tokenizer
-    made = Tokenizer.from_str(tiny_json())
-    made.add_special_tokens(["<start>", "<pad>", "<end>"])
-    made.enable_truncation(4)
+    tokenizer = Tokenizer.from_str(tiny_json())
+    tokenizer.add_special_tokens(["<start>", "<pad>", "<end>"])
+    tokenizer.enable_truncation(4)
     names = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<pad>"}
-    ours = JsonTokenizer(made.to_str(), special=names.items())
+    ours = JsonTokenizer(tokenizer.to_str(), special=names.items())
     out_dir, _ = make_run(ours)
     folder = export_hf(out_dir, tmp_path / "hf")
     theirs, their_tokenizer = in_transformers(folder)
@@ -159,7 +159,7 @@ def test_special_tokens_go_out_as_they_came(make_run, tmp_path):
         assert getattr(their_tokenizer, key) == token
     for config in (theirs.config, theirs.generation_config):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == tuple(
-            made.token_to_id(token) for token in ("<start>", "<end>", "<pad>"))
+            tokenizer.token_to_id(token) for token in ("<start>", "<end>", "<pad>"))
     assert their_tokenizer(TEXT).input_ids == ours.encode(TEXT)  # not truncated
     assert load_model(str(folder))[1].special == names | {"unk_token": "<end>"}
 
@@ -174,7 +174,7 @@ def test_the_config_has_the_keys_that_the_gguf_converter_reads(make_run, tmp_pat
         c.n_layer, c.block_size, c.n_embd, c.n_head, c.norm_eps, ["GPT2LMHeadModel"])
 
 
-def test_merges_are_strings_which_older_tokenizers_read(make_run, tmp_path):
+def test_merges_are_written_as_strings_for_older_versions_of_tokenizers(make_run, tmp_path):
     out_dir, _ = make_run(JSON)
     folder = export_hf(out_dir, tmp_path / "hf")
     merges = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["merges"]
@@ -184,19 +184,19 @@ def test_merges_are_strings_which_older_tokenizers_read(make_run, tmp_path):
     assert merges_as_strings(spaced) == spaced
 
 
-def test_the_card_tells_training_and_losses(tmp_path):
+def test_the_model_card_lists_settings_and_losses(tmp_path):
     dataset = write_dataset(tmp_path / "chars")
     assert run_train(dataset, tmp_path / "out") == 0
     card = (export_hf(tmp_path / "out", tmp_path / "hf") / "README.md").read_text("utf-8")
     best = files.load(tmp_path / "out" / "ckpt.pt")["best_val_loss"]
     assert f"best validation loss: {best:.4f}" in card
     assert "- learning_rate: 0.01\n" in card and "- dataset: chars\n" in card
-    assert card.count("\n| ") == 2 + 3  # a head and the evaluations at steps 0, 3 and 6
+    assert card.count("\n| ") == 2 + 3  # 2 lines of header, then steps 0, 3 and 6
     assert str(tmp_path) not in card
 
 
 @pytest.mark.parametrize("form", ["hf", "onnx"])
-def test_a_lora_run_is_exported_merged(tmp_path, form):
+def test_a_lora_run_is_exported_with_its_adapters_merged(tmp_path, form):
     dataset = write_dataset(tmp_path / "chars")
     assert run_train(dataset, tmp_path / "base", max_iters=3) == 0
     assert run_train(dataset, tmp_path / "out", init_from=tmp_path / "base", lora_rank=2) == 0
@@ -228,7 +228,7 @@ def make_lora_run(make_run, tmp_path):
     return make
 
 
-in_peft = pytest.mark.filterwarnings(  # transformers' and PEFT's, about each other and the base
+in_peft = pytest.mark.filterwarnings(  # transformers and PEFT about each other and the base
     "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Could not find a config file")
 
 
@@ -237,13 +237,14 @@ in_peft = pytest.mark.filterwarnings(  # transformers' and PEFT's, about each ot
     dict(), dict(bias=False, tied_head=False, activation="gelu", n_inner=40), NEO,
 ], ids=["gpt2", "own head", "neo"])
 @torch.no_grad()
-def test_adapters_in_peft(make_lora_run, tmp_path, fields):
-    """PEFT's own forward, and the files that PEFT itself writes of them."""
+def test_adapters_give_the_same_logits_in_peft(make_lora_run, tmp_path, fields):
+    """PEFT also writes the same files when it saves the adapters."""
     peft = pytest.importorskip("peft", reason="needs requirements-dev.txt")
     out_dir, base = make_lora_run(**fields)
     folder = export_hf(out_dir, tmp_path / "peft", format="peft")
     theirs, _ = in_transformers(base)
-    with warnings.catch_warnings(action="error", category=UserWarning):  # a wrong fan_in_fan_out
+    # PEFT warns if fan_in_fan_out is wrong
+    with warnings.catch_warnings(action="error", category=UserWarning):
         theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
     ours, bare = (load_model(str(source))[0].eval() for source in (out_dir, base))
     idx = torch.randint(JSON.n_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -257,12 +258,13 @@ def test_adapters_in_peft(make_lora_run, tmp_path, fields):
     again, written = (json.loads((path / "adapter_config.json").read_text())
                       for path in (tmp_path / "again", folder))
     different = {key for key in written if written[key] != again[key]}
-    assert different <= {"base_model_name_or_path", "target_modules"}  # those are in any order
+    assert different <= {"base_model_name_or_path", "target_modules"}  # the latter is in any order
     assert sorted(again["target_modules"]) == written["target_modules"]
 
 
 @in_peft
-def test_the_cards_program_loads_the_adapters(make_lora_run, tmp_path, capsys, monkeypatch):
+def test_the_program_in_the_model_card_loads_the_adapters(
+        make_lora_run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("peft", reason="needs requirements-dev.txt")
     out_dir, _ = make_lora_run(block_size=64)
     folder = export_hf(out_dir, tmp_path / "peft", format="peft")
@@ -278,7 +280,8 @@ def test_the_cards_program_loads_the_adapters(make_lora_run, tmp_path, capsys, m
         model.eval().generate(idx, 50, temperature=0)[0].tolist()) + "\n"
 
 
-def test_a_base_that_is_a_run_is_exported_too(make_run, make_lora_run, tmp_path, capsys):
+def test_if_the_base_is_a_run_the_command_that_exports_it_is_printed(
+        make_run, make_lora_run, tmp_path, capsys):
     make_run(JSON, name="base")
     out_dir, base = make_lora_run(base=str(tmp_path / "base"))
     folder = export_hf(out_dir, tmp_path / "peft", format="peft")
@@ -289,9 +292,9 @@ def test_a_base_that_is_a_run_is_exported_too(make_run, make_lora_run, tmp_path,
 
 
 # -----------------------------------------------------------------------------
-# ONNX: tests/test_onnx_model.py has what the graph computes
+# ONNX: tests/test_onnx_model.py tests what the graph computes
 
-def test_onnx_folder(make_run, tmp_path, capsys):
+def test_an_onnx_export_is_a_folder_with_model_card_and_tokenizer(make_run, tmp_path, capsys):
     out_dir, _ = make_run(JSON, n_embd=32)
     folder = export_hf(out_dir, tmp_path / "onnx", format="onnx")
     out = capsys.readouterr().out
@@ -302,7 +305,7 @@ def test_onnx_folder(make_run, tmp_path, capsys):
     assert (small / "model.int8.onnx").is_file()
 
 
-def test_the_cards_program_runs_without_torch(make_run, tmp_path):
+def test_the_program_in_the_model_card_runs_without_torch(make_run, tmp_path):
     out_dir, model = make_run(JSON, n_embd=32, block_size=64)
     export_hf(out_dir, tmp_path / "onnx", format="onnx")
     card = (tmp_path / "onnx" / "README.md").read_text(encoding="utf-8")
@@ -316,14 +319,14 @@ def test_the_cards_program_runs_without_torch(make_run, tmp_path):
     assert not done.stderr
 
 
-def test_the_docs_show_the_cards_program():
+def test_the_docs_show_the_program_in_the_model_card():
     shown = (REPO / "docs" / "export.md").read_text(encoding="utf-8")
     card = export.ONNX_USE.format(name="mine-int8", kind="int8.onnx")
     assert card.partition("```python\n")[2] in shown
 
 
 # -----------------------------------------------------------------------------
-# what is refused, and what is left
+# refused exports, and the files that they leave
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
@@ -335,7 +338,7 @@ def refused(monkeypatch, capsys):
     return run
 
 
-def test_options_that_do_not_go_together(refused):
+def test_options_that_contradict_each_other_are_refused(refused):
     assert "hf, onnx or peft" in refused("--format=tflite")
     assert "--format=onnx" in refused("--quantize=int8")
     assert "--format=hf" in refused("--format=onnx", "--dtype=float16")
@@ -345,14 +348,14 @@ def test_options_that_do_not_go_together(refused):
     assert "float16" in refused("--dtype=float8")
 
 
-def test_no_checkpoint(refused, tmp_path):
+def test_a_source_that_cannot_be_exported_is_refused(refused, tmp_path):
     assert "ckpt.pt" in refused(f"--out_dir={tmp_path}", f"--export_dir={tmp_path / 'hf'}")
     assert "does not exist" in refused("--out_dir=out-nowhere", f"--export_dir={tmp_path / 'hf'}")
     assert "sampled" in refused("--init_from=model.onnx", f"--export_dir={tmp_path / 'hf'}")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_target_that_is_not_empty(make_run, refused, tmp_path):
+def test_overwrite_replaces_an_export_but_no_other_files(make_run, refused, tmp_path):
     out_dir, _ = make_run(CHARS)
     target = export_hf(out_dir, tmp_path / "hf")
     before = {p.name: p.read_bytes() for p in target.iterdir()}
@@ -368,7 +371,7 @@ def test_a_target_that_is_not_empty(make_run, refused, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out-tiny"]
 
 
-def test_nothing_behind_a_link_and_no_folder_is_replaced(make_run, refused, tmp_path):
+def test_symbolic_links_and_subfolders_are_never_replaced(make_run, refused, tmp_path):
     out_dir, _ = make_run(CHARS)
     real = export_hf(out_dir, tmp_path / "real")
     (tmp_path / "empty").mkdir()
@@ -390,7 +393,7 @@ def test_nothing_behind_a_link_and_no_folder_is_replaced(make_run, refused, tmp_
         "empty", "loop", "out-tiny", "precious", "real", "to empty", "to nowhere", "to real"]
 
 
-def test_a_folder_below_a_link(make_run, tmp_path):
+def test_an_export_may_be_below_a_linked_folder(make_run, tmp_path):
     out_dir, _ = make_run(CHARS)
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
@@ -398,7 +401,7 @@ def test_a_folder_below_a_link(make_run, tmp_path):
     assert (tmp_path / "disk" / "hf" / "model.safetensors").is_file()
 
 
-def test_the_current_folder(make_run, refused, tmp_path, monkeypatch):
+def test_the_current_folder_is_refused(make_run, refused, tmp_path, monkeypatch):
     out_dir, _ = make_run(CHARS)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -406,8 +409,8 @@ def test_the_current_folder(make_run, refused, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["hf", "onnx"])
-def test_a_disk_that_fills(make_run, refused, tmp_path, form):
-    """No half folder under the final name, no leftover beside it, an older one untouched."""
+def test_a_full_disk_leaves_no_partial_export(make_run, refused, tmp_path, form):
+    """No partial folder and no temporary one is left, and an older export is not changed."""
     out_dir, _ = make_run(CHARS, n_embd=64)
     argv = (f"--out_dir={out_dir}", f"--format={form}", f"--export_dir={tmp_path / 'new'}")
     old = export_hf(out_dir, tmp_path / "old", format=form)
@@ -424,7 +427,7 @@ def test_a_disk_that_fills(make_run, refused, tmp_path, form):
     assert before == {p.name: p.read_bytes() for p in old.iterdir()}
 
 
-def test_weights_that_a_dtype_does_not_hold(make_run, refused, tmp_path):
+def test_weights_that_overflow_the_dtype_are_refused(make_run, refused, tmp_path):
     out_dir, model = make_run(CHARS)
     model.transformer.wpe.weight.data[3, 3] = 1e6
     files.save(out_dir / "ckpt.pt", checkpoint.model_data(model, 0, 1.0, {}, CHARS))
@@ -433,7 +436,7 @@ def test_weights_that_a_dtype_does_not_hold(make_run, refused, tmp_path):
     export.main([*argv, "--dtype=bfloat16"])
 
 
-def test_an_architecture_that_a_format_does_not_take(make_run, refused, tmp_path):
+def test_an_architecture_that_a_format_does_not_support_is_refused(make_run, refused, tmp_path):
     odd, _ = make_run(CHARS, attn_scale=0.5)
     argv = (f"--out_dir={odd}", f"--export_dir={tmp_path / 'new'}")
     assert "attn_scale=0.5" in refused(*argv)
@@ -444,7 +447,7 @@ def test_an_architecture_that_a_format_does_not_take(make_run, refused, tmp_path
     assert not (tmp_path / "int8").exists()
 
 
-def test_a_run_without_adapters(make_run, refused, tmp_path):
+def test_a_run_without_adapters_is_refused_for_peft(make_run, refused, tmp_path):
     out_dir, _ = make_run(CHARS)
     argv = ("--format=peft", f"--export_dir={tmp_path / 'x'}")
     for source in (f"--out_dir={out_dir}", f"--init_from={export_hf(out_dir, tmp_path / 'hf')}"):
@@ -452,12 +455,12 @@ def test_a_run_without_adapters(make_run, refused, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_without_onnx(monkeypatch, refused, tmp_path):
+def test_without_onnx_the_error_names_the_requirements_file(monkeypatch, refused, tmp_path):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     assert "requirements-export.txt" in refused("--format=onnx", f"--export_dir={tmp_path / 'x'}")
 
 
-def test_what_does_not_read_back_is_not_left(make_run, refused, tmp_path, monkeypatch):
+def test_an_export_that_does_not_read_back_is_deleted(make_run, refused, tmp_path, monkeypatch):
     out_dir, _ = make_run(CHARS)
 
     def flawed(fields, params, dtype, right=hf.tensors_to_hf):

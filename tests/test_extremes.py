@@ -1,4 +1,4 @@
-"""Values, files and paths as extreme as they come: one line, before anything is allocated."""
+"""Extreme values, files and paths: one line of error, before anything is allocated."""
 import errno
 import zipfile
 
@@ -20,20 +20,20 @@ from nanotune.training import plan, resume, run
 
 @pytest.fixture(scope="module")
 def out(dataset, tmp_path_factory):
-    """A run; read, never changed."""
+    """The folder of a run. Tests must not change it."""
     out = tmp_path_factory.mktemp("run") / "out"
     assert run_train(dataset, out, max_iters=1) == 0
     return out
 
 
 def refused(monkeypatch, capsys, main, argv):
-    """The one line of a script that ends with it."""
-    status, said, err = run_script(monkeypatch, capsys, main, argv)
-    assert (status, err.count("\n")) == (1, 1) and err.startswith("error: "), said + err
+    """Run a script that must fail; return its one line of error."""
+    status, output, err = run_script(monkeypatch, capsys, main, argv)
+    assert (status, err.count("\n")) == (1, 1) and err.startswith("error: "), output + err
     return err
 
 
-@pytest.mark.parametrize("script, field, told", [
+@pytest.mark.parametrize("script, field, message", [
     *((train, f"--{name}=1000000000", f"--{name}=1000000000 must be at least 1 and at most {most}")
       for name, most in (("batch_size", 65536), ("gradient_accumulation_steps", 65536),
                          ("n_layer", 1000), ("n_embd", 65536), ("keep_states", 1000))),
@@ -50,10 +50,12 @@ def refused(monkeypatch, capsys, main, argv):
     (sample, "--temperature=1e308", "must be at least 0 and at most 100"),
     (sample, "--temperature=inf", "--temperature must be a number"),
     (sample, "--repetition_penalty=1e-320", "must be at least 0.01 and at most 100"),
-    (sample, f"--seed={10**30}", "--seed is too large")])
-def test_fields_have_bounds(dataset, tmp_path, monkeypatch, capsys, script, field, told):
+    (sample, f"--seed={10**30}", "--seed is too large")],
+    ids=lambda value: getattr(value, "__name__", str(value)[:40]))
+def test_extreme_values_of_fields_are_refused(
+        dataset, tmp_path, monkeypatch, capsys, script, field, message):
     argv = arguments(dataset, tmp_path / "out") if script is train else []
-    assert told in refused(monkeypatch, capsys, script.main, [*argv, field])
+    assert message in refused(monkeypatch, capsys, script.main, [*argv, field])
     assert not (tmp_path / "out").exists()
 
 
@@ -63,7 +65,8 @@ LONG = "x" * 5000
 @pytest.mark.parametrize("script, field", [
     *((train, field) for field in ("out_dir", "dataset", "init_from")),
     *((evaluate, field) for field in ("out_dir", "dataset", "input", "split")),
-    (sample, "init_from"), (sample, "start"), (export, "export_dir")])
+    (sample, "init_from"), (sample, "start"), (export, "export_dir")],
+    ids=lambda value: getattr(value, "__name__", value))
 def test_a_path_of_5000_characters_is_one_line(dataset, out, tmp_path, monkeypatch, capsys, script,
                                                field):
     argv = (arguments(dataset, tmp_path / "new") if script is train else [f"--out_dir={out}"])
@@ -73,7 +76,7 @@ def test_a_path_of_5000_characters_is_one_line(dataset, out, tmp_path, monkeypat
     assert "File name too long" in line
 
 
-@pytest.mark.parametrize("folder", ["", ".", "/"])
+@pytest.mark.parametrize("folder", ["", ".", "/"], ids=["empty", "current", "root"])
 def test_a_folder_without_a_name_is_one_line(out, tmp_path, monkeypatch, capsys, folder):
     monkeypatch.chdir(tmp_path)
     argv = [f"--out_dir={out}", f"--export_dir={folder}"]
@@ -88,13 +91,14 @@ def test_a_path_that_the_system_refuses_is_one_line():
 
 
 @pytest.mark.parametrize("options", [dict(temperature=1e-45), dict(temperature=1e-320),
-                                     dict(top_p=1e-320), dict(top_p=1e-320, top_k=2)])
-def test_sampling_with_hardly_a_choice_takes_the_most_likely(options):
+                                     dict(top_p=1e-320), dict(top_p=1e-320, top_k=2)], ids=str)
+def test_sampling_with_a_tiny_temperature_or_top_p_takes_the_most_likely_token(options):
     logits = torch.tensor([[3.0, -1.0, 2.9], [-5.0, 1.0, 0.0]])
     assert sample_token(logits, **options).tolist() == [0, 1]
 
 
-def test_a_run_that_cannot_fit_allocates_nothing(dataset, out, tmp_path, monkeypatch, capsys):
+def test_a_run_that_does_not_fit_in_memory_allocates_nothing(
+        dataset, out, tmp_path, monkeypatch, capsys):
     def allocate(*args, **kwargs):
         raise AssertionError("allocated")
 
@@ -107,7 +111,7 @@ def test_a_run_that_cannot_fit_allocates_nothing(dataset, out, tmp_path, monkeyp
         assert "memory, the process at its peak" in line and "that does not fit" in line
 
 
-def test_a_file_that_looks_like_a_state_is_none(dataset, out, tmp_path):
+def test_files_with_names_similar_to_a_states_are_not_touched(dataset, out, tmp_path):
     run_train(dataset, tmp_path, max_iters=1)
     for name in ("state.1backup.pt", "state.old.pt", "state.²².pt", f"state.{'9' * 99}.pt"):
         (tmp_path / name).write_bytes(b"mine")
@@ -117,7 +121,7 @@ def test_a_file_that_looks_like_a_state_is_none(dataset, out, tmp_path):
 
 
 def test_a_checkpoint_that_unpacks_to_much_more_is_refused(out, tmp_path, monkeypatch):
-    """From its index: nothing is unpacked."""
+    """Its index has the size: nothing is unpacked."""
     path = tmp_path / "ckpt.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**7))
@@ -127,7 +131,7 @@ def test_a_checkpoint_that_unpacks_to_much_more_is_refused(out, tmp_path, monkey
             read(path)
 
 
-def test_absurd_sizes_in_a_file_are_refused_before_they_are_built(out, monkeypatch):
+def test_absurd_sizes_in_a_file_are_refused_before_a_model_is_built(out, monkeypatch):
     data = files.load(out / "ckpt.pt")
     monkeypatch.setattr(checkpoint, "model_class", None)
     for args in ({"n_layer": 10**7}, {"n_layer": "x"}):
@@ -142,8 +146,8 @@ def test_absurd_sizes_in_a_file_are_refused_before_they_are_built(out, monkeypat
             neo | {"num_layers": 4, "attention_types": [[["global"], 10**12]]}, "neo")
 
 
-def test_control_characters_in_labels_are_not_printed(capsys):
+def test_control_characters_in_labels_are_escaped(capsys):
     evaluate.print_confusion(["good", "\x1b[31mbad\r", "é"], [[1, 0, 0, 0]] * 3)
-    said = capsys.readouterr().out
-    assert "\x1b" not in said and "\r" not in said
-    assert said.count(r"\x1b[31mbad\r") == 2 and said.count("é") == 2
+    output = capsys.readouterr().out
+    assert "\x1b" not in output and "\r" not in output
+    assert output.count(r"\x1b[31mbad\r") == 2 and output.count("é") == 2

@@ -1,4 +1,4 @@
-"""A recorded step computes what the model's own does, wherever the token goes."""
+"""A recorded step computes the same as the model's own step, for a token in any column."""
 import contextlib
 import shutil
 from types import SimpleNamespace
@@ -19,13 +19,13 @@ PROMPTS = torch.randint(61, (3, 5), generator=torch.Generator().manual_seed(1))
 
 
 def freeze(step):
-    """What a CUDA graph is, on any device: the operators of one step(), played back on the tensors
-    that it used, with every number that Python had worked out left as it was."""
+    """A stand-in for a CUDA graph on any device: replays the operators of one step() on the same
+    tensors. Numbers that Python computed stay as they were."""
     return make_fx(step)()
 
 
 class Frozen(Decoder):
-    """Counts what it records."""
+    """A Decoder that records with freeze() and counts its records."""
     def __init__(self, model):
         super().__init__(model, freeze)
         self.records = 0
@@ -41,9 +41,9 @@ def drawn(model, idx=PROMPTS, new=9, pad=(0, 0, 0), **options):
     return torch.stack(list(stream(model, prompts, new, **options)), 1)
 
 
-@pytest.mark.parametrize("fields, new", [  # 9 within the context of 16, 40 sliding three times
-    ({}, 40), (dict(bias=False), 9), (dict(tied_head=False), 9), (NEO, 9), (NEO, 40)])
-def test_recorded_is_plain(fields, new):
+@pytest.mark.parametrize("fields, new", [  # 9 fit in the context of 16; 40 slide it 3 times
+    ({}, 40), (dict(bias=False), 9), (dict(tied_head=False), 9), (NEO, 9), (NEO, 40)], ids=str)
+def test_recorded_steps_draw_the_same_tokens(fields, new):
     model = tiny_gpt(61, **fields)
     decoder = Frozen(model)
     tokens = drawn(decoder, new=new)
@@ -52,7 +52,7 @@ def test_recorded_is_plain(fields, new):
     assert len(tokens.unique()) > 4
 
 
-def test_logits_are_the_models(fields=NEO):
+def test_recorded_steps_give_the_models_logits(fields=NEO):
     model = tiny_gpt(61, **fields)
     decoder, idx = Frozen(model), PROMPTS
     cache, plain = decoder.new_cache(3), model.new_cache(3)
@@ -63,16 +63,16 @@ def test_logits_are_the_models(fields=NEO):
         first = decoder.step(idx[:, :1], cache)
         kept = first.clone()
         decoder.step(idx[:, 1:2], cache)
-    assert torch.equal(first, kept)  # not written over
+    assert torch.equal(first, kept)  # not overwritten
 
 
 @pytest.mark.parametrize("new", [8, 30])
-def test_rows_with_filling(new):
+def test_recorded_steps_draw_the_same_tokens_for_padded_rows(new):
     model, pad = tiny_gpt(61, **NEO), (0, 3, 1)
     assert torch.equal(drawn(Frozen(model), new=new, pad=pad), drawn(model, new=new, pad=pad))
 
 
-def test_each_cache_is_recorded_for():
+def test_a_step_is_recorded_for_each_cache():
     model = tiny_gpt(61)
     decoder = Frozen(model)
     for idx in (PROMPTS, PROMPTS[:2].flip(1), PROMPTS):
@@ -80,14 +80,14 @@ def test_each_cache_is_recorded_for():
     assert decoder.records == 3
 
 
-def test_sampled_is_plain():
+def test_recorded_steps_sample_the_same_tokens():
     model, options = tiny_gpt(61), dict(temperature=0.8, top_k=20, stop_token=7)
     first, second = (drawn(m, new=12, generator=torch.Generator().manual_seed(3), **options)
                      for m in (Frozen(model), model))
     assert torch.equal(first, second)
 
 
-def test_under_autocast():
+def test_recorded_steps_give_the_models_logits_under_autocast():
     model = tiny_gpt(61)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         decoder = Frozen(model)
@@ -98,7 +98,7 @@ def test_under_autocast():
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
-def test_the_cache_is_a_little_longer():
+def test_the_cache_is_rounded_up_to_aligned_columns_within_the_context():
     decoder = Frozen(tiny_gpt(61, block_size=100))
     assert decoder.new_cache(1, 17).k.size(3) == 2 * ALIGNED
     assert decoder.new_cache(1, 100).k.size(3) == 100
@@ -117,7 +117,7 @@ class Counted:
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """torch.cuda's names for capturing, which do nothing; returns the names of what was called."""
+    """Replace torch.cuda's functions for capturing with stubs; return the list of calls."""
     called = []
 
     class Named:
@@ -136,14 +136,14 @@ def no_gpu(monkeypatch):
 
 
 def test_a_step_is_captured_after_it_has_run(no_gpu):
-    """The order of calls only: there is no GPU here to capture on."""
+    """Checks only the order of the calls, without a GPU."""
     step = Counted()
     replay = cuda_graph(step)
     assert step.calls == 3 and no_gpu == ["wait_stream", "wait_stream"]
     assert replay() is step.result and step.calls == 3 and no_gpu[2:] == ["replay"]
 
 
-def test_where_nothing_is_captured_the_step_goes_on(no_gpu, monkeypatch, capsys):
+def test_if_capture_fails_the_step_is_used_without_it(no_gpu, monkeypatch, capsys):
     @contextlib.contextmanager
     def broken(graph):
         yield
@@ -155,14 +155,14 @@ def test_where_nothing_is_captured_the_step_goes_on(no_gpu, monkeypatch, capsys)
     assert err.startswith("warning: ") and err.count("\n") == 1 and "not permitted" in err
 
 
-def test_a_step_that_fails_by_itself_is_no_matter_of_capture(no_gpu):
+def test_an_error_of_the_step_itself_is_raised(no_gpu):
     def step():
         raise RuntimeError("of the model's own")
     with pytest.raises(RuntimeError, match="of the model's own"):
         cuda_graph(step)
 
 
-def test_what_generation_runs_on(monkeypatch):
+def test_for_generation_picks_the_form_for_device_and_dtype(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     (cpu, gpu), f32 = map(torch.device, ("cpu", "cuda:0")), torch.float32
     bf16 = torch.bfloat16
@@ -177,7 +177,7 @@ def test_what_generation_runs_on(monkeypatch):
     assert model.model.lm_head.product.weight.dtype == bf16
 
 
-def test_without_a_compiler_it_goes_on_plain(monkeypatch, capsys):
+def test_without_a_compiler_generation_goes_on_uncompiled(monkeypatch, capsys):
     def fails(*args, **kwargs):
         raise RuntimeError("no working C++ compiler\nlong story")
 
@@ -191,9 +191,9 @@ def test_without_a_compiler_it_goes_on_plain(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-@pytest.mark.parametrize("fields", [{}, NEO])
-def test_compiled_is_plain(fields):
-    """Compiled once, for all columns and beyond a slide, without a copy of a layer's keys."""
+@pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
+def test_a_compiled_step_draws_the_same_tokens(fields):
+    """It is compiled once for all columns, even if the context slides, and copies no keys."""
     model = tiny_gpt(61, **fields)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):

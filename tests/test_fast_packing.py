@@ -1,4 +1,4 @@
-"""Packed matrices compute what the plain ones do, and where they do not serve nothing changes."""
+"""Packed matrices compute the same as plain ones; where packing is not possible nothing changes."""
 import pytest
 import torch
 from conftest import tiny_gpt
@@ -12,8 +12,8 @@ NEO = dict(local_window=4, attn_scale=1.0, qkv_bias=False)
 
 
 @pytest.mark.skipif(not can_pack_linear(), reason="no oneDNN for this CPU")
-@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
-def test_packed_is_plain(fields):
+@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO], ids=str)
+def test_a_packed_model_computes_the_same(fields):
     model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
     with torch.no_grad():
         whole = model.logits(idx)
@@ -29,9 +29,9 @@ def test_packed_is_plain(fields):
         assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
-def test_half_precision_is_autocast(fields, dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO], ids=str)
+def test_packing_in_half_precision_computes_the_same_as_autocast(fields, dtype):
     model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
     with torch.no_grad():
         exact = model.logits(idx)
@@ -51,10 +51,10 @@ def test_half_precision_is_autocast(fields, dtype):
 
 @pytest.mark.skipif(not can_pack_linear(), reason="no oneDNN for this CPU")
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_a_fused_activation_is_the_models_own(activation):
+def test_a_fused_activation_computes_the_same(activation):
     model, idx = tiny_gpt(61, activation=activation), torch.arange(12).view(1, 12)
     with torch.no_grad():
-        for block in model.transformer.h:  # inputs where the two differ by more than the tolerance
+        for block in model.transformer.h:  # large inputs: the two must differ by more than atol
             block.mlp.c_fc.weight.normal_(std=1.0)
         expected = model.logits(idx)
         fast.pack(model, CPU, torch.float32)
@@ -62,14 +62,14 @@ def test_a_fused_activation_is_the_models_own(activation):
         torch.testing.assert_close(model.logits(idx), expected, atol=2e-5, rtol=2e-5)
 
 
-def test_attention_has_no_plan_for_each_length():
+def test_packing_disables_cudnns_attention():
     torch.backends.cuda.enable_cudnn_sdp(True)
     fast.pack(tiny_gpt(61), CPU, torch.float32)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("why", ["device", "processor"])
-def test_where_it_does_not_serve_the_model_stays_as_it_is(why, monkeypatch):
+def test_a_device_or_processor_without_packing_leaves_the_model_as_it_is(why, monkeypatch):
     if why == "processor":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     model = tiny_gpt(61)

@@ -1,4 +1,4 @@
-"""GPT-Neo as its users meet it: the hub's own configs, and finetuning from a pytorch_model.bin."""
+"""GPT-Neo: the configs of the models on the hub, and finetuning from a pytorch_model.bin."""
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,7 @@ import sample
 from model import GPT, GPTConfig
 from nanotune.formats import checkpoint, hf_config
 
-# what EleutherAI's config.json files say, as far as it matters to a model: (config, parameters)
+# the fields of EleutherAI's config.json files that change the model: (fields, number of parameters)
 HUB = {
     "gpt-neo-125m": (dict(hidden_size=768, num_layers=12, num_heads=12,
                           attention_types=[[["global", "local"], 6]]), 125_198_592),
@@ -28,10 +28,10 @@ COMMON = dict(
 
 
 def windows(config):
-    """How many tokens each layer looks at, None for all: of a narrow model of so many layers."""
+    """The number of tokens that each layer sees, None for all, measured in a narrow model."""
     model, seen = GPT(replace(config, n_embd=16, n_head=2, vocab_size=61)), []
     def look(module, args):
-        mask = args[2]  # 0 where it looks, else -inf
+        mask = args[2]  # 0 for a visible token, else -inf
         seen.append(None if mask is None else int((mask == 0).sum(1).max()))
 
     for block in model.transformer.h:
@@ -41,7 +41,7 @@ def windows(config):
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_the_hubs_sizes(name):
+def test_the_hubs_configs_give_the_known_sizes_and_windows(name):
     fields, n_params = HUB[name]
     fields = fields | {"attention_layers": ["global", "local"] * (fields["num_layers"] // 2)}
     config = GPTConfig(**hf_config.config_from_hf(COMMON | fields, name))
@@ -54,8 +54,8 @@ def test_the_hubs_sizes(name):
 
 @pytest.fixture
 def neo_folder(write_hf):
-    """A GPT-Neo folder as the hub's older ones are: pytorch_model.bin in float16, masks in it, a
-    head of its own that is the embedding; and a tokenizer."""
+    """(a GPT-Neo folder like older ones of the hub, transformers' model). pytorch_model.bin is in
+    float16, with masks and with a copy of the embedding as the head."""
     theirs = hf_model(neo=True, vocab_size=40).half().float()
     tensors = {key: t.half() for key, t in hf_tensors(theirs).items()}
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
@@ -70,7 +70,8 @@ TEXT = "".join(f"line {i} of a text, and more of it.\n" for i in range(60))
 
 
 @pytest.mark.parametrize("block_size", [4, 12])  # less than the window of 5, and more
-def test_finetuned_cropped_and_resumed(block_size, neo_folder, make_dataset, tmp_path, capsys):
+def test_gpt_neo_is_finetuned_cropped_and_resumed(
+        block_size, neo_folder, make_dataset, tmp_path, capsys):
     folder, theirs = neo_folder
     data, tokenizer = make_dataset("chars", text=TEXT)
     (folder / "meta.pkl").write_bytes((data / "meta.pkl").read_bytes())
@@ -87,7 +88,7 @@ def test_finetuned_cropped_and_resumed(block_size, neo_folder, make_dataset, tmp
     for saved in ("whole", "parts"):
         model, _ = checkpoint.load_model(str(tmp_path / saved))
         assert model.config.local_window == 5 and model.config.block_size == block_size
-    # at its start the run was transformers' model: the loss of its first windows
+    # the run started from transformers' model: the same logits
     start, _ = checkpoint.load_model(str(folder), block_size)
     idx = torch.tensor([tokenizer.encode(TEXT[:block_size])])
     with torch.no_grad():

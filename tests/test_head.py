@@ -13,13 +13,13 @@ from t5 import T5, T5Config
 
 CPU = torch.device("cpu")
 OFFSET = -100.0
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 def inputs(n=64, C=32, V=500, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, C, generator=generator)
-    x[:, 0] = 1.0  # with this channel a row of the head adds a constant to each logit
+    x[:, 0] = 1.0  # so that column 0 of the head is added to the logits
     return x, torch.randint(V, (n,), generator=generator)
 
 
@@ -37,8 +37,8 @@ def in_half(dtype):
 
 
 @HALF
-def test_the_loss_and_its_gradients_do_not_feel_an_offset(dtype):
-    """Beside float32: as near with an offset of -100 as without."""
+def test_an_offset_costs_the_loss_and_its_gradients_no_precision(dtype):
+    """The errors relative to float64 are as small with an offset of -100 as without."""
     errors = {}
     for offset in (0.0, OFFSET):
         found = []
@@ -58,7 +58,7 @@ def test_the_loss_and_its_gradients_do_not_feel_an_offset(dtype):
 
 
 @HALF
-def test_logits_are_float32_and_true_to_the_offset(dtype):
+def test_logits_are_float32_and_include_the_offset(dtype):
     head, (x, _) = a_head(OFFSET), inputs()
     exact = F.linear(x, head.weight)
     with torch.no_grad(), in_half(dtype):
@@ -71,8 +71,8 @@ def test_logits_are_float32_and_true_to_the_offset(dtype):
     assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_full_precision_is_a_linear_layer_bit_for_bit(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_in_full_precision_the_head_is_bitwise_equal_to_a_linear_layer(dtype):
     head, (x, _) = a_head(OFFSET).to(dtype), inputs()
     assert torch.equal(head(x.to(dtype)), F.linear(x.to(dtype), head.weight))
 
@@ -86,8 +86,8 @@ def test_bfloat16_weights_are_centred_too():
 
 
 def with_offset(model, offset=OFFSET):
-    """The same model with the embedding's rows moved along a direction that the last norm always
-    emits, so that all logits change by `offset`. Float32 gives the same probabilities."""
+    """The same model with the head's rows moved along the bias of the last norm, so that all logits
+    of a row change by the same number, about `offset`. Float32 gives the same probabilities."""
     with torch.no_grad():
         norm = model.transformer.ln_f
         norm.bias.normal_(std=1.0, generator=torch.Generator().manual_seed(3))
@@ -98,15 +98,15 @@ def with_offset(model, offset=OFFSET):
 
 
 def models(**fields):
-    """Twice the same model, without and with an offset; the head is not tied, so that only the
-    logits differ."""
+    """The same model without and with an offset. The head is not tied, so only the logits
+    differ."""
     return [with_offset(tiny_gpt(61, tied_head=False, **fields), offset)
             for offset in (0.0, OFFSET)]
 
 
 @HALF
-def test_a_model_with_an_offset_agrees_with_float32_as_one_without(dtype):
-    """The loss, evaluation's logits, and the packed model's steps."""
+def test_a_model_with_an_offset_is_as_close_to_float32_as_one_without(dtype):
+    """For the loss, the logits of evaluation, and the steps of a packed model."""
     idx = torch.arange(24).view(2, 12) % 61
     errors = []
     for model in models():
@@ -125,7 +125,7 @@ def test_a_model_with_an_offset_agrees_with_float32_as_one_without(dtype):
         assert within < 3 * without + 1e-3, errors
 
 
-def test_a_repetition_penalty_sees_the_true_logits():
+def test_a_repetition_penalty_gets_logits_that_include_the_offset():
     """It divides positive logits and multiplies negative ones, so the offset counts."""
     model = models()[1].eval()
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_a_t5s_head_is_centred():
 
 
 # -----------------------------------------------------------------------------
-# the copy
+# the centred copy
 
 def counted(monkeypatch):
     calls = []
@@ -179,7 +179,7 @@ def test_a_frozen_head_is_centred_once(monkeypatch):
         assert model.lm_head.copy is None
 
 
-def test_samples_of_a_training_run_keep_the_copy_while_they_are_drawn(monkeypatch):
+def test_samples_of_a_training_run_keep_the_copy_only_while_they_are_drawn(monkeypatch):
     calls, model = counted(monkeypatch), tiny_gpt(61)
     with in_half(torch.bfloat16), model.lm_head.keep():
         list(stream(model, [[1, 2, 3]], 5))
@@ -195,8 +195,8 @@ def test_the_copy_is_neither_saved_nor_a_parameter():
         assert set(model.state_dict()) == names
 
 
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_the_plan_counts_the_copy(weights):
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_the_memory_plan_counts_the_copy(weights):
     V, C, rows = 50000, 8, 4
     weight = torch.nn.Parameter(torch.empty(V, C, dtype=weights, device="meta"), False)
     copy, logits = V * C * 2, rows * V * 2 + rows * V * 4

@@ -1,4 +1,4 @@
-"""Every layout of the hub's files, made small; bad ones refused by name; the hub, played here."""
+"""Hugging Face models: every layout of their files, bad files and configs, and a local hub."""
 import functools
 import json
 import threading
@@ -21,7 +21,7 @@ KEY = "transformer.h.1.mlp.c_fc.weight"
 
 
 def same_logits(folder, theirs, block_size=24, dropout=0.0):
-    """Loads the folder; asserts that it computes what transformers' model does; returns it."""
+    """Load the folder, assert that its logits equal those of transformers, and return the model."""
     ours = GPT.from_pretrained(str(folder), dropout)
     ours.crop_block_size(block_size)
     assert ours.training and {p.dtype for p in ours.parameters()} == {torch.float32}
@@ -35,7 +35,7 @@ def same_logits(folder, theirs, block_size=24, dropout=0.0):
 # layouts
 
 def with_masks(tensors, n_layer, prefix=""):
-    """The masks that older files hold as if they were weights."""
+    """`tensors` with the masks that older files store like weights."""
     masks = {}
     for layer in range(n_layer):
         masks[f"{prefix}h.{layer}.attn.bias"] = torch.ones(24, 24).tril().view(1, 1, 24, 24)
@@ -45,7 +45,7 @@ def with_masks(tensors, n_layer, prefix=""):
 
 
 def openai(tensors):
-    """OpenAI's own repos: no prefix, and masks."""
+    """The layout of OpenAI's repos: no prefix, and masks."""
     return with_masks({k.removeprefix("transformer."): t for k, t in tensors.items()}, 2)
 
 
@@ -65,10 +65,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("file", [
     "model.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json"])
-def test_gpt2_layouts(layout, file, write_hf):
+def test_every_layout_of_gpt2_is_loaded(layout, file, write_hf):
     theirs = hf_model()
     tensors = LAYOUTS[layout](hf_tensors(theirs))
-    with torch.no_grad():  # what the file's dtype leaves of the weights
+    with torch.no_grad():  # round to the file's dtype
         for name, param in theirs.named_parameters():
             stored = tensors.get(name, tensors.get(name.removeprefix("transformer.")))
             param.copy_(stored)
@@ -77,8 +77,8 @@ def test_gpt2_layouts(layout, file, write_hf):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("says_tied", [True, False])
-def test_a_head_of_its_own(file, says_tied, write_hf):
+@pytest.mark.parametrize("says_tied", [True, False], ids=["config ties", "config unties"])
+def test_an_untied_head_is_loaded_whatever_the_config_says(file, says_tied, write_hf):
     theirs = hf_model(tie_word_embeddings=False)
     folder = write_hf(theirs, layout=file, tie_word_embeddings=says_tied)
     ours = same_logits(folder, theirs)
@@ -86,7 +86,7 @@ def test_a_head_of_its_own(file, says_tied, write_hf):
     assert not torch.equal(ours.lm_head.weight, ours.transformer.wte.weight)
 
 
-def test_a_head_said_to_be_its_own_stays_so_though_equal(write_hf):
+def test_a_head_that_the_config_unties_stays_untied_even_if_equal(write_hf):
     theirs = hf_model(tie_word_embeddings=False)
     with torch.no_grad():
         theirs.lm_head.weight.copy_(theirs.transformer.wte.weight)
@@ -96,7 +96,7 @@ def test_a_head_said_to_be_its_own_stays_so_though_equal(write_hf):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json",
                                   "pytorch_model.bin"])
-def test_gpt_neo_with_its_masks(file, write_hf):
+def test_gpt_neo_is_loaded_from_files_with_masks(file, write_hf):
     theirs = hf_model(neo=True)
     tensors = hf_tensors(theirs)
     for layer in range(3):
@@ -106,15 +106,15 @@ def test_gpt_neo_with_its_masks(file, write_hf):
     same_logits(write_hf(theirs, tensors, file), theirs)
 
 
-def test_what_transformers_itself_saves(tmp_path):
+def test_folders_of_save_pretrained_are_loaded(tmp_path):
     for neo in (False, True):
         theirs = hf_model(neo=neo)
         theirs.save_pretrained(tmp_path / str(neo))
         same_logits(tmp_path / str(neo), theirs)
 
 
-def test_a_bin_from_before_torch_1_6(write_hf):
-    """The hub's older repos hold those: no zip file, which cannot be mapped."""
+def test_a_bin_from_before_torch_1_6_is_loaded(write_hf):
+    """Older repos of the hub have such files. They are no zip files and cannot be memory-mapped."""
     theirs = hf_model()
     folder = write_hf(theirs, {}, layout="pytorch_model.bin")
     torch.save(hf_tensors(theirs), folder / "pytorch_model.bin",
@@ -122,14 +122,14 @@ def test_a_bin_from_before_torch_1_6(write_hf):
     same_logits(folder, theirs)
 
 
-def test_safetensors_come_before_a_bin(write_hf):
+def test_safetensors_are_preferred_to_a_bin(write_hf):
     theirs = hf_model()
     folder = write_hf(theirs)
     (folder / "pytorch_model.bin").write_bytes(b"never opened")
     same_logits(folder, theirs)
 
 
-def test_crop_and_dropout(write_hf):
+def test_a_loaded_model_takes_a_shorter_context_and_dropout(write_hf):
     theirs = hf_model()
     ours = same_logits(write_hf(theirs), theirs, block_size=10, dropout=0.25)
     assert ours.config.block_size == 10 and ours.transformer.wpe.weight.shape == (10, 16)
@@ -139,7 +139,7 @@ def test_crop_and_dropout(write_hf):
         GPT.from_pretrained(str(write_hf(theirs))).crop_block_size(25)
 
 
-def test_a_real_model(shared):
+def test_a_real_model_gives_transformers_logits(shared):
     folder = shared("models/gutenberg-17m")
     from transformers import GPT2LMHeadModel
     theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -179,7 +179,7 @@ def with_tensor(key, *shape):
     (False, with_tensor("lm_head.weight", 60, 16), r"lm_head.weight has shape \(60, 16\)"),
 ])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_tensors_that_do_not_fit(neo, change, message, file, write_hf):
+def test_tensors_that_do_not_fit_are_refused(neo, change, message, file, write_hf):
     theirs = hf_model(neo=neo)
     folder = write_hf(theirs, change(hf_tensors(theirs)), file)
     with pytest.raises(UserError, match=message) as error:
@@ -187,8 +187,8 @@ def test_tensors_that_do_not_fit(neo, change, message, file, write_hf):
     assert file in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_head_alone_is_not_taken_for_the_embedding(write_hf):
-    """As safetensors' save_model leaves a tied pair: refused by name, no KeyError."""
+def test_a_head_is_not_used_as_a_missing_embedding(write_hf):
+    """save_model of safetensors writes tied weights like this. The error names the tensor."""
     theirs = hf_model()
     tensors = hf_tensors(theirs)
     tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
@@ -196,7 +196,7 @@ def test_a_head_alone_is_not_taken_for_the_embedding(write_hf):
         GPT.from_pretrained(str(write_hf(theirs, tensors)))
 
 
-def test_a_missing_head_is_not_made_up(write_hf):
+def test_a_missing_untied_head_is_refused(write_hf):
     theirs = hf_model(tie_word_embeddings=False)
     folder = write_hf(theirs, without("lm_head.weight")(hf_tensors(theirs)))
     with pytest.raises(UserError, match=r"no tensor for lm_head.weight"):
@@ -204,7 +204,7 @@ def test_a_missing_head_is_not_made_up(write_hf):
 
 
 @pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
-def test_the_same_tensor_in_two_shards(stem, write_hf):
+def test_the_same_tensor_in_two_shards_is_refused(stem, write_hf):
     theirs = hf_model()
     folder = write_hf(theirs, layout=f"{stem}.index.json")
     first, second = (folder / f"part-{i}-of-2.{stem}" for i in (1, 2))
@@ -221,7 +221,7 @@ def test_the_same_tensor_in_two_shards(stem, write_hf):
     lambda data: b"", lambda data: data[:-9], lambda data: data[:len(data) // 2],
     lambda data: b"<html>" + data, lambda data: b"version https://git-lfs.github.com/spec/v1\n",
 ], ids=["empty", "cut", "half", "html", "LFS pointer"])
-def test_damaged_weights(file, damage, write_hf):
+def test_damaged_weights_are_refused(file, damage, write_hf):
     folder = write_hf(hf_model(), layout=file)
     (folder / file).write_bytes(damage((folder / file).read_bytes()))
     with pytest.raises(UserError, match=rf"{file} .*damaged.*") as error:
@@ -229,7 +229,7 @@ def test_damaged_weights(file, damage, write_hf):
     assert "\n" not in str(error.value)
 
 
-def test_a_bin_that_is_no_state_dict(write_hf):
+def test_a_bin_that_is_not_a_state_dict_is_refused(write_hf):
     folder = write_hf(hf_model(), layout="pytorch_model.bin")
     torch.save([1, 2], folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model.bin is damaged"):
@@ -244,7 +244,7 @@ class Code:
         return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
 def test_a_bin_that_carries_code_is_refused_and_not_run(zipped, write_hf, tmp_path):
     folder = write_hf(hf_model(), layout="pytorch_model.bin")
     torch.save({"transformer.wte.weight": Code(str(tmp_path / "run"))},
@@ -259,14 +259,14 @@ def test_a_bin_that_carries_code_is_refused_and_not_run(zipped, write_hf, tmp_pa
     (b"\xff\xfe{}", "config.json is damaged"), (b"[]", "config.json is damaged"),
     (b"{}", "is a None model"),
 ])
-def test_a_damaged_config(text, message, write_hf):
+def test_a_damaged_config_is_refused(text, message, write_hf):
     folder = write_hf(hf_model())
     (folder / "config.json").write_bytes(text)
     with pytest.raises(UserError, match=message):
         GPT.from_pretrained(str(folder))
 
 
-def test_missing_files(write_hf, tmp_path):
+def test_missing_files_are_refused(write_hf, tmp_path):
     folder = write_hf(hf_model(), layout="model.safetensors.index.json")
     (folder / "part-2-of-2.model.safetensors").unlink()
     with pytest.raises(UserError, match=r"shard part-2-of-2.model.safetensors, listed .* missing"):
@@ -283,7 +283,7 @@ def test_missing_files(write_hf, tmp_path):
 # configs
 
 def edit_json(file, change):
-    """change() gets the content of a JSON file and changes it in place."""
+    """change() changes the content of a JSON file in place."""
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
@@ -305,7 +305,7 @@ def edit_json(file, change):
         [[["global"], 3]], [[["local", "global"], 1], [["local"], 1]], [[["global", "local"], 1]],
         [], 5, "x", [5], [[["global", "local"], "x"]], [[["global", "local"], 10**12]], {"a": 1})),
 ])
-def test_refused_configs(neo, fields, message, write_hf):
+def test_unsupported_configs_are_refused(neo, fields, message, write_hf):
     folder = write_hf(hf_model(neo=neo), **fields)
     if "attention_types" in fields:
         edit_json(folder / "config.json", lambda hf: hf.pop("attention_layers"))
@@ -322,9 +322,9 @@ def as_transformers_reads(config):
     return json.loads(AutoConfig.for_model(kind, **rest).to_json_string())
 
 
-@pytest.mark.parametrize("neo", [False, True])
+@pytest.mark.parametrize("neo", [False, True], ids=["gpt2", "neo"])
 def test_a_missing_key_means_transformers_default(neo):
-    """Each key of config.json in turn, all of them, and the other names of the sizes."""
+    """Without each key of config.json in turn, without all, and with other names of the sizes."""
     whole = dict(layer_norm_epsilon=1e-3, activation_function="gelu", tie_word_embeddings=False)
     whole |= dict(num_layers=24, attention_types=None, window_size=7, intermediate_size=40) if neo \
         else dict(scale_attn_weights=False, n_inner=40)
@@ -335,7 +335,7 @@ def test_a_missing_key_means_transformers_default(neo):
     configs = [{k: v for k, v in whole.items() if k != key}
                for key in layout.defaults] + [{"model_type": whole["model_type"]}]
     configs += [whole | {other: 24} for other in layout.other_names]
-    if neo:  # attention_layers goes before attention_types
+    if neo:  # attention_layers has precedence over attention_types
         configs.append(whole | dict(num_layers=3, attention_layers=["global", "local", "global"]))
     found = [hf_config.config_from_hf(config, "x") for config in configs]
     assert found == [hf_config.config_from_hf(as_transformers_reads(c), "x") for c in configs]
@@ -348,8 +348,8 @@ NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5)
 @pytest.mark.parametrize("fields", [
     dict(), dict(n_inner=40, norm_eps=1e-3), dict(activation="gelu"), dict(attn_scale=1.0),
     dict(tied_head=False), NEO, NEO | dict(n_layer=3, n_inner=24), NEO | dict(n_layer=1),
-])
-def test_configs_go_to_transformers_and_back(fields):
+], ids=str)
+def test_configs_are_the_same_after_a_round_trip_through_transformers(fields):
     from transformers import AutoConfig
     config = tiny_gpt(61, **fields).config
     theirs = json.loads(json.dumps(hf_config.config_to_hf(asdict(config))))
@@ -365,8 +365,8 @@ def test_configs_go_to_transformers_and_back(fields):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub on this machine that serves the folders of `hub.repos`, {id: folder}; what asks it
-    for another gets the answer of `hub.other`: (status, error code)."""
+    """A local hub with the folders of `hub.repos`, {id: folder}. A request for another id is
+    answered with `hub.other`: (status, error code)."""
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -417,7 +417,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json",
                                   "pytorch_model.bin"])
-def test_a_model_of_the_hub_and_then_of_its_cache(hub, file, write_hf, monkeypatch):
+def test_a_model_is_loaded_from_the_hub_and_then_from_the_cache(hub, file, write_hf, monkeypatch):
     theirs = hf_model()
     hub.repos["someone/gpt"] = write_hf(theirs, layout=file)
     same_logits("someone/gpt", theirs)
@@ -429,8 +429,8 @@ def test_a_model_of_the_hub_and_then_of_its_cache(hub, file, write_hf, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["added", "old"])
-def test_a_tokenizer_of_the_hub(hub, kind, tmp_path):
-    """All its files are fetched: the names of its special tokens and the added tokens too."""
+def test_a_tokenizer_is_loaded_from_the_hub(hub, kind, tmp_path):
+    """With all of its files: names of special tokens and added tokens too."""
     save_odd(tmp_path / "odd", kind)
     (tmp_path / "odd" / "config.json").write_text("{}")
     hub.repos["someone/odd"] = tmp_path / "odd"
@@ -440,8 +440,8 @@ def test_a_tokenizer_of_the_hub(hub, kind, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["refused", "unknown host"])
-def test_a_hub_that_cannot_be_reached_is_said_at_once(how, monkeypatch, tmp_path):
-    """Without the library's own retries, which take half a minute."""
+def test_an_unreachable_hub_is_reported_without_retries(how, monkeypatch, tmp_path):
+    """The library's own retries, which take half a minute, are disabled."""
     url = {"refused": "http://127.0.0.1:9", "unknown host": "http://nosuch.invalid"}[how]
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -454,8 +454,8 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(how, monkeypatch, tmp_path
         GPT.from_pretrained("someone/gpt")
 
 
-def test_a_folder_called_gpt2_is_the_folder(write_hf, tmp_path, monkeypatch, capsys):
-    """Its weights, its tokenizer and its plan; a line says so."""
+def test_a_local_folder_named_gpt2_is_preferred_to_the_hub(write_hf, tmp_path, monkeypatch, capsys):
+    """Its config, weights and tokenizer are used; a note says so."""
     theirs = hf_model()
     folder = write_hf(theirs, name="gpt2")
     save_odd(folder, "words")
@@ -467,20 +467,20 @@ def test_a_folder_called_gpt2_is_the_folder(write_hf, tmp_path, monkeypatch, cap
     assert "note: gpt2 is a local folder" in capsys.readouterr().out
 
 
-def test_the_hub_answers_that_there_is_no_such_model(hub):
+def test_a_model_that_does_not_exist_on_the_hub_is_refused(hub):
     with pytest.raises(UserError, match="nobody/none is neither a folder on this machine nor"):
         GPT.from_pretrained("nobody/none")
     with pytest.raises(UserError, match="neither a folder on this machine nor a model"):
         GPT.from_pretrained("no such/name at all")
 
 
-def test_a_gated_model(hub):
+def test_a_gated_model_is_refused(hub):
     hub.other = (403, "GatedRepo")
     with pytest.raises(UserError, match=r"meta/x is gated: accept its terms"):
         GPT.from_pretrained("meta/x")
 
 
-def test_a_repo_of_the_hub_without_a_model(hub, write_hf):
+def test_a_repo_of_the_hub_without_a_model_is_refused(hub, write_hf):
     folder = hub.repos["someone/other"] = write_hf(hf_model())
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"someone/other has none of model.safetensors"):
@@ -491,7 +491,7 @@ def test_a_repo_of_the_hub_without_a_model(hub, write_hf):
 
 
 @pytest.mark.parametrize("how", ["offline", "down", "server error"])
-def test_a_hub_that_cannot_be_reached(hub, how, monkeypatch):
+def test_an_unreachable_hub_is_one_line_with_a_download_command(hub, how, monkeypatch):
     if how == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif how == "down":
@@ -505,7 +505,7 @@ def test_a_hub_that_cannot_be_reached(hub, how, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_download_that_breaks_off(hub, write_hf):
+def test_an_interrupted_download_is_one_line(hub, write_hf):
     hub.repos["someone/gpt"] = write_hf(hf_model())
     hub.cut["model.safetensors"] = 100
     with pytest.raises(UserError, match="hub cannot be reached for someone/gpt") as error:

@@ -1,7 +1,7 @@
-"""The house: who may import whom, and how large a file may grow.
+"""The rules of the code: which module may import which, and how long files may be.
 
-Imports point one way, and those inside functions count: scripts -> the middle -> models -> the
-ground. No circle; no script imports a script; a prepare.py imports nothing of ours but fetch.
+Imports point one way, also those inside functions: scripts -> the rest of the package -> models ->
+the ground. There are no cycles, and no script imports a script. A prepare.py imports only fetch.
 """
 import ast
 from pathlib import Path
@@ -18,7 +18,7 @@ GROUND = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", 
           "nanotune.text.documents", "nanotune.text.chat",
           "nanotune.formats.hub", "nanotune.formats.hf", "nanotune.formats.hf_config",
           "nanotune.formats.checks", "nanotune.generation.generate"}
-# what the data scripts may use: no torch, and no model
+# modules that the data scripts may import: without torch and models
 FOR_DATA = {"fetch", "nanotune.errors", "nanotune.cli", "nanotune.text.read",
             "nanotune.text.documents", "nanotune.text.chat", "nanotune.text.tokenizer",
             "nanotune.formats.hub"}
@@ -29,7 +29,7 @@ def name_of(path):
 
 
 def imported(path, known):
-    """The modules of ours that a file imports anywhere in it."""
+    """The modules of `known` that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -41,7 +41,7 @@ def imported(path, known):
 
 
 def modules():
-    """{module name: path} of scripts, models and package; every __init__.py is empty."""
+    """{module name: path} of the scripts, the models and the package."""
     package = [p for p in REPO.glob("nanotune/**/*.py") if p.name != "__init__.py"]
     return {name_of(path): path for path in [*REPO.glob("*.py"), *package]}
 
@@ -51,20 +51,20 @@ IMPORTS = {name: imported(path, KNOWN.keys()) for name, path in KNOWN.items()}
 
 
 def layer(name):
-    """0 the ground, 1 models, 2 the middle, 3 scripts."""
+    """0 the ground, 1 models, 2 the rest of the package, 3 scripts."""
     if name in SCRIPTS:
         return 3
     return 0 if name in GROUND else 1 if name in MODELS else 2
 
 
 def forbidden(imports):
-    """[(importer, imported)] of the arrows that point up, or from a script to a script."""
+    """[(importer, imported)] of imports from a higher layer, and of a script by a script."""
     return sorted((name, other) for name, others in imports.items() for other in others
                   if layer(other) > layer(name) or layer(name) == layer(other) == 3)
 
 
-def circle(imports):
-    """Modules that import each other in a circle, or None."""
+def import_cycle(imports):
+    """Modules that import each other in a cycle, or None."""
     done, path = set(), []
 
     def visit(name):
@@ -80,45 +80,45 @@ def circle(imports):
     return next(filter(None, map(visit, sorted(imports))), None)
 
 
-def test_every_file_has_its_layer():
+def test_every_file_has_a_layer():
     root = {path.stem for path in REPO.glob("*.py")}
     assert root == SCRIPTS | MODELS | {"configurator"}
     assert KNOWN.keys() >= GROUND | MODELS | SCRIPTS
     assert all(path.read_text() == "" for path in REPO.glob("nanotune/**/__init__.py"))
 
 
-def test_imports_point_one_way():
+def test_no_module_imports_from_a_higher_layer():
     assert forbidden(IMPORTS) == []
 
 
-def test_there_is_no_circle():
-    assert circle(IMPORTS) is None
+def test_imports_have_no_cycle():
+    assert import_cycle(IMPORTS) is None
 
 
-def test_the_rule_finds_what_it_forbids(tmp_path):
-    """Each kind of fault, an import inside a function among them."""
+def test_these_checks_find_forbidden_imports(tmp_path):
+    """Each kind, also an import inside a function."""
     file = tmp_path / "x.py"
     file.write_text("def f():\n    from nanotune.formats import checkpoint\n    import train\n")
     assert imported(file, KNOWN.keys()) == {"nanotune.formats.checkpoint", "train"}
     wrong = {"nanotune.cli": {"model"}, "model": {"nanotune.training.plan"}, "sample": {"train"}}
     assert forbidden(IMPORTS | wrong) == sorted(
         (name, other) for name, others in wrong.items() for other in others)
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert import_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
 
 
 @pytest.mark.parametrize("path", sorted(REPO.glob("data/**/*.py")), ids=name_of)
-def test_the_data_scripts_stand_alone(path):
+def test_the_data_scripts_import_no_model_and_no_training(path):
     """The .bin format is the interface between data and training."""
     allowed = FOR_DATA if path.name == "fetch.py" else {"fetch"}
     assert imported(path, KNOWN.keys() | {"fetch"}) <= allowed
 
 
-def test_no_file_of_the_package_is_a_script():
+def test_no_file_of_the_package_runs_as_a_script():
     for path in REPO.glob("nanotune/**/*.py"):
         assert "\nif __name__" not in path.read_text(encoding="utf-8"), path
 
 
-def test_files_and_functions_fit_in_the_eye():
+def test_files_and_functions_are_short():
     for name, path in KNOWN.items():
         text = path.read_text(encoding="utf-8")
         limit = 350 if name.startswith("nanotune") else 620 if name == "bench" else 450

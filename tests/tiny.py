@@ -1,5 +1,5 @@
-"""What the tests of whole runs share: a small text by characters, the fields of a run that takes
-a fraction of a second, and a checkpoint as nanoGPT writes it."""
+"""Helpers for the tests of whole runs: a small dataset of characters, the fields of a run that
+takes a fraction of a second, and a checkpoint in nanoGPT's format."""
 import json
 import pickle
 import sys
@@ -14,7 +14,7 @@ import train
 from nanotune.cli import run
 from nanotune.training import logbook
 
-torch.set_num_threads(1)  # more only wait for each other at this size
+torch.set_num_threads(1)  # tiny tensors gain nothing from more threads
 
 REPO = Path(__file__).resolve().parents[1]
 FIELDS = dict(
@@ -24,8 +24,8 @@ FIELDS = dict(
 
 
 def write_dataset(folder, n_train=2000, n_val=400, alphabet="\n abcdefghijklmnop", seed=0):
-    """A folder with train.bin, val.bin and nanoGPT's meta.pkl; returns it. A character is mostly
-    the successor of the one before, so that there is something to learn."""
+    """Write train.bin, val.bin and nanoGPT's meta.pkl; return the folder. The model can learn that
+    most characters are followed by the next one of the alphabet."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.RandomState(seed)
     for split, n in (("train", n_train), ("val", n_val)):
@@ -38,7 +38,8 @@ def write_dataset(folder, n_train=2000, n_val=400, alphabet="\n abcdefghijklmnop
 
 
 def write_pairs(folder, n=40, split="train", longest=(24, 9), seed=0, vocab_size=61):
-    """n pairs of random tokens from 2 on, end token 1; returns [(source, target)]."""
+    """Write n pairs of random tokens of at least 2, each ended by token 1; return the pairs,
+    [(source, target)]."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.RandomState(seed)
     pairs = [tuple([*rng.randint(2, vocab_size, rng.randint(most)).tolist(), 1] for most in longest)
@@ -50,20 +51,20 @@ def write_pairs(folder, n=40, split="train", longest=(24, 9), seed=0, vocab_size
 
 
 def arguments(dataset, out_dir, /, **fields):
-    """The command line of a tiny run; a field given as None is left at its default."""
+    """The command line of a tiny run. A field that is None keeps its default."""
     fields = {"dataset": dataset, "out_dir": out_dir} | FIELDS | fields
     return [f"--{name}={value}" for name, value in fields.items() if value is not None]
 
 
 def run_train(dataset, out_dir, /, **fields):
-    """Trains in this process, but for loss.png, half a second each; returns the exit status."""
+    """Train in this process; return the exit status. loss.png, half a second, is not drawn."""
     with mock.patch.object(logbook, "draw"), pytest.raises(SystemExit) as end:
         train.main(arguments(dataset, out_dir, **fields))
     return end.value.code or 0
 
 
 def run_script(monkeypatch, capsys, main, argv):
-    """An entry script as a user runs it, in this process: (exit status, stdout, stderr)."""
+    """Run a script's main() in this process as a user would: (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
     capsys.readouterr()
     status = 0
@@ -81,14 +82,14 @@ def read_metrics(out_dir):
 
 
 def losses(out_dir):
-    """What a run computed and a resumed one must compute again, times left out."""
+    """The entries of metrics.jsonl without times and memory: equal for a run and its repetition."""
     return [{k: v for k, v in entry.items() if k not in ("ms", "tok_s", "mfu", "memory")}
             for entry in read_metrics(out_dir)]
 
 
 def nanogpt_checkpoint(bias=False, compiled=False, dataset="chars", vocab_size=18):
-    """What nanoGPT's train.py saves as ckpt.pt after 4 steps, batch 2 x 2, on one process, and the
-    names of its parameters in the order in which its optimizer numbers them."""
+    """(the content of nanoGPT's ckpt.pt after 4 steps, batch 2 x 2, on one process; the names of
+    its parameters in the order of the optimizer's numbers)."""
     def layer(path, *shape):
         yield f"{path}.weight", torch.randn(shape, generator=rng) * 0.2 + (len(shape) == 1)
         if bias:
