@@ -67,7 +67,7 @@ class Config:
     init_from: str | None = None      # sample --exported: your model instead of random weights
     dataset: str | None = None        # sample --exported: measure perplexity on this
     exported: bool = False  # sample: compare PyTorch in two dtypes with the ONNX formats
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto, cpu, cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # nanotune's; others: all native dtypes
     compiled: bool = True             # train: also run each case compiled, a minute more each
     out: str = "bench.json"           # the file to write

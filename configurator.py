@@ -294,15 +294,17 @@ def by_section(cls: type, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def help_text(cls: type) -> str:
-    """The text of --help, read from the source of a config class: sections, fields, comments."""
+    """The text of --help, from a config class's source: sections, fields, choices, comments."""
     lines = [inspect.getmodule(cls).__doc__ or "", "Fields, given as --name=value:"]
-    names = {f.name for f in dataclasses.fields(cls)}
+    hints = hints_of(cls)
     for line in inspect.getsource(cls).splitlines():
         code, _, comment = line.strip().partition("  # ")
         name, _, rest = code.partition(":")
-        if name in names:
+        if name in hints:
             default = rest.partition("=")[2].strip()
-            lines.append(f"  --{name + '=' + default:<40}  {comment}".rstrip())
+            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+            text = "; ".join(filter(None, (", ".join(choices), comment)))
+            lines.append(f"  --{name + '=' + default:<40}  {text}".rstrip())
         elif code.startswith("# "):
             lines.append(f"\n{code[2:]}")
     return "\n".join(lines)

@@ -54,14 +54,14 @@ class Config:
     eval_iters: AtLeast0 = 0          # perplexity: number of windows, evenly spaced; 0: all
     stride: AtLeast1 | None = None  # perplexity: tokens between window starts; None: block_size
     detokenize: bool = False  # perplexity: remove the spaces that WikiText inserts
-    method: Literal["generate", "likelihood"] = "generate"  # classify: generate or likelihood
+    method: Literal["generate", "likelihood"] = "generate"  # of --task=classify
     max_new_tokens: AtLeast1 | None = None  # None: 128 (generate), longest label + 1 (classify)
     num_beams: Beams | None = None    # generate, classify: number of beams; None: greedy
     length_penalty: LengthPenalty = 1.0  # beams: divide log p by tokens ** this; higher: longer
     batch_size: UpTo65536 | None = None  # None: 8 windows, or 32 prompts
     block_size: AtLeast1 | None = None  # tokens per window; None: the model's block_size
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
-    dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16
+    dtype: DtypeName = "auto"
 
 
 def check_config(cfg, world):

@@ -47,11 +47,11 @@ class Config:
     out_dir: str = "out"              # export ckpt.pt of this run
     init_from: str = "resume"         # resume: out_dir; else a hub id, a Hugging Face folder, a run
     # output
-    format: Literal["hf", "onnx", "peft"] = "hf"  # hf; onnx (onnxruntime); peft (LoRA)
+    format: Literal["hf", "onnx", "peft"] = "hf"  # peft: adapters of a LoRA run
     export_dir: str = "export"        # the folder to write
     overwrite: bool = False           # replace an earlier export in export_dir
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # hf: or float16, bfloat16
-    quantize: Literal["none", "int8", "int4"] = "none"  # onnx: int8 or int4 matrices and embedding
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of --format=hf
+    quantize: Literal["none", "int8", "int4"] = "none"  # of --format=onnx
 
 
 def check_config(cfg):

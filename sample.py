@@ -73,7 +73,7 @@ class Config:
     seed: AtLeast0 = 1337
     # system
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
-    dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16
+    dtype: DtypeName = "auto"
     compile: bool | Literal["auto"] = False  # auto: on a GPU; takes a minute at the start
 
     ONE_OF: ClassVar = tuple(("num_beams", name) for name in (

@@ -42,7 +42,7 @@ class Config:
     max_queue: AtLeast0 = 16   # maximum requests that wait for a model
     # system
     device: str = "auto"       # auto, cpu, cuda, cuda:N, mps
-    dtype: DtypeName = "auto"  # auto, float32, bfloat16, float16
+    dtype: DtypeName = "auto"
     compile: bool | Literal["auto"] = False  # auto: on a GPU; takes a minute at the start
 
 

@@ -110,8 +110,8 @@ class Config:
     grad_clip: NonNegative = 1.0      # clip the gradient to this norm; 0: no clipping
     patience: AtLeast0 = 0  # stop after this many evaluations without improvement; 0: never
     # memory
-    weights: Literal["float32", "bfloat16"] = "float32"  # or bfloat16: halves weights and gradients
-    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"  # less: adamw8bit, adafactor
+    weights: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half the memory
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"  # moments: 8, 2 or 0 bytes
     recompute: bool = False  # recompute activations: saves memory, takes 4/3 of the time
     lora_rank: Rank = 0  # train only adapters of this rank; 0: train all weights
     # learning rate
@@ -120,11 +120,11 @@ class Config:
     lr_decay_iters: AtLeast0 | None = None  # None: max_iters
     min_lr: NonNegative | None = None  # None: learning_rate / 10
     # system
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: shard the model over the processes
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # auto, nccl, gloo
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards the model
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout: Seconds = 600            # seconds to wait for a process that does not answer
     device: str = "auto"              # auto, cpu, cuda, cuda:N, mps
-    dtype: DtypeName = "auto"         # auto, float32, bfloat16, float16 (with a GradScaler)
+    dtype: DtypeName = "auto"         # float16 uses a GradScaler
     compile: bool | Literal["auto"] = "auto"  # auto: if torch.compile is known to work
     seed: Seed = 1337                 # for initial weights, data order and dropout
 

@@ -247,17 +247,22 @@ def train_tiny(args, folder, split, seed):
 
 def f1(args):
     folder, splits = make_folder(args, "tiny")
-    for seed, split in enumerate(splits):
+    found = []
+    for seed in range(args.rounds * len(splits)):
+        split = splits[seed % len(splits)]
         out_dir = train_tiny(args, folder, split, seed)
         lines = (out_dir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         ours = classification_scores([row["label"] for row in rows],
                                      [row["predicted"] for row in rows],
                                      ["negative", "positive"])["macro_f1"]
-        loop = loop_f1(folder, split, 846, seed)
+        found.append((ours, loop_f1(folder, split, 846, seed)))
         error = (ours * (1 - ours) / len(rows)) ** 0.5
-        print(f"split {seed}: train.py {ours:.1%}, transformers loop {loop:.1%}, standard error "
-              f"{error:.1%}", flush=True)
+        print(f"{split.name}, seed {seed}: train.py {ours:.1%}, transformers loop "
+              f"{found[-1][1]:.1%}, standard error of one score {error:.1%}", flush=True)
+    for name, scores in zip(("train.py", "transformers loop"), zip(*found)):
+        print(f"{name}: mean {statistics.mean(scores):.1%}, standard deviation between runs "
+              f"{statistics.stdev(scores):.1%}")
 
 
 # -----------------------------------------------------------------------------

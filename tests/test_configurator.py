@@ -336,6 +336,8 @@ def test_help_lists_each_field_with_its_comment(script, flag, capsys):
         default = lines[f"--{field.name}"].partition("=")[2].partition("  ")[0].strip()
         assert eval(default) == field.default, lines[f"--{field.name}"]
         assert "#" not in lines[f"--{field.name}"]
+        if typing.get_origin(field.type) is typing.Literal:
+            assert ", ".join(typing.get_args(field.type)) in lines[f"--{field.name}"]
 
 
 def test_help_has_groups_defaults_and_comments():
