@@ -1,9 +1,9 @@
-"""Errors that end a script with one line, and what they have in common. Standard library only."""
+"""Errors that end a script with one line, and their messages. Imports only the standard library."""
 import errno
 
 
 class UserError(Exception):
-    """Something that the user can fix: one line that says what is wrong and what to do."""
+    """An error that the user can fix. The message is one line: what is wrong and what to do."""
 
 
 class NonFiniteLoss(UserError):
@@ -20,7 +20,7 @@ def out_of_memory(e: BaseException) -> str | None:
     else None. Host allocations fail as MemoryError (Python, numpy), RuntimeError (torch) or ENOMEM
     (mmap)."""
     text = str(e)
-    device = type(e).__name__ == "OutOfMemoryError" or (  # torch's; Metal's, some of CUDA's
+    device = type(e).__name__ == "OutOfMemoryError" or (  # RuntimeError: Metal, some of CUDA's
         isinstance(e, RuntimeError) and "out of memory" in text)
     host = (isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM
             or "allocate memory" in text or "bad_alloc" in text)
