@@ -117,21 +117,21 @@ USABLE = 0.95     # fraction of a device's memory; driver, system and fragmentat
 PROCESS = 0.31e9   # torch and the tokenizer
 COMPILER = 0.1e9   # torchao and Inductor
 # {whether a model takes pairs: (holes in glibc's heap as a fraction of the activations, whether
-# the gradients lie beside all activations)}; measured for GPT-2's and t5-base's shapes. A T5 has
-# few activations, since pairs are short, and two gradients as large as its embedding.
+# gradients and all activations are in memory together)}; measured for GPT-2's and t5-base's shapes.
+# A T5 has few activations, since pairs are short, and two gradients as large as its embedding.
 HEAP = {False: (0.85, False), True: (0.1, True)}
 
 
 def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str, float]:
     """Returns {part: bytes} at the peak of a training step: allocated memory on a GPU, resident
-    memory on a CPU. `config` is a GPTConfig, `cfg` a train.Config, `dtype` autocast's. Gradients
-    appear when most activations are freed, but remain during the micro-steps after the first."""
+    memory on a CPU. `config` is the model's, `cfg` a train.Config, `dtype` autocast's. Gradients
+    are allocated after most activations are freed, but stay in memory for the next micro-steps."""
     model, shares = meta_model(config, cfg), shares_of(cfg, world)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = bytes_of(trained) / shares
     kept, block = model.activation_bytes(cfg.batch_size, world.device.type, dtype)
     during, after = model.head_bytes(cfg.batch_size, world.device.type, dtype)
-    # DDP buckets all gradients
+    # DDP allocates buckets for all gradients
     whole = cfg.gradient_accumulation_steps // world.size > 1 or world.size > 1
     parts = {
         "weights": bytes_of(model.parameters()) / shares,
@@ -164,7 +164,7 @@ def make_meta_model(config, weights, lora_rank):
 
 
 def shares_of(cfg, world):
-    """How many processes the weights, gradients and moments are divided among."""
+    """The number of processes that share the weights, gradients and moments."""
     return world.size if cfg.parallel == "fsdp" else 1
 
 
@@ -173,7 +173,7 @@ def bytes_of(params):
 
 
 def moment_bytes(shape: Sequence[int], optimizer: str) -> int:
-    """The bytes of the moments of a tensor."""
+    """The bytes of the moments of a tensor of this shape."""
     numel = math.prod(shape)
     if optimizer == "adafactor":  # one number per row and per column of a matrix
         names = ("row_var", "col_var") if len(shape) > 1 else ("variance",)
@@ -184,8 +184,8 @@ def moment_bytes(shape: Sequence[int], optimizer: str) -> int:
 
 def describe_memory(config: Any, cfg: Any, world: World,
                     dtype: torch.dtype) -> tuple[list[str], bool]:
-    """Returns (lines with the predicted peak and the device's memory, whether it fits). If not, the
-    lines also name fields to change and what each saves."""
+    """Returns (lines with the predicted peak and the device's memory, whether it fits). If it does
+    not fit, the lines also name fields to change and the memory that each change saves."""
     device, ranks = world.device, world.size
     parts = memory(config, cfg, world, dtype)
     peak, whole = sum(parts.values()), device_memory(device)
@@ -203,10 +203,10 @@ def describe_memory(config: Any, cfg: Any, world: World,
 
 
 def check_memory(cfg: Any, config: Any, world: World, dtype: torch.dtype) -> None:
-    """Warns of a run that may not fit, before it allocates anything. Raises UserError if the
-    predicted peak is 10 times the memory: that is no error of the prediction."""
+    """Warns if a run may not fit, before it allocates anything. Raises UserError if the predicted
+    peak is over 10 times the memory, which cannot be an error of the prediction."""
     lines, fits = describe_memory(config, cfg, world, dtype)
-    if fits or cfg.eval_only:  # the prediction is of training
+    if fits or cfg.eval_only:  # the prediction is for training
         return
     if sum(memory(config, cfg, world, dtype).values()) > 10 * device_memory(world.device):
         raise UserError(f"{lines[0]}: that does not fit; take a smaller model or batch_size")
@@ -215,7 +215,7 @@ def check_memory(cfg: Any, config: Any, world: World, dtype: torch.dtype) -> Non
 
 
 def advise(config, cfg, world, dtype, usable, peak):
-    """Lines that name fields to change, one after the other until the run fits."""
+    """Lines that name fields to change, added up until the run fits."""
     lines = [f"that does not fit: {spell_bytes(peak)} of {spell_bytes(usable)} that can be used"]
     for change in changes(config, cfg, world):
         tried = replace(cfg, **change)
