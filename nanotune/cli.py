@@ -134,8 +134,8 @@ def lost_rank(e: Exception) -> str | None:
         return None
     rank, size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
     return (f"process {rank} of {size}: another process is gone or did not answer in time "
-            f"({text[text.index(sign):][:80]}); its own message, if it had any, is above or in its "
-            "terminal. The states on disk are good: start the job again with --auto_resume=True")
+            f"({text[text.index(sign):][:80]}); see its own message above or in its terminal. The "
+            "states on disk are good: start the job again with --auto_resume=True")
 
 
 class StopSignals:

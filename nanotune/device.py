@@ -41,7 +41,7 @@ def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.devi
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device={name}: use auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"--device={name} is not supported; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device=mps: this machine has no Metal GPU; use --device=cpu")
     if device.type != "cuda":

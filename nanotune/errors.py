@@ -29,5 +29,5 @@ def out_of_memory(e: BaseException) -> str | None:
     where = "the device" if device else "this machine"
     reason = f" ({' '.join(text.split())[:160]})" if text else ""
     return (f"out of memory on {where}{reason}; lower --batch_size, and raise "
-            "--gradient_accumulation_steps by as much to train the same, or lower --block_size; or "
-            "take a smaller model, or --parallel=fsdp on more processes")
+            "--gradient_accumulation_steps by the same factor to keep the global batch; or lower "
+            "--block_size, use a smaller model, or --parallel=fsdp on more processes")

@@ -161,8 +161,8 @@ def check_replaceable(path: Path, replaceable: Sequence[str], overwrite: bool) -
         raise UserError(f"{path} is not empty ({held[0].name}{', ...' if held[1:] else ''}); "
                         "choose another folder, or replace it with --overwrite=True")
     if foreign:
-        raise UserError(f"{path} holds {foreign[0]}, which no export writes: --overwrite=True does "
-                        "not replace it either; choose another folder")
+        raise UserError(f"{path} holds {foreign[0]}, which is not from an export: --overwrite=True "
+                        "does not replace it; choose another folder")
 
 
 @contextlib.contextmanager
@@ -181,7 +181,7 @@ def lock(folder: str | Path) -> Iterator[None]:
             if time.monotonic() > end:
                 f.seek(0)
                 raise UserError(f"{folder} is in use: {f.read(200) or 'a process'} is running; "
-                                "stop it, wait for its end, or choose another folder")
+                                "stop it, wait until it ends, or choose another folder")
             time.sleep(0.1)
         ended = threading.Event()
         with contextlib.suppress(OSError):  # a full disk: then the lock names no process
@@ -243,17 +243,17 @@ def load(path: str | Path) -> dict:
             if damaged is None:
                 data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} carries code or objects beside plain data; it was refused and "
-                        "not run") from None
+        raise UserError(f"{path} contains code or objects other than plain data; it was refused "
+                        "and not run") from None
     except Exception as e:  # a damaged archive or pickle can raise nearly anything
         if out_of_memory(e) or isinstance(e, UserError):
             raise
-        raise UserError(f"{path} is truncated, damaged or no checkpoint ({first_line(e)}); use "
+        raise UserError(f"{path} is truncated, damaged or not a checkpoint ({first_line(e)}); use "
                         "another copy of it") from None
     if damaged is not None:
         raise UserError(f"{path} is damaged (in {damaged}); use another copy of it")
     if not isinstance(data, dict) or not {"model", "model_args"} <= data.keys():
-        raise UserError(f"{path} is no checkpoint of nanotune or nanoGPT: it lacks 'model' or "
+        raise UserError(f"{path} is not a checkpoint of nanotune or nanoGPT: it lacks 'model' or "
                         "'model_args'")
     return data
 
@@ -269,8 +269,8 @@ def peek(path: str | Path) -> dict:
 def check_size(archive, path):
     unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > MOST_UNPACKED * os.path.getsize(path):
-        raise UserError(f"{path} unpacks to {unpacked:,} bytes, far more than its size: it is no "
-                        "checkpoint of ours, which are not compressed")
+        raise UserError(f"{path} unpacks to {unpacked:,} bytes, far more than its size, but "
+                        "nanotune's checkpoints are not compressed; use another file")
 
 
 @contextlib.contextmanager
@@ -284,5 +284,5 @@ def checked_parse(path: str | Path) -> Iterator[None]:
     except Exception as e:
         if isinstance(e, UserError) or out_of_memory(e):
             raise
-        raise UserError(f"{path} is damaged, or no checkpoint of nanotune or nanoGPT "
+        raise UserError(f"{path} is damaged, or not a checkpoint of nanotune or nanoGPT "
                         f"({type(e).__name__}: {first_line(e)}); use another copy of it") from None

@@ -38,8 +38,8 @@ def open_mask(path: Path, length: int) -> np.ndarray | None:
     size = mask_path.stat().st_size
     if size != length:
         raise UserError(f"{mask_path} has {size} entries for the {length} tokens of {path}: they "
-                        "are not of one run of prepare.py; run it again, or delete the mask to "
-                        "train on every token")
+                        "are from different runs of prepare.py; run it again, or delete the mask "
+                        "to train on every token")
     return np.memmap(mask_path, dtype=np.uint8, mode="r")
 
 
@@ -50,8 +50,8 @@ def open_lengths(path: Path, n_tokens: int) -> np.ndarray:
     lengths = lengths.reshape(-1, 2).astype(np.int64)
     if not len(lengths) or lengths.min() < 1 or int(lengths.sum()) != n_tokens:
         raise UserError(f"{file} has lengths of {int(lengths.sum())} tokens for the {n_tokens} of "
-                        f"{path}, or empty ones: they are not of one run of prepare.py; run it "
-                        "again")
+                        f"{path}, or a length of 0: they are from different runs of prepare.py; "
+                        "run it again")
     return lengths
 
 

@@ -85,7 +85,7 @@ def template_from(spec: Any, where: str) -> Template | None:
                         f"{', '.join(asdict(Template()))}")
     template = Template(**spec)
     if not all(isinstance(text, str) for text in astuple(template)) or not template.end:
-        raise UserError(f"{where}: its chat template is damaged; its parts must be texts")
+        raise UserError(f"{where}: its chat template is damaged; its parts must be strings")
     return template
 
 
@@ -133,7 +133,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
         if role not in ROLES:
             raise UserError(f"{at} has the role {role!r:.40}; use {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise UserError(f"{at}: its content must be a text, not {content!r:.40}")
+            raise UserError(f"{at}: its content must be a string, not {content!r:.40}")
         check_surrogates(content, at)
         if not content.strip():
             raise UserError(f"{at}: its content is empty; fill it or leave the message out")

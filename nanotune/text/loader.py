@@ -106,7 +106,7 @@ class TokenBin:
         """Returns a line on long examples, if there are prompts and completions."""
         long, examples = (0, 0) if self.mask is None or eot is None else self.count_long(eot)
         return [f"{long:,} of {examples:,} examples are longer than block_size={self.block_size}: "
-                "no window holds one whole, so the model sees the end of one without its "
+                "they do not fit in a window, so the model sees their end without their "
                 "beginning; raise --block_size or shorten them"] if long else []
 
     def windows(self, count: int = 0, stride: int | None = None) -> list[tuple[int, int]]:
@@ -261,11 +261,11 @@ def open_dataset(path: str | Path, config: Any, seed: int = 0, tokens: np.ndarra
     path = Path(path)
     has_pairs = tokens is None and path.with_suffix(".pairs.bin").is_file()
     if has_pairs and not config.takes_pairs:
-        raise UserError(f"{path} holds pairs of a source and a target, for T5: give such a model "
-                        "(--init_from=google-t5/t5-small), or for a GPT prepare them by "
+        raise UserError(f"{path} holds pairs of a source and a target, for T5: use a T5 "
+                        "(--init_from=google-t5/t5-small), or for a GPT prepare them with "
                         "data/jsonl/prepare.py")
     if config.takes_pairs and not has_pairs:
-        raise UserError(f"{path} holds plain text, and T5 takes pairs of a source and a target; "
+        raise UserError(f"{path} holds plain text, but T5 takes pairs of a source and a target; "
                         "run: python data/pairs/prepare.py --input=FILE --tokenizer=MODEL "
                         f"--out_dir={path.parent}")
     if has_pairs:

@@ -43,7 +43,7 @@ def stream_text(path: str | Path) -> Iterator[str]:
             characters, nul = characters + len(text), nul + text.count("\0")
             yield text.replace("\r", "\n") if old_mac else text.replace("\r\n", "\n")
     if nul * 100 > characters:
-        raise UserError(f"{path} is no text: {nul:,} of its {characters:,} characters are NUL; if "
+        raise UserError(f"{path} is not text: {nul:,} of its {characters:,} characters are NUL; if "
                         f"it is UTF-16, {convert('UTF-16LE', path)}")
 
 
@@ -125,4 +125,4 @@ def check_surrogates(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
         raise UserError(f"{where}: character {e.start + 1:,} is {ascii(text[e.start])[1:-1]}, half "
-                        "of a surrogate pair, which stands for no character; remove it") from None
+                        "of a surrogate pair and not a character; remove it") from None

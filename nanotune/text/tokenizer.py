@@ -146,7 +146,7 @@ class JsonTokenizer:
     def __init__(self, text: str, where: str | Path = "tokenizer.json",
                  special: Iterable[tuple[str, Any]] = ()) -> None:
         from tokenizers import Tokenizer
-        with library_errors(f"{where} is no tokenizer.json"):
+        with library_errors(f"{where} is not a tokenizer.json"):
             self.tokenizer = Tokenizer.from_str(text)
             dropout = getattr(self.tokenizer.model, "dropout", None)
             if self.tokenizer.truncation or self.tokenizer.padding or dropout:
@@ -270,8 +270,8 @@ def without_chat(folder):
     else:
         foreign = [name for name in UNREADABLE if (folder / name).is_file()]
         if foreign:
-            raise UserError(f"{folder} has {', '.join(foreign)}, from which no tokenizer can be "
-                            "read: fetch its tokenizer.json too")
+            raise UserError(f"{folder} has {', '.join(foreign)}, but no tokenizer can be read from "
+                            "that: download its tokenizer.json too")
         return None
     tokenizer = JsonTokenizer(text, file, special_tokens(folder))
     is_gpt2 = (tokenizer.identity, tokenizer.eot) == (GPT2_IDENTITY, GPT2Tokenizer.eot)
@@ -345,6 +345,6 @@ def check_same_tokenizer(model_tokenizer: AnyTokenizer | None, data_tokenizer: A
     if model_tokenizer.identity != data_tokenizer.identity or (
             both_json and model_tokenizer.rules != data_tokenizer.rules):
         raise UserError(
-            f"{source} reads {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), {folder} "
-            f"was made with {data_tokenizer.name} ({data_tokenizer.n_vocab}): prepare the text "
+            f"{source} uses {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), but {folder}"
+            f" was made with {data_tokenizer.name} ({data_tokenizer.n_vocab}): prepare the text "
             "again with the model's tokenizer")

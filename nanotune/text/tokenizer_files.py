@@ -59,7 +59,7 @@ def read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is no tokenizer.json ({e})") from None
+        raise UserError(f"{path} is not a tokenizer.json ({e})") from None
 
 
 def read_optional(path: Path) -> dict:
@@ -93,7 +93,7 @@ def added_tokens(folder: Path) -> dict[str, tuple[int | None, dict[str, bool]]]:
         for token, id in read_optional(folder / "added_tokens.json").items():
             found[token] = int(id), found.get(token, (None, {}))[1]
         if not all(isinstance(token, str) and token for token in found):
-            raise ValueError("a token is no text")
+            raise ValueError("a token is not a string")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder}: its added tokens are damaged ({first_line(e)}); fetch "
                         "added_tokens.json and tokenizer_config.json again") from None
@@ -143,7 +143,8 @@ def json_of_vocab_and_merges(vocab: Path, merges: Path) -> str:
         tokenizer = ByteLevelBPETokenizer.from_file(str(vocab), str(merges),
                                                     add_prefix_space=bool(prefix))
     except Exception as e:  # the library raises a bare Exception
-        raise UserError(f"{vocab} and {merges.name} are no vocabulary ({first_line(e)})") from None
+        raise UserError(f"{vocab} and {merges.name} are not a vocabulary "
+                        f"({first_line(e)})") from None
     add_tokens(tokenizer, {EOT: (None, {})} | added_tokens(folder), folder)
     return tokenizer.to_str()
 
@@ -162,7 +163,7 @@ def read_meta(path: Path) -> list[str]:
             itos = PlainUnpickler(f).load()["itos"]
         return ["" + itos[i] for i in range(len(itos))]  # TypeError if not text
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
+        raise UserError(f"{path} is not a plain character vocabulary ({e}); run its prepare.py "
                         "again") from None
 
 
@@ -174,8 +175,8 @@ def json_of_sentencepiece(folder: Path) -> str:
         return T5TokenizerFast.from_pretrained(folder).backend_tokenizer.to_str()
     except Exception as e:  # each of the packages raises its own
         raise UserError(f"{folder / 'spiece.model'} cannot be converted ({first_line(e)}); run: "
-                        "pip install transformers sentencepiece protobuf, or put a tokenizer.json "
-                        "beside it, such as that of google-t5/t5-small") from None
+                        "pip install transformers sentencepiece protobuf, or add a tokenizer.json "
+                        "to the folder, such as that of google-t5/t5-small") from None
 
 
 def merges_as_strings(text: str) -> str:

@@ -75,7 +75,7 @@ def check_combination(world: World, **chosen: object) -> None:
     have = {f"{name}={str(value).removeprefix('torch.')}" for name, value in chosen.items()}
     for (one, other), fix in UNTESTED.items():
         if {one, other} <= have:
-            raise UserError(f"{one} and {other} do not go together; {fix}")
+            raise UserError(f"{one} and {other} cannot be combined; {fix}")
 
 
 def join(world: World, backend: str = "auto", timeout: float = 600) -> None:
@@ -244,8 +244,8 @@ def compile_or_fall_back(model, batch, world, dtype):
                         "--compile=False")
     undo_compile(model)
     if world.is_main:
-        say(f"warning: torch.compile failed ({reason}); going on without, slower but the same; "
-            "--compile=False silences this", sys.stderr)
+        say(f"warning: torch.compile failed ({reason}); going on without it: slower, with the same "
+            "results; --compile=False turns off this warning", sys.stderr)
     return False
 
 

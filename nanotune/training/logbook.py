@@ -178,7 +178,7 @@ def check_wandb() -> None:
                         "off: metrics.jsonl and loss.png do not need it)")
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or has_wandb_key():
         return
-    raise UserError("--wandb_log=True finds no key: run `wandb login`, or set WANDB_API_KEY or "
+    raise UserError("--wandb_log=True needs a key: run `wandb login`, or set WANDB_API_KEY or "
                     "WANDB_MODE=offline")
 
 
@@ -196,7 +196,7 @@ def has_wandb_key():
 def check_tensorboard() -> None:
     """Raises UserError if TensorBoard is not installed; call it before training."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard=True needs its package: pip install tensorboard")
+        raise UserError("--tensorboard=True needs the tensorboard package: pip install tensorboard")
 
 
 def start_tensorboard(out_dir: str, start: int) -> Any:

@@ -148,8 +148,8 @@ def check_8bit(device: torch.device) -> None:
     if failed:
         needed = ("a C++ compiler (on Debian and Ubuntu: apt install g++)" if device.type == "cpu"
                   else "Triton and a C compiler (on Debian and Ubuntu: apt install gcc)")
-        raise UserError(f"--optimizer=adamw8bit compiles its update, which failed here "
-                        f"({failed}): it needs {needed}; or use --optimizer=adamw")
+        raise UserError(f"--optimizer=adamw8bit cannot compile its update ({failed}): install "
+                        f"{needed}, or use --optimizer=adamw")
 
 
 def moments_per_scale(numel: int) -> int | None:

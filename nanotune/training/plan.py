@@ -48,11 +48,11 @@ def plan_lines(cfg: Any, config: Any, world: World, dtype: torch.dtype, compiled
         f"epochs (1 epoch = {train_tokens / tokens_per_iter:.1f} iterations)",
     ]
     if epochs > 20 and cfg.init_from not in ("scratch", "resume"):
-        lines.append(f"warning: {epochs:,.0f} epochs of finetuning: the model learns the text by "
-                     "heart; --epochs=3 is usual")
+        lines.append(f"warning: {epochs:,.0f} epochs of finetuning: the model will memorize the "
+                     "text; --epochs=3 is usual")
     if cfg.lora_rank:
         trained = sum(p.numel() for p in adapters(model).values())
-        lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M of them are trained")
+        lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M parameters are trained")
     return [*lines, *describe_saves(model, cfg, world),
             *describe_memory(config, cfg, world, dtype)[0]]
 
@@ -81,7 +81,7 @@ def describe_saves(model: torch.nn.Module, cfg: Any, world: World) -> list[str]:
                      f"1/{world.size} of the whole; at a save rank 0 gathers "
                      f"{spell_bytes(state_bytes)} in its CPU memory")
     if most - held > free:
-        lines.append(f"warning: the disk of {out_dir} cannot hold that: free "
+        lines.append(f"warning: the disk of {out_dir} is too small for that: free "
                      f"{spell_bytes(most - held - free)}, lower --keep_states, or choose another "
                      "--out_dir")
     return lines
@@ -103,7 +103,7 @@ def tell_plan(r: Any) -> None:
     if p.step:
         r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
     if p.step >= cfg.max_iters and p.evaluated == p.step:
-        r.log.warn(f"the run is at step {p.step} already: raise --max_iters to train on")
+        r.log.warn(f"the run is already at step {p.step}; raise --max_iters to train further")
     if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
         r.log.warn(f"warmup_iters={cfg.warmup_iters} is not less than max_iters={cfg.max_iters}: "
                    "the learning rate never reaches --learning_rate; lower --warmup_iters")
@@ -189,9 +189,9 @@ def describe_memory(config: Any, cfg: Any, world: World,
     device, ranks = world.device, world.size
     parts = memory(config, cfg, world, dtype)
     peak, whole = sum(parts.values()), device_memory(device)
-    where = "the process" if device.type == "cpu" else "allocated"
-    said = ", ".join(f"{name} {spell_bytes(n)}" for name, n in parts.items() if n)
-    line = f"memory, {where} at its peak: {spell_bytes(peak)} ({said})"
+    kind = "of the process" if device.type == "cpu" else "allocated"
+    listed = ", ".join(f"{name} {spell_bytes(n)}" for name, n in parts.items() if n)
+    line = f"peak memory {kind}: {spell_bytes(peak)} ({listed})"
     if whole is None:
         return [line], True
     on = device if ranks == 1 else f"{device} for each of {ranks} processes"
@@ -209,14 +209,15 @@ def check_memory(cfg: Any, config: Any, world: World, dtype: torch.dtype) -> Non
     if fits or cfg.eval_only:  # the prediction is for training
         return
     if sum(memory(config, cfg, world, dtype).values()) > 10 * device_memory(world.device):
-        raise UserError(f"{lines[0]}: that does not fit; take a smaller model or batch_size")
-    say("\n".join([*lines, "warning: the memory may not suffice, see above: the system may kill "
+        raise UserError(f"{lines[0]}: that does not fit; use a smaller model or --batch_size")
+    say("\n".join([*lines, "warning: the memory may be too small (see above): the system may kill "
                            "the run"]))
 
 
 def advise(config, cfg, world, dtype, usable, peak):
     """Lines that name fields to change, added up until the run fits."""
-    lines = [f"that does not fit: {spell_bytes(peak)} of {spell_bytes(usable)} that can be used"]
+    lines = [f"that does not fit: {spell_bytes(peak)} are needed, {spell_bytes(usable)} can be "
+             "used"]
     for change in changes(config, cfg, world):
         tried = replace(cfg, **change)
         with_config = replace(config, **{name: value for name, value in change.items()
@@ -232,7 +233,7 @@ def advise(config, cfg, world, dtype, usable, peak):
         cfg, config = tried, with_config
         if fits:
             return lines
-    return lines + ["  then a smaller model (--init_from), or a larger device"]
+    return lines + ["  then use a smaller model (--init_from) or a larger device"]
 
 
 def changes(config, cfg, world):

@@ -108,7 +108,7 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
     """
     paths = state_files(out_dir) or [Path(out_dir) / MODEL_FILE]
     if not paths[0].is_file():
-        raise UserError(f"--init_from=resume: {out_dir} holds no checkpoint; check --out_dir, or "
+        raise UserError(f"--init_from=resume: {out_dir} has no checkpoint; check --out_dir, or "
                         "begin with another --init_from")
     last = read_run_file(out_dir)
     reasons = []
@@ -137,8 +137,8 @@ def read_start(path, dropout, dtype=torch.float32):
     """
     saved = files.load(path)
     if "optimizer" not in saved:
-        raise UserError(f"--init_from=resume: {path} holds a model, but no state.pt to go on from "
-                        "lies beside it; begin a new run with its weights by "
+        raise UserError(f"--init_from=resume: {path} holds a model, but its folder has no state.pt "
+                        "to resume from; begin a new run from its weights with "
                         f"--init_from={path.parent} --out_dir=ANOTHER")
     with files.checked_parse(path):
         model = checkpoint.model_from(saved, path, dropout, dtype)
@@ -170,7 +170,7 @@ def check_same_run(cfg: Any, start: Start) -> None:
               if key in then and then[key] != now[key]]
     if differ and not cfg.force_resume:
         raise UserError(f"{start.path} is of another run: {'; '.join(differ)}; give the old "
-                        "values, or --force_resume=True to go on with the new ones")
+                        "values, or --force_resume=True to use the new ones")
 
 
 def check_same_data(cfg: Any, start: Start,
@@ -180,8 +180,7 @@ def check_same_data(cfg: Any, start: Start,
     for split, now in data.items():
         if start.data.get(split, now.fingerprint) != now.fingerprint and not cfg.force_resume:
             raise UserError(f"{now.path} or its mask has changed since {start.path} was saved: put "
-                            "the old files back, or give --force_resume=True to go on with the "
-                            "new ones")
+                            "the old files back, or give --force_resume=True to use the new ones")
 
 
 def spread(start: Start | None, world: World, dtype: torch.dtype = torch.float32) -> Start:
@@ -252,10 +251,10 @@ def nothing_left(out_dir, reasons):
     path = Path(out_dir) / MODEL_FILE
     try:
         step = files.load(path)["iter_num"]
-        rest = (f"{path} is whole, with the weights of step {step}: begin a new run with them by "
-                f"--init_from={out_dir} --out_dir=ANOTHER")
+        rest = (f"{path} is intact, with the weights of step {step}: begin a new run from them "
+                f"with --init_from={out_dir} --out_dir=ANOTHER")
     except (UserError, KeyError):
-        rest = f"{path} cannot be read either: begin anew with --overwrite=True"
+        rest = f"{path} cannot be read either: start again with --overwrite=True"
     return f"no state in {out_dir} can be resumed ({' | '.join(reasons)}); {rest}"
 
 
@@ -265,13 +264,13 @@ def tell_losses(start, reasons, last, reached):
     if reasons:
         newest = last.get("saved_step")
         lost = f" (of step {newest})" if newest is not None and newest > step else ""
-        yield (f"the newest state{lost} cannot be used: {' | '.join(reasons)}; going on from "
+        yield (f"the newest state{lost} cannot be used: {' | '.join(reasons)}; resuming from "
                f"{start.path}, of step {step}")
     if last.get("status") == "running":
         again = f": steps {step} to {reached} are done again" if reached > step else ""
         yield (f"the last run (process {last.get('pid')} on {last.get('host')}) ended without a "
-               "word: it was killed, perhaps for lack of memory (try a lower --batch_size), or "
-               f"the machine or the disk failed; going on from step {step}{again}")
+               "message: it was killed, perhaps for lack of memory (try a lower --batch_size), or "
+               f"the machine or the disk failed; resuming from step {step}{again}")
 
 
 def reached_step(out_dir: str | Path) -> int:

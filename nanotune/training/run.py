@@ -72,16 +72,16 @@ def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
     if not cfg.out_dir:
         raise UserError("--out_dir is empty; give a folder")
     if cfg.auto_resume and cfg.overwrite:
-        raise UserError("--auto_resume=True goes on with what --overwrite=True would replace at "
-                        "each restart: give one of them")
+        raise UserError("--auto_resume=True resumes the run that --overwrite=True would replace at "
+                        "each restart: give only one of them")
     if cfg.lora_rank and cfg.init_from == "scratch":
-        raise UserError("--lora_rank leaves the weights as they are, and --init_from=scratch "
-                        "draws them at random: give a pretrained --init_from, or --lora_rank=0")
+        raise UserError("--lora_rank freezes the weights, and --init_from=scratch draws them at "
+                        "random: give a pretrained --init_from, or --lora_rank=0")
     base = checkpoint.run_file(cfg.init_from) or Path(cfg.init_from, checkpoint.MODEL_FILE)
     if cfg.lora_rank and cfg.init_from != "resume" and (
             base.parent.resolve() == Path(cfg.out_dir).resolve()):
-        raise UserError(f"--out_dir={cfg.out_dir} is the base of this LoRA run too, which its "
-                        "adapters would replace; choose another --out_dir")
+        raise UserError(f"--out_dir={cfg.out_dir} is also the base of this LoRA run, and its "
+                        "adapters would replace that; choose another --out_dir")
     distributed.check_combination(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
                             optimizer=cfg.optimizer, lora="yes" if cfg.lora_rank else "no")
     if cfg.optimizer == "adamw8bit" and not cfg.dry_run:
@@ -118,8 +118,8 @@ def check_no_run_is_lost(cfg, out_dir):
             if f.exists()]
     if held and not resume.resumes(cfg) and not cfg.overwrite and not (
             cfg.auto_resume and resume.barely_begun(out_dir)):
-        raise UserError(f"{out_dir} holds a run already ({', '.join(held)}): go on with it by "
-                        "--init_from=resume, replace it by --overwrite=True, or choose another "
+        raise UserError(f"{out_dir} already holds a run ({', '.join(held)}): resume it with "
+                        "--init_from=resume, replace it with --overwrite=True, or choose another "
                         "--out_dir")
 
 
@@ -276,7 +276,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
         raise UserError("--sample_start has no tokens in this vocabulary; give it a character")
     if cfg.separate_documents and tokenizer.eot is None:
-        raise UserError("--separate_documents needs end-of-text between the documents, and "
+        raise UserError("--separate_documents needs end-of-text between the documents, but "
                         f"{folder} with {tokenizer.name} has none; leave it out")
     start = load_start(cfg, tokenizer, folder, lambda config: check_memory(
         cfg, config, world, tokenizer, folder)) if world.is_main else None
