@@ -25,11 +25,11 @@ PIPE_CLOSED = 128 + 13  # a shell's status for a process that SIGPIPE ended
 def run(main: Callable[[list[str]], object]) -> None:
     """Calls main(argv) and ends the process.
 
-    A UserError, lack of memory, a refused path and a lost rank print one line on stderr; the status
-    is 1. Any other exception is a bug and keeps its traceback. If the reader of stdout is gone
-    (`| head`), the script ends without a message. Under torchrun rank 0 prints a UserError; the
-    others print it after 5 s, unless rank 0 has ended the job by then. If torchrun is gone, all
-    ranks stop as after SIGTERM.
+    On a UserError, lack of memory, a refused path or a lost rank, prints one line on stderr and
+    exits with status 1. Any other exception is a bug and keeps its traceback. If the reader of
+    stdout is gone (`| head`), the script ends without a message. Under torchrun rank 0 prints a
+    UserError; the others print it after 5 s, unless rank 0 has ended the job by then. If torchrun
+    is gone, all ranks stop as after SIGTERM.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
@@ -134,15 +134,15 @@ def lost_rank(e: Exception) -> str | None:
         return None
     rank, size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
     return (f"process {rank} of {size}: another process is gone or did not answer in time "
-            f"({text[text.index(sign):][:80]}); see its own message above or in its terminal. The "
-            "states on disk are good: start the job again with --auto_resume=True")
+            f"({text[text.index(sign):][:80]}); see the message of that process, above or in its "
+            "terminal. The states on disk are good: start the job again with --auto_resume=True")
 
 
 class StopSignals:
-    """A context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal; not if it is ignored, as
-    under nohup) request a stop at the end of the step: `received` is the signal's number, or 0. A
-    second Ctrl-C stops at once, except under torchrun, which sends another signal after the
-    terminal's."""
+    """A context in which Ctrl-C, SIGTERM and SIGHUP request a stop at the end of the step:
+    `received` is the signal's number, or 0. A closed terminal sends SIGHUP; under nohup it stays
+    ignored. A second Ctrl-C stops at once, except under torchrun, which sends another signal after
+    the terminal's."""
     def __enter__(self) -> "StopSignals":
         self.received = 0
         stops = [signal.SIGINT, signal.SIGTERM]

@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-MOST_UNPACKED = 100  # a checkpoint that unpacks to more than 100 times its size is refused
+MOST_UNPACKED = 100  # times its size: a checkpoint that unpacks to more is refused
 
 LOCK_FILE = ".lock"
 RETRY = 30.0  # seconds to wait for a lock: a run that is ending may still hold it
@@ -72,7 +72,7 @@ def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object], keep: i
 def make_older(path, keep):
     """Renames NAME.1.pt to NAME.2.pt and so on, and makes NAME.1.pt a hard link to `path`.
 
-    A link, not a renamed file: so there is always a file at `path`.
+    Links it rather than renames it, so that there is always a file at `path`.
     """
     def aged(age):
         return path.with_suffix(f".{age}{path.suffix}")

@@ -7,7 +7,7 @@ grow with the size of a file.
     for ids, lengths in encode(tokenizer, texts, sum(map(len, documents)), "train"):
         file.write(ids)
 
-A piece may also be a str. The ids are the same as if the whole text was encoded at once.
+A piece may also be a str. The ids are the same as those of the whole text encoded at once.
 """
 import re
 from collections.abc import Iterable, Iterator
@@ -87,7 +87,7 @@ def split_parts(parts: Iterable[str], mark: str | None) -> Iterator[tuple[str, s
         if mark:
             *whole, held = held.split(mark)
             yield from ((text, mark) for text in whole)
-        cut = max(0, len(held) - len(mark or "") + 1)    # `held` may end with half a mark
+        cut = max(0, len(held) - len(mark or "") + 1)    # `held` may end with part of a mark
         yield held[:cut], None
         held = held[cut:]
     yield held, ""

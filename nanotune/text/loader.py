@@ -190,9 +190,9 @@ class PairBin:
                 for name, n, most in zip(("source", "target"), cut, self.most) if n]
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """The pairs in the order of an epoch, (N,). Within each SORTED global batches, pairs are
-        sorted by length, so that a batch has little padding; then the batches are shuffled. The
-        pairs of a batch that two epochs share are not sorted."""
+        """The pairs in the order of an epoch, (N,). Pairs are sorted by length within groups of
+        SORTED global batches, so that a batch has little padding; then the batches are shuffled.
+        The pairs of a batch that two epochs share are not sorted."""
         rng = np.random.RandomState([self.seed, epoch])
         n, size = len(self.lengths), self.global_batch
         order = rng.permutation(n)

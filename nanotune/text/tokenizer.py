@@ -6,7 +6,7 @@ Three classes with one interface, AnyTokenizer, used for data, prompts and evalu
     special       {"eos_token": text, ...}: the special tokens by their role, for other programs
     special_ids   {"eos_token": id, ...}: their ids
     name          the tokenizer's name in messages
-    identity      a hash of the vocabulary: equal hashes mean the same tokenizer
+    identity      a hash of the vocabulary, to compare tokenizers
     encode(text)  -> list of ids; special tokens such as <|endoftext|> become their one id
     encode_batch(texts) -> list of arrays of ids, on all cores; texts must have no surrogates
     sliceable     whether a text cut between a word and a space or line end has the same ids
@@ -79,7 +79,7 @@ class GPT2Tokenizer:
             import tiktoken
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
-            except Exception as e:  # whatever requests, urllib3 or the file system raise
+            except Exception as e:  # any error of requests, urllib3 or the file system
                 raise UserError(
                     f"tiktoken cannot download GPT-2's vocabulary ({type(e).__name__}); on a "
                     "machine with network run `TIKTOKEN_CACHE_DIR=tiktoken python -c \"import "

@@ -95,7 +95,7 @@ def added_tokens(folder: Path) -> dict[str, tuple[int | None, dict[str, bool]]]:
         if not all(isinstance(token, str) and token for token in found):
             raise ValueError("a token is not a string")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{folder}: its added tokens are damaged ({first_line(e)}); fetch "
+        raise UserError(f"{folder}: its added tokens are damaged ({first_line(e)}); download "
                         "added_tokens.json and tokenizer_config.json again") from None
     return found
 

@@ -215,7 +215,7 @@ def check_memory(cfg: Any, config: Any, world: World, dtype: torch.dtype) -> Non
 
 
 def advise(config, cfg, world, dtype, usable, peak):
-    """Lines that name fields to change, added up until the run fits."""
+    """Lines that name fields to change, each in addition to the ones before, until the run fits."""
     lines = [f"that does not fit: {spell_bytes(peak)} are needed, {spell_bytes(usable)} can be "
              "used"]
     for change in changes(config, cfg, world):

@@ -124,7 +124,7 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
         raise UserError(reasons[0] if paths[0].name == MODEL_FILE
                         else nothing_left(out_dir, reasons))
     start.passed_over = tuple(paths[:len(reasons)])
-    start.warnings = (*tell_losses(start, reasons, last, reached_step(out_dir)),
+    start.warnings = (*resume_warnings(start, reasons, last, reached_step(out_dir)),
                       *check_best_file(start.progress, best_file_of(out_dir, start)))
     return start
 
@@ -258,7 +258,7 @@ def nothing_left(out_dir, reasons):
     return f"no state in {out_dir} can be resumed ({' | '.join(reasons)}); {rest}"
 
 
-def tell_losses(start, reasons, last, reached):
+def resume_warnings(start, reasons, last, reached):
     """Yields warnings: skipped states, how the previous process ended, which steps are lost."""
     step = start.progress.step
     if reasons:

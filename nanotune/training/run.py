@@ -55,7 +55,7 @@ class Run:
     data: dict[str, TokenBin | PairBin]  # by split
     start: resume.Start          # what the run began with, without its model and optimizer
     progress: resume.Progress
-    tried_step: int | None       # the step of the last state.pt written, or whose write failed
+    tried_step: int | None       # the step of the last save of state.pt, even if it failed
     not_saved: dict[str, str | None] = field(default_factory=dict)  # {file: why its save failed}
     log: Logbook | None = None
     begun: bool = False          # whether this run has begun to write to out_dir
