@@ -140,9 +140,9 @@ def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str,
     }
     if world.device.type == "cpu":
         parts["process"] = PROCESS + COMPILER * (cfg.optimizer == "adamw8bit")
-        slack, beside = HEAP[config.takes_pairs]
+        slack, together = HEAP[config.takes_pairs]
         kept *= 1 + slack * (not cfg.recompute)
-        whole = whole or beside
+        whole = whole or together
     moments = [{"gradients": gradients * whole, "activations": kept + block, "logits": during},
                {"gradients": gradients, "activations": block, "logits": after}]
     return parts | max(moments, key=lambda moment: sum(moment.values()))
