@@ -1,25 +1,26 @@
-"""Attention, and dropout: torch's, or in training on a CPU faster ones with the same results.
+"""Attention and dropout: torch's, or faster versions of the same for training on a CPU.
 
     y = attention(q, k, v, mask, scale, dropout)    # q (B, nh, T, hs), k and v (B, nh, S, hs)
     x = dropout(x, p, training)
 
-On a CPU torch computes attention with dropout in float32 with all pairs of tokens three times in
-memory, and without dropout as fast for masked pairs as for others. Here it is plain products, a few
-rows at a time, of the pairs that causality leaves. The random numbers of dropout cost a sixth.
+On a CPU torch computes attention with dropout in float32 and keeps three tensors of all pairs of
+tokens in memory. Without dropout it spends as much time on masked pairs as on others. The version
+here multiplies a few rows at a time and skips most pairs above the diagonal. Its random numbers for
+dropout take a sixth of the time.
 """
 import math
 
 import torch
 from torch.nn import functional as F
 
-ROWS = 128  # of a block: few pairs above the diagonal, products large enough
+ROWS = 128  # rows per block: few enough to skip most masked pairs, enough for fast products
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
               scale: float | None, dropout: float = 0.0) -> torch.Tensor:
     """q (B, nh, T, hs), k, v (B, nh, S, hs) -> (B, nh, T, hs). `mask`, (T, S) or (B, 1, T, S), is
-    added to the scores; it must hide what is behind each token; None does only that, for the last
-    T = S tokens or T = 1. `scale` is 1 / sqrt(hs) if None; `dropout` is that of the weights."""
+    added to the scores and must mask all later tokens. None masks only those; T must then be S or
+    1. `scale` None means 1 / sqrt(hs). `dropout` is the rate for the attention weights."""
     T, S = q.size(2), k.size(2)
     if (q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and T == S
             and q.dtype != torch.float16 and not torch.compiler.is_compiling()):
@@ -32,8 +33,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 class BlockAttention(torch.autograd.Function):
     """Causal attention, ROWS rows of scores at a time. The weights are kept for the backward pass;
-    a weight that dropout drops is kept with a negative sign. Letters: N = B nh, r rows, e = the
-    columns up to the last of them."""
+    a weight that dropout drops is kept with a negative sign. Letters: N = B nh, r rows of a block,
+    e columns up to the block's end."""
     @staticmethod
     def forward(ctx, q, k, v, mask, scale, p):  # q, k, v (B, nh, T, hs)
         (B, nh, T, _), shape = q.shape, q.shape
@@ -81,20 +82,20 @@ def blocks(T):
 
 
 def attention_bytes(n_head: int, block_size: int, dtype: torch.dtype) -> int:
-    """Returns the bytes of the weights that attention() keeps in training on a CPU, for one row."""
+    """Returns the bytes of weights that attention() keeps per row of a batch, training on a CPU."""
     return n_head * dtype.itemsize * sum((end - begin) * end for begin, end in blocks(block_size))
 
 
 def kept(shape: torch.Size, p: float) -> torch.Tensor:
-    """A bool mask of this shape on the CPU, True with probability 1 - p, to 1 / 65536. One 64-bit
-    number of torch's generator serves four elements, so it takes a sixth of bernoulli_()'s time."""
-    numel, dropped = shape.numel(), min(round(p * 65536), 65535)  # within int16 below
+    """A bool mask of this shape on the CPU, True with probability 1 - p, rounded to 1 / 65536. Each
+    64-bit random number is used for four elements: a sixth of bernoulli_()'s time."""
+    numel, dropped = shape.numel(), min(round(p * 65536), 65535)  # fits in int16 below
     drawn = torch.empty(numel // 4 + 1, dtype=torch.int64).random_(-2**63, None)
     return (drawn.view(torch.int16)[:numel] >= dropped - 32768).view(shape)
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-    """F.dropout(x, p, training), on a CPU with random numbers of kept()."""
+    """Returns F.dropout(x, p, training); in training on a CPU, kept() draws the mask."""
     if not (training and 0 < p < 1 and x.device.type == "cpu") or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     return (x * kept(x.shape, p)).mul_(1 / (1 - p))

@@ -1,9 +1,9 @@
-"""How a script ends: one line for what a user can fix, a traceback for a bug.
+"""Ends a script: with one line for an error that a user can fix, with a traceback for a bug.
 
     if __name__ == "__main__":
         run(main)
 
-torch is looked at only if the script has imported it: the data scripts run without.
+Uses torch only if the script has imported it: the data scripts run without torch.
 """
 import contextlib
 import errno
@@ -19,16 +19,17 @@ from typing import TextIO
 
 from nanotune.errors import UserError, out_of_memory
 
-PIPE_CLOSED = 128 + 13  # what a shell reports for a process that SIGPIPE ended
+PIPE_CLOSED = 128 + 13  # a shell's status for a process that SIGPIPE ended
 
 
 def run(main: Callable[[list[str]], object]) -> None:
     """Calls main(argv) and ends the process.
 
-    UserError, lack of memory and a lost rank end as one line on stderr and status 1. Any other
-    exception is a bug and keeps its traceback. A reader of stdout that went away (`| head`) ends
-    the script without a word. Under torchrun rank 0 prints; the others print after 5 s, if it has
-    not ended the job by then; and all stop, as by SIGTERM, if torchrun is gone.
+    On a UserError, lack of memory, a refused path or a lost rank, prints one line on stderr and
+    exits with status 1. Any other exception is a bug and keeps its traceback. If the reader of
+    stdout is gone (`| head`), the script ends without a message. Under torchrun rank 0 prints a
+    UserError; the others print it after 5 s, unless rank 0 has ended the job by then. If torchrun
+    is gone, all ranks stop as after SIGTERM.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
@@ -56,7 +57,7 @@ def run(main: Callable[[list[str]], object]) -> None:
         else:
             say(f"error: {line}", sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        say("", stream, end="")  # what is still buffered
+        say("", stream, end="")  # flushes
     if in_process_group():
         end_now(status)
     if status:
@@ -64,15 +65,16 @@ def run(main: Callable[[list[str]], object]) -> None:
 
 
 def stop_with(parent):
-    """Sends SIGTERM to this process when its parent is gone. Windows does not tell."""
+    """Sends SIGTERM to this process when its parent is gone; no effect on Windows, where getppid()
+    does not change."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """Prints a line at once, on stdout by default. If nobody can read it, since the pipe's reader
-    or the terminal is gone, this and all later lines of the stream go nowhere."""
+    """Prints a line and flushes it, on stdout by default. If the pipe's reader or the terminal is
+    gone, this and all later lines of the stream are discarded."""
     try:
         print(text, end=end, file=stream, flush=True)
     except (OSError, ValueError):
@@ -80,8 +82,8 @@ def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
 
 
 def silence(stream):
-    """Sends what is still buffered nowhere: Python would complain about it at its end."""
-    with contextlib.suppress(OSError, ValueError):  # a stream that is no file, in a test
+    """Redirects a stream to os.devnull; else Python prints an error when it flushes it at exit."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file, in tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -92,15 +94,16 @@ def in_process_group() -> bool:
 
 def end_now(status: int) -> None:
     """Ends a process of a group without running destructors: DDP's, in torch 2.13 with gloo, can
-    wait forever for a thread that waits for Python's lock. After an error it does not wait for
-    lost ranks either."""
+    wait forever for a thread that waits for the GIL. After an error it does not wait for other
+    ranks either."""
     if status == 0:
         sys.modules["torch.distributed"].destroy_process_group()
     os._exit(status)
 
 
 def last_line(e: Exception) -> str | None:
-    """The line to end with, or None for a bug; waits where rank 0 is to print first."""
+    """The line to print, or None for a bug. With a UserError the other ranks wait for rank 0 to
+    print first."""
     if not isinstance(e, UserError):
         return out_of_memory(e) or bad_path(e) or lost_rank(e)
     if int(os.environ.get("RANK", 0)) != 0:
@@ -131,15 +134,15 @@ def lost_rank(e: Exception) -> str | None:
         return None
     rank, size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
     return (f"process {rank} of {size}: another process is gone or did not answer in time "
-            f"({text[text.index(sign):][:80]}); its own message, if it had any, is above or in its "
+            f"({text[text.index(sign):][:80]}); see the message of that process, above or in its "
             "terminal. The states on disk are good: start the job again with --auto_resume=True")
 
 
 class StopSignals:
-    """While it is entered, Ctrl-C, SIGTERM and a closed terminal (SIGHUP, unless it is ignored, as
-    under nohup) ask for a stop at the end of the step: `received` is the signal's number, or 0. A
-    second Ctrl-C stops at once, except under torchrun, which sends a signal of its own after the
-    terminal's."""
+    """A context in which Ctrl-C, SIGTERM and SIGHUP request a stop at the end of the step:
+    `received` is the signal's number, or 0. A closed terminal sends SIGHUP; under nohup it stays
+    ignored. A second Ctrl-C stops at once, except under torchrun, which sends another signal after
+    the terminal's."""
     def __enter__(self) -> "StopSignals":
         self.received = 0
         stops = [signal.SIGINT, signal.SIGTERM]
@@ -159,7 +162,7 @@ class StopSignals:
 
 
 def resume_command(out_dir: str) -> str:
-    """The command that goes on with a stopped run of train.py."""
+    """Returns the command that resumes a stopped run of train.py."""
     size = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --standalone --nproc_per_node={size}" if size else "python"
     return f"{launcher} train.py {shlex.join([f'--out_dir={out_dir}', '--init_from=resume'])}"

@@ -1,4 +1,4 @@
-"""Picks the device, its dtype and whether to compile; measures its memory and speed."""
+"""Picks the device, the dtype and whether to compile; measures a device's memory and speed."""
 import ctypes
 import importlib.util
 import os
@@ -21,8 +21,8 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 def autocast(device: torch.device, dtype: torch.dtype, cache: bool = False) -> torch.autocast:
     """Returns a context in which matrix products run in `dtype`; float32 disables it.
 
-    `cache` keeps each cast matrix until the context ends. It saves time over many tokens; for a
-    single pass it only takes memory, most of all with recompute.
+    `cache` keeps each cast matrix until the context ends. This saves time over many passes; for a
+    single pass it only takes memory, most with recompute.
     """
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 
@@ -41,7 +41,7 @@ def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.devi
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device={name}: use auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"--device={name} is not supported; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device=mps: this machine has no Metal GPU; use --device=cpu")
     if device.type != "cuda":
@@ -98,7 +98,7 @@ def pick_compile(choice: str | bool, device: torch.device, sharded: bool = False
 
 
 def compile_error(call: Callable[[], object]) -> str | None:
-    """Calls a compiled function; returns the first line of what its compilation raised, or None."""
+    """Calls a compiled function; returns the first line of the error that it raised, or None."""
     try:
         call()
     except Exception as e:  # Dynamo, Inductor, Triton and the C++ compiler each raise their own
@@ -106,17 +106,17 @@ def compile_error(call: Callable[[], object]) -> str | None:
     return None
 
 
-# glibc's malloc.h
+# from glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def tune_malloc() -> None:
     """Makes glibc keep freed memory, which the next micro-step uses again.
 
-    By default glibc returns large blocks to the system, which clears the pages of each new one: a
-    tenth of a step's time. Returning all of them saves 8 % of a recomputing run's memory, but takes
-    1.7 times as long (GPT-2 124M, 1 x 1024 tokens). Does nothing with other C libraries, which have
-    no such switch.
+    By default glibc returns large blocks to the system, which clears the pages of each new block:
+    a tenth of a step's time. Returning all of them saves 8 % of the memory of a run with recompute,
+    but takes 1.7 times as long (GPT-2 124M, 1 x 1024 tokens). Does nothing with other C libraries,
+    which have no such option.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -129,7 +129,7 @@ def tune_malloc() -> None:
 def device_memory(device: torch.device) -> int | None:
     """Returns the device's total memory in bytes, or None if unknown.
 
-    For a CPU that is the machine's memory, or the container's limit if that is lower.
+    For a CPU: the machine's memory, or the container's limit if that is lower.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -147,7 +147,7 @@ def device_memory(device: torch.device) -> int | None:
 def peak_memory(device: torch.device) -> int | None:
     """Returns the peak memory so far in bytes, or None if unknown.
 
-    On a GPU that is what torch allocated, on a CPU the resident memory of the process.
+    On a GPU: the memory allocated by torch. On a CPU: the resident memory of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -160,10 +160,10 @@ def peak_memory(device: torch.device) -> int | None:
 
 @lru_cache(maxsize=1)
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measures and returns the FLOP/s of a matrix product: MFU is a fraction of this.
+    """Measures and returns the FLOP/s of a matrix product; MFU is a fraction of it.
 
     The size doubles until a product takes 10 ms, since a CPU without instructions for the dtype
-    (float16) may need seconds for a large one. The best of the sizes counts.
+    (float16) may need seconds for a large one. Returns the best result of all sizes.
     """
     peak, size, seconds = 0.0, 256, 0.0
     while seconds < 0.01 and size <= 8192:

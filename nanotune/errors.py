@@ -1,9 +1,9 @@
-"""Errors that end a script with one line, and what they have in common. Standard library only."""
+"""Errors that end a script with one line, and their messages. Imports only the standard library."""
 import errno
 
 
 class UserError(Exception):
-    """Something that the user can fix: one line that says what is wrong and what to do."""
+    """An error that the user can fix. The message is one line: what is wrong and what to do."""
 
 
 class NonFiniteLoss(UserError):
@@ -20,7 +20,7 @@ def out_of_memory(e: BaseException) -> str | None:
     else None. Host allocations fail as MemoryError (Python, numpy), RuntimeError (torch) or ENOMEM
     (mmap)."""
     text = str(e)
-    device = type(e).__name__ == "OutOfMemoryError" or (  # torch's; Metal's, some of CUDA's
+    device = type(e).__name__ == "OutOfMemoryError" or (  # RuntimeError: Metal, some of CUDA's
         isinstance(e, RuntimeError) and "out of memory" in text)
     host = (isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM
             or "allocate memory" in text or "bad_alloc" in text)
@@ -29,5 +29,5 @@ def out_of_memory(e: BaseException) -> str | None:
     where = "the device" if device else "this machine"
     reason = f" ({' '.join(text.split())[:160]})" if text else ""
     return (f"out of memory on {where}{reason}; lower --batch_size, and raise "
-            "--gradient_accumulation_steps by as much to train the same, or lower --block_size; or "
-            "take a smaller model, or --parallel=fsdp on more processes")
+            "--gradient_accumulation_steps by the same factor to keep the global batch; or lower "
+            "--block_size, use a smaller model, or --parallel=fsdp on more processes")

@@ -1,8 +1,8 @@
 """Writes files and folders atomically, locks a folder, checks checkpoint files as it reads them.
 
 A write goes to a temporary file or folder, which is synced and then renamed: after a crash the old
-file is intact. Loading checks the CRC of each entry of a torch.save file, and reads plain data
-only: it runs no code from the file.
+file is intact. Loading checks the CRC of each entry of a torch.save file, reads only plain data,
+and runs no code from the file.
 """
 import contextlib
 import os
@@ -28,11 +28,11 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-MOST_UNPACKED = 100  # a checkpoint that unpacks to so many times its size is refused
+MOST_UNPACKED = 100  # times its size: a checkpoint that unpacks to more is refused
 
 LOCK_FILE = ".lock"
 RETRY = 30.0  # seconds to wait for a lock: a run that is ending may still hold it
-STALE = 60.0  # without flock: a lock whose heartbeat is older counts as free
+STALE = 60.0  # seconds; without flock, a lock file that is older counts as free
 
 
 class WriteError(UserError):
@@ -40,12 +40,12 @@ class WriteError(UserError):
 
 
 def temporary_name(path):
-    """A name beside `path` that no other process writes to."""
+    """A unique name in the folder of `path`."""
     return f"{path}.{uuid.uuid4().hex[:8]}.tmp"
 
 
 def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object], keep: int = 1) -> None:
-    """Calls write(file) on a temporary file beside `path`, syncs it and renames it to `path`.
+    """Calls write(file) on a temporary file next to `path`, syncs it and renames it to `path`.
 
     With `keep` above 1 the previous file becomes NAME.1.pt, the one before NAME.2.pt and so on,
     `keep` files in all. Raises WriteError if writing fails; the previous file is then intact.
@@ -70,9 +70,9 @@ def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object], keep: i
 
 
 def make_older(path, keep):
-    """Renames NAME.1.pt to NAME.2.pt and so on, and links `path` to NAME.1.pt.
+    """Renames NAME.1.pt to NAME.2.pt and so on, and makes NAME.1.pt a hard link to `path`.
 
-    It links rather than renames so that a file exists at `path` at all times.
+    Links it rather than renames it, so that there is always a file at `path`.
     """
     def aged(age):
         return path.with_suffix(f".{age}{path.suffix}")
@@ -91,8 +91,8 @@ def make_older(path, keep):
 
 
 def link(source: Path, target: Path) -> None:
-    """Makes `target` another name of the file `source`, atomically; where the file system has no
-    hard links, a copy. Raises WriteError if the disk is full."""
+    """Makes `target` a hard link to the file `source`, atomically, or a copy if the file system has
+    no hard links. Raises WriteError if the disk is full."""
     try:
         temporary = temporary_name(target)
         os.link(source, temporary)
@@ -103,7 +103,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder):
-    """Syncs the folder, so that a rename in it survives a power cut; no such call on Windows."""
+    """Syncs the folder, so that a rename in it survives a power cut; does nothing on Windows."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
@@ -112,12 +112,11 @@ def sync_folder(folder):
 
 def write_folder(path: str | Path, write: Callable[[Path], object], replaceable: Sequence[str],
                  overwrite: bool = False) -> None:
-    """Calls write(folder) on a temporary folder beside `path`, syncs it and renames it to `path`.
+    """Calls write(folder) on a temporary folder next to `path`, syncs it and renames it to `path`.
 
-    A folder at `path` that is not empty is replaced only with `overwrite`, and only if it holds
-    nothing but plain files whose names match a pattern of `replaceable` (fnmatch's); a link is
-    never followed. Raises UserError if it must not be replaced or writing fails; the previous
-    folder is then intact.
+    A folder at `path` that is not empty is replaced only with `overwrite`, and only if it has only
+    plain files whose names match a pattern of `replaceable` (fnmatch's). A link is never followed.
+    Raises UserError if the folder must not be replaced or writing fails; it is then intact.
     """
     path = Path(path)
     check_replaceable(path, replaceable, overwrite)
@@ -145,8 +144,8 @@ def write_folder(path: str | Path, write: Callable[[Path], object], replaceable:
 
 
 def check_replaceable(path: Path, replaceable: Sequence[str], overwrite: bool) -> None:
-    """Raises UserError if `path` is a file or a link, is a folder that is not empty and `overwrite`
-    is not set, or holds something else than plain files with names that match `replaceable`."""
+    """Raises UserError if `path` is a file or a link, a folder that is not empty without
+    `overwrite`, or a folder with anything but plain files whose names match `replaceable`."""
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link; give the folder that it points to")
     if not path.name:
@@ -162,26 +161,27 @@ def check_replaceable(path: Path, replaceable: Sequence[str], overwrite: bool) -
         raise UserError(f"{path} is not empty ({held[0].name}{', ...' if held[1:] else ''}); "
                         "choose another folder, or replace it with --overwrite=True")
     if foreign:
-        raise UserError(f"{path} holds {foreign[0]}, which no export writes: --overwrite=True does "
-                        "not replace it either; choose another folder")
+        raise UserError(f"{path} holds {foreign[0]}, which is not from an export: --overwrite=True "
+                        "does not replace it; choose another folder")
 
 
 @contextlib.contextmanager
 def lock(folder: str | Path) -> Iterator[None]:
     """A context that holds the folder's lock, so that one process at a time writes to the folder.
 
-    The lock is flock on LOCK_FILE, which also holds over NFS; the system frees it if the process
-    is killed. Where there is no flock, as on Windows, the file's age counts: a thread touches it.
-    Raises UserError, with the host and pid of the process that holds it, after RETRY seconds.
+    The lock is flock on LOCK_FILE, which also works over NFS; the system frees it if the process
+    is killed. Without flock, as on Windows, a thread touches the file, and the lock is free if the
+    file is older than STALE. After RETRY seconds without the lock, raises UserError with the host
+    and pid of the process that holds it.
     """
-    # NFS wants a file that is open for writing; to open it does not change its age
+    # NFS needs a file that is open for writing; opening it does not change its age
     with open(Path(folder, LOCK_FILE), "a+", errors="replace") as f:
         end = time.monotonic() + RETRY
         while not take(f):
             if time.monotonic() > end:
                 f.seek(0)
                 raise UserError(f"{folder} is in use: {f.read(200) or 'a process'} is running; "
-                                "stop it, wait for its end, or choose another folder")
+                                "stop it, wait until it ends, or choose another folder")
             time.sleep(0.1)
         ended = threading.Event()
         with contextlib.suppress(OSError):  # a full disk: then the lock names no process
@@ -197,7 +197,8 @@ def lock(folder: str | Path) -> Iterator[None]:
 
 
 def take(f):
-    """Tries to lock an open file; without flock, whether no process has touched it lately."""
+    """Tries to lock an open file and returns whether that worked. Without flock, returns whether
+    the file is empty or older than STALE."""
     if fcntl is not None:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,7 +218,7 @@ def beat(path, ended):
 
 
 def save(path: str | Path, data: dict, keep: int = 1) -> None:
-    """Calls torch.save through write_atomic; `keep` is as there.
+    """Writes a checkpoint with torch.save and write_atomic, to which `keep` is passed.
 
     Tensors are written one by one, so the data is never in memory twice. Raises WriteError if
     writing fails.
@@ -228,8 +229,8 @@ def save(path: str | Path, data: dict, keep: int = 1) -> None:
 def load(path: str | Path) -> dict:
     """Returns the content of a checkpoint file: a dict of plain data and CPU tensors.
 
-    Raises UserError if the file is missing, damaged, carries code, or lacks 'model' or
-    'model_args'. A flipped bit counts as damage; torch.load alone does not notice one.
+    Raises UserError if the file is missing, damaged, contains code, or lacks 'model' or
+    'model_args'. A flipped bit counts as damage; torch.load alone does not detect it.
     """
     path = Path(path)
     if not path.is_file():
@@ -238,28 +239,28 @@ def load(path: str | Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             check_size(archive, path)
             damaged = archive.testzip()
-        with warnings.catch_warnings(action="ignore"):  # of odd pickles: refused below
+        with warnings.catch_warnings(action="ignore"):  # about odd pickles, refused below
             if damaged is None:
                 data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} carries code or objects beside plain data; it was refused and "
-                        "not run") from None
+        raise UserError(f"{path} contains code or objects other than plain data; it was refused "
+                        "and not run") from None
     except Exception as e:  # a damaged archive or pickle can raise nearly anything
         if out_of_memory(e) or isinstance(e, UserError):
             raise
-        raise UserError(f"{path} is truncated, damaged or no checkpoint ({first_line(e)}); use "
+        raise UserError(f"{path} is truncated, damaged or not a checkpoint ({first_line(e)}); use "
                         "another copy of it") from None
     if damaged is not None:
         raise UserError(f"{path} is damaged (in {damaged}); use another copy of it")
     if not isinstance(data, dict) or not {"model", "model_args"} <= data.keys():
-        raise UserError(f"{path} is no checkpoint of nanotune or nanoGPT: it lacks 'model' or "
+        raise UserError(f"{path} is not a checkpoint of nanotune or nanoGPT: it lacks 'model' or "
                         "'model_args'")
     return data
 
 
 def peek(path: str | Path) -> dict:
-    """Returns the content of a checkpoint file, whose tensors are mapped, not read. Raises
-    UserError, or whatever torch.load does, if the file is damaged: it checks only the index."""
+    """Returns the content of a checkpoint file, with tensors that are memory-mapped, not read.
+    Checks only the index: for a damaged file raises UserError or any error of torch.load."""
     with zipfile.ZipFile(path) as archive:
         check_size(archive, path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -268,20 +269,20 @@ def peek(path: str | Path) -> dict:
 def check_size(archive, path):
     unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > MOST_UNPACKED * os.path.getsize(path):
-        raise UserError(f"{path} unpacks to {unpacked:,} bytes, far more than its size: it is no "
-                        "checkpoint of ours, which are not compressed")
+        raise UserError(f"{path} unpacks to {unpacked:,} bytes, far more than its size, but "
+                        "nanotune's checkpoints are not compressed; use another file")
 
 
 @contextlib.contextmanager
 def checked_parse(path: str | Path) -> Iterator[None]:
     """A context for parsing the content of a file that loaded without error.
 
-    Raises UserError for any exception inside it; if memory ran out the exception passes through.
+    Turns any exception inside it into UserError, unless memory ran out.
     """
     try:
         yield
     except Exception as e:
         if isinstance(e, UserError) or out_of_memory(e):
             raise
-        raise UserError(f"{path} is damaged, or no checkpoint of nanotune or nanoGPT "
+        raise UserError(f"{path} is damaged, or not a checkpoint of nanotune or nanoGPT "
                         f"({type(e).__name__}: {first_line(e)}); use another copy of it") from None

@@ -20,9 +20,9 @@ from nanotune.text.loader import IGNORED
 class Head(nn.Linear):
     """A linear layer without bias from C channels to the logits of V ids.
 
-    In half precision it multiplies by its weights minus their mean row. That takes the same number
-    from all logits of a row, which is added back in float32. The logits of the released GPT-2 lie
-    near -100, where two bfloat16 numbers are 0.5 apart; without their mean they are small.
+    In half precision it multiplies by its weights minus their mean row. This subtracts the same
+    number from all logits of a row, which is added back in float32. The logits of the released
+    GPT-2 are near -100, where two bfloat16 numbers are 0.5 apart; minus their mean they are small.
     """
     def __init__(self, n_embd: int, n_vocab: int) -> None:
         super().__init__(n_embd, n_vocab, bias=False)
@@ -40,16 +40,16 @@ class Head(nn.Linear):
 
     def centred(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (the weights minus their mean row in `dtype`, (V, C); that row in float32, (C,)).
-        Frozen weights keep them, other weights within keep()."""
+        The result is cached if the weights are frozen, or else within keep()."""
         if torch.compiler.is_compiling():
             return centre(self.weight, dtype)
         now = dtype, self.weight.data_ptr(), self.weight._version
         if self.copy is None or self.copy[0] != now:
             self.copy = now, centre(self.weight, dtype)
-        made = self.copy[1]
+        result = self.copy[1]
         if self.weight.requires_grad and not self.keeping:
             self.copy = None
-        return made
+        return result
 
     @contextmanager
     def keep(self) -> Iterator[None]:
@@ -79,19 +79,19 @@ def is_half(dtype: torch.dtype) -> bool:
 
 
 def add_mean(logits: torch.Tensor, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Adds to logits (..., V) what the mean row (C,) contributes for x (..., C); float32."""
+    """logits (..., V) + x (..., C) @ mean (C,), in float32."""
     return logits.float().add_((x.float() * mean).sum(-1, keepdim=True))
 
 
 class HeadChunk(NamedTuple):
-    """The sizes of the pieces that the head computes."""
+    """The sizes of the chunks that the head computes."""
     rows: int          # rows of logits at once in float32; twice as many in half precision
     softmax_rows: int  # rows of one softmax: few enough for a CPU's cache
     ids: int           # ids of the vocabulary in one matrix product
 
 
 ALL = 2**31  # no limit
-# 256 rows of GPT-2 in float32 take 51 MB; a GPU of any kind needs more rows to be busy
+# 256 rows of GPT-2 in float32 take 51 MB; GPUs need more rows to be busy
 HEAD_CHUNK = {"cpu": HeadChunk(256, 16, 2048), "cuda": HeadChunk(1024, ALL, ALL)}
 
 
@@ -105,15 +105,15 @@ def head_chunk(device_type: str, dtype: torch.dtype) -> HeadChunk:
 
 def head_loss(x: torch.Tensor, head: Head, targets: torch.Tensor,
               dtype: torch.dtype) -> torch.Tensor:
-    """x (N, C), targets (N,) -> the cross-entropies of the head's logits, in nats summed over the
-    targets that are not -1, (). Matrix products are computed in `dtype`, sums in float32; all in
+    """x (N, C), targets (N,) -> the cross-entropy of the head's logits, () in nats, summed over the
+    targets that are not -1. Matrix products are computed in `dtype`, sums in float32; both in
     float64 if that is `dtype`.
 
-    In half precision the logits are those of the centred weights. Softmax gives the same for them;
-    so does the gradient of x, since the gradients of a row of logits sum to zero."""
+    In half precision the logits are computed from the centred weights. This changes neither the
+    softmax nor the gradient of x, since the gradients of a row of logits sum to zero."""
     device = x.device.type
     # skips rows that do not count, 9 of 10 in a prompt with a short answer; not on a GPU, where
-    # indexing is a sync point, nor compiled, which needs fixed shapes
+    # indexing synchronizes, and not if compiled, which needs fixed shapes
     if device == "cpu" and not torch.compiler.is_compiling():
         counts = targets != IGNORED
         x, targets = x[counts], targets[counts]
@@ -125,8 +125,8 @@ def head_loss(x: torch.Tensor, head: Head, targets: torch.Tensor,
 class HeadLoss(torch.autograd.Function):
     """head_loss() without the selection of rows.
 
-    The forward pass computes the gradients from each chunk's logits, as p - 1[target] times the
-    other factor, so no softmax is computed twice. From Liger Kernel, Hsu et al. 2024.
+    The forward pass also computes the gradients, from p - 1[target] of each chunk of logits, so no
+    softmax is computed twice. From Liger Kernel, Hsu et al. 2024.
     """
     @staticmethod
     def forward(ctx, x, weight, w, targets, dtype, with_grad):
@@ -157,7 +157,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        assert ctx.dx is not None, "a second backward of one loss"
+        assert ctx.dx is not None, "backward() ran twice for one loss"
         dx, dw = ctx.dx.mul_(grad), None if ctx.dw is None else ctx.dw.mul_(grad)
         ctx.dx = ctx.dw = None  # scaled in place, to save memory: only one backward is possible
         return dx, dw, None, None, None, None
@@ -180,8 +180,8 @@ def cross_entropy_(logits, targets, with_grad):
 
 
 def times_head(x, w, span):
-    """x (n, C) @ w.T -> (n, V), in the dtype of x, `span` ids at a time: a w (V, C) of another
-    dtype is not cast whole, and MKL is faster."""
+    """x (n, C) @ w.T -> (n, V), in the dtype of x, `span` ids at a time: so w (V, C) of another
+    dtype is not cast as a whole, and MKL is faster."""
     if len(w) <= span:
         return x @ w.t()
     out = x.new_empty(len(x), len(w))
@@ -198,8 +198,8 @@ def times_head_back(p, w, span):
 
 
 def add_product(dw, p, x, span):
-    """dw (V, C) float32 += p.T @ x; for p and x in half precision `span` ids at a time, since
-    PyTorch copies what it adds to float32."""
+    """dw (V, C) float32 += p.T @ x. If p and x are in half precision, `span` ids at a time, since
+    PyTorch copies the product to float32 before it adds it."""
     if p.dtype == dw.dtype:
         dw.addmm_(p.t(), x)
         return
@@ -213,8 +213,8 @@ def head_bytes(weight: torch.Tensor, n_rows: int, device_type: str,
                dtype: torch.dtype) -> tuple[int, int]:
     """Returns (bytes while the loss is computed, bytes at the end of the backward pass) of a head
     (V, C) and a batch of n_rows. First: a chunk of logits, the cast head, its gradient in float32.
-    At the end: its gradient and the embedding's, before they are added. A frozen head stays cast.
-    """
+    At the end: its gradient and the embedding's, before they are added. A frozen head keeps its
+    cast copy."""
     (V, C), e = weight.shape, dtype.itemsize
     size = head_chunk(device_type, dtype)
     rows, ids = min(size.rows, n_rows), min(size.ids, V)

@@ -11,16 +11,16 @@ import torch.nn as nn
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 natively, by AMX or avx512_bf16; False if torch does not
-    tell."""
+    """Returns whether the CPU multiplies bfloat16 natively, with AMX or avx512_bf16; False if torch
+    cannot tell."""
     probes = (getattr(torch.cpu, name, None)
               for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(probe is not None and probe() for probe in probes)
 
 
 def can_pack_linear(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether oneDNN can lay out a matrix of this dtype in its own order; else a plain nn.Linear
-    serves. These operators are those that torch.compile uses on x86."""
+    """Returns whether oneDNN can reorder a matrix of this dtype for packed_linear(); else use a
+    plain nn.Linear. torch.compile uses the same operators on x86."""
     supported = torch.float32, *[torch.bfloat16] * cpu_has_bfloat16()
     return (dtype in supported and torch.backends.cpu.get_cpu_capability().startswith("AVX")
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -28,11 +28,11 @@ def can_pack_linear(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def pack_linear(weight: torch.Tensor) -> torch.Tensor:
-    """weight (N, K) in oneDNN's order, for packed_linear()."""
+    """Returns weight (N, K) in oneDNN's order, for packed_linear()."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
-# names of activations -> what _linear_pointwise calls them
+# {name of an activation: _linear_pointwise's names of it}
 FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
@@ -44,7 +44,7 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
 
 
 def is_compiled(model) -> bool:
-    """Whether model.compile() is in force; False if torch does not tell."""
+    """Returns whether model.compile() is in effect; False if torch cannot tell."""
     return getattr(model, "_compiled_call_impl", None) is not None
 
 
@@ -54,15 +54,15 @@ def undo_compile(model: nn.Module) -> None:
 
 
 def no_recompile_limit() -> contextlib.AbstractContextManager:
-    """A context in which one function may be compiled for any number of shapes; without it torch
-    runs the function eagerly from the ninth shape on."""
+    """A context in which a function may be compiled for any number of shapes; without it torch runs
+    the function eagerly from the ninth shape on."""
     limit = getattr(torch._dynamo.utils, "disable_cache_limit", None)
     return limit() if limit else contextlib.nullcontext()
 
 
 def without_dynamo(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Returns the optimizer class with methods that do not import torch._dynamo, which takes about
-    a second: torch wraps them for optimizers that are compiled, ours never are."""
+    """Returns the optimizer class without torch's wrappers for compiled optimizers, whose import of
+    torch._dynamo takes about a second. Our optimizers are never compiled."""
     methods = {name: inspect.unwrap(getattr(optimizer, name))
                for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")}
     step = torch.no_grad()(inspect.unwrap(optimizer.step))

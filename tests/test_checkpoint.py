@@ -234,7 +234,7 @@ def test_code_is_refused_and_not_run(tmp_path, write):
     if "zip" in write.__name__:
         assert "code" in message
     else:
-        assert "no checkpoint" in message
+        assert "not a checkpoint" in message
 
 
 @pytest.mark.parametrize("pickled", [
@@ -254,7 +254,7 @@ def test_a_hostile_pickle_in_a_valid_archive_is_one_line(tmp_path, saved_bytes, 
 @pytest.mark.parametrize("content", [{"weights": 1}, {"model": {}}, [1, 2], "text"], ids=str)
 def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "ckpt.pt")
-    assert "no checkpoint" in refused(tmp_path / "ckpt.pt")
+    assert "not a checkpoint" in refused(tmp_path / "ckpt.pt")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):

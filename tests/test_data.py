@@ -472,7 +472,7 @@ def words(count):
     ({"input": "good.txt", "val_fraction": 1.5}, "--val_fraction=1.5: must be between 0 and 1"),
     ({"input": "good.txt", "tokenizer": "nothing"}, "--tokenizer=nothing has no tokenizer.json"),
     ({"input": "good.txt", "tokenizer": "gone.json"}, r"gone\.json: no such file"),
-    ({"input": "good.txt", "tokenizer": "bad.json"}, r"bad\.json is no tokenizer.json"),
+    ({"input": "good.txt", "tokenizer": "bad.json"}, r"bad\.json is not a tokenizer.json"),
     ({"input": "good.txt", "tokenizer": "big.json"}, r"big\.json: ids up to 65,536 do not fit"),
     ({"input": "good.txt", "tokenizer": "train", "vocab_size": 99}, "--vocab_size=99: must be"),
 ])

@@ -113,7 +113,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_can_be_resumed(dataset, tmp_pa
     assert "--auto_resume=True" in said and "Traceback" not in said
     statuses, said = run_ranks(2, argv, tmp_path / "log")
     assert statuses == [0, 0], said
-    assert ("without a word" in said) == (rank == 0)  # only rank 0 records how a run ends
+    assert ("without a message" in said) == (rank == 0)  # only rank 0 records how a run ends
     assert_same_state(out, whole)
     assert losses(out) == losses(whole)
 

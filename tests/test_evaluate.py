@@ -177,7 +177,7 @@ def test_bad_options_are_refused(run, arg, message, tmp_path, monkeypatch):
 def test_data_from_another_tokenizer_is_refused(run, make_dataset):
     _, out_dir, _ = run
     other, _ = make_dataset("json", name="other")
-    with pytest.raises(UserError, match=r"out-tiny reads a character vocabulary .* was made with "
+    with pytest.raises(UserError, match=r"out-tiny uses a character vocabulary .* was made with "
                                          r"a tokenizer.json .*prepare the text again"):
         main([f"--out_dir={out_dir}", f"--dataset={other}", "--device=cpu"])
 

@@ -385,7 +385,7 @@ def test_symbolic_links_and_subfolders_are_never_replaced(make_run, refused, tmp
     argv = (f"--out_dir={out_dir}", f"--export_dir={real}", "--overwrite=True")
     for target in (weights, tmp_path / "nowhere"):
         (real / "model.safetensors").symlink_to(target)
-        assert "holds model.safetensors, which no export writes" in refused(*argv)
+        assert "holds model.safetensors, which is not from an export" in refused(*argv)
         (real / "model.safetensors").unlink()
     (real / "model.old.onnx").mkdir()
     assert "holds model.old.onnx" in refused(*argv)

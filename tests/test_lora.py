@@ -210,10 +210,10 @@ def test_the_hash_is_of_the_weights_wherever_they_lie(tmp_path):
 
 
 @pytest.mark.parametrize("fields, said", [
-    (dict(init_from="scratch"), "--lora_rank leaves the weights as they are"),
+    (dict(init_from="scratch"), "--lora_rank freezes the weights"),
     (dict(lora_rank=-1), "must be at least 0"),
-    (dict(out_dir="BASE", overwrite=True), "is the base of this LoRA run too"),
-    (dict(optimizer="adamw8bit"), "optimizer=adamw8bit and lora=yes do not go together"),
+    (dict(out_dir="BASE", overwrite=True), "is also the base of this LoRA run"),
+    (dict(optimizer="adamw8bit"), "optimizer=adamw8bit and lora=yes cannot be combined"),
 ])
 def test_what_lora_does_not_go_with(base, tmp_path, monkeypatch, capsys, fields, said):
     dataset, model_dir, _ = base

@@ -121,8 +121,8 @@ def test_bad_files(tmp_path):
 
     lengths = tmp_path / "train.pairs.bin"
     refused(spoil_ids, "token 7 is 61", "vocabulary of 61")
-    refused(lambda folder: lengths.write_bytes(lengths.read_bytes()[:-8]), "are not of one run")
-    refused(lambda folder: lengths.write_bytes(b"\0" * 7), "are not of one run")
+    refused(lambda folder: lengths.write_bytes(lengths.read_bytes()[:-8]), "from different runs")
+    refused(lambda folder: lengths.write_bytes(b"\0" * 7), "from different runs")
     refused(lambda folder: lengths.unlink(), "plain text", "data/pairs/prepare.py")
     write_pairs(tmp_path)
     with pytest.raises(UserError, match=r"holds pairs .* T5.* data/jsonl/prepare.py"):

@@ -69,7 +69,7 @@ def test_text_full_of_nul_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"f is UTF-16LE, not UTF-8|characters are NUL"):
         read_text(tmp_path / "f")
     (tmp_path / "f").write_bytes(b"ab\0\0" * 10)
-    with pytest.raises(UserError, match="f is no text: 20 of its 40 characters are NUL"):
+    with pytest.raises(UserError, match="f is not text: 20 of its 40 characters are NUL"):
         read_text(tmp_path / "f")
     (tmp_path / "f").write_bytes(b"a line\n" * 20 + b"\0")
     assert "\0" in read_text(tmp_path / "f")

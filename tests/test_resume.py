@@ -236,7 +236,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, out, capsys):
     kept = read_metrics(out)
     capsys.readouterr()
     assert run_train(dataset, out, init_from="resume", **FIELDS) == 0
-    assert "raise --max_iters to train on" in capsys.readouterr().out
+    assert "raise --max_iters to train further" in capsys.readouterr().out
     assert {name: (out / name).read_bytes() for name in before} == before
     assert read_metrics(out) == kept
     assert run_train(dataset, out, init_from="resume", **FIELDS, max_iters=8) == 0

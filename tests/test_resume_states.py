@@ -118,7 +118,7 @@ def test_a_damaged_state_falls_back(whole, dataset, out, monkeypatch, capsys, sp
         warnings = [line for line in said.splitlines() if line.startswith("warning")]
         assert len(warnings) == 1
         assert "the newest state (of step 6) cannot be used" in warnings[0]
-        assert f"going on from {out / 'state.1.pt'}, of step 3" in warnings[0]
+        assert f"resuming from {out / 'state.1.pt'}, of step 3" in warnings[0]
         assert (out / "state.refused").exists()
     assert "resuming at step 3 of 6" in said
     assert_same_weights(out, whole)
@@ -140,11 +140,11 @@ def test_with_no_state_left_it_says_what_can_be_had(dataset, out, monkeypatch, c
         status, said = resume_run(monkeypatch, capsys, dataset, out, **fields)
         assert status == 1
         assert "state.pt is damaged" in said and "state.1.pt is truncated" in said
-        assert f"ckpt.pt is whole, with the weights of step 6: begin a new run with them by " \
+        assert f"ckpt.pt is intact, with the weights of step 6: begin a new run from them with " \
                f"--init_from={out} --out_dir=ANOTHER" in said
     cut(out / "ckpt.pt")
     status, said = resume_run(monkeypatch, capsys, dataset, out)
-    assert status == 1 and "begin anew with --overwrite=True" in said
+    assert status == 1 and "start again with --overwrite=True" in said
 
 
 def test_memory_that_runs_out_is_no_damage(dataset, out, monkeypatch, capsys):
@@ -273,7 +273,7 @@ def test_auto_resume_after_a_kill_before_the_first_state(whole, dataset, out, mo
         path.unlink()
     status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
                               auto_resume=True)
-    assert status == 1 and "holds a run already (ckpt.pt, best.pt)" in said
+    assert status == 1 and "already holds a run (ckpt.pt, best.pt)" in said
 
 
 def test_auto_resume_does_not_train_past_an_early_stop(dataset, tmp_path, monkeypatch, capsys):
@@ -288,7 +288,7 @@ def test_auto_resume_does_not_train_past_an_early_stop(dataset, tmp_path, monkey
 
 def test_auto_resume_and_overwrite_contradict(dataset, out, monkeypatch, capsys):
     status, said = resume_run(monkeypatch, capsys, dataset, out, auto_resume=True, overwrite=True)
-    assert status == 1 and "--auto_resume=True goes on with what --overwrite=True would" in said
+    assert status == 1 and "--auto_resume=True resumes the run that --overwrite=True would" in said
 
 
 # -----------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_how_a_run_ended_is_told_on_a_full_disk_too(dataset, tmp_path, monkeypat
         assert resume_run(patch, capsys, dataset, out, max_iters=9)[0] == 1
     last = resume.read_run_file(out)
     assert (last["status"], last["saved_step"]) == ("failed", None)
-    assert "without a word" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=9)[1]
+    assert "without a message" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=9)[1]
 
 
 def test_a_full_disk_is_told_in_the_systems_words(tmp_path):
@@ -448,9 +448,9 @@ def test_a_run_that_ended_without_a_word(dataset, tmp_path, monkeypatch, capsys)
     reached = resume.reached_step(out)
     status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=4, eval_interval=4)
     assert status == 0
-    assert "ended without a word: it was killed" in said
-    assert f"going on from step 0: steps 0 to {reached} are done again" in said
-    assert "without a word" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=4)[1]
+    assert "ended without a message: it was killed" in said
+    assert f"resuming from step 0: steps 0 to {reached} are done again" in said
+    assert "without a message" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=4)[1]
 
 
 def test_a_run_that_had_a_last_word(dataset, out, monkeypatch, capsys):
@@ -466,11 +466,11 @@ def test_a_run_that_had_a_last_word(dataset, out, monkeypatch, capsys):
         patch.setattr(train, "update", lambda *args: (  # twice, as a scheduler may
             signal.raise_signal(signal.SIGTERM), real(*args))[1])
         status, said = resume_run(patch, capsys, dataset, out, max_iters=9)
-    assert status == 143 and "without a word" not in said
+    assert status == 143 and "without a message" not in said
     assert resume.read_run_file(out) | {"pid": 0, "host": ""} == {
         "run_id": resume.read_run_file(out)["run_id"], "status": "stopped", "pid": 0, "host": "",
         "saved_step": 8}
-    assert "without a word" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=9)[1]
+    assert "without a message" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=9)[1]
 
 
 @pytest.mark.parametrize("content", [

@@ -195,7 +195,7 @@ def test_the_best_survives_a_change_of_always_save(dataset, tmp_path, monkeypatc
 def test_a_lone_best_is_not_overwritten(out, dataset):
     for name in ("ckpt.pt", "state.pt", "state.1.pt"):
         (out / name).unlink()
-    with pytest.raises(UserError, match=r"holds a run already \(best\.pt\)"):
+    with pytest.raises(UserError, match=r"already holds a run \(best\.pt\)"):
         train.main(arguments(dataset, out))
 
 
@@ -371,7 +371,7 @@ def test_many_epochs_of_finetuning_are_warned_of(dataset, tmp_path, monkeypatch,
                            **{name: str(value) if name == "init_from" else value
                               for name, value in fields.items()})
         run.dry_run(cfg)
-        assert ("learns the text by heart" in capsys.readouterr().out) == warned
+        assert ("will memorize the text" in capsys.readouterr().out) == warned
 
 
 def test_the_later_of_epochs_and_max_iters_wins(tmp_path):

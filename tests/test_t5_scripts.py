@@ -125,7 +125,7 @@ def test_an_export_answers_in_transformers(trained, script, tmp_path):
     (sample, dict(dtype="float16"), "T5 overflows in float16"),
     (evaluate, dict(dtype="float16"), "T5 overflows in float16"),
     (evaluate, dict(stride=4), "--stride=4 is for windows of plain text"),
-    (evaluate, dict(input=__file__), "holds plain text, and T5 takes pairs"),
+    (evaluate, dict(input=__file__), "holds plain text, but T5 takes pairs"),
     (evaluate, dict(block_size=4), "T5 takes --source_length and --target_length"),
     (evaluate, dict(task="lambada", input="lambada.jsonl"), "which T5 does not; give a GPT"),
 ])

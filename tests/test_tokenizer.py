@@ -282,7 +282,7 @@ def test_files_beside_the_vocabulary_add_tokens_with_flags(kind, flag, tmp_path)
 def test_half_of_a_tokenizer_is_not_gpt2s(name, tmp_path):
     (tmp_path / name).write_text("{}")
     (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
-    with pytest.raises(UserError, match=f"has {name}, from which no tokenizer can be read"):
+    with pytest.raises(UserError, match=f"has {name}, but no tokenizer can be read"):
         tokenizer_of_source(str(tmp_path))
 
 
@@ -317,9 +317,9 @@ BAD = {"version": "1.0", "added_tokens": [],
 
 @pytest.mark.parametrize("change, message", [
     ({"model": BAD["model"] | {"vocab": {}}}, "empty vocabulary"),
-    ({"model": BAD["model"] | {"type": "None"}}, "is no tokenizer.json"),
-    ({"normalizer": {"type": "Sequence", "normalizers": [[]]}}, "is no tokenizer.json"),
-    ({"model": {"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}}, "is no tokenizer.json"),
+    ({"model": BAD["model"] | {"type": "None"}}, "is not a tokenizer.json"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [[]]}}, "is not a tokenizer.json"),
+    ({"model": {"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}}, "is not a tokenizer.json"),
 ])
 def test_a_tokenizer_json_that_cannot_be_used(change, message, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(BAD | change))
@@ -379,7 +379,7 @@ def test_the_tokenizer_of_a_folder(tmp_path):
 def test_identity_is_what_decides():
     check_same_tokenizer(CharTokenizer("abc"), CharTokenizer(["a", "b", "c"]), "out", "data/x")
     for other in (CharTokenizer("acb"), CharTokenizer("abcd"), JSON, GPT2Tokenizer()):
-        with pytest.raises(UserError, match=r"out reads a character vocabulary \(3 tokens\), "
+        with pytest.raises(UserError, match=r"out uses a character vocabulary \(3 tokens\), but "
                                              r"data/x was made with .*prepare the text again"):
             check_same_tokenizer(CharTokenizer("abc"), other, "out", "data/x")
     with pytest.raises(UserError, match=r"hf has no tokenizer file.*put its tokenizer.json"):
@@ -406,7 +406,7 @@ class Code:
 def test_a_meta_that_carries_code_is_refused_and_not_run(protocol, tmp_path):
     for meta in ({"itos": {0: Code(str(tmp_path / "run"))}}, Code(str(tmp_path / "run"))):
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-        with pytest.raises(UserError, match=r"meta.pkl is no plain character vocabulary \(it "
+        with pytest.raises(UserError, match=r"meta.pkl is not a plain character vocabulary \(it "
                                              r"refers to \w+.open\); run its prepare.py again"):
             tokenizer_of_folder(tmp_path)
     assert not (tmp_path / "run").exists()
@@ -419,21 +419,21 @@ def test_a_meta_that_carries_code_is_refused_and_not_run(protocol, tmp_path):
 ])
 def test_a_damaged_meta(content, tmp_path):
     (tmp_path / "meta.pkl").write_bytes(content)
-    with pytest.raises(UserError, match=r"meta.pkl is no plain character vocabulary"):
+    with pytest.raises(UserError, match=r"meta.pkl is not a plain character vocabulary"):
         tokenizer_of_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1", b"\xff\xfe"])
 def test_a_damaged_tokenizer_json(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer.json is no tokenizer.json"):
+    with pytest.raises(UserError, match=r"tokenizer.json is not a tokenizer.json"):
         tokenizer_of_folder(tmp_path)
 
 
 def test_a_damaged_vocab_json(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(UserError, match=r"vocab.json and merges.txt are no vocabulary"):
+    with pytest.raises(UserError, match=r"vocab.json and merges.txt are not a vocabulary"):
         tokenizer_of_folder(tmp_path)
 
 

@@ -408,7 +408,8 @@ def test_a_compile_failure_falls_back_with_one_warning(tmp_path, dataset, monkey
     assert run_train(dataset, tmp_path / "fallen", compile=True) == 0
     printed, err = capsys.readouterr()
     assert err.splitlines() == ["warning: torch.compile failed (no C++ compiler); going on "
-                                "without, slower but the same; --compile=False silences this"]
+                                "without it: slower, with the same results; --compile=False turns "
+                                "off this warning"]
     assert "compiled" not in printed
     assert losses(tmp_path / "fallen") == losses(tmp_path / "eager")
 
@@ -592,7 +593,7 @@ def test_wandb_without_a_key_is_told_before_training(dataset, out, wandb_calls, 
                                                     tmp_path):
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(UserError, match=r"finds no key: run `wandb login`"):
+    with pytest.raises(UserError, match=r"needs a key: run `wandb login`"):
         train.main(arguments(dataset, out, wandb_log=True))
     assert not out.exists()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
@@ -686,7 +687,7 @@ def meta_with_code(tmp_path):
     folder = write_dataset(tmp_path / "other")
     (folder / "meta.pkl").write_bytes(b"cos\nmkdir\n(S'" + str(tmp_path / "ran").encode()
                                       + b"'\ntR.")
-    return {"dataset": folder}, r"meta\.pkl is no plain character vocabulary.*mkdir"
+    return {"dataset": folder}, r"meta\.pkl is not a plain character vocabulary.*mkdir"
 
 
 def unknown_field(tmp_path):
@@ -745,7 +746,7 @@ def cuda_absent(tmp_path):
 
 
 def no_such_device(tmp_path):
-    return {"device": "tpu"}, r"--device=tpu: use auto, cpu, cuda"
+    return {"device": "tpu"}, r"--device=tpu is not supported; use auto, cpu, cuda"
 
 
 def no_such_dtype(tmp_path):
@@ -776,7 +777,7 @@ def resume_without_a_checkpoint(tmp_path):
 def resume_from_a_model_alone(tmp_path):
     (tmp_path / "shipped").mkdir()
     (tmp_path / "shipped/ckpt.pt").write_bytes((tmp_path / "run/ckpt.pt").read_bytes())
-    return {"init_from": "resume", "out_dir": tmp_path / "shipped"}, r"but no state\.pt to go on"
+    return {"init_from": "resume", "out_dir": tmp_path / "shipped"}, r"has no state\.pt to resume"
 
 
 def wandb_missing(tmp_path):
@@ -837,7 +838,7 @@ def test_a_new_run_into_a_used_out_dir(dataset, out, monkeypatch, capsys):
     held = {f: f.read_bytes() for f in out.iterdir()}
     status, _, err = run_script(monkeypatch, capsys, train.main, arguments(dataset, out))
     assert status == 1 and err.count("\n") == 1
-    assert "holds a run already" in err
+    assert "already holds a run" in err
     assert "--init_from=resume" in err and "--overwrite=True" in err
     assert {f: f.read_bytes() for f in out.iterdir()} == held
 

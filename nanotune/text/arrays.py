@@ -1,4 +1,4 @@
-"""Encodes many texts to arrays of ids: with a thread per core, or by a table of characters."""
+"""Encodes many texts to arrays of ids: with a thread per core, or with a table of characters."""
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,8 @@ from nanotune.errors import UserError
 
 def encode_in_threads(encode: Callable[[str], np.ndarray], texts: Sequence[str],
                       ) -> list[np.ndarray]:
-    """Returns encode(text) of each text; `encode` frees the GIL. Short texts share a task."""
+    """Returns encode(text) of each text; `encode` must release the GIL. Short texts share a task.
+    """
     threads = os.cpu_count() or 1
     size = len(texts) // (64 * threads) + 1
     with ThreadPoolExecutor(threads) as pool:
@@ -19,10 +20,10 @@ def encode_in_threads(encode: Callable[[str], np.ndarray], texts: Sequence[str],
 
 
 def encode_characters(stoi: dict[str, int], texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns the ids of each text's characters, (n,) int32. Raises UserError for a character that
-    has none."""
+    """Returns the ids of each text's characters, (n,) int32. Raises UserError for a character
+    without an id."""
     known = {ord(c): i for c, i in stoi.items() if len(c) == 1}
-    table = np.full(max(known, default=0) + 2, -1, np.int32)  # the last entry is for all others
+    table = np.full(max(known, default=0) + 2, -1, np.int32)  # the last entry: all others
     table[list(known)] = list(known.values())
     found = []
     for text in texts:

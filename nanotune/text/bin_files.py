@@ -1,7 +1,7 @@
 """Opens the files of a dataset, and checks them.
 
-NAME.bin has the tokens, NAME.mask.bin beside it which of them are targets, NAME.pairs.bin the
-lengths of pairs. Each function raises UserError, with the file and what to do.
+NAME.bin has the tokens, NAME.mask.bin a 1 for each target among them, NAME.pairs.bin the lengths of
+pairs. A UserError names the file and what to do.
 """
 import shlex
 import zlib
@@ -11,7 +11,7 @@ import numpy as np
 
 from nanotune.errors import UserError
 
-PIECE, PIECES = 2**19, 40  # of a larger file, the checksum reads so many tokens in so many places
+PIECE, PIECES = 2**19, 40  # of a large file, checksum() reads PIECES pieces of PIECE tokens
 
 
 def open_tokens(path: Path, block_size: int) -> np.ndarray:
@@ -38,8 +38,8 @@ def open_mask(path: Path, length: int) -> np.ndarray | None:
     size = mask_path.stat().st_size
     if size != length:
         raise UserError(f"{mask_path} has {size} entries for the {length} tokens of {path}: they "
-                        "are not of one run of prepare.py; run it again, or delete the mask to "
-                        "train on every token")
+                        "are from different runs of prepare.py; run it again, or delete the mask "
+                        "to train on every token")
     return np.memmap(mask_path, dtype=np.uint8, mode="r")
 
 
@@ -50,23 +50,23 @@ def open_lengths(path: Path, n_tokens: int) -> np.ndarray:
     lengths = lengths.reshape(-1, 2).astype(np.int64)
     if not len(lengths) or lengths.min() < 1 or int(lengths.sum()) != n_tokens:
         raise UserError(f"{file} has lengths of {int(lengths.sum())} tokens for the {n_tokens} of "
-                        f"{path}, or empty ones: they are not of one run of prepare.py; run it "
-                        "again")
+                        f"{path}, or a length of 0: they are from different runs of prepare.py; "
+                        "run it again")
     return lengths
 
 
-def checksum(tokens: np.ndarray, beside: np.ndarray | None) -> int:
-    """Returns the CRC-32 of pieces of a file's tokens and of what lies beside them."""
+def checksum(tokens: np.ndarray, extra: np.ndarray | None) -> int:
+    """Returns the CRC-32 of pieces of a file's tokens and of `extra`, its mask or lengths."""
     crc, n = 0, len(tokens)
     for start in range(0, n, max(PIECE, n // PIECES)):
         crc = zlib.crc32(tokens[start:start + PIECE], crc)
-        if beside is not None:
-            crc = zlib.crc32(beside[start:start + PIECE], crc)
+        if extra is not None:
+            crc = zlib.crc32(extra[start:start + PIECE], crc)
     return crc
 
 
 def check_length(path: Path, *arrays: np.ndarray | None) -> None:
-    """Raises UserError if a mapped file was cut short: reading on would end in SIGBUS."""
+    """Raises UserError if a memory-mapped file was cut short: reading it would end in SIGBUS."""
     for array in arrays:
         if isinstance(array, np.memmap) and array.base.size() < array.nbytes:
             raise UserError(f"{path} or its mask was cut short while it was in use: put "
@@ -74,7 +74,8 @@ def check_length(path: Path, *arrays: np.ndarray | None) -> None:
 
 
 def check_ids(path: Path, tokens: np.ndarray, start: int, vocab_size: int) -> None:
-    """Raises UserError if a token is not below vocab_size; `start` is the first one's place."""
+    """Raises UserError if a token is not below vocab_size. tokens[0] is token `start` of the file.
+    """
     if int(tokens.max()) < vocab_size:
         return
     at = int(np.argmax(tokens >= vocab_size))
@@ -84,7 +85,7 @@ def check_ids(path: Path, tokens: np.ndarray, start: int, vocab_size: int) -> No
 
 
 def how_to_prepare(path: Path) -> str:
-    """Returns 'run: python data/X/prepare.py', of the nearest folder that has one or data/text."""
+    """Returns 'run: python FOLDER/prepare.py' with the nearest prepare.py, else data/text's."""
     for folder in (path.parent, path.parent.parent):
         if (folder / "prepare.py").is_file():
             return f"run: {shlex.join(['python', str(folder / 'prepare.py')])}"

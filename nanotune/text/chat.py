@@ -1,6 +1,6 @@
-r"""Conversations: how their turns become tokens, and which of these count in the loss.
+r"""Encodes conversations as tokens, with a mask of those that count in the loss.
 
-    attach(tokenizer, Template())       # plain data, which travels in the tokenizer's spec
+    attach(tokenizer, Template())       # stored as plain data in the tokenizer's spec
     messages = read_messages(fields["messages"], "FILE, line 1")
     ids, mask = encode_chat(tokenizer, messages)            # a whole conversation, to train on
     ids, dropped = chat_prompt(tokenizer, messages, most)   # up to the assistant's next text
@@ -15,12 +15,12 @@ The default template is plain text, so that it needs no new tokens:
     ###
 
 A turn is a role, a text with a space before it, and the end "\n###\n", at which generation stops. A
-text has no white space around it and holds no end, so the next role begins where a turn ends, and
-no text can begin a turn. End-of-text stands after the conversation only.
+text has no white space around it and does not contain the end, so no text can end or begin a turn.
+End-of-text comes only after the whole conversation.
 
 Role, text and end are encoded one by one, so training and generation have the same ids. GPT-2's
-pattern splits there anyway: a whole conversation encoded at once, as transformers does it by the
-template's jinja(), has them too.
+pattern splits between them anyway: transformers, which encodes the whole conversation at once with
+the template's jinja(), gets the same ids.
 """
 import json
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from nanotune.text.read import check_surrogates
 from nanotune.text.tokenizer_files import read_optional
 
 ROLES = ("system", "user", "assistant")
-KEY = "nanotune_chat"  # of a template in tokenizer_config.json
+KEY = "nanotune_chat"  # the template's key in tokenizer_config.json
 
 
 class Message(NamedTuple):
@@ -61,7 +61,8 @@ class Template:
                        for role, content in messages)
 
     def jinja(self) -> str:
-        """Returns it as transformers' chat_template, which refuses what check_text() refuses."""
+        """Returns the chat_template for transformers; it refuses the texts that check_text() does.
+        """
         roles = "".join(f"{'el' if i else ''}if message['role'] == {role!r} %}}"
                         f"{{{{ {getattr(self, role)!r} }}}}{{% " for i, role in enumerate(ROLES))
         return (
@@ -75,8 +76,8 @@ class Template:
 
 
 def template_from(spec: Any, where: str) -> Template | None:
-    """Returns the template of a spec, or None if that is None. Raises UserError, which names it
-    `where`, if it is no template."""
+    """Returns the template of a spec, or None if the spec is None. Raises UserError, which begins
+    with `where`, if the spec is damaged."""
     if spec is None:
         return None
     if not isinstance(spec, dict) or spec.keys() != asdict(Template()).keys():
@@ -84,7 +85,7 @@ def template_from(spec: Any, where: str) -> Template | None:
                         f"{', '.join(asdict(Template()))}")
     template = Template(**spec)
     if not all(isinstance(text, str) for text in astuple(template)) or not template.end:
-        raise UserError(f"{where}: its chat template is damaged; its parts must be texts")
+        raise UserError(f"{where}: its chat template is damaged; its parts must be strings")
     return template
 
 
@@ -96,15 +97,15 @@ def template_of_folder(folder: str | Path) -> Template | None:
 
 
 def attach(tokenizer: Any, template: Template | None) -> Any:
-    """Returns the tokenizer with this template, which its `spec` then holds."""
+    """Returns the tokenizer with this template, also in its `spec`; unchanged if one is None."""
     if tokenizer is not None and template is not None:
         tokenizer.chat, tokenizer.spec = template, tokenizer.spec | {"chat": template.spec()}
     return tokenizer
 
 
 def chat_config(tokenizer: Any) -> bytes:
-    """Returns the tokenizer_config.json of a dataset's folder, with the template, which
-    template_of_folder() reads."""
+    """Returns the tokenizer_config.json of a dataset's folder; template_of_folder() reads the
+    template in it."""
     return json.dumps(tokenizer.special | {KEY: tokenizer.chat.spec()}, indent=2).encode()
 
 
@@ -120,7 +121,7 @@ def check_template(tokenizer: Any, source: str) -> None:
 
 def read_messages(value: Any, where: str) -> list[Message]:
     """Returns a list of {"role", "content"} as messages, without white space around a text; other
-    keys are ignored. Raises UserError, which begins with `where`, if it is no conversation."""
+    keys are ignored. Raises UserError, which begins with `where`, for anything else."""
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: must be a list of messages, each with role and content")
     messages = []
@@ -132,7 +133,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
         if role not in ROLES:
             raise UserError(f"{at} has the role {role!r:.40}; use {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise UserError(f"{at}: its content must be a text, not {content!r:.40}")
+            raise UserError(f"{at}: its content must be a string, not {content!r:.40}")
         check_surrogates(content, at)
         if not content.strip():
             raise UserError(f"{at}: its content is empty; fill it or leave the message out")
@@ -145,14 +146,14 @@ def read_messages(value: Any, where: str) -> list[Message]:
 
 
 def ends_of_turn(tokenizer: Any) -> list[str]:
-    """Returns the texts at which an answer stops and which no message may hold: the template's end
-    and, also if it is spelled out, end-of-text."""
+    """Returns the texts at which an answer stops and which no message may contain: the template's
+    end and the spelling of end-of-text."""
     return list(filter(None, (tokenizer.chat.end, tokenizer.special.get("eos_token"))))
 
 
 def check_text(text: str, tokenizer: Any, where: str) -> None:
-    """Raises UserError if a text holds the end of a turn or end-of-text: what follows it would be
-    the turn of another role."""
+    """Raises UserError if a text contains the end of a turn or end-of-text: the rest of the text
+    would be another turn."""
     for mark in ends_of_turn(tokenizer):
         if mark in tokenizer.chat.before + text:
             raise UserError(f"{where} holds {mark!r}, which ends a turn; remove it")
@@ -163,8 +164,8 @@ def check_text(text: str, tokenizer: Any, where: str) -> None:
 
 def encode_turns(tokenizer: Any,
                  messages: Sequence[Message]) -> list[tuple[list[int], list[int]]]:
-    """Returns (ids, mask) of each turn: 1 for an assistant's text and its end, else 0. Raises
-    UserError as check_text()."""
+    """Returns (ids, mask) of each turn; the mask is 1 for an assistant's text and its end, else 0.
+    Raises UserError as check_text() does."""
     template = tokenizer.chat
     for number, message in enumerate(messages, 1):
         check_text(message.content, tokenizer, f"message {number}")
@@ -180,17 +181,18 @@ def encode_turns(tokenizer: Any,
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Returns (ids, mask) of a conversation. Raises UserError as check_text()."""
+    """Returns (ids, mask) of a conversation. Raises UserError as check_text() does."""
     turns = encode_turns(tokenizer, messages)
     return tuple([x for turn in turns for x in turn[part]] for part in (0, 1))
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[Message],
                 most: int) -> tuple[list[int], int]:
-    """Returns (ids of a conversation up to the assistant's next text, how many messages were left
-    out): the oldest, so that at most `most` ids remain. These begin with the system's message, if
-    there is one, and go on with a user's. Raises UserError if the last message does not fit, or as
-    check_text()."""
+    """Returns (ids of a conversation up to the assistant's next text, number of messages left out).
+
+    Leaves out the oldest messages, so that at most `most` ids remain. A system's message is kept;
+    the next one that is kept is a user's. Raises UserError if the last message does not fit, or as
+    check_text() does."""
     turns = [ids for ids, _ in encode_turns(tokenizer, messages)]
     answer = tokenizer.encode(tokenizer.chat.assistant)
     first = int(messages[0].role == "system")
@@ -208,5 +210,5 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message],
 
 
 def room_for_answer(block_size: int, max_new_tokens: int) -> int:
-    """Returns how many tokens of the context a prompt leaves for the answer."""
+    """Returns the number of tokens of the context that a prompt must leave for the answer."""
     return min(max_new_tokens, max(1, block_size // 4))

@@ -1,13 +1,13 @@
-r"""Finds the documents in text files and encodes them a part at a time: memory does not grow with a
-file.
+r"""Finds the documents in text files and encodes them a part at a time, so that memory does not
+grow with the size of a file.
 
-    documents = list(find_documents(path, mark="<|endoftext|>"))    # places in the file, no text
+    documents = list(find_documents(path, mark="<|endoftext|>"))    # positions, not text
     pieces = [(document, True) for document in documents]           # True: a document ends there
     texts = read_texts(pieces, tokenizer.sliceable)
     for ids, lengths in encode(tokenizer, texts, sum(map(len, documents)), "train"):
         file.write(ids)
 
-A piece may also be a str. The ids are the same as those of the whole text, encoded at once.
+A piece may also be a str. The ids are the same as those of the whole text encoded at once.
 """
 import re
 from collections.abc import Iterable, Iterator
@@ -22,15 +22,15 @@ from nanotune.text.read import stream_text
 from nanotune.text.tokenizer import AnyTokenizer
 
 TOKEN = np.dtype("<u2")     # of a .bin file
-SLICE = 1 << 16             # characters of a long text that are encoded at once, by one core
-BATCH = 1 << 22             # characters that all cores share
-EDGE = 1 << 12              # characters of a document that show what to trim
+SLICE = 1 << 16             # characters of a long text that one core encodes at once
+BATCH = 1 << 22             # characters that all cores together encode at once
+EDGE = 1 << 12              # characters kept of both ends of a document, to trim them
 WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 @dataclass(slots=True)
 class Document:
-    """The characters `start` to `end` of stream_text(file). Has a length and slices, as str."""
+    """The characters `start` to `end` of stream_text(file). Supports len() and slices, like str."""
     file: Path
     start: int
     end: int
@@ -50,11 +50,11 @@ Pieces = list[tuple[str | Document, bool]]      # (text, whether a document ends
 # from files to documents
 
 def find_documents(file: Path, mark: str | None, end: str | None = None) -> Iterator[Document]:
-    """Yields the documents of a file that a mark, such as <|endoftext|>, separates, except blank
-    ones. The newlines around a mark belong to it; the text `end`, with white space after it, is
-    dropped at the end of a document. Raises UserError as stream_text()."""
-    start = at = 0          # of the document, and of what comes next
-    head = tail = ""        # the document's text, but of a long one only both ends
+    """Yields the documents of a file, separated by a mark such as <|endoftext|>, except blank ones.
+    Newlines around a mark belong to it. The text `end`, with white space after it, is dropped at
+    the end of a document. Raises UserError as stream_text() does."""
+    start = at = 0          # where the document begins, and where the next part begins
+    head = tail = ""        # the document's text; of a long document only both ends
     marked = False
     for part, separator in split_parts(stream_text(file), mark):
         at += len(part)
@@ -80,14 +80,14 @@ def find_documents(file: Path, mark: str | None, end: str | None = None) -> Iter
 
 
 def split_parts(parts: Iterable[str], mark: str | None) -> Iterator[tuple[str, str | None]]:
-    """Yields (text, the mark if it follows, "" at the end, else None) of a text in parts."""
+    """Splits a text in parts: yields (text, the mark if it follows, "" at the end, else None)."""
     held = ""
     for part in parts:
         held += part
         if mark:
             *whole, held = held.split(mark)
             yield from ((text, mark) for text in whole)
-        cut = max(0, len(held) - len(mark or "") + 1)    # a mark may begin in what is held
+        cut = max(0, len(held) - len(mark or "") + 1)    # `held` may end with part of a mark
         yield held[:cut], None
         held = held[cut:]
     yield held, ""
@@ -111,8 +111,8 @@ class Reader:
 
 
 def read_pieces(pieces: Pieces) -> Iterator[tuple[Iterator[str], bool]]:
-    """Yields (the parts of its text, whether a document ends after it) of each piece. Take all
-    parts of one before the next. Reads a file once if its documents are in order."""
+    """Yields (the parts of its text, whether a document ends after it) for each piece. Consume all
+    parts of a piece before the next one. Reads a file once if its documents are in order."""
     reader = None
     for document, ends in pieces:
         if isinstance(document, str):
@@ -127,9 +127,9 @@ def read_pieces(pieces: Pieces) -> Iterator[tuple[Iterator[str], bool]]:
 # from documents to ids
 
 def slices(parts: Iterable[str], length: int = SLICE) -> Iterator[str]:
-    """Yields a text in slices of `length` characters or some more, cut after a word and before a
-    space or a newline: GPT-2's pattern never joins a word to the white space after it."""
-    held, seen = "", 0      # what no cut was found in ends at `seen`
+    """Yields a text in slices of `length` characters or more, cut after a word and before a space
+    or a newline: GPT-2's pattern never joins a word to the white space after it."""
+    held, seen = "", 0      # held[:seen] was searched and has no place for a cut
     for part in parts:
         for start in range(0, len(part), length):
             if len(held) >= length:
@@ -143,7 +143,7 @@ def slices(parts: Iterable[str], length: int = SLICE) -> Iterator[str]:
 
 
 def read_texts(pieces: Pieces, sliceable: bool) -> Iterator[tuple[str, bool]]:
-    """Yields (text, whether a document ends after it) of pieces, in slices if `sliceable`."""
+    """Yields (text, whether a document ends after it) for pieces, in slices if `sliceable`."""
     for parts, ends in read_pieces(pieces):
         last = None
         for text in slices(parts) if sliceable else ["".join(parts)]:
@@ -154,8 +154,8 @@ def read_texts(pieces: Pieces, sliceable: bool) -> Iterator[tuple[str, bool]]:
 
 
 def document_end(tokenizer: AnyTokenizer) -> list[int]:
-    """Returns the ids after a document: end-of-text, or a newline if the vocabulary has only that.
-    """
+    """Returns the ids that end a document: end-of-text, else a newline, else none, depending on the
+    vocabulary."""
     if tokenizer.eot is not None:
         return [tokenizer.eot]
     try:
@@ -180,9 +180,9 @@ def batches(texts: Iterable[tuple[str, bool]],
 
 def encode(tokenizer: AnyTokenizer, texts: Iterable[tuple[str, bool]], total: int,
            name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (ids, (n,) TOKEN; their lengths, (m,)) of some m texts at a time, on all cores, with
-    document_end() after each text whose second item is true. Shows a bar of `total` characters.
-    Raises UserError if the vocabulary cannot express a text."""
+    """Encodes texts on all cores, m at a time: yields (their ids together, (n,) TOKEN; the number
+    of ids of each, (m,)). Adds document_end() after a text whose second item is true. Shows a
+    progress bar of `total` characters. Raises UserError if the vocabulary cannot express a text."""
     end = np.array(document_end(tokenizer), TOKEN)
     after = {True: end, False: end[:0]}
     with tqdm(desc=name, total=total, unit="char", unit_scale=True, disable=None) as bar:

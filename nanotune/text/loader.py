@@ -1,13 +1,13 @@
 """Reads token files as batches: a batch is a pure function of (seed, sample number).
 
-A .bin file holds uint16 token ids end to end, without a header. An optional .mask.bin beside it
-holds one byte per token, 0 if the token is no target of the loss. A .pairs.bin says that the file
-holds pairs for T5: two uint32 for each, the tokens of its source and of its target.
+A .bin file holds uint16 token ids end to end, without a header. An optional .mask.bin holds one
+byte per token, 0 if the token is not a target of the loss. With a .pairs.bin the .bin file holds
+pairs for T5; it has two uint32 per pair, the number of tokens of the source and of the target.
 
 Sample n belongs to epoch n // N. Each epoch cuts the file into N blocks of T tokens, from a random
 offset on (the phase), and shuffles them; both depend on the seed. So each token is a target once
-per epoch, except for less than two blocks at the edges; a resumed run needs only its step; and a
-global batch is the same for any number of ranks and micro-steps. Pairs come once per epoch too.
+per epoch, except for less than two blocks at the edges. A resumed run needs only its step. A global
+batch is the same for any number of ranks and micro-steps. Each pair also comes once per epoch.
 """
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -37,7 +37,7 @@ SORTED = 32          # global batches of pairs that are sorted by length togethe
 class TokenBin:
     """One split of a dataset, read in blocks of block_size inputs and as many targets.
 
-    `tokens`, if given, are ids that replace the file's; `path` is then only a name for messages.
+    `tokens`, if given, are used instead of the file's; `path` is then only a name for messages.
     Raises UserError, here or on reading, if the file is unusable or an id is not below vocab_size.
     """
     def __init__(self, path: str | Path, block_size: int, vocab_size: int, seed: int = 0,
@@ -70,12 +70,12 @@ class TokenBin:
         return self.block_size
 
     def largest(self, config: Any) -> Any:
-        """Returns the model's config for the largest batch: each is of block_size tokens."""
+        """Returns the model's config for the largest batch: unchanged, all have the same length."""
         return config
 
     def epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
         """(phase, order of the blocks). Uses RandomState, whose streams numpy never changes: a run
-        resumes on the same data with another numpy."""
+        resumes with the same data under another version of numpy."""
         rng = np.random.RandomState([self.seed, epoch])
         phase = rng.randint(self.n_phases)
         return phase, rng.permutation(self.n_blocks)
@@ -106,14 +106,15 @@ class TokenBin:
         """Returns a line on long examples, if there are prompts and completions."""
         long, examples = (0, 0) if self.mask is None or eot is None else self.count_long(eot)
         return [f"{long:,} of {examples:,} examples are longer than block_size={self.block_size}: "
-                "no window holds one whole, so the model sees the end of one without its "
+                "they do not fit in a window, so the model sees their end without their "
                 "beginning; raise --block_size or shorten them"] if long else []
 
     def windows(self, count: int = 0, stride: int | None = None) -> list[tuple[int, int]]:
         """Returns [(start, first), ...]: a window has block_size inputs from token `start` on, and
         its targets count from index `first` on. `count` windows are evenly spaced. If count is 0
         or they would overlap, windows every `stride` tokens cover the split: each token but the
-        first is a target once, except near the start behind at least block_size - stride tokens."""
+        first is a target once, with at least block_size - stride tokens of context, except near the
+        start."""
         targets = len(self.tokens) - 1
         if count and count * self.block_size < targets:
             return [(i * (targets - self.block_size) // max(1, count - 1), 0)
@@ -146,9 +147,9 @@ class TokenBin:
 class PairBin:
     """One split of a dataset of pairs, each a source and a target, both with their end token.
 
-    `config` is a T5Config: of a source longer than source_length the beginning and the end token
-    are read, of a target longer than target_length the beginning. A global batch of `global_batch`
-    pairs is drawn first and then shared among ranks and micro-steps. Raises UserError as TokenBin.
+    `config` is a T5Config. A source longer than source_length is cut but keeps its end token; a
+    target longer than target_length is cut. A global batch of `global_batch` pairs is drawn first
+    and then divided among ranks and micro-steps. Raises UserError as TokenBin does.
     """
     def __init__(self, path: str | Path, config: Any, seed: int = 0,
                  global_batch: int = 1) -> None:
@@ -182,16 +183,16 @@ class PairBin:
         return replace(config, source_length=source, target_length=target)
 
     def warnings(self, eot: int | None) -> list[str]:
-        """Returns a line for sources, and one for targets, that are cut, if there are."""
+        """Returns a line if sources are cut, and a line if targets are cut."""
         cut = (self.lengths > self.most).sum(0)
         return [f"{n:,} of {len(self.lengths):,} {name}s are longer than {name}_length={most} and "
                 f"are cut; raise --{name}_length or shorten them"
                 for name, n, most in zip(("source", "target"), cut, self.most) if n]
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """The pairs in the order of an epoch, (N,): SORTED global batches of pairs are sorted by
-        length, so that a batch has little padding, and the batches shuffled. Those pairs that fill
-        up the last batch of the epoch before, and those left for the next, are not sorted."""
+        """The pairs in the order of an epoch, (N,). Pairs are sorted by length within groups of
+        SORTED global batches, so that a batch has little padding; then the batches are shuffled.
+        The pairs of a batch that two epochs share are not sorted."""
         rng = np.random.RandomState([self.seed, epoch])
         n, size = len(self.lengths), self.global_batch
         order = rng.permutation(n)
@@ -219,8 +220,8 @@ class PairBin:
         return int(self.read_lengths[self.pairs(first, size), 1].sum())
 
     def windows(self, count: int = 0, stride: int | None = None) -> list[int]:
-        """Returns `count` pairs, evenly spaced in the file, or all if count is 0 or too large;
-        the longest first, for little padding. `stride` is not used."""
+        """Returns `count` pairs, evenly spaced in the file, or all if count is 0 or too large. The
+        longest come first, for little padding. `stride` is not used."""
         n = len(self.lengths)
         chosen = np.arange(n)
         if 0 < count < n:
@@ -246,8 +247,8 @@ class PairBin:
 
 
 def padded_length(n: int) -> int:
-    """Returns the length that n tokens are padded to: 8 lengths an octave, so at most a ninth is
-    padding, and torch.compile and the allocator meet few shapes."""
+    """Returns the length that n tokens are padded to. There are 8 lengths per power of 2, so at
+    most a ninth is padding, and torch.compile and the allocator see few shapes."""
     step = max(1, 1 << n.bit_length() >> 4)
     return -(-n // step) * step
 
@@ -255,16 +256,16 @@ def padded_length(n: int) -> int:
 def open_dataset(path: str | Path, config: Any, seed: int = 0, tokens: np.ndarray | None = None,
                  global_batch: int = 1) -> TokenBin | PairBin:
     """Returns the dataset of a .bin file, or of a text in memory (see TokenBin), for a model's
-    config. This is the only place that chooses the class. Raises UserError as TokenBin, and if the
-    model takes pairs and the data are none, or the other way round."""
+    config. This is the only place that chooses the class. Raises UserError as TokenBin does, and if
+    the model takes pairs and the data is plain text, or the other way round."""
     path = Path(path)
     has_pairs = tokens is None and path.with_suffix(".pairs.bin").is_file()
     if has_pairs and not config.takes_pairs:
-        raise UserError(f"{path} holds pairs of a source and a target, for T5: give such a model "
-                        "(--init_from=google-t5/t5-small), or for a GPT prepare them by "
+        raise UserError(f"{path} holds pairs of a source and a target, for T5: use a T5 "
+                        "(--init_from=google-t5/t5-small), or for a GPT prepare them with "
                         "data/jsonl/prepare.py")
     if config.takes_pairs and not has_pairs:
-        raise UserError(f"{path} holds plain text, and T5 takes pairs of a source and a target; "
+        raise UserError(f"{path} holds plain text, but T5 takes pairs of a source and a target; "
                         "run: python data/pairs/prepare.py --input=FILE --tokenizer=MODEL "
                         f"--out_dir={path.parent}")
     if has_pairs:

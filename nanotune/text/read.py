@@ -1,4 +1,4 @@
-r"""Reads the text and .jsonl files that people have: datasets, prompts, evaluation input.
+r"""Reads users' text and .jsonl files: datasets, prompts, evaluation input.
 
     text = read_text(path)                     # no byte order mark; \r\n becomes \n
     for where, fields in read_jsonl(path):     # where: "FILE, line N", for messages
@@ -14,21 +14,21 @@ from pathlib import Path
 from nanotune.errors import UserError
 
 BLOCK = 1 << 18  # bytes that are read at once
-SAMPLE = 4096  # bytes that show UTF-16
-# {byte order mark: encoding, by the name that iconv takes}; UTF-32's begins with UTF-16's
+SAMPLE = 4096  # bytes that are searched for signs of UTF-16
+# {byte order mark: iconv's name of the encoding}; UTF-32 comes first: its mark begins with UTF-16's
 BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
                     b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
 def read_text(path: str | Path) -> str:
     r"""Returns a UTF-8 file as text, without a byte order mark and with \r\n as \n: GPT-2's
-    training text has hardly any \r. Raises UserError if the file is missing or is no UTF-8 text."""
+    training text has hardly any \r. Raises UserError if the file is missing or not UTF-8 text."""
     return "".join(stream_text(path))
 
 
 def stream_text(path: str | Path) -> Iterator[str]:
     """Yields the text of read_text() in parts of at most BLOCK characters. Raises UserError as
-    read_text(); that too much of it is NUL shows at the end."""
+    read_text() does, but for too many NUL characters only at the end."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -43,12 +43,12 @@ def stream_text(path: str | Path) -> Iterator[str]:
             characters, nul = characters + len(text), nul + text.count("\0")
             yield text.replace("\r", "\n") if old_mac else text.replace("\r\n", "\n")
     if nul * 100 > characters:
-        raise UserError(f"{path} is no text: {nul:,} of its {characters:,} characters are NUL; if "
+        raise UserError(f"{path} is not text: {nul:,} of its {characters:,} characters are NUL; if "
                         f"it is UTF-16, {convert('UTF-16LE', path)}")
 
 
 def decode(f, path):
-    r"""Yields the text of an open file; a part does not end between \r and \n."""
+    r"""Yields the text of an open file in parts, which do not end between \r and \n."""
     decoder, held = codecs.getincrementaldecoder("utf-8-sig")(), ""
     while True:
         block = f.read(BLOCK)
@@ -68,7 +68,7 @@ def decode(f, path):
 def wide_encoding(content):
     """The name of the UTF-16 or UTF-32 encoding of these bytes, or None.
 
-    Without a byte order mark, UTF-16 shows by NUL in half of the bytes: of ASCII, the high ones.
+    UTF-16 without a byte order mark is recognized by NUL, the high byte of an ASCII character.
     """
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if content.startswith(mark):
@@ -82,7 +82,7 @@ def wide_encoding(content):
 
 
 def convert(encoding, path):
-    """What to do about a file in another encoding."""
+    """The advice for a file in another encoding."""
     new = path.with_name(f"{path.stem}-utf8{path.suffix}")
     return (f"convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > "
             f"{shlex.quote(str(new))}")
@@ -90,7 +90,7 @@ def convert(encoding, path):
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yields ('FILE, line N', fields) for each line of a .jsonl file that is not blank. Raises
-    UserError if a line is no JSON object, or a string in it has half of a surrogate pair."""
+    UserError if a line is not a JSON object, or a string in it has half of a surrogate pair."""
     for number, line in enumerate(split_lines(stream_text(path)), 1):
         if not line.strip():
             continue
@@ -119,10 +119,10 @@ def split_lines(parts):
 
 
 def check_surrogates(text: str, where: str) -> None:
-    """Raises UserError if `text` has a lone surrogate, which no tokenizer can encode; JSON makes
-    one of "\\ud83d", and Python of a command line that is not UTF-8."""
+    """Raises UserError if `text` has a lone surrogate, which no tokenizer can encode. It comes from
+    "\\ud83d" in JSON, or from a command line that is not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
         raise UserError(f"{where}: character {e.start + 1:,} is {ascii(text[e.start])[1:-1]}, half "
-                        "of a surrogate pair, which stands for no character; remove it") from None
+                        "of a surrogate pair and not a character; remove it") from None

@@ -1,20 +1,20 @@
 """Converts text to token ids and back: GPT-2's BPE, a character vocabulary, or a tokenizer.json.
 
-Three classes with one interface, AnyTokenizer. Data, prompts and evaluation all encode with it:
+Three classes with one interface, AnyTokenizer, used for data, prompts and evaluation:
     n_vocab       all ids are less than n_vocab
     eot           the end-of-text id, or None
     special       {"eos_token": text, ...}: the special tokens by their role, for other programs
     special_ids   {"eos_token": id, ...}: their ids
-    name          what to call the tokenizer in a message
-    identity      a hash of the vocabulary: two tokenizers are the same if it is equal
+    name          the tokenizer's name in messages
+    identity      a hash of the vocabulary, to compare tokenizers
     encode(text)  -> list of ids; special tokens such as <|endoftext|> become their one id
-    encode_batch(texts) -> list of arrays of ids, on all cores; of text without surrogates
-    sliceable     whether a text cut after a word, before a space or line end, has the same ids
+    encode_batch(texts) -> list of arrays of ids, on all cores; texts must have no surrogates
+    sliceable     whether a text cut between a word and a space or line end has the same ids
     decode(ids)   -> text
     n_bytes(ids)  -> the UTF-8 bytes of text that the ids decode to; end-of-text counts 0
     files         {name: content} to keep in a dataset's folder; tokenizer_of_dataset() reads it
     spec          plain data to keep in a checkpoint; tokenizer_from_spec() reads it
-    chat          the chat.Template of the text that it was made for, or None
+    chat          the chat.Template of its dataset or model, or None
     to_json()     -> the content of a tokenizer.json that transformers loads
 encode() raises UserError for text that the vocabulary cannot express.
 """
@@ -54,15 +54,15 @@ from nanotune.text.tokenizer_files import (
 GPT2_VOCAB_SIZES = (50257, 50304)  # plain, and padded to a multiple of 64
 # sha256 of canonical() of GPT-2's vocabulary
 GPT2_IDENTITY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
-# tells GPT-2's tokenizer.json from one with its vocabulary, but another normalizer, pre-tokenizer,
-# merges or flags of end-of-text
+# other ids show that a tokenizer.json with GPT-2's vocabulary has another normalizer,
+# pre-tokenizer, merges or flags of end-of-text
 PROBE = "Hi it's 1234\n  E\u0301a <|endoftext|> x"
 PROBE_IDS = [17250, 340, 338, 1105, 2682, 198, 220, 412, 136, 223, 64, 220, 50256, 2124]
 END_NAMES = (EOT, "</s>")  # end-of-text if no file names it: GPT-2's, and T5's or RoBERTa's
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte pair encoding, by tiktoken, which downloads the vocabulary once and caches it.
+    """GPT-2's byte pair encoding with tiktoken, which downloads the vocabulary once and caches it.
     The first encode, decode, n_bytes or to_json raises UserError if it cannot be downloaded."""
     n_vocab, eot, identity, name = 50257, 50256, GPT2_IDENTITY, "GPT-2's BPE"
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
@@ -79,7 +79,7 @@ class GPT2Tokenizer:
             import tiktoken
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
-            except Exception as e:  # whatever requests, urllib3 or the file system raise
+            except Exception as e:  # any error of requests, urllib3 or the file system
                 raise UserError(
                     f"tiktoken cannot download GPT-2's vocabulary ({type(e).__name__}); on a "
                     "machine with network run `TIKTOKEN_CACHE_DIR=tiktoken python -c \"import "
@@ -138,15 +138,15 @@ class CharTokenizer:
 
 class JsonTokenizer:
     """A tokenizer.json of the `tokenizers` library, given as text. Truncation, padding and dropout,
-    which the file may ask for, are switched off. `special` has (key, token or id) as
-    special_tokens() returns them. Raises UserError, which names the file `where`, if the text is no
-    tokenizer.json."""
+    which the file may ask for, are switched off. `special` has the (key, token or id) that
+    special_tokens() returns. Raises UserError, with `where` as the file's name, if the text is not
+    a tokenizer.json."""
     name, chat = "a tokenizer.json", None
 
     def __init__(self, text: str, where: str | Path = "tokenizer.json",
                  special: Iterable[tuple[str, Any]] = ()) -> None:
         from tokenizers import Tokenizer
-        with library_errors(f"{where} is no tokenizer.json"):
+        with library_errors(f"{where} is not a tokenizer.json"):
             self.tokenizer = Tokenizer.from_str(text)
             dropout = getattr(self.tokenizer.model, "dropout", None)
             if self.tokenizer.truncation or self.tokenizer.padding or dropout:
@@ -173,8 +173,8 @@ class JsonTokenizer:
                       for id, token in self.tokenizer.get_added_tokens_decoder().items()}
 
     def add_named(self, text):
-        """Makes encode() find special tokens that the files name but tokenizer.json does not mark;
-        returns the tokenizer.json."""
+        """Marks special tokens that only other files name, so that encode() finds them; returns the
+        new tokenizer.json."""
         from tokenizers import AddedToken
         marked = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
         missing = [token for token in self.special.values() if token not in marked]
@@ -185,7 +185,7 @@ class JsonTokenizer:
         return self.tokenizer.to_str()
 
     def known(self, special, vocab):
-        """{key: token} of the special tokens that the vocabulary has; of each key the first."""
+        """{key: first token for that key} of the special tokens that the vocabulary has."""
         found = {}
         for key, value in [*special, *(("eos_token", token) for token in END_NAMES)]:
             is_id = type(value) is int and 0 <= value < 2**32
@@ -210,7 +210,7 @@ class JsonTokenizer:
         return [np.array(self.within_rows(encoding.ids), np.uint32) for encoding in found]
 
     def within_rows(self, ids):
-        """The ids. Raises UserError for a token that the model has no row for."""
+        """Returns the ids. Raises UserError for an id without a row in the model."""
         beyond = self.rows < self.n_vocab and next((i for i in ids if i >= self.rows), None)
         if beyond:
             raise UserError(f"the text holds {self.tokenizer.id_to_token(beyond)!r}, whose id "
@@ -222,7 +222,7 @@ class JsonTokenizer:
 
     def n_bytes(self, ids: Iterable[int]) -> int:
         ids = [i for i in ids if i != self.eot]
-        if self.is_byte_level:  # its tokens have one character per byte; added ones are text
+        if self.is_byte_level:  # tokens have one character per byte; added tokens are text
             return sum(self.added.get(i) or len(self.tokenizer.id_to_token(i)) for i in ids)
         return len(self.decode(ids).encode())
 
@@ -270,8 +270,8 @@ def without_chat(folder):
     else:
         foreign = [name for name in UNREADABLE if (folder / name).is_file()]
         if foreign:
-            raise UserError(f"{folder} has {', '.join(foreign)}, from which no tokenizer can be "
-                            "read: fetch its tokenizer.json too")
+            raise UserError(f"{folder} has {', '.join(foreign)}, but no tokenizer can be read from "
+                            "that: download its tokenizer.json too")
         return None
     tokenizer = JsonTokenizer(text, file, special_tokens(folder))
     is_gpt2 = (tokenizer.identity, tokenizer.eot) == (GPT2_IDENTITY, GPT2Tokenizer.eot)
@@ -279,14 +279,14 @@ def without_chat(folder):
 
 
 def tokenizer_of_source(source: str) -> AnyTokenizer | None:
-    """Returns the tokenizer of a tokenizer.json, a folder or a hub id, or None if it has none:
-    then a model of GPT-2's vocabulary size has GPT-2's. OpenAI's models need no download. Raises
-    UserError if it is missing or damaged."""
+    """Returns the tokenizer of a tokenizer.json, a folder or a hub id. Without tokenizer files,
+    returns GPT-2's if the model has its vocabulary size, else None. OpenAI's models need no
+    download. Raises UserError if the source is missing or damaged."""
     path = Path(source)
     if source in (*hub.GPT2_SHAPES, "distilgpt2") and not path.is_dir():
         return GPT2Tokenizer()
     if path.is_file():
-        if path.name == "tokenizer.json":  # the files beside it name its end-of-text
+        if path.name == "tokenizer.json":  # other files in its folder name end-of-text
             return tokenizer_of_folder(path.parent)
         return JsonTokenizer(read_utf8(path), path)
     if path.suffix == ".json":
@@ -301,7 +301,7 @@ def tokenizer_of_source(source: str) -> AnyTokenizer | None:
 
 
 def gpt2_by_size(vocab_size: int | None) -> GPT2Tokenizer | None:
-    """Returns GPT-2's tokenizer if a model without a tokenizer file has its vocabulary size."""
+    """Returns GPT-2's tokenizer if `vocab_size`, of a model without tokenizer files, is GPT-2's."""
     return GPT2Tokenizer() if vocab_size in GPT2_VOCAB_SIZES else None
 
 
@@ -313,14 +313,14 @@ def tokenizer_of_dataset(folder: str | Path) -> AnyTokenizer:
 
 
 def without_end(text: str, tokenizer: AnyTokenizer) -> str:
-    """Returns the text without end-of-text at its end: who adds one gets no second."""
+    """Returns the text without end-of-text at its end, so that a caller can add exactly one."""
     end = tokenizer.special.get("eos_token")
     return text.rstrip().removesuffix(end) if end and text.rstrip().endswith(end) else text
 
 
 def limit_rows(tokenizer: AnyTokenizer | None, rows: int, source: str | Path) -> None:
-    """Makes encode() refuse tokens for which a model with `rows` rows has none, such as a [PAD]
-    that was added to the tokenizer alone. Raises UserError if others are beyond them too."""
+    """Makes encode() refuse added tokens without a row in a model of `rows` rows, such as a [PAD]
+    that only the tokenizer has. Raises UserError if end-of-text or other tokens have no row."""
     if tokenizer is None or tokenizer.n_vocab <= rows:
         return
     added = getattr(tokenizer, "added", {})
@@ -345,6 +345,6 @@ def check_same_tokenizer(model_tokenizer: AnyTokenizer | None, data_tokenizer: A
     if model_tokenizer.identity != data_tokenizer.identity or (
             both_json and model_tokenizer.rules != data_tokenizer.rules):
         raise UserError(
-            f"{source} reads {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), {folder} "
-            f"was made with {data_tokenizer.name} ({data_tokenizer.n_vocab}): prepare the text "
+            f"{source} uses {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), but {folder}"
+            f" was made with {data_tokenizer.name} ({data_tokenizer.n_vocab}): prepare the text "
             "again with the model's tokenizer")

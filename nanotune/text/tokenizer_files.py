@@ -1,4 +1,4 @@
-"""Reads and writes the tokenizer files of Hugging Face folders; all become one tokenizer.json.
+"""Reads and writes the tokenizer files of Hugging Face folders; converts all to tokenizer.json.
 
 Reads vocab.json with merges.txt (with tokens added in added_tokens.json or tokenizer_config.json),
 the names of special tokens, and nanoGPT's meta.pkl. Writes GPT-2's vocabulary and character
@@ -19,11 +19,11 @@ from nanotune.formats.hub import read_json
 
 EOT = "<|endoftext|>"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-# which files name special tokens; the first that has a key counts. All are optional
+# files that name special tokens, all optional; for each key the first file that has it counts
 NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
             "config.json")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
-# other files of a tokenizer, or half of a pair: a folder with one has a vocabulary of its own
+# tokenizer files that cannot be read alone; a folder with one does not have GPT-2's vocabulary
 UNREADABLE = ("vocab.json", "merges.txt", "encoder.json", "vocab.txt", "tokenizer.model",
               "sentencepiece.bpe.model")
 # file names of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's
@@ -32,8 +32,8 @@ VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 @contextmanager
 def library_errors(message: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises into UserError: bare Exceptions, and panics of its
-    Rust code, which are no Exceptions."""
+    """Turns errors of the tokenizers library into UserError: bare Exceptions, and panics of its
+    Rust code, which are not subclasses of Exception."""
     try:
         yield
     except MemoryError:
@@ -59,7 +59,7 @@ def read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is no tokenizer.json ({e})") from None
+        raise UserError(f"{path} is not a tokenizer.json ({e})") from None
 
 
 def read_optional(path: Path) -> dict:
@@ -69,8 +69,8 @@ def read_optional(path: Path) -> dict:
 
 
 def special_tokens(folder: Path) -> list[tuple[str, Any]]:
-    """Returns [(key of SPECIAL, token or id), ...] as the files of a folder name them, the most
-    authoritative first. Raises UserError if a file is damaged."""
+    """Returns [(key of SPECIAL, token or id), ...] from the files of a folder, in the order of
+    NAMED_IN. Raises UserError if a file is damaged."""
     found = []
     for file in NAMED_IN:
         data = read_optional(folder / file)
@@ -82,8 +82,8 @@ def special_tokens(folder: Path) -> list[tuple[str, Any]]:
 
 
 def added_tokens(folder: Path) -> dict[str, tuple[int | None, dict[str, bool]]]:
-    """Returns {token: (its id if a file says it, its flags)} of the tokens that the files beside a
-    vocabulary add or name. Raises UserError if a file is damaged."""
+    """Returns {token: (id or None, flags)} of the tokens that a folder's files add to the
+    vocabulary or name. Raises UserError if a file is damaged."""
     config = read_optional(folder / "tokenizer_config.json")
     found = {token: (None, {}) for _, token in special_tokens(folder) if isinstance(token, str)}
     try:
@@ -93,44 +93,44 @@ def added_tokens(folder: Path) -> dict[str, tuple[int | None, dict[str, bool]]]:
         for token, id in read_optional(folder / "added_tokens.json").items():
             found[token] = int(id), found.get(token, (None, {}))[1]
         if not all(isinstance(token, str) and token for token in found):
-            raise ValueError("a token is no text")
+            raise ValueError("a token is not a string")
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{folder}: its added tokens are damaged ({first_line(e)}); fetch "
+        raise UserError(f"{folder}: its added tokens are damaged ({first_line(e)}); download "
                         "added_tokens.json and tokenizer_config.json again") from None
     return found
 
 
-def add_tokens(made: Any, added: dict[str, tuple[int | None, dict[str, bool]]],
+def add_tokens(tokenizer: Any, added: dict[str, tuple[int | None, dict[str, bool]]],
                folder: Path) -> None:
     """Adds tokens to a tokenizers.Tokenizer, in the order of their ids; those without an id only if
     the vocabulary has them. Raises UserError if an id is not the next free one."""
     from tokenizers import AddedToken
-    known = {token: made.token_to_id(token) if id is None else id
+    known = {token: tokenizer.token_to_id(token) if id is None else id
              for token, (id, _) in added.items()}
     for token, id in sorted((item for item in known.items() if item[1] is not None),
                             key=lambda item: item[1]):
         flags = {"normalized": False} | added[token][1]
-        made.add_special_tokens([AddedToken(token, special=True, **flags)])
-        if made.token_to_id(token) != id:
+        tokenizer.add_special_tokens([AddedToken(token, special=True, **flags)])
+        if tokenizer.token_to_id(token) != id:
             raise UserError(f"{folder}: the added token {token!r} has the id {id:,}, but the next "
-                            f"free one is {made.token_to_id(token):,}; number added tokens without "
-                            "a gap")
+                            f"free one is {tokenizer.token_to_id(token):,}; number added tokens "
+                            "without a gap")
 
 
 def with_added_tokens(text: str, folder: Path) -> str:
-    """Returns a tokenizer.json with the tokens that the files beside it add. Raises UserError as
-    add_tokens(); of a damaged tokenizer.json, returns it as it is."""
+    """Returns a tokenizer.json with the tokens that other files of its folder add; a damaged one is
+    returned unchanged. Raises UserError as add_tokens() does."""
     from tokenizers import Tokenizer
     added = {token: held for token, held in added_tokens(folder).items() if held[0] is not None}
     if not added:
         return text
     try:
-        made = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except Exception:  # JsonTokenizer says what is wrong
         return text
-    missing = {token: held for token, held in added.items() if made.token_to_id(token) is None}
-    add_tokens(made, missing, folder)
-    return made.to_str() if missing else text
+    missing = {token: held for token, held in added.items() if tokenizer.token_to_id(token) is None}
+    add_tokens(tokenizer, missing, folder)
+    return tokenizer.to_str() if missing else text
 
 
 def json_of_vocab_and_merges(vocab: Path, merges: Path) -> str:
@@ -140,12 +140,13 @@ def json_of_vocab_and_merges(vocab: Path, merges: Path) -> str:
     folder = vocab.parent
     prefix = read_optional(folder / "tokenizer_config.json").get("add_prefix_space", False)
     try:
-        made = ByteLevelBPETokenizer.from_file(str(vocab), str(merges),
-                                               add_prefix_space=bool(prefix))
+        tokenizer = ByteLevelBPETokenizer.from_file(str(vocab), str(merges),
+                                                    add_prefix_space=bool(prefix))
     except Exception as e:  # the library raises a bare Exception
-        raise UserError(f"{vocab} and {merges.name} are no vocabulary ({first_line(e)})") from None
-    add_tokens(made, {EOT: (None, {})} | added_tokens(folder), folder)
-    return made.to_str()
+        raise UserError(f"{vocab} and {merges.name} are not a vocabulary "
+                        f"({first_line(e)})") from None
+    add_tokens(tokenizer, {EOT: (None, {})} | added_tokens(folder), folder)
+    return tokenizer.to_str()
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -162,21 +163,20 @@ def read_meta(path: Path) -> list[str]:
             itos = PlainUnpickler(f).load()["itos"]
         return ["" + itos[i] for i in range(len(itos))]  # TypeError if not text
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path} is no plain character vocabulary ({e}); run its prepare.py "
+        raise UserError(f"{path} is not a plain character vocabulary ({e}); run its prepare.py "
                         "again") from None
 
 
 def json_of_sentencepiece(folder: Path) -> str:
     """Returns the tokenizer.json of a T5 that has only spiece.model, such as t5-v1_1, converted by
-    transformers. Raises UserError if it or what it needs is not installed, or the file is damaged.
-    """
+    transformers. Raises UserError if a needed package is not installed or the file is damaged."""
     try:
         from transformers import T5TokenizerFast
         return T5TokenizerFast.from_pretrained(folder).backend_tokenizer.to_str()
     except Exception as e:  # each of the packages raises its own
         raise UserError(f"{folder / 'spiece.model'} cannot be converted ({first_line(e)}); run: "
-                        "pip install transformers sentencepiece protobuf, or put a tokenizer.json "
-                        "beside it, such as that of google-t5/t5-small") from None
+                        "pip install transformers sentencepiece protobuf, or add a tokenizer.json "
+                        "to the folder, such as that of google-t5/t5-small") from None
 
 
 def merges_as_strings(text: str) -> str:
@@ -192,8 +192,8 @@ def merges_as_strings(text: str) -> str:
 
 def keeps_words_apart(parts: dict) -> bool:
     """Returns whether a tokenizer.json, as a dict, gives the same ids if a text is cut between a
-    word and a space or a line end: if it splits words as GPT-2's does, and no token holds white
-    space or takes in what follows it."""
+    word and a space or a line end: if it splits words as GPT-2's does, and no added token contains
+    white space or strips what follows it."""
     splits = parts.get("pre_tokenizer") or {}
     return (splits.get("type") == "ByteLevel" and splits.get("use_regex", True)
             and not splits.get("add_prefix_space") and parts.get("normalizer") is None
@@ -202,8 +202,8 @@ def keeps_words_apart(parts: dict) -> bool:
 
 
 def with_end_appended(text: str, end: str, id: int) -> str:
-    """Returns a tokenizer.json that appends the token `end` to a text, as T5's does. Keeps a
-    post-processor that it has."""
+    """Returns a tokenizer.json that appends the token `end` to a text, as T5's does. If it has a
+    post-processor, keeps it instead."""
     data = json.loads(text)
     if data.get("post_processor") is None:
         parts = [{"Sequence": {"id": "A", "type_id": 0}},
@@ -215,21 +215,21 @@ def with_end_appended(text: str, end: str, id: int) -> str:
 
 
 def gpt2_json(encoding: Any) -> str:
-    """Returns GPT-2's tokenizer.json, made from the ranks of its tiktoken.Encoding, which are the
-    ids. A token's merge joins the two parts that all earlier merges leave of its bytes."""
+    """Returns GPT-2's tokenizer.json from its tiktoken.Encoding, in which the ids are the ranks of
+    the merges. A token's merge joins the two parts that earlier merges make of its bytes."""
     from tokenizers import AddedToken, ByteLevelBPETokenizer
     letters = byte_letters()
     ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
     spell = {token: "".join(letters[b] for b in token) for token in ranks}
     merges = [tuple(spell[part] for part in parts_of(token, ranks))
               for token in ranks if len(token) > 1]
-    made = ByteLevelBPETokenizer({spell[token]: rank for token, rank in ranks.items()}, merges)
-    made.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
-    return made.to_str()
+    tokenizer = ByteLevelBPETokenizer({spell[token]: rank for token, rank in ranks.items()}, merges)
+    tokenizer.add_special_tokens([AddedToken(EOT, special=True, normalized=False)])
+    return tokenizer.to_str()
 
 
 def byte_letters():
-    """{byte: the character that GPT-2's vocabulary writes for it}: a printable byte is itself, the
+    """{byte: the character for it in GPT-2's vocabulary}: printable bytes stay as they are, the
     others are the code points from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -237,7 +237,7 @@ def byte_letters():
 
 
 def parts_of(token, ranks):
-    """The two parts that byte pair encoding joins last to make a token of several bytes."""
+    """The two parts that byte pair encoding joins last to form a token of several bytes."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
@@ -248,9 +248,9 @@ def parts_of(token, ranks):
 
 def characters_json(stoi: dict[str, int]) -> str:
     """Returns a character vocabulary as tokenizer.json. It has no unknown token, so that encoding
-    a character that is not in it fails, as in CharTokenizer."""
+    an unknown character fails, as in CharTokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    made = Tokenizer(models.WordLevel(stoi))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    made.decoder = decoders.Fuse()
-    return made.to_str()
+    tokenizer = Tokenizer(models.WordLevel(stoi))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer.to_str()

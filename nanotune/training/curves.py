@@ -1,7 +1,7 @@
 """Draws the losses of a run as loss.png, and of several runs in one picture.
 
-Entries are those of metrics.jsonl: evaluations have step, train_loss and val_loss, iterations iter
-and loss, in nats per token.
+Entries are those of metrics.jsonl: evaluations have step, train_loss and val_loss, iterations have
+iter and loss. Losses are in nats per token.
 """
 import os
 from pathlib import Path
@@ -50,8 +50,8 @@ def best_of(entries: list[dict]) -> dict | None:
 
 
 def limits(entries: list[dict]) -> tuple[float, float] | None:
-    """Returns the (lowest, highest) loss to show, or None for all. It leaves out the first quarter
-    of the evaluations, if all is higher there: a first loss of 10.9 would flatten the rest."""
+    """Returns the (lowest, highest) loss to show, or None for all. Ignores the first quarter of the
+    evaluations: a first loss of 10.9 would flatten the rest."""
     evaluations = [entry for entry in entries if "step" in entry]
     later = evaluations[max(1, len(evaluations) // 4):]
     if not later:
@@ -63,7 +63,7 @@ def limits(entries: list[dict]) -> tuple[float, float] | None:
 
 
 def new_figure() -> tuple[Any, Any]:
-    """Returns (figure, axes). matplotlib, half a second, is imported only here."""
+    """Returns (figure, axes). Imports matplotlib only here, since that takes half a second."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")

@@ -75,16 +75,16 @@ def check_combination(world: World, **chosen: object) -> None:
     have = {f"{name}={str(value).removeprefix('torch.')}" for name, value in chosen.items()}
     for (one, other), fix in UNTESTED.items():
         if {one, other} <= have:
-            raise UserError(f"{one} and {other} do not go together; {fix}")
+            raise UserError(f"{one} and {other} cannot be combined; {fix}")
 
 
 def join(world: World, backend: str = "auto", timeout: float = 600) -> None:
-    """Joins the process group, unless it has, and sets the CUDA device; outside torchrun there is
-    no group.
+    """Joins the process group, unless this process has joined already, and sets the CUDA device.
+    Outside torchrun there is no group.
 
-    `backend` is nccl, gloo or auto. `timeout` in seconds is how long to wait for a process that
-    does not answer, here and in each later collective. Raises torch.distributed.DistError if it
-    runs out while joining.
+    `backend` is nccl, gloo or auto. `timeout` is the seconds to wait for a process that does not
+    answer, here and in each later collective. Raises torch.distributed.DistError if not all
+    processes join in that time.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -96,7 +96,8 @@ def join(world: World, backend: str = "auto", timeout: float = 600) -> None:
     timeout = datetime.timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = fresh_store(store, rank, size, timeout)
-    device = world.device if backend == "nccl" else None  # else barrier() warns that it guesses
+    # without device_id, nccl's barrier() warns that it guesses the device
+    device = world.device if backend == "nccl" else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout,
                             device_id=device)
 
@@ -104,10 +105,10 @@ def join(world: World, backend: str = "auto", timeout: float = 600) -> None:
 def fresh_store(store, rank, size, timeout):
     """A PrefixStore over torchrun's store with a prefix that no earlier attempt used.
 
-    torchrun keeps its store over restarts, so a process could read the address of one that is gone
-    (pytorch issue 135712), and its restart count differs among machines. So each rank writes
-    hello/RANK with a random name. Rank 0 answers the latest names with its prefix, at
-    welcome/NAME, until all ranks are in its part.
+    torchrun keeps its store over restarts, so a process could read the address of a dead process
+    (pytorch issue 135712). The restart count cannot be the prefix: it differs among machines. So
+    each rank writes a random name to hello/RANK. Rank 0 writes its prefix to welcome/NAME for the
+    latest name of each rank, until all ranks have written to the store with that prefix.
     """
     name = uuid.uuid4().hex
     if rank != 0:
@@ -149,8 +150,8 @@ def gather(world: World, value: Any) -> list[Any]:
 
 
 def check_same_fields(world: World, fields: dict[str, object]) -> None:
-    """Raises UserError, the same on all ranks, if a field's value differs among them. All ranks
-    must call this."""
+    """Raises the same UserError on all ranks if a field's value differs among them. All ranks must
+    call this."""
     first, *others = gather(world, fields)
     for rank, other in enumerate(others, 1):
         for name, value in other.items():
@@ -179,13 +180,13 @@ def sum_over_ranks(*values: float | torch.Tensor,
 def parallelize(model: nn.Module, world: World, parallel: str, dtype: torch.dtype,
                 compile_choice: str | bool,
                 batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[nn.Module, bool]:
-    """Moves a GPT to its device with rank 0's weights, by DDP or FSDP2, and compiles it.
+    """Moves a model with rank 0's weights to the device, with DDP or FSDP2, and compiles it.
 
     Returns (the module to call in training, whether it is compiled). DDP copies the model to all
-    ranks, FSDP2 gives each a shard. Create the optimizer after this. `parallel` is ddp or fsdp,
-    `dtype` that of matrix products, `compile_choice` as in pick_compile; `batch`, (B, T) inputs
-    and targets, is used to try the compiled model. Raises UserError if compiling a sharded model
-    fails.
+    ranks, FSDP2 gives each rank a shard. Create the optimizer after this. `parallel` is ddp or
+    fsdp, `dtype` is that of matrix products, `compile_choice` is as in pick_compile; `batch`, (B,
+    T) inputs and targets, is used to try the compiled model. Raises UserError if compiling a
+    sharded model fails.
     """
     sharded = world.size > 1 and parallel == "fsdp"
     if sharded:
@@ -218,7 +219,7 @@ def shard(model, world, dtype):
     for block in model.blocks():  # the device gets one whole block at a time
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
     fsdp.fully_shard(model, mesh=mesh)
-    for method in ("encode", "step", "logits", "logits_at"):  # they gather the weights, as forward
+    for method in ("encode", "step", "logits", "logits_at"):  # gather the weights as forward does
         if hasattr(model, method):
             fsdp.register_fsdp_forward_method(model, method)
     dcp.set_model_state_dict(model, whole, options=dcp.StateDictOptions(
@@ -228,7 +229,7 @@ def shard(model, world, dtype):
 def compile_or_fall_back(model, batch, world, dtype):
     """Compiles the model in place and tries it; returns whether that worked on all ranks.
 
-    If it failed the model stays eager. A sharded model may be broken then, so it is an error.
+    If not, the model stays eager. A sharded model may be broken then, so that raises UserError.
     """
     model.compile()
     x, y = (t.to(world.device) for t in batch)
@@ -243,13 +244,13 @@ def compile_or_fall_back(model, batch, world, dtype):
                         "--compile=False")
     undo_compile(model)
     if world.is_main:
-        say(f"warning: torch.compile failed ({reason}); going on without, slower but the same; "
-            "--compile=False silences this", sys.stderr)
+        say(f"warning: torch.compile failed ({reason}); going on without it: slower, with the same "
+            "results; --compile=False turns off this warning", sys.stderr)
     return False
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether fully_shard was applied to the model; checked without its slow import."""
+    """Returns whether fully_shard was applied to the model, without the slow import of fsdp."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
@@ -267,6 +268,6 @@ def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 def total_norm(grads: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Returns the L2 norm of all gradients together, () and equal on all ranks, shards included."""
+    """Returns the L2 norm of all gradients together, (), of all shards and equal on all ranks."""
     norm = torch.nn.utils.get_total_norm(grads)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

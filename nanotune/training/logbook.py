@@ -1,11 +1,11 @@
 """Logs a run: printed lines, a progress bar on a terminal, files in out_dir, wandb, TensorBoard.
 
-train.log has what was printed, with times; samples.txt the samples, with their steps; loss.png the
-curves.
+train.log has the printed lines with times, samples.txt the samples with their steps, loss.png the
+loss curves.
 
 metrics.jsonl has one line per evaluation, {"step", "train_loss", "val_loss"}, and one per logged
 iteration, {"iter", "loss", "lr", "ms", "tok_s", "mfu", "memory"}. Losses are in nats per token, mfu
-is a fraction, memory the peak so far in bytes.
+is a fraction, memory is the peak so far in bytes.
 """
 import importlib.util
 import json
@@ -28,9 +28,9 @@ from nanotune.training.curves import draw
 class Logbook:
     """Writes and prints on rank 0 only (`is_main`).
 
-    `start` is the step that the run begins at. `wandb_run` is what start_wandb returned,
-    `tensorboard` what start_tensorboard did. Call begin() before the first entry; no file is
-    written before that.
+    `start` is the step that the run begins at. `wandb_run` and `tensorboard` are the results of
+    start_wandb and start_tensorboard. Call begin() before the first entry; no file is written
+    before that.
     """
     def __init__(self, out_dir: str, start: int, max_iters: int, is_main: bool,
                  wandb_run: Any = None, tensorboard: Any = None) -> None:
@@ -42,7 +42,7 @@ class Logbook:
                         disable=not (is_main and sys.stderr.isatty()))
 
     def begin(self) -> None:
-        """Drops entries of metrics.jsonl after the start, from a run that was stopped later."""
+        """Drops the entries of metrics.jsonl after `start`: a resumed run writes them again."""
         if self.is_main:
             self.entries = kept_entries(self.metrics_path, self.start)
             self.on_disk(rewrite, self.metrics_path, map(json.dumps, self.entries))
@@ -51,7 +51,7 @@ class Logbook:
                 self.on_disk(write_line, self.out_dir / "train.log", line)
 
     def say(self, text: str) -> None:
-        """Prints a line above the progress bar; that it cannot be printed is no error."""
+        """Prints a line above the progress bar and adds it to train.log; never fails."""
         if self.is_main:
             self.bar.clear()
             say(text)
@@ -63,7 +63,7 @@ class Logbook:
                 self.waiting.append(line)
 
     def warn(self, text: str) -> None:
-        """Prints a warning."""
+        """Prints a warning as say() does."""
         self.say(f"warning: {text}")
 
     def record(self, entry, step):
@@ -79,7 +79,7 @@ class Logbook:
                 self.tensorboard.add_scalar(key, value, step)
 
     def on_disk(self, write, *args):
-        """Calls write(*args). A failure must not stop the run: it warns, once."""
+        """Calls write(*args). A failure must not stop the run: the first one prints a warning."""
         try:
             write(*args)
         except (OSError, files.WriteError) as e:
@@ -90,8 +90,8 @@ class Logbook:
                           "and loss.png are incomplete from here on")
 
     def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
-        """Logs an evaluation, losses in nats per token, and draws loss.png again; not for a first
-        point alone, so that the first step need not wait for matplotlib."""
+        """Logs an evaluation, losses in nats per token, and draws loss.png again, but not for the
+        first entry, so that the first step does not wait for matplotlib."""
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.record({"step": step, "train_loss": train_loss, "val_loss": val_loss}, step)
         if self.is_main and len(self.entries) > 1:
@@ -109,13 +109,13 @@ class Logbook:
                   targets: int | None = None, note: str = "") -> None:
         """Logs a step: its loss (nats per token), learning rate, duration and number of tokens.
 
-        `mfu` is a fraction, None if unknown; `skipped` is how many steps the loss scaler skipped so
-        far; `memory` the peak in bytes, None if unknown; `targets` the number of tokens that count
-        in the loss; `note` is printed after the loss.
+        `mfu` is a fraction, None if unknown; `skipped` is the number of steps that the loss scaler
+        skipped so far; `memory` is the peak in bytes, None if unknown; `targets` is the number of
+        tokens that count in the loss; `note` is printed after the loss.
         """
         tok_s = tokens / seconds
-        said = "no token counts in the loss" if targets == 0 else f"loss {loss:.4f}{note}"
-        line = f"iter {step}: {said}, time {seconds * 1e3:.2f}ms, tok/s {tok_s:,.0f}"
+        text = "no token counts in the loss" if targets == 0 else f"loss {loss:.4f}{note}"
+        line = f"iter {step}: {text}, time {seconds * 1e3:.2f}ms, tok/s {tok_s:,.0f}"
         line += "" if mfu is None else f", mfu {mfu:.2%}"
         self.say(line + (f", {skipped} steps skipped by the scaler" if skipped else ""))
         self.record({"iter": step, "loss": loss, "lr": lr, "ms": round(seconds * 1e3, 3),
@@ -148,8 +148,8 @@ def kept_entries(path: str | Path, start: int) -> list[dict]:
 
 
 def read_entries(path: str | Path, last: int = 0) -> list[dict]:
-    """Returns the entries of a metrics file, or of its `last` lines. Skips lines that are no entry,
-    cut short by a crash or damaged; the file may be missing."""
+    """Returns the entries of a metrics file, or of its `last` lines. Skips damaged lines, such as
+    one that a crash cut short; the file may be missing."""
     try:
         lines = Path(path).read_bytes().splitlines()[-last:]
     except OSError:
@@ -158,14 +158,14 @@ def read_entries(path: str | Path, last: int = 0) -> list[dict]:
 
 
 def parse_entry(line):
-    """A line as an entry that can be compared and drawn, or None."""
+    """A line as an entry with valid numbers, or None."""
     try:
         entry = json.loads(line)
         numbers = [entry[key] for key in (("step", "train_loss", "val_loss") if "step" in entry
                                           else ("iter", "loss"))]
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    # below 1e300: a long integer would be too large for a float
+    # below 1e300: JSON may have an integer that is too large for a float
     fine = isinstance(numbers[0], int) and all(
         isinstance(n, int | float) and abs(n) < 1e300 for n in numbers)
     return entry if fine else None
@@ -178,12 +178,12 @@ def check_wandb() -> None:
                         "off: metrics.jsonl and loss.png do not need it)")
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or has_wandb_key():
         return
-    raise UserError("--wandb_log=True finds no key: run `wandb login`, or set WANDB_API_KEY or "
+    raise UserError("--wandb_log=True needs a key: run `wandb login`, or set WANDB_API_KEY or "
                     "WANDB_MODE=offline")
 
 
 def has_wandb_key():
-    """Whether wandb's key is where it looks for one: the environment, or the home's netrc file."""
+    """Whether the environment or the netrc file, where wandb looks, has its key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
@@ -196,12 +196,12 @@ def has_wandb_key():
 def check_tensorboard() -> None:
     """Raises UserError if TensorBoard is not installed; call it before training."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard=True needs its package: pip install tensorboard")
+        raise UserError("--tensorboard=True needs the tensorboard package: pip install tensorboard")
 
 
 def start_tensorboard(out_dir: str, start: int) -> Any:
-    """Returns a SummaryWriter for out_dir/tensorboard, which hides points from step `start` on, of
-    an earlier run; see it with tensorboard --logdir=OUT_DIR."""
+    """Returns a SummaryWriter for out_dir/tensorboard, which hides earlier points from step `start`
+    on. View them with tensorboard --logdir=OUT_DIR."""
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=start)
 

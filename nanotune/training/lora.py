@@ -1,4 +1,4 @@
-"""LoRA: trains small matrices beside the frozen ones of a model (Hu et al. 2021).
+"""LoRA (Hu et al. 2021): adds small trainable matrices to a model and freezes the others.
 
     add_lora(model, rank=16)     # replaces the layers; model.py does not change
     ...                          # train: only the adapters have gradients and moments

@@ -40,8 +40,8 @@ def make_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float,
     if name == "adamw8bit":
         return make_8bit(groups, lr, betas, in_float32=lacks_bfloat16(device))
     if name == "adafactor":
-        # torch squares the first, so this is the paper's 1e-30; its default of 1e-7 is larger than
-        # the mean squared gradient of a large model
+        # torch squares the first eps, so this is the paper's 1e-30; None, torch's default, gives
+        # 1e-7, which is larger than the mean squared gradient of a large model
         return without_dynamo(torch.optim.Adafactor)(groups, lr=lr, eps=(1e-15, 1e-3))
     if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
         return without_dynamo(RoundedAdamW)(groups, lr, betas)
@@ -108,7 +108,7 @@ class RoundedAdamW(torch.optim.Optimizer):
 
 def put(weights, new):
     """Rounds the float32 values `new` into bfloat16 weights, and overwrites `new`. Does nothing for
-    float32 weights, of which `new` is a view."""
+    float32 weights: `new` is then a view of them."""
     if new.dtype == weights.dtype:
         return
     for part, values in zip(weights.view(-1).split(CHUNK), new.view(-1).split(CHUNK)):
@@ -148,8 +148,8 @@ def check_8bit(device: torch.device) -> None:
     if failed:
         needed = ("a C++ compiler (on Debian and Ubuntu: apt install g++)" if device.type == "cpu"
                   else "Triton and a C compiler (on Debian and Ubuntu: apt install gcc)")
-        raise UserError(f"--optimizer=adamw8bit compiles its update, which failed here "
-                        f"({failed}): it needs {needed}; or use --optimizer=adamw")
+        raise UserError(f"--optimizer=adamw8bit cannot compile its update ({failed}): install "
+                        f"{needed}, or use --optimizer=adamw")
 
 
 def moments_per_scale(numel: int) -> int | None:
@@ -199,7 +199,7 @@ def make_8bit(groups, lr, betas, in_float32=False):
             state["step"] += 1
             compiled(new, p.grad.float(), state["step"], state["exp_avg"], state["exp_avg_sq"],
                      None, group["lr"], *group["betas"], group["weight_decay"], group["eps"],
-                     True, False)  # AdamW without rounding, which put does
+                     True, False)  # AdamW without rounding: put() rounds
             put(p.detach(), new)
 
     return FittedAdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
@@ -215,8 +215,8 @@ def moment_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def plain_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns one parameter's state as plain tensors, references to its own; an 8-bit moment
-    becomes NAME.codes and NAME.scale."""
+    """Returns one parameter's state as plain tensors, not copies; an 8-bit moment becomes
+    NAME.codes and NAME.scale."""
     plain = {}
     for name, value in state.items():
         if hasattr(value, "codes"):
@@ -229,9 +229,9 @@ def plain_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def fill_state(optimizer: torch.optim.Optimizer, p: torch.Tensor,
                plain: dict[str, torch.Tensor]) -> None:
-    """Copies what plain_state returned into the optimizer's state of parameter `p`.
+    """Copies a state from plain_state() into the optimizer's state of parameter `p`.
 
-    Raises UserError if it is the state of another optimizer.
+    Raises UserError if the state is of another optimizer.
     """
     eight_bit = hasattr(optimizer, "_new_buffer")
     names = {name.removesuffix(".codes") for name in plain if not name.endswith(".scale")}

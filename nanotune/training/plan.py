@@ -48,11 +48,11 @@ def plan_lines(cfg: Any, config: Any, world: World, dtype: torch.dtype, compiled
         f"epochs (1 epoch = {train_tokens / tokens_per_iter:.1f} iterations)",
     ]
     if epochs > 20 and cfg.init_from not in ("scratch", "resume"):
-        lines.append(f"warning: {epochs:,.0f} epochs of finetuning: the model learns the text by "
-                     "heart; --epochs=3 is usual")
+        lines.append(f"warning: {epochs:,.0f} epochs of finetuning: the model will memorize the "
+                     "text; --epochs=3 is usual")
     if cfg.lora_rank:
         trained = sum(p.numel() for p in adapters(model).values())
-        lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M of them are trained")
+        lines.append(f"LoRA of rank {cfg.lora_rank}: {trained / 1e6:.2f}M parameters are trained")
     return [*lines, *describe_saves(model, cfg, world),
             *describe_memory(config, cfg, world, dtype)[0]]
 
@@ -81,7 +81,7 @@ def describe_saves(model: torch.nn.Module, cfg: Any, world: World) -> list[str]:
                      f"1/{world.size} of the whole; at a save rank 0 gathers "
                      f"{spell_bytes(state_bytes)} in its CPU memory")
     if most - held > free:
-        lines.append(f"warning: the disk of {out_dir} cannot hold that: free "
+        lines.append(f"warning: the disk of {out_dir} is too small for that: free "
                      f"{spell_bytes(most - held - free)}, lower --keep_states, or choose another "
                      "--out_dir")
     return lines
@@ -103,7 +103,7 @@ def tell_plan(r: Any) -> None:
     if p.step:
         r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
     if p.step >= cfg.max_iters and p.evaluated == p.step:
-        r.log.warn(f"the run is at step {p.step} already: raise --max_iters to train on")
+        r.log.warn(f"the run is already at step {p.step}; raise --max_iters to train further")
     if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
         r.log.warn(f"warmup_iters={cfg.warmup_iters} is not less than max_iters={cfg.max_iters}: "
                    "the learning rate never reaches --learning_rate; lower --warmup_iters")
@@ -117,21 +117,21 @@ USABLE = 0.95     # fraction of a device's memory; driver, system and fragmentat
 PROCESS = 0.31e9   # torch and the tokenizer
 COMPILER = 0.1e9   # torchao and Inductor
 # {whether a model takes pairs: (holes in glibc's heap as a fraction of the activations, whether
-# the gradients lie beside all activations)}; measured for GPT-2's and t5-base's shapes. A T5 has
-# few activations, since pairs are short, and two gradients as large as its embedding.
+# gradients and all activations are in memory together)}; measured for GPT-2's and t5-base's shapes.
+# A T5 has few activations, since pairs are short, and two gradients as large as its embedding.
 HEAP = {False: (0.85, False), True: (0.1, True)}
 
 
 def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str, float]:
     """Returns {part: bytes} at the peak of a training step: allocated memory on a GPU, resident
-    memory on a CPU. `config` is a GPTConfig, `cfg` a train.Config, `dtype` autocast's. Gradients
-    appear when most activations are freed, but remain during the micro-steps after the first."""
+    memory on a CPU. `config` is the model's, `cfg` a train.Config, `dtype` autocast's. Gradients
+    are allocated after most activations are freed, but stay in memory for the next micro-steps."""
     model, shares = meta_model(config, cfg), shares_of(cfg, world)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = bytes_of(trained) / shares
     kept, block = model.activation_bytes(cfg.batch_size, world.device.type, dtype)
     during, after = model.head_bytes(cfg.batch_size, world.device.type, dtype)
-    # DDP buckets all gradients
+    # DDP allocates buckets for all gradients
     whole = cfg.gradient_accumulation_steps // world.size > 1 or world.size > 1
     parts = {
         "weights": bytes_of(model.parameters()) / shares,
@@ -140,9 +140,9 @@ def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str,
     }
     if world.device.type == "cpu":
         parts["process"] = PROCESS + COMPILER * (cfg.optimizer == "adamw8bit")
-        slack, beside = HEAP[config.takes_pairs]
+        slack, together = HEAP[config.takes_pairs]
         kept *= 1 + slack * (not cfg.recompute)
-        whole = whole or beside
+        whole = whole or together
     moments = [{"gradients": gradients * whole, "activations": kept + block, "logits": during},
                {"gradients": gradients, "activations": block, "logits": after}]
     return parts | max(moments, key=lambda moment: sum(moment.values()))
@@ -164,7 +164,7 @@ def make_meta_model(config, weights, lora_rank):
 
 
 def shares_of(cfg, world):
-    """How many processes the weights, gradients and moments are divided among."""
+    """The number of processes that share the weights, gradients and moments."""
     return world.size if cfg.parallel == "fsdp" else 1
 
 
@@ -173,7 +173,7 @@ def bytes_of(params):
 
 
 def moment_bytes(shape: Sequence[int], optimizer: str) -> int:
-    """The bytes of the moments of a tensor."""
+    """The bytes of the moments of a tensor of this shape."""
     numel = math.prod(shape)
     if optimizer == "adafactor":  # one number per row and per column of a matrix
         names = ("row_var", "col_var") if len(shape) > 1 else ("variance",)
@@ -184,14 +184,14 @@ def moment_bytes(shape: Sequence[int], optimizer: str) -> int:
 
 def describe_memory(config: Any, cfg: Any, world: World,
                     dtype: torch.dtype) -> tuple[list[str], bool]:
-    """Returns (lines with the predicted peak and the device's memory, whether it fits). If not, the
-    lines also name fields to change and what each saves."""
+    """Returns (lines with the predicted peak and the device's memory, whether it fits). If it does
+    not fit, the lines also name fields to change and the memory that each change saves."""
     device, ranks = world.device, world.size
     parts = memory(config, cfg, world, dtype)
     peak, whole = sum(parts.values()), device_memory(device)
-    where = "the process" if device.type == "cpu" else "allocated"
-    said = ", ".join(f"{name} {spell_bytes(n)}" for name, n in parts.items() if n)
-    line = f"memory, {where} at its peak: {spell_bytes(peak)} ({said})"
+    kind = "of the process" if device.type == "cpu" else "allocated"
+    listed = ", ".join(f"{name} {spell_bytes(n)}" for name, n in parts.items() if n)
+    line = f"peak memory {kind}: {spell_bytes(peak)} ({listed})"
     if whole is None:
         return [line], True
     on = device if ranks == 1 else f"{device} for each of {ranks} processes"
@@ -203,20 +203,21 @@ def describe_memory(config: Any, cfg: Any, world: World,
 
 
 def check_memory(cfg: Any, config: Any, world: World, dtype: torch.dtype) -> None:
-    """Warns of a run that may not fit, before it allocates anything. Raises UserError if the
-    predicted peak is 10 times the memory: that is no error of the prediction."""
+    """Warns if a run may not fit, before it allocates anything. Raises UserError if the predicted
+    peak is over 10 times the memory, which cannot be an error of the prediction."""
     lines, fits = describe_memory(config, cfg, world, dtype)
-    if fits or cfg.eval_only:  # the prediction is of training
+    if fits or cfg.eval_only:  # the prediction is for training
         return
     if sum(memory(config, cfg, world, dtype).values()) > 10 * device_memory(world.device):
-        raise UserError(f"{lines[0]}: that does not fit; take a smaller model or batch_size")
-    say("\n".join([*lines, "warning: the memory may not suffice, see above: the system may kill "
+        raise UserError(f"{lines[0]}: that does not fit; use a smaller model or --batch_size")
+    say("\n".join([*lines, "warning: the memory may be too small (see above): the system may kill "
                            "the run"]))
 
 
 def advise(config, cfg, world, dtype, usable, peak):
-    """Lines that name fields to change, one after the other until the run fits."""
-    lines = [f"that does not fit: {spell_bytes(peak)} of {spell_bytes(usable)} that can be used"]
+    """Lines that name fields to change, each in addition to the ones before, until the run fits."""
+    lines = [f"that does not fit: {spell_bytes(peak)} are needed, {spell_bytes(usable)} can be "
+             "used"]
     for change in changes(config, cfg, world):
         tried = replace(cfg, **change)
         with_config = replace(config, **{name: value for name, value in change.items()
@@ -232,7 +233,7 @@ def advise(config, cfg, world, dtype, usable, peak):
         cfg, config = tried, with_config
         if fits:
             return lines
-    return lines + ["  then a smaller model (--init_from), or a larger device"]
+    return lines + ["  then use a smaller model (--init_from) or a larger device"]
 
 
 def changes(config, cfg, world):

@@ -3,8 +3,8 @@
     state.pt      the latest state            state.1.pt   the one before (keep_states=2), ...
     run.json      the run's id, the step of its latest state, and its status
 
-A state that is damaged or of another run is skipped for the one before. A run.json that still says
-"running" when a run is resumed means that the previous process was killed.
+If a state is damaged or of another run, the one before it is used. If run.json still says "running"
+when a run is resumed, the previous process was killed.
 """
 import contextlib
 import json
@@ -29,7 +29,7 @@ from nanotune.training import logbook, lora, state_dicts
 from nanotune.training.distributed import World, share
 
 RUN_FILE = "run.json"
-# beside the states, what a run writes whole each time
+# files that a run rewrites as a whole, other than its states
 REWRITTEN = (MODEL_FILE, BEST_FILE, RUN_FILE, "settings.json", "metrics.jsonl")
 LENGTHS = ("block_size", "source_length", "target_length")  # tokens of a sample
 RUN_FIELDS = {"run_id": str, "status": str, "pid": int, "host": str, "saved_step": int | None}
@@ -37,8 +37,8 @@ RUN_FIELDS = {"run_id": str, "status": str, "pid": int, "host": str, "saved_step
 
 @dataclass
 class Progress:
-    """A run's progress: what state.pt holds beside weights, optimizer and scaler. Losses are in
-    nats per token."""
+    """A run's progress, which state.pt holds along with weights, optimizer and scaler. Losses are
+    in nats per token."""
     step: int = 0                # optimizer steps taken
     evaluated: int = -1          # step of the last evaluation
     best_val_loss: float = math.inf
@@ -57,20 +57,20 @@ def new_progress() -> Progress:
 
 @dataclass
 class Start:
-    """What a run begins with. Only rank 0 reads it from disk."""
-    model: object                  # its config on the way to the other ranks
+    """The model and state that a run begins with. Only rank 0 reads them from disk."""
+    model: object                  # its config while it is sent to the other ranks
     progress: Progress = field(default_factory=new_progress)
     stepped: bool = False          # whether there is an optimizer state
     optimizer: dict = field(default_factory=dict)  # {parameter name: {"exp_avg": ..., ...}}
     scaler: dict | None = None
-    # of the state file that it was read from
+    # from the state file, for a resumed run
     path: Path | None = None
     config: dict = field(default_factory=dict)  # the run's config when it was saved
     tokenizer: AnyTokenizer | None = None
     data: dict = field(default_factory=dict)  # {split: TokenBin.fingerprint}; {}: not known
     lora: dict | None = None       # of a LoRA run: the rank, the base and its hash
     ours: bool = True              # False: nanoGPT's, which has no run id
-    passed_over: tuple = ()        # paths of newer states that were skipped
+    passed_over: tuple = ()        # paths of newer states that cannot be used
     warnings: tuple = ()           # lines to print
 
 
@@ -103,12 +103,12 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
                any_run: bool = False) -> Start:
     """Returns the Start of the newest usable state in a folder, its matrices in `dtype`.
 
-    Only a state of the folder's own run counts, with `any_run` also one of another. Raises
-    UserError if there is none, with what can still be used.
+    Uses only states of the folder's own run, with `any_run` states of any run. If there is none,
+    raises UserError, which says what can still be used.
     """
     paths = state_files(out_dir) or [Path(out_dir) / MODEL_FILE]
     if not paths[0].is_file():
-        raise UserError(f"--init_from=resume: {out_dir} holds no checkpoint; check --out_dir, or "
+        raise UserError(f"--init_from=resume: {out_dir} has no checkpoint; check --out_dir, or "
                         "begin with another --init_from")
     last = read_run_file(out_dir)
     reasons = []
@@ -124,21 +124,21 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
         raise UserError(reasons[0] if paths[0].name == MODEL_FILE
                         else nothing_left(out_dir, reasons))
     start.passed_over = tuple(paths[:len(reasons)])
-    start.warnings = (*tell_losses(start, reasons, last, reached_step(out_dir)),
+    start.warnings = (*resume_warnings(start, reasons, last, reached_step(out_dir)),
                       *check_best_file(start.progress, best_file_of(out_dir, start)))
     return start
 
 
 def read_start(path, dropout, dtype=torch.float32):
-    """A state file as a Start, or a nanoGPT ckpt.pt, which also holds the optimizer.
+    """The Start of a state file, or of a nanoGPT ckpt.pt, which also holds the optimizer's state.
 
     Raises UserError if any part is damaged: all parts are read here, so that load_start can fall
     back to an older state.
     """
     saved = files.load(path)
     if "optimizer" not in saved:
-        raise UserError(f"--init_from=resume: {path} holds a model, but no state.pt to go on from "
-                        "lies beside it; begin a new run with its weights by "
+        raise UserError(f"--init_from=resume: {path} holds a model, but its folder has no state.pt "
+                        "to resume from; begin a new run from its weights with "
                         f"--init_from={path.parent} --out_dir=ANOTHER")
     with files.checked_parse(path):
         model = checkpoint.model_from(saved, path, dropout, dtype)
@@ -161,7 +161,7 @@ def config_of(saved):
 
 def check_same_run(cfg: Any, start: Start) -> None:
     """Raises UserError if a train.Config has another seed, dataset, LENGTHS or global batch than
-    the run of `start`, since these mean other data, unless cfg.force_resume."""
+    the run of `start`, since these change the data, unless cfg.force_resume is set."""
     then = start.config
     now = asdict(cfg) | {name: getattr(cfg, name) or then[name] for name in LENGTHS} | {
                          "global batch": cfg.batch_size * cfg.gradient_accumulation_steps}
@@ -170,18 +170,17 @@ def check_same_run(cfg: Any, start: Start) -> None:
               if key in then and then[key] != now[key]]
     if differ and not cfg.force_resume:
         raise UserError(f"{start.path} is of another run: {'; '.join(differ)}; give the old "
-                        "values, or --force_resume=True to go on with the new ones")
+                        "values, or --force_resume=True to use the new ones")
 
 
 def check_same_data(cfg: Any, start: Start,
                     data: dict[str, TokenBin | PairBin]) -> None:
     """Raises UserError if a split's files changed since the state was saved, unless
-    cfg.force_resume."""
+    cfg.force_resume is set."""
     for split, now in data.items():
         if start.data.get(split, now.fingerprint) != now.fingerprint and not cfg.force_resume:
             raise UserError(f"{now.path} or its mask has changed since {start.path} was saved: put "
-                            "the old files back, or give --force_resume=True to go on with the "
-                            "new ones")
+                            "the old files back, or give --force_resume=True to use the new ones")
 
 
 def spread(start: Start | None, world: World, dtype: torch.dtype = torch.float32) -> Start:
@@ -225,7 +224,7 @@ def check_run_id(start, last):
 
 
 def best_file_of(out_dir, start):
-    """The file in which the run that is resumed keeps its best model; nanoGPT and the first edition
+    """The file with the best model of the run that is resumed; nanoGPT and nanotune's first edition
     have only ckpt.pt."""
     has_best = "settings_version" in start.config
     return Path(out_dir) / checkpoint.best_file(
@@ -233,8 +232,8 @@ def best_file_of(out_dir, start):
 
 
 def check_best_file(progress, path):
-    """Resets the best loss, and yields a warning, if the best model is missing, damaged or of
-    another run: the next evaluation then counts as the best. Reads no weights."""
+    """If the best model is missing, damaged or of another run, resets the best loss, so that the
+    next evaluation counts as the best, and yields a warning. Reads no weights."""
     try:
         run_id = files.peek(path).get("run_id")
         if run_id in (None, progress.run_id):
@@ -247,30 +246,31 @@ def check_best_file(progress, path):
 
 
 def nothing_left(out_dir, reasons):
-    """The message if no state can be resumed: why, and whether ckpt.pt can be used instead."""
+    """The message if no state can be resumed: the reasons, and whether ckpt.pt can be used instead.
+    """
     path = Path(out_dir) / MODEL_FILE
     try:
         step = files.load(path)["iter_num"]
-        rest = (f"{path} is whole, with the weights of step {step}: begin a new run with them by "
-                f"--init_from={out_dir} --out_dir=ANOTHER")
+        rest = (f"{path} is intact, with the weights of step {step}: begin a new run from them "
+                f"with --init_from={out_dir} --out_dir=ANOTHER")
     except (UserError, KeyError):
-        rest = f"{path} cannot be read either: begin anew with --overwrite=True"
+        rest = f"{path} cannot be read either: start again with --overwrite=True"
     return f"no state in {out_dir} can be resumed ({' | '.join(reasons)}); {rest}"
 
 
-def tell_losses(start, reasons, last, reached):
-    """Yields warnings: which states were skipped, how the previous process ended, what is lost."""
+def resume_warnings(start, reasons, last, reached):
+    """Yields warnings: skipped states, how the previous process ended, which steps are lost."""
     step = start.progress.step
     if reasons:
         newest = last.get("saved_step")
         lost = f" (of step {newest})" if newest is not None and newest > step else ""
-        yield (f"the newest state{lost} cannot be used: {' | '.join(reasons)}; going on from "
+        yield (f"the newest state{lost} cannot be used: {' | '.join(reasons)}; resuming from "
                f"{start.path}, of step {step}")
     if last.get("status") == "running":
         again = f": steps {step} to {reached} are done again" if reached > step else ""
         yield (f"the last run (process {last.get('pid')} on {last.get('host')}) ended without a "
-               "word: it was killed, perhaps for lack of memory (try a lower --batch_size), or "
-               f"the machine or the disk failed; going on from step {step}{again}")
+               "message: it was killed, perhaps for lack of memory (try a lower --batch_size), or "
+               f"the machine or the disk failed; resuming from step {step}{again}")
 
 
 def reached_step(out_dir: str | Path) -> int:
@@ -283,8 +283,8 @@ def reached_step(out_dir: str | Path) -> int:
 # run.json
 
 def read_run_file(out_dir: str | Path) -> dict:
-    """Returns the content of run.json without fields of another type than ours, {} if it is missing
-    or damaged."""
+    """Returns the content of run.json without fields of a wrong type, {} if it is missing or
+    damaged."""
     try:
         data = json.loads((Path(out_dir) / RUN_FILE).read_bytes())
         return {key: data.get(key) for key, kind in RUN_FIELDS.items()
@@ -299,7 +299,7 @@ def write_run_file(out_dir: str | Path, progress: Progress, status: str,
 
     `status` is running, done, stopped (by a signal) or failed (with an error). On a full disk it
     overwrites the old file in place, which needs no space but is not atomic. Errors are ignored:
-    the file only serves for warnings and check_run_id.
+    the file is used only for warnings and check_run_id.
     """
     data = {"run_id": progress.run_id, "status": status, "pid": os.getpid(),
             "host": socket.gethostname(), "saved_step": saved_step}
@@ -313,8 +313,8 @@ def write_run_file(out_dir: str | Path, progress: Progress, status: str,
 
 
 def begin(out_dir: str | Path, start: Start, best: str) -> None:
-    """Prepares the folder for a run, whose best model is in the file `best`, and writes run.json
-    with status running. Raises files.WriteError if the disk is full.
+    """Prepares the folder for a run that writes its best model to the file `best`, and writes
+    run.json with status running. Raises files.WriteError if the disk is full.
 
     A new run removes the files of an old one; a resumed run renames skipped states to .refused.
     """
@@ -322,9 +322,9 @@ def begin(out_dir: str | Path, start: Start, best: str) -> None:
         clear(out_dir)
     elif best_file_of(out_dir, start).name != best and best_file_of(out_dir, start).is_file():
         files.link(best_file_of(out_dir, start), Path(out_dir) / best)
-        if best == MODEL_FILE:  # else best.pt would be an older best before long
+        if best == MODEL_FILE:  # else best.pt would stay as an old best
             (Path(out_dir) / BEST_FILE).unlink()
-    for path in start.passed_over:  # else later saves would rotate a good state out
+    for path in start.passed_over:  # else later saves would delete a good state before these
         os.replace(path, path.with_suffix(".refused"))
     for name in (STATE_FILE, *REWRITTEN):
         # left by an interrupted save

@@ -1,4 +1,4 @@
-"""Sets up a run from its config: model, data, optimizer; or prints only its plan.
+"""Sets up a run from its config: model, data, optimizer. A dry run only prints the plan.
 
 Only rank 0 reads and writes out_dir and init_from, so machines need no shared disk.
 """
@@ -55,10 +55,10 @@ class Run:
     data: dict[str, TokenBin | PairBin]  # by split
     start: resume.Start          # what the run began with, without its model and optimizer
     progress: resume.Progress
-    tried_step: int | None       # the step of the last state.pt written, or whose write failed
+    tried_step: int | None       # the step of the last save of state.pt, even if it failed
     not_saved: dict[str, str | None] = field(default_factory=dict)  # {file: why its save failed}
     log: Logbook | None = None
-    begun: bool = False          # whether out_dir is this run's
+    begun: bool = False          # whether this run has begun to write to out_dir
 
 
 def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
@@ -72,16 +72,16 @@ def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
     if not cfg.out_dir:
         raise UserError("--out_dir is empty; give a folder")
     if cfg.auto_resume and cfg.overwrite:
-        raise UserError("--auto_resume=True goes on with what --overwrite=True would replace at "
-                        "each restart: give one of them")
+        raise UserError("--auto_resume=True resumes the run that --overwrite=True would replace at "
+                        "each restart: give only one of them")
     if cfg.lora_rank and cfg.init_from == "scratch":
-        raise UserError("--lora_rank leaves the weights as they are, and --init_from=scratch "
-                        "draws them at random: give a pretrained --init_from, or --lora_rank=0")
+        raise UserError("--lora_rank freezes the weights, and --init_from=scratch draws them at "
+                        "random: give a pretrained --init_from, or --lora_rank=0")
     base = checkpoint.run_file(cfg.init_from) or Path(cfg.init_from, checkpoint.MODEL_FILE)
     if cfg.lora_rank and cfg.init_from != "resume" and (
             base.parent.resolve() == Path(cfg.out_dir).resolve()):
-        raise UserError(f"--out_dir={cfg.out_dir} is the base of this LoRA run too, which its "
-                        "adapters would replace; choose another --out_dir")
+        raise UserError(f"--out_dir={cfg.out_dir} is also the base of this LoRA run, and its "
+                        "adapters would replace that; choose another --out_dir")
     distributed.check_combination(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
                             optimizer=cfg.optimizer, lora="yes" if cfg.lora_rank else "no")
     if cfg.optimizer == "adamw8bit" and not cfg.dry_run:
@@ -94,8 +94,8 @@ def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
 
 @contextmanager
 def out_dir_lock(cfg: Any, world: World) -> Iterator[None]:
-    """A context in which rank 0 alone writes to out_dir, which it creates. Raises UserError if that
-    cannot be written, another run writes to it, or it holds a run that would be lost."""
+    """A context in which only this run writes to out_dir; rank 0 creates it. Raises UserError if
+    out_dir cannot be written, another run writes to it, or it holds a run that would be lost."""
     if not world.is_main or cfg.eval_only:
         yield
         return
@@ -118,14 +118,14 @@ def check_no_run_is_lost(cfg, out_dir):
             if f.exists()]
     if held and not resume.resumes(cfg) and not cfg.overwrite and not (
             cfg.auto_resume and resume.barely_begun(out_dir)):
-        raise UserError(f"{out_dir} holds a run already ({', '.join(held)}): go on with it by "
-                        "--init_from=resume, replace it by --overwrite=True, or choose another "
+        raise UserError(f"{out_dir} already holds a run ({', '.join(held)}): resume it with "
+                        "--init_from=resume, replace it with --overwrite=True, or choose another "
                         "--out_dir")
 
 
 def load_start(cfg, tokenizer, folder, check_memory):
-    """The resume.Start of the run: from scratch, from a pretrained model, or resumed. Calls
-    check_memory(config) before it allocates more than a file's weights."""
+    """The resume.Start of a run from scratch, from a pretrained model, or resumed. Calls
+    check_memory(config) before it allocates more than the weights of a file."""
     weights = DTYPES[cfg.weights]
     if resume.resumes(cfg):
         start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)
@@ -164,8 +164,8 @@ def scratch_config(cfg, tokenizer):
 
 
 def run_config(cfg, config, tokenizer):
-    """The model's config with the options of the run. Raises UserError for an option that the model
-    does not have."""
+    """The model's config with the run's options. Raises UserError for an option that the model does
+    not have."""
     known = {f.name for f in fields(config)}
     options = {name: getattr(cfg, name) for name in resume.LENGTHS}
     options["doc_end"] = tokenizer.eot if cfg.separate_documents else None
@@ -179,7 +179,7 @@ def run_config(cfg, config, tokenizer):
 
 
 def check_memory(cfg, config, world, tokenizer, folder):
-    """plan.check_memory of the run's largest batch, which the data decides if it is of pairs."""
+    """Calls plan.check_memory for the largest batch, which depends on the data if it has pairs."""
     config = run_config(cfg, config, tokenizer)
     data = open_dataset(folder / "train.bin", config)
     plan.check_memory(cfg, data.largest(config), world, pick_dtype(cfg.dtype, world.device))
@@ -192,7 +192,7 @@ def open_splits(cfg, folder, config):
                                 global_batch=global_batch) for split in SPLITS}
 
 
-# fields that may differ among ranks: where files are, and what only rank 0 uses
+# fields that may differ among ranks: paths, and fields that only rank 0 uses
 MAY_DIFFER = ("out_dir", "init_from", "overwrite", "auto_resume", "force_resume", "keep_states",
               "log_interval", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name",
               "dataset", "backend", "timeout", "device")
@@ -225,8 +225,8 @@ def print_choices() -> None:
 
 
 def read_config(cls: type, argv: list[str]) -> tuple[Any, list[str]]:
-    """Returns (the train.Config of a command line, lines that tell what it changes of the run that
-    it resumes). A resumed run keeps the fields that it was trained with, which rank 0 reads."""
+    """Returns (the train.Config of a command line, a line for each field that it changes of the
+    resumed run). A resumed run keeps the fields that it was trained with, which rank 0 reads."""
     cfg = configure(cls, argv)
     if cfg.init_from != "resume" and not cfg.auto_resume:
         return cfg, []
@@ -242,21 +242,21 @@ def read_config(cls: type, argv: list[str]) -> tuple[Any, list[str]]:
 
 
 def config_to_save(r: Run) -> dict[str, Any]:
-    """Returns what ckpt.pt and state.pt keep of the run's config; init_from is the first one."""
+    """Returns the config to save in ckpt.pt and state.pt; init_from is that of the first start."""
     first = r.start.config.get("init_from", "resume") if r.start.path else r.cfg.init_from
     return asdict(r.cfg) | {"init_from": first, "settings_version": settings.VERSION}
 
 
 def set_max_iters(cfg, data):
-    """Sets max_iters to the steps that make --epochs, rounded up, if that is given."""
+    """If --epochs is given, sets max_iters to that many epochs in steps, rounded up."""
     if cfg.epochs is not None:
         samples_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
         cfg.max_iters = math.ceil(cfg.epochs * data["train"].n_blocks / samples_per_step)
 
 
 def check(cfg: Any) -> World:
-    """Returns the World of a train.Config. Raises UserError if config or data are unusable, as far
-    as one process can tell without the model and without out_dir."""
+    """Returns the World of a train.Config. Raises UserError if config or data are unusable; checks
+    only what one process can check without the model and out_dir."""
     world = read_world(cfg.device)
     check_config(cfg, world, pick_dtype(cfg.dtype, world.device))
     folder = dataset_folder(cfg.dataset)
@@ -267,8 +267,8 @@ def check(cfg: Any) -> World:
 
 def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     """Returns the Run of a checked train.Config and its command line `argv`; rank 0 must hold
-    out_dir_lock. Raises UserError if the model does not go with the config or the data; checks that
-    need one process come before the processes join."""
+    out_dir_lock. Raises UserError if the model does not fit the config or the data. Checks that
+    need only one process run before the processes join."""
     dtype, folder = pick_dtype(cfg.dtype, world.device), dataset_folder(cfg.dataset)
     if world.device.type == "cpu":
         tune_malloc()
@@ -276,7 +276,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
         raise UserError("--sample_start has no tokens in this vocabulary; give it a character")
     if cfg.separate_documents and tokenizer.eot is None:
-        raise UserError("--separate_documents needs end-of-text between the documents, and "
+        raise UserError("--separate_documents needs end-of-text between the documents, but "
                         f"{folder} with {tokenizer.name} has none; leave it out")
     start = load_start(cfg, tokenizer, folder, lambda config: check_memory(
         cfg, config, world, tokenizer, folder)) if world.is_main else None
@@ -289,7 +289,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     checkpoint.check_dtype(model, dtype)
     model.config = run_config(cfg, model.config, tokenizer)
     if model.is_masked:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN under masks: pytorch issue 196678
+        torch.backends.cuda.enable_cudnn_sdp(False)  # gives NaN with masks: pytorch issue 196678
     data = open_splits(cfg, folder, model.config)
     check_same_data(data, world)
     set_max_iters(cfg, data)
@@ -314,7 +314,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
 
 
 def dry_run(cfg: Any) -> None:
-    """Prints the plan of a train.Config; loads no weights. Raises UserError as set_up()."""
+    """Prints the plan of a train.Config; loads no weights. Raises UserError as set_up() does."""
     world = check(cfg)
     dtype, folder = pick_dtype(cfg.dtype, world.device), dataset_folder(cfg.dataset)
     tokenizer = tokenizer_of_dataset(folder)

@@ -1,4 +1,4 @@
-"""Remembers how a run was started: settings.json, and what a resume takes from it.
+"""Writes a run's fields to settings.json, and restores them for a resume.
 
 settings.json is for people: every field by section, the command, the versions. A resume reads the
 same fields from state.pt, which also holds the weights that they belong to, or from ckpt.pt.
@@ -18,44 +18,44 @@ from nanotune.formats.checkpoint import MODEL_FILE
 from nanotune.training import resume
 
 SETTINGS_FILE, VERSION = "settings.json", 1
-# fields of one start of the program: a resume does not remember them
+# fields that belong to one start of the program: a resume does not restore them
 OF_ONE_START = ("out_dir", "overwrite", "auto_resume", "force_resume", "eval_only", "dry_run",
                 "device", "backend", "timeout")
-# fields that a resume cannot change: they are in the weights or in the optimizer's state. The
-# dtype of the weights changes only with force_resume, since the run is another one then
+# fields that a resume cannot change: the weights or the optimizer's state depend on them. The
+# dtype of the weights can change with force_resume; the results then differ
 FIXED = ("init_from", "n_layer", "n_head", "n_embd", "bias", "weights", "optimizer", "lora_rank")
 
 
 def read_run_config(out_dir: str | Path) -> dict[str, Any]:
-    """Returns the fields that a run was last trained with, of its newest readable state.pt, else of
-    ckpt.pt, also nanoGPT's; {} if neither can be read. Reads no weights."""
+    """Returns the fields that a run was last trained with, from its newest readable state.pt, else
+    from ckpt.pt (also nanoGPT's); {} if neither can be read. Reads no weights."""
     run_id = resume.read_run_file(out_dir).get("run_id")
     for path in (*resume.state_files(out_dir), Path(out_dir) / MODEL_FILE):
         try:
             data = files.peek(path)
             config = dict(data["config"])
-        except Exception:  # torch.load raises many kinds; loading the weights says what is wrong
+        except Exception:  # torch.load raises many kinds; loading the weights reports them
             continue
-        if run_id and data.get("run_id", run_id) != run_id:  # another run's: it is passed over
+        if run_id and data.get("run_id", run_id) != run_id:  # of another run
             continue
-        if "settings_version" not in config:  # the first edition's, or nanoGPT's
+        if "settings_version" not in config:  # of the first edition, or nanoGPT's
             config["eval_iters"] = config.get("eval_iters", 0) * config.get("batch_size", 1)
-        if config.get("init_from") == "resume":  # not known any more
+        if config.get("init_from") == "resume":  # the first value is not known
             del config["init_from"]
         return config
     return {}
 
 
 def remembered(cls: type, config: dict[str, Any]) -> dict[str, Any]:
-    """Returns those of a run's fields that a resume goes on with, as a source of build()."""
+    """Returns the fields of a run that a resume keeps, as a source for build()."""
     kept = {}
     for name, kind in hints_of(cls).items():
         if name in config and name not in OF_ONE_START:
             try:
                 kept[name] = check_type(kind, config[name], name)
-            except UserError:  # nanoGPT's may have another type
+            except UserError:  # nanoGPT's field may have another type
                 continue
-    for names in cls.ONE_OF:  # epochs decided max_iters
+    for names in cls.ONE_OF:  # epochs has set max_iters: keep epochs
         given = [name for name in names if kept.get(name) is not None]
         for name in given[1:]:
             del kept[name]
@@ -65,9 +65,9 @@ def remembered(cls: type, config: dict[str, Any]) -> dict[str, Any]:
 def configure_resume(cls: type, argv: list[str], out_dir: str,
                      config: dict[str, Any]) -> tuple[Any, list[str]]:
     """Returns (cls() of a resumed run, a line for each field that argv changes). `config` is from
-    read_run_config(). Raises UserError if argv changes a field that a resume cannot honour."""
+    read_run_config(). Raises UserError if argv changes a field that a resume cannot change."""
     then, sources = remembered(cls, config), read_sources(cls, argv)
-    then = {"optimizer": "adamw", "lora_rank": 0} | then  # before these fields were there
+    then = {"optimizer": "adamw", "lora_rank": 0} | then  # for runs without these fields
     given = {name: value for source in sources for name, value in source.items()}
     for name in FIXED:
         by_force = name == "weights" and given.get("force_resume") and not then["lora_rank"]
@@ -87,7 +87,7 @@ def configure_resume(cls: type, argv: list[str], out_dir: str,
 
 
 def write_settings(cfg: Any, config: dict[str, Any], argv: list[str]) -> None:
-    """Writes out_dir/settings.json with the fields that the run's state keeps as its config. Raises
+    """Writes out_dir/settings.json; `config` is also saved in the run's state. Raises
     files.WriteError if the disk is full."""
     content = {"version": VERSION, "command": shlex.join(["python", "train.py", *argv]),
                "torch": torch.__version__, "nanotune": revision(),

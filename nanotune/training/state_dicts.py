@@ -1,4 +1,4 @@
-"""Converts weights and optimizer state to and from what a checkpoint holds.
+"""Converts weights and optimizer state to and from the layout of a checkpoint.
 
 A checkpoint holds whole tensors by parameter name. One process, DDP, FSDP2 and nanoGPT's files
 each have another layout.
@@ -17,22 +17,22 @@ from nanotune.training.distributed import World, is_sharded, share
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Returns {name: tensor}, references to the model's weights; of a LoRA run only the adapters.
 
-    If the model is sharded all ranks must call this; rank 0 gets a full copy in CPU memory, the
-    others {}.
+    If the model is sharded, all ranks must call this; rank 0 gets a full copy in CPU memory, the
+    others get {}.
     """
     if not is_sharded(model):
         return saved_weights(model)
     from torch.distributed.checkpoint import state_dict as dcp
     weights = dcp.get_model_state_dict(
         model, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if weights:  # two copies of a tied head: one tensor again, as unsharded
+    if weights:  # make the two copies of a tied head one tensor again, as when unsharded
         weights |= {name: weights[other] for name, other in model.tied_names().items()}
     return weights
 
 
 def are_finite(weights: dict[str, torch.Tensor]) -> bool:
-    """Returns whether the L2 norm of all weights is finite: it is not if one is NaN, infinite or
-    above 1e19, of which no loss is finite. Makes no copy."""
+    """Returns whether the L2 norm of all weights is finite: it is not if a weight is NaN, infinite
+    or above 1e19, with which no loss would be finite. Makes no copy."""
     norm = torch.nn.utils.get_total_norm([w.detach() for w in weights.values()])
     return bool(norm.isfinite())
 
@@ -47,7 +47,7 @@ def optimizer_state(model: nn.Module,
     if not is_sharded(model):
         names = {p: name for name, p in model.named_parameters()}
         return {names[p]: optimizers.plain_state(state) for p, state in optimizer.state.items()}
-    if not optimizer.state:  # get_optimizer_state_dict would take a step to make one
+    if not optimizer.state:  # get_optimizer_state_dict would take a step to create it
         return {}
     from torch.distributed.checkpoint import state_dict as dcp
     return dcp.get_optimizer_state_dict(model, optimizer, options=dcp.StateDictOptions(
@@ -113,8 +113,8 @@ def cropped(state, param):
 
 
 def fill_optimizer(params, optimizer, state, path, world):
-    """load_optimizer_state for the optimizers of optimizer.py: one parameter at a time, so that no
-    rank holds two copies of the state."""
+    """load_optimizer_state for the optimizers that are not torch.optim.AdamW: one parameter at a
+    time, so that no rank has two copies of the state in memory."""
     for name, param in params.items():
         held = share(world, state.get(name))
         try:
@@ -124,7 +124,8 @@ def fill_optimizer(params, optimizer, state, path, world):
 
 
 def by_name(model, state, path):
-    """nanoGPT's numbered state by name: it numbers matrices in the model's order, then vectors."""
+    """nanoGPT's state by name: it numbers first the matrices in the model's order, then the
+    vectors."""
     named = list(model.named_parameters())
     names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
     if len(state["state"]) != len(names):
