@@ -210,6 +210,20 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 """
 
 
+HF_USE_CHAT = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+messages = [{{"role": "user", "content": "Hello"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,
+                                       return_tensors="pt")
+new = model.generate(**inputs, max_new_tokens=50, stop_strings=[{end!r}], tokenizer=tokenizer)
+print(tokenizer.decode(new[0, inputs.input_ids.shape[1]:]))
+```
+"""
+
+
 HF_USE_PAIRS = """```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -315,6 +329,8 @@ def main(argv: list[str]) -> None:
             write_hf(folder, asdict(model.config), dict(model.named_parameters()), tokenizer,
                      DTYPES[cfg.dtype])
             use = (HF_USE_PAIRS if pairs else HF_USE).format(name=name)
+            if tokenizer is not None and tokenizer.chat is not None:
+                use = HF_USE_CHAT.format(name=name, end=tokenizer.chat.end)
         elif cfg.format == "peft":
             use = PEFT_USE.format(name=name, base=write_adapters(folder, model, source, tokenizer))
         else:

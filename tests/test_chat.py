@@ -157,6 +157,16 @@ def test_the_template_is_kept_in_checkpoints_and_exports(tiny, tmp_path, make_ru
     assert encode_chat(other, [Message("user", "x")])[0] == other.encode("Q: x\n~~\n")
 
 
+def test_the_chat_program_in_the_model_card_runs(chat_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    export.main([f"--out_dir={chat_run}", "--export_dir=hf"])
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert r"stop_strings=['\n###\n']" in card
+    capsys.readouterr()
+    exec(card.partition("```python\n")[2].partition("```")[0], {})
+    assert capsys.readouterr().out.strip()
+
+
 @pytest.mark.parametrize("spec", [[], {"user": "U"}, Template().spec() | {"end": ""},
                                   Template().spec() | {"user": 1}, Template().spec() | {"x": ""}],
                          ids=["list", "missing fields", "empty end", "number", "unknown field"])

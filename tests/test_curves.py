@@ -14,6 +14,11 @@ def test_a_high_first_loss_does_not_flatten_the_curve():
     assert 0.4 < low < 0.49 and 0.81 < high < 0.9
 
 
+def test_the_best_loss_is_shown_even_if_it_is_the_first():
+    low, _ = curves.limits(evaluations(3.0, 3.4, 3.5, 3.6))
+    assert low < 2.99
+
+
 @pytest.mark.parametrize("losses", [(3.0,), (3.0, 3.0), (2.0, 1.0, 0.5, 0.9), (5.0,) * 9], ids=str)
 def test_all_later_losses_are_shown(losses):
     found = curves.limits(evaluations(*losses))

@@ -50,13 +50,14 @@ def best_of(entries: list[dict]) -> dict | None:
 
 
 def limits(entries: list[dict]) -> tuple[float, float] | None:
-    """Returns the (lowest, highest) loss to show, or None for all. Ignores the first quarter of the
-    evaluations: a first loss of 10.9 would flatten the rest."""
+    """Returns the (lowest, highest) loss to show, or None for all. Of the first quarter of the
+    evaluations only the best counts: a first loss of 10.9 would flatten the rest."""
     evaluations = [entry for entry in entries if "step" in entry]
     later = evaluations[max(1, len(evaluations) // 4):]
     if not later:
         return None
     losses = [entry[key] for entry in later for key in ("train_loss", "val_loss")]
+    losses.append(best_of(entries)["val_loss"])
     low, high = min(losses), max(losses)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.1
     return low - margin, high + margin

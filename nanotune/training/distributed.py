@@ -244,7 +244,7 @@ def compile_or_fall_back(model, batch, world, dtype):
                         "--compile=False")
     undo_compile(model)
     if world.is_main:
-        say(f"warning: torch.compile failed ({reason}); going on without it: slower, with the same "
+        say(f"warning: torch.compile failed ({reason}); continuing without it: slower, same "
             "results; --compile=False turns off this warning", sys.stderr)
     return False
 
