@@ -42,10 +42,9 @@ from nanotune.errors import NonFiniteLoss, UserError
 from nanotune.evaluation.perplexity import evaluate_loss
 from nanotune.formats import checkpoint
 from nanotune.generation.generate import stream
-from nanotune.training import distributed, logbook, resume, settings, state_dicts
+from nanotune.training import distributed, logbook, plan, resume, settings, state_dicts
 from nanotune.training import optimizer as optimizers
 from nanotune.training.distributed import share, sum_over_ranks
-from nanotune.training.plan import tell_plan
 from nanotune.training.run import (
     Run,
     check,
@@ -376,9 +375,10 @@ def train(r: Run, signals: StopSignals) -> int:
 
 def log_end(r):
     p, cfg = r.progress, r.cfg
-    path = Path(cfg.out_dir, checkpoint.best_file(cfg.always_save_checkpoint))
-    r.log.say(f"best validation loss {p.best_val_loss:.4f} at step {p.best_step}, in {path}; "
-              f"sample from it: {shlex.join(['python', 'sample.py', f'--out_dir={path}'])}")
+    best = Path(cfg.out_dir, checkpoint.best_file(cfg.always_save_checkpoint))
+    source = cfg.out_dir if best.name == checkpoint.MODEL_FILE else best
+    r.log.say(f"best validation loss {p.best_val_loss:.4f} at step {p.best_step}, in {best}; "
+              f"sample from it: {shlex.join(['python', 'sample.py', f'--out_dir={source}'])}")
     if p.best_step == 0 and p.step:
         r.log.warn("no evaluation was better than the one at step 0: try another --learning_rate "
                    "or more data")
@@ -428,7 +428,7 @@ def run_on(r: Run, changes: list[str]) -> None:
     r.log = logbook.Logbook(cfg.out_dir, p.step, cfg.max_iters, main_rank, wandb_run, tensorboard)
     for line in changes:
         r.log.say(line)
-    tell_plan(r)
+    plan.print_plan(r)
     if r.start.path or not cfg.overwrite:
         begin(r)
     ended, status = "failed", 1

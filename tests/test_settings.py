@@ -180,6 +180,12 @@ def test_the_best_model_is_kept_beside_the_latest(dataset, tmp_path, monkeypatch
     sample.main([*shlex.split(command)[2:], "--device=cpu", "--max_new_tokens=3"])
 
 
+def test_the_last_line_names_the_run_if_ckpt_is_the_best(dataset, tmp_path, monkeypatch, capsys):
+    status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, tmp_path / "out", always_save_checkpoint=False))
+    assert status == 0 and said.rstrip().endswith(f"python sample.py --out_dir={tmp_path}/out")
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_best_survives_a_change_of_always_save(dataset, tmp_path, monkeypatch, first):
     """It moves to the file that the resumed run keeps it in."""

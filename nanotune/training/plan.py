@@ -87,7 +87,7 @@ def describe_saves(model: torch.nn.Module, cfg: Any, world: World) -> list[str]:
     return lines
 
 
-def tell_plan(r: Any) -> None:
+def print_plan(r: Any) -> None:
     """Logs the plan of a run.Run and warns of likely mistakes; only rank 0 does."""
     cfg, p = r.cfg, r.progress
     if not r.world.is_main:
