@@ -36,7 +36,7 @@ def write(path, ids):
 # training
 
 @given(SIZES, SEEDS, st.integers(0, 5))
-def test_an_epoch_has_each_token_but_the_edges_as_a_target_once(count_up, sizes, seed, epoch):
+def test_each_token_except_at_the_edges_is_a_target_once_an_epoch(count_up, sizes, seed, epoch):
     n, T = sizes
     data = count_up(n, T, seed=seed)
     x, y = data.batch(epoch * data.n_blocks, data.n_blocks)
@@ -132,7 +132,7 @@ def test_the_windows_of_a_whole_split_have_each_target_once(count_up, sizes):
 
 
 @given(SIZES, st.integers(1, 40), SEEDS)
-def test_windows_are_evenly_spaced_whatever_the_seed(count_up, sizes, count, seed):
+def test_windows_are_evenly_spaced_and_the_same_for_any_seed(count_up, sizes, count, seed):
     n, T = sizes
     windows = count_up(n, T, seed=seed).windows(count)
     assert windows == count_up(n, T, seed=0).windows(count)

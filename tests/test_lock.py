@@ -148,4 +148,4 @@ def test_a_rank_stops_when_its_torchrun_is_killed(tmp_path):
         env=os.environ | {"TORCHELASTIC_RUN_ID": "none"})
     assert launcher.stdout.readline() == "began\n"
     launcher.send_signal(signal.SIGKILL)
-    assert launcher.communicate(timeout=60)[0] == "stopped\n"  # the end: the rank has ended
+    assert launcher.communicate(timeout=60)[0] == "stopped\n"  # at EOF the rank has ended

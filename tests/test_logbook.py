@@ -43,11 +43,11 @@ def test_skipped_steps_are_shown(log, capsys):
     assert capsys.readouterr().out.endswith("tok/s 200, 4 steps skipped by the scaler\n")
 
 
-def test_an_evaluation_is_logged_prints_nanogpts_line_and_draws_loss_png(tmp_path, log, capsys):
+def test_an_evaluation_prints_nanogpts_line_and_draws_loss_png_again(tmp_path, log, capsys):
     log.evaluation(0, 3.23408, 3.21561)
     assert capsys.readouterr().out == "step 0: train loss 3.2341, val loss 3.2156\n"
     assert lines(tmp_path) == [{"step": 0, "train_loss": 3.23408, "val_loss": 3.21561}]
-    assert not (tmp_path / "loss.png").exists()  # not for one point alone
+    assert not (tmp_path / "loss.png").exists()  # not drawn for one point
     log.evaluation(5, 3.1, 3.2)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -38,7 +38,7 @@ def idx():
 # the layers
 
 @pytest.mark.parametrize("fields", [{}, NEO, dict(bias=False)], ids=["gpt2", "neo", "no biases"])
-def test_adding_and_merging_adapters_does_not_change_the_logits(idx, fields):
+def test_adding_or_merging_adapters_does_not_change_the_logits(idx, fields):
     model = tiny_gpt(7, **fields)
     names, before = list(model.state_dict()), model.logits(idx)
     add_lora(model, rank=3)

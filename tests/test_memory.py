@@ -42,7 +42,7 @@ def uncompiled(rank=None):
 @pytest.fixture
 def torchao(monkeypatch):
     pytest.importorskip("torchao.optim")
-    monkeypatch.setattr(torch, "compile", torch.compile)  # put back at the end
+    monkeypatch.setattr(torch, "compile", torch.compile)  # restored at the end
     uncompiled()
 
 
@@ -255,7 +255,7 @@ def which_blocks_are_returned(pipe):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_tune_malloc_keeps_freed_memory_in_the_process():
-    """By default glibc keeps blocks of 3 MB and returns blocks of 40 MB. In a new process."""
+    """By default glibc keeps blocks of 3 MB and returns blocks of 40 MB. Runs in a new process."""
     here, there = multiprocessing.Pipe()
     process = server().Process(target=which_blocks_are_returned, args=(there,))
     process.start()

@@ -113,7 +113,7 @@ def test_dropout_is_drawn_only_in_training():
     assert torch.equal(first, again) and not torch.allclose(first, second)
 
 
-def test_dropout_is_applied_in_the_places_of_gpt2(monkeypatch):
+def test_dropout_is_applied_in_the_same_places_as_in_gpt2(monkeypatch):
     rates, attention = [], model_file.attention
 
     def spy_attention(q, k, v, mask, scale, dropout):
@@ -128,7 +128,7 @@ def test_dropout_is_applied_in_the_places_of_gpt2(monkeypatch):
     monkeypatch.setattr(model_file, "dropout", spy_dropout)
     model = tiny_gpt(61, dropout=0.25).train()
     model.logits(ids(1, 4))
-    # embeddings once; per layer attention's weights, its projection, the MLP's
+    # once after the embeddings; per layer: attention's weights, its projection, the MLP's
     assert rates == [("residual", 0.25)] + 2 * [("attention", 0.25), ("residual", 0.25),
                                                 ("residual", 0.25)]
     rates.clear()
@@ -218,7 +218,7 @@ def test_loss_without_targets_is_zero_and_so_are_its_gradients():
     assert loss == 0 and all(not g.any() for g in gradients.values())
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_other_weights_the_same():
+def test_a_frozen_head_gets_no_gradient_and_the_others_are_the_same():
     model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
     model.lm_head.weight.requires_grad_(False)
     _, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
@@ -283,7 +283,7 @@ def test_loss_never_has_all_logits_in_memory(monkeypatch):
     model, idx = tiny_gpt(500, n_embd=4, n_layer=1), ids(8, 16, vocab=500)
     with Largest() as seen:
         model(idx, idx).backward()
-    assert 8 * 500 <= seen.numel < 16 * 500  # there are 8 * 16 rows
+    assert 8 * 500 <= seen.numel < 16 * 500  # of 8 * 16 rows in all
     with Largest() as seen:
         reference_loss(model, idx, idx)
     assert seen.numel == 8 * 16 * 500        # Largest does see logits

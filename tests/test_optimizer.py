@@ -51,7 +51,7 @@ def groups_of(params):
 # stochastic rounding
 
 @pytest.mark.parametrize("value", [1.001, -1.001, 3e-5, -0.7071, 255.9])
-def test_rounding_gives_a_neighbour_and_the_value_on_average(value):
+def test_rounding_gives_one_of_two_neighbours_and_is_right_on_average(value):
     torch.manual_seed(0)
     rounded = round_stochastically(torch.full((100_000,), value)).float()
     ulp = abs(value) * 2**-7
@@ -119,7 +119,7 @@ def test_bfloat16_weights_train_as_float32_ones():
         one.step()
         other.step()
     drift = (ours[0].float() - theirs[0]).detach()
-    assert drift.abs().mean() < 0.01 and abs(drift.mean().item()) < 1e-3  # of 0.1 in all
+    assert drift.abs().mean() < 0.01 and abs(drift.mean().item()) < 1e-3  # in steps of 0.01
     state = one.state[ours[0]]
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
     torch.testing.assert_close(state["exp_avg_sq"], other.state[theirs[0]]["exp_avg_sq"])

@@ -63,7 +63,7 @@ def open_page(browser):
 
 
 def generate(page, wait=True, **fields):
-    """Fills in the form and presses Generate; returns the texts of each column."""
+    """Fill in the form and press Generate; return the texts of each column."""
     for name, value in ({"prompt": "Line", "max_tokens": 20} | fields).items():
         page.locator(f"[name={name}]").fill(str(value))
     page.locator("#go").click()
@@ -150,7 +150,7 @@ def test_the_page_can_be_used_by_keyboard_alone(server, open_page):
     assert page.locator("#tip").is_visible() and page.locator("#tip").inner_text() != first
     page.evaluate("scrollBy(0, 20)")
     page.evaluate("new Promise(requestAnimationFrame)")
-    page.keyboard.press("ArrowRight")  # continues after the page has scrolled
+    page.keyboard.press("ArrowRight")  # also after scrolling
     assert page.locator(".sample span").nth(3).get_attribute("class") == "at"
     assert page.locator(".at").count() == 1
 
@@ -299,7 +299,7 @@ def chat_server():
 
 
 def say(page, text, wait=True):
-    """Sends a message; returns turns(), or None if not `wait`."""
+    """Send a message; return turns(), or None if not `wait`."""
     page.locator("[name=message]").fill(text)
     page.keyboard.press("Enter")
     return turns(page) if wait else None

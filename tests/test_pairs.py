@@ -41,7 +41,7 @@ def test_each_pair_is_read_once_an_epoch(tmp_path, global_batch):
 
 
 @given(n=st.integers(1, 60), size=st.integers(1, 20), epoch=st.integers(0, 9))
-def test_batches_of_similar_lengths_continue_across_epochs(n, size, epoch):
+def test_batches_of_similar_lengths_may_span_two_epochs(n, size, epoch):
     """For any sizes, an epoch is a permutation, and its full batches do not overlap in length."""
     rng = np.random.RandomState(n)
     data = SimpleNamespace(lengths=np.zeros((n, 2)), seed=0, global_batch=size,

@@ -16,7 +16,7 @@ ALONE = World(rank=0, size=1, device=CPU)
 FOUR = World(rank=0, size=4, device=CPU)
 
 
-def test_bytes_are_printed_with_three_digits_and_a_unit():
+def test_bytes_are_printed_with_a_unit_and_at_most_three_digits():
     assert [spell_bytes(n) for n in (0, 999, 1000, 27_400, 999_400_000, 1_494_000_000)] == [
         "0 bytes", "999 bytes", "1 kB", "27 kB", "999 MB", "1.49 GB"]
 

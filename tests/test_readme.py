@@ -163,7 +163,7 @@ def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf, t5_folders):
 
 
 def status_of(monkeypatch, script, arguments):
-    """Runs a script in this process; returns its exit status."""
+    """Run a script in this process; return its exit status."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("Line 1\n"))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     try:
@@ -278,7 +278,7 @@ def test_links_and_anchors_exist(name):
 
 
 def test_these_checks_find_wrong_commands_and_anchors():
-    """An unknown flag of torchrun, an unknown target of make; how code and anchors are found."""
+    """An unknown flag of torchrun or target of make is an error; code and anchors are found."""
     assert runs_of("torchrun --nproc_per_node=2 train.py --x=1") == [("train.py", ["--x=1"])]
     with pytest.raises(SystemExit):
         runs_of("torchrun --processes=2 train.py")

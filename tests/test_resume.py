@@ -36,7 +36,7 @@ FIELDS = dict(lr_decay_iters=6, warmup_iters=2, min_lr=1e-3, dropout=0.2)
 
 
 class Crash(BaseException):
-    """Ends the run as a crash would: no code under test catches it."""
+    """Ends the run like a crash: the code under test does not catch it."""
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, out, capsys):
 
 
 # -----------------------------------------------------------------------------
-# a resume that would be another run
+# a resume with other options or data
 
 @pytest.mark.parametrize("changed, told", [
     ({"seed": 5}, r"seed was 1337, now 5"),

@@ -59,7 +59,7 @@ def assert_same_weights(a, b):
 
 
 def flip(path):
-    """Flips a bit of a weight in a checkpoint, which torch.load alone would not notice."""
+    """Flip a bit of a weight in a checkpoint, which torch.load alone would not notice."""
     data = bytearray(path.read_bytes())
     weight = files.load(path)["model"]["transformer.wpe.weight"]
     at = data.index(weight.numpy().tobytes())
@@ -233,7 +233,7 @@ def test_a_state_alone_can_be_moved_and_resumed(whole, dataset, tmp_path, monkey
 @pytest.mark.parametrize("spoil", ["missing", "of run", "damaged"])
 def test_a_best_model_that_is_missing_foreign_or_damaged_is_replaced(dataset, out, tmp_path,
                                                                      monkeypatch, capsys, spoil):
-    """A worse model replaces it; otherwise none would ever be saved as the best."""
+    """The next evaluation writes best.pt, even if its loss is not the lowest so far."""
     if spoil == "of run":
         run_train(dataset, tmp_path / "other", max_iters=0)
         shutil.copy(tmp_path / "other/best.pt", out / "best.pt")

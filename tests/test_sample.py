@@ -154,7 +154,7 @@ def test_a_stop_text_in_the_prompt_stops_nothing(chars, samples):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo terminals are POSIX's")
-def test_on_a_terminal_each_character_comes_once(json_run, samples):
+def test_on_a_terminal_each_character_is_printed_once(json_run, samples):
     options = dict(start="Line é", num_samples=1, max_new_tokens=50, temperature=1.5, top_k=0)
     text, = samples(json_run, **options)
     assert "\ufffd" in text  # some bytes are not a character

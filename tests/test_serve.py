@@ -31,7 +31,7 @@ def texts(answer):
 # -----------------------------------------------------------------------------
 # completions
 
-def test_an_answer_has_the_form_of_openais(server):
+def test_an_answer_has_openais_form(server):
     answer = complete(server, model="chars", prompt="Line", max_tokens=5, seed=1)
     assert answer["object"] == "text_completion" and answer["model"] == "chars"
     assert answer["id"].startswith("cmpl-") and answer["created"] > 1.7e9
@@ -361,7 +361,7 @@ def test_a_server_that_is_closed_ends_its_generations():
     with served({"slow": model}) as server:
         answer = start_request(server, max_tokens=2000, stream=True).getresponse()
         wait_until(lambda: model.fast.steps > 2)
-    assert b"[DONE]" not in answer.read()  # tells the client that the answer is incomplete
+    assert b"[DONE]" not in answer.read()  # so the client knows that it is incomplete
     assert model.fast.steps < 1000
     assert not any(thread.name.startswith("engine slow") for thread in threading.enumerate())
 

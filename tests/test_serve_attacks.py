@@ -219,7 +219,7 @@ def test_a_client_that_sends_byte_by_byte_is_disconnected(server, monkeypatch):
 
 
 def drip(connection):
-    """Sends a byte every 0.05 s until the server closes the connection; returns their number."""
+    """Send a byte every 0.05 s until the server closes the connection; return their number."""
     for count in range(200):
         try:
             connection.sendall(b"a")

@@ -42,7 +42,7 @@ def talk(server, messages=HI, **fields):
     return complete(server, PATH, messages=messages, **fields)
 
 
-def test_an_answer_and_its_stream_have_the_form_of_openais(server, answers):
+def test_an_answer_and_its_stream_have_openais_form(server, answers):
     prompts = answers(f"  Hello\nyou. {END}User: more")
     messages = [{"role": "system", "content": "Be kind."}, *HI,
                 {"role": "assistant", "content": "Yes?", "refusal": None},

@@ -95,7 +95,7 @@ def test_options_that_a_resume_cannot_change_are_refused(out, argv, told, monkey
 
 def test_the_same_command_with_auto_resume_starts_and_resumes(dataset, tmp_path, monkeypatch,
                                                               capsys):
-    """--init_from stays the model that the run started from."""
+    """The run keeps the --init_from that it started from."""
     base, out = tmp_path / "base", tmp_path / "out"
     assert run_train(dataset, base, max_iters=1) == 0
     for steps in (2, 3):

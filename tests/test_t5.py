@@ -117,7 +117,7 @@ def greedy(model, prompts, new=12, **options):
     return torch.stack(list(stream(model, prompts, new, temperature=0, **options)), 1)
 
 
-PROMPTS = [[5, 9, 33, 1], [7, 8], [*range(2, 40), 1]]  # the second has no end token yet
+PROMPTS = [[5, 9, 33, 1], [7, 8], [*range(2, 40), 1]]  # the second gets its end token
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -206,7 +206,8 @@ def test_an_export_equals_the_model_of_transformers(shape, make_t5, tmp_path):
     ("relu, tied", True, True), ("gated, untied", False, False)])
 def test_config_files_of_transformers_4_and_5_are_read(style, shape, scale, tied, make_t5,
                                                        write_hf):
-    """In 4.x tie_word_embeddings also means scaled; 5.x always ties, with a field for scaling."""
+    """In 4.x tie_word_embeddings also says whether to scale the head. In 5.x it is always true, and
+    scale_decoder_outputs says whether to scale."""
     theirs, ours = make_t5(shape)
     said = (dict(tie_word_embeddings=tied, scale_decoder_outputs=None) if style == "4.x"
             else dict(tie_word_embeddings=True, scale_decoder_outputs=scale))

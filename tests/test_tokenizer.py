@@ -135,7 +135,7 @@ def test_a_vocabulary_without_end_of_text_has_no_eot():
 
 
 # -----------------------------------------------------------------------------
-# one encoder: data, prompts and transformers give the assert_same ids
+# one encoder: data, prompts and transformers give the same ids
 
 N = JSON.n_vocab  # the id of START; that of PAD is N + 1
 

@@ -15,7 +15,7 @@ from nanotune.generation.fast import pack
 CPU = torch.device("cpu")
 
 
-def test_a_cpu_is_taken_for_one_without_bfloat16_if_torch_cannot_tell(monkeypatch):
+def test_without_torchs_checks_of_the_cpu_bfloat16_is_not_used(monkeypatch):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
     assert torch_private.cpu_has_bfloat16() is False

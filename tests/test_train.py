@@ -111,7 +111,7 @@ def test_the_rate_rises_then_falls_for_any_warmup_decay_and_max_iters(warmup, de
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_batch_of_eight_equals_eight_micro_batches_of_one(tmp_path, dataset, masked):
-    if masked:  # long parts without targets, so micro-batches have unequal numbers of them
+    if masked:  # long parts have no target: micro-batches have unequal numbers of them
         keep = np.repeat(np.random.RandomState(0).rand(50) < 0.4, 40)
         keep.astype(np.uint8).tofile(dataset / "train.mask.bin")
     shapes = ((8, 1), (1, 8), (2, 4))
@@ -495,7 +495,7 @@ def test_a_new_run_can_start_from_the_weights_of_nanogpt(tmp_path, dataset, out)
     assert files.load(out / "ckpt.pt")["model_args"]["activation"] == "gelu"
 
 
-def test_block_size_is_1024_by_default(tmp_path, out):
+def test_block_size_from_scratch_is_1024_by_default(tmp_path, out):
     dataset = write_dataset(tmp_path / "long", n_train=4000, n_val=1100)
     assert set_up(dataset, out, block_size=None).model.config.block_size == 1024
     assert set_up(dataset, out, block_size=5).model.config.block_size == 5
