@@ -184,7 +184,7 @@ def test_a_resume_refuses_another_optimizer_or_dtype_of_weights(dataset, tmp_pat
 @pytest.mark.parametrize("fields, said", [
     (dict(weights="float16"), "--weights=float16: use float32 or bfloat16"),
     (dict(optimizer="sgd"), "--optimizer=sgd: use adamw, adamw8bit or adafactor"),
-])
+], ids=str)
 def test_unknown_weights_and_optimizers_are_refused(dataset, tmp_path, monkeypatch, capsys, fields,
                                                     said):
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(

@@ -139,7 +139,7 @@ def test_dropout_is_applied_in_the_same_places_as_in_gpt2(monkeypatch):
 @pytest.mark.parametrize("fields, message", [
     (dict(n_embd=17), "n_embd=17 must be a multiple of n_head=2"),
     (dict(activation="relu"), "activation 'relu'.*gelu_tanh or gelu"),
-])
+], ids=str)
 def test_bad_sizes_and_activations_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         tiny_gpt(61, **fields)

@@ -300,16 +300,22 @@ def test_foreign_cut_and_missing_files_are_refused(refused, make_onnx, tmp_path)
 
 def changed(**fields):
     """A function that changes these fields of the config in the metadata."""
-    return lambda held: held | {"config": held["config"] | fields}
+    def change(held):
+        return held | {"config": held["config"] | fields}
+    change.__name__ = str(fields)  # the id of the test
+    return change
 
 
 @pytest.mark.parametrize("change", [
     "{", "[]", '"x"', "null", "5", pytest.param("[" * 100_000, id="nested"),
-    lambda held: {"tokenizer": None},
-    lambda held: {"config": held["config"]}, lambda held: held | {"config": [1]},
-    lambda held: held | {"config": None}, lambda held: held | {"tokenizer": 5},
-    lambda held: held | {"tokenizer": {"kind": "characters"}},
-    lambda held: held | {"tokenizer": {"kind": "characters", "itos": 5}}, changed(unknown=1),
+    pytest.param(lambda held: {"tokenizer": None}, id="no config"),
+    pytest.param(lambda held: {"config": held["config"]}, id="no tokenizer"),
+    pytest.param(lambda held: held | {"config": [1]}, id="config=[1]"),
+    pytest.param(lambda held: held | {"config": None}, id="config=None"),
+    pytest.param(lambda held: held | {"tokenizer": 5}, id="tokenizer=5"),
+    pytest.param(lambda held: held | {"tokenizer": {"kind": "characters"}}, id="no itos"),
+    pytest.param(lambda held: held | {"tokenizer": {"kind": "characters", "itos": 5}}, id="itos=5"),
+    changed(unknown=1),
     changed(n_head=0), changed(n_head="x"), changed(block_size=0), changed(block_size="x"),
     changed(n_head=4), changed(n_embd=64), changed(n_layer=3), changed(n_layer=1),
     changed(vocab_size=9), changed(vocab_size=True),

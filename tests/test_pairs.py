@@ -105,7 +105,7 @@ def test_evaluation_reads_all_or_evenly_spaced_pairs_the_longest_first(tmp_path)
     assert data.windows(1) == [0]
 
 
-def write_an_id_beyond_the_vocabulary(folder):
+def spoil_ids(folder):
     tokens = np.fromfile(folder / "train.bin", "<u2")
     tokens[7] = 61
     tokens.tofile(folder / "train.bin")
@@ -120,7 +120,7 @@ def test_bad_files_are_refused(tmp_path):
         assert all(word in str(error.value) for word in said)
 
     lengths = tmp_path / "train.pairs.bin"
-    refused(write_an_id_beyond_the_vocabulary, "token 7 is 61", "vocabulary of 61")
+    refused(spoil_ids, "token 7 is 61", "vocabulary of 61")
     refused(lambda folder: lengths.write_bytes(lengths.read_bytes()[:-8]), "are not of one run")
     refused(lambda folder: lengths.write_bytes(b"\0" * 7), "are not of one run")
     refused(lambda folder: lengths.unlink(), "plain text", "data/pairs/prepare.py")

@@ -252,7 +252,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, out, capsys):
     ({"batch_size": 3}, r"global batch was 4, now 6"),
     ({"gradient_accumulation_steps": 1, "seed": 7},
      r"seed was 1337, now 7; global batch was 4, now 2"),
-])
+], ids=str)
 def test_a_resume_with_another_seed_or_batch_is_refused_unless_forced(whole, out, monkeypatch,
                                                                       capsys, changed, told):
     dataset, expected = whole

@@ -351,7 +351,7 @@ def test_the_path_of_a_checkpoint_is_accepted_as_a_model(chars, samples):
     ({"init_from": "x.pt"}, r"x.pt does not exist"), ({"init_from": "note.txt"}, "is a file"),
     ({"init_from": "a/b/c"}, "a/b/c does not exist"), ({"init_from": ""}, " does not exist|holds"),
     ({"init_from": "../gpt2"}, "../gpt2 does not exist"),
-])
+], ids=str)
 def test_a_name_that_is_not_a_hub_id_is_never_downloaded(chars, options, message, tmp_path,
                                                          monkeypatch):
     def asked(*args, **kwargs):
@@ -376,7 +376,7 @@ def test_a_model_without_a_tokenizer_is_refused(write_hf):
 
 
 def test_speed_is_given_for_all_tokens_and_for_the_later_half():
-    times = [0.0, 4.0, 5.0, 6.0, 7.0, 7.5, 8.0, 8.5, 9.0]  # the first token took four seconds
+    times = [0.0, 4.0, 5.0, 6.0, 7.0, 7.5, 8.0, 8.5, 9.0]  # the first took four seconds
     assert sample.speed(times, 10) == "80 tokens in 9.00 s, 8.9 a second (the later half at 20.0)"
     assert sample.speed([0.0, 2.0], 1) == "1 tokens in 2.00 s, 0.5 a second"
 

@@ -201,7 +201,7 @@ def test_unsupported_fields_are_accepted_with_values_that_have_no_effect(server)
     ({"prompt": ["L", "é"]}, "prompt", "the character 'é' is not in the model's vocabulary"),
     ({"prompt": "\ud83d"}, "prompt", "half of a surrogate pair"),
     ({"prompt": ""}, "prompt", "prompt 1 is empty"), ({"model": 3}, "model", "must be a string"),
-])
+], ids=lambda value: str(value)[:60])
 def test_bad_fields_are_named(server, body, param, message):
     error = refusal(server, {"prompt": "L"} | body)
     assert error["param"] == param and message in error["message"]
@@ -435,7 +435,7 @@ def test_models_are_named_after_their_folders_and_files():
     (["--port=65536"], "--port=65536 must be in"), (["--out_dir=,"], "no model given"),
     (["--port=0", "--out_dir=out-none"], "out-none does not exist"),
     (["--port=0", "--host=host.invalid", "--token=" + "a" * 20], "cannot listen on host.invalid"),
-])
+], ids=str)
 def test_bad_options_are_refused(argv, message):
     with pytest.raises(UserError, match=message) as error:
         serve.main(argv)

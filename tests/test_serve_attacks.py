@@ -172,7 +172,8 @@ def test_a_second_request_on_a_connection_is_not_read(server):
     (b"\0\xff\x16\x03\x01\r\n\r\n", {400}), (b"GET / HTTP/9.9\r\n\r\n", {505}),
     (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", {404}),
     (b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n", {501}),
-])
+], ids=["long path", "long header", "200 headers", "500,000 headers", "45 kB of headers", "binary",
+        "unknown version", "bad URL", "unknown method"])
 def test_bad_and_large_headers_are_refused(server, request_, statuses):
     answer = send(server, request_)
     assert status_of(answer) in statuses
@@ -198,7 +199,7 @@ def test_a_body_that_is_not_json_is_refused(server, body):
     (b'{"n": ' + b"[" * 900 + b"]" * 900 + b"}", "n"),
     (b'{"' + b"a" * 200_000 + b'": 1}', "a" * 99),
     (b'{"prompt": "' + b"L" * 200_000 + b'"}', "prompt"),
-])
+], ids=lambda value: str(value)[:60])
 def test_json_that_is_not_a_request_is_refused(server, body, param):
     error = refusal(server, body)
     assert error["param"] == param and len(error["message"]) < 300

@@ -134,7 +134,7 @@ def test_the_oldest_messages_are_dropped_if_the_context_is_full(server, answers)
     ({"temperature": 11}, "temperature", "at most 10"), ({"stop": ["a"] * 5}, "stop", "up to 4"),
     ({"stream": 1}, "stream", "true or false"),
     ({"model": "plain"}, "model", "plain has no chat template"),
-])
+], ids=lambda value: str(value)[:60])
 def test_bad_requests_are_refused(server, body, param, message):
     status, _, content = ask(server, "POST", PATH, {"messages": HI} | body)
     error = json.loads(content)["error"]

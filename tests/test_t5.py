@@ -286,7 +286,7 @@ def test_unsupported_configs_are_refused(fields, said, write_hf):
     (lambda t: t.pop("decoder.final_layer_norm.weight"), ("no tensor for decoder.ln_f.weight",)),
     (lambda t: [t.pop(k) for k in list(t) if k.startswith("decoder")], ("no tensor for",)),
     (lambda t: t["shared.weight"].fill_(float("nan")), ("shared.weight", "NaN")),
-])
+], ids=["embeddings differ", "no last norm", "no decoder", "NaN"])
 def test_damaged_or_incomplete_weights_are_refused(change, said, write_hf):
     theirs = hf_t5()
     tensors = old_file(tensors_of(theirs))

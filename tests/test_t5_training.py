@@ -175,7 +175,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(fields, tmp_path, capsys):
     (dict(init_from="scratch"), "holds pairs of a source and a target, for T5"),
     (dict(sample_interval=1, sample_start=""), "--sample_start has no tokens"),
     (dict(target_length=0), "--target_length=0 must be at least 1"),
-])
+], ids=str)
 def test_options_that_a_t5_excludes_are_refused(fields, tmp_path, monkeypatch, capsys, options,
                                                 said):
     argv = arguments(fields.pop("dataset"), tmp_path / "out", **fields | options)
