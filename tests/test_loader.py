@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step): properties over many sizes, and files refused."""
+"""Batches of plain text are a pure function of seed and step; bad .bin files are refused."""
 import numpy as np
 import pytest
 import torch
@@ -15,7 +15,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @pytest.fixture(scope="module")
 def count_up(tmp_path_factory):
-    """count_up(n, T, ...) is a TokenBin of the tokens 0, 1, ..., n - 1: an id says its place."""
+    """count_up(n, T, ...): a TokenBin of the tokens 0, 1, ..., n - 1. An id is its own position."""
     folder = tmp_path_factory.mktemp("bins")
 
     def make(n, block_size, mask=None, **options):
@@ -36,7 +36,7 @@ def write(path, ids):
 # training
 
 @given(SIZES, SEEDS, st.integers(0, 5))
-def test_each_token_is_a_target_once_an_epoch(count_up, sizes, seed, epoch):
+def test_each_token_except_at_the_edges_is_a_target_once_an_epoch(count_up, sizes, seed, epoch):
     n, T = sizes
     data = count_up(n, T, seed=seed)
     x, y = data.batch(epoch * data.n_blocks, data.n_blocks)
@@ -47,13 +47,13 @@ def test_each_token_is_a_target_once_an_epoch(count_up, sizes, seed, epoch):
     assert set(targets) <= set(range(1, n))
     left = (n - 1) - len(targets)
     assert left < 2 * T
-    # and what is left out lies at the edges
+    # the tokens left out are at the edges
     assert sorted(targets) == list(range(min(targets), max(targets) + 1))
 
 
 @settings(max_examples=12)
 @given(st.tuples(st.integers(2, 60), st.integers(1, 12)).filter(lambda s: s[0] >= s[1] + 1), SEEDS)
-def test_no_token_is_left_out_of_every_epoch(count_up, sizes, seed):
+def test_each_token_is_a_target_in_some_epoch(count_up, sizes, seed):
     n, T = sizes
     data = count_up(n, T, seed=seed)
     seen = set()
@@ -74,7 +74,7 @@ def test_a_global_batch_is_the_same_however_it_is_split(count_up, sizes, seed, s
 
 
 @given(SIZES, SEEDS, st.integers(1, 120))
-def test_any_step_is_reached_directly(count_up, sizes, seed, far):
+def test_a_step_can_be_read_without_the_steps_before_it(count_up, sizes, seed, far):
     n, T = sizes
     walked = count_up(n, T, seed=seed)
     for first in range(0, far + 1, 7):
@@ -83,7 +83,7 @@ def test_any_step_is_reached_directly(count_up, sizes, seed, far):
     assert all(torch.equal(a, b) for a, b in zip(last, direct))
 
 
-def test_seeds_and_epochs_differ(count_up):
+def test_the_order_differs_among_seeds_and_epochs(count_up):
     data, other = count_up(400, 8, seed=1), count_up(400, 8, seed=2)
     N = data.n_blocks
     first, second = data.batch(0, N)[0], data.batch(N, N)[0]
@@ -92,8 +92,8 @@ def test_seeds_and_epochs_differ(count_up):
     assert phases == set(range(data.n_phases))
 
 
-def test_the_order_stays_what_it_was():
-    """A run resumes under another version: these are the positions that this one gives."""
+def test_the_order_is_the_same_in_every_version():
+    """A run must resume exactly under a later version, so the positions are fixed here."""
     data = object.__new__(TokenBin)
     data.seed, data.n_phases, data.n_blocks, data.block_size = 1337, 16, 10, 8
     expected = np.random.RandomState([1337, 3])
@@ -102,7 +102,7 @@ def test_the_order_stays_what_it_was():
     assert data.position(30) == 65
 
 
-def test_a_batch_across_the_border_of_epochs(count_up):
+def test_a_batch_can_span_two_epochs(count_up):
     data = count_up(100, 10, seed=3)
     N = data.n_blocks
     across = data.batch(N - 2, 5)[0]
@@ -110,7 +110,7 @@ def test_a_batch_across_the_border_of_epochs(count_up):
     assert torch.equal(across[2:], count_up(100, 10, seed=3).batch(N, 3)[0])
 
 
-def test_one_block_exactly(count_up):
+def test_a_file_of_exactly_one_block_gives_that_block_in_each_row(count_up):
     data = count_up(11, 10)
     x, y = data.batch(0, 3)
     assert x.tolist() == [list(range(10))] * 3 and y.tolist() == [list(range(1, 11))] * 3
@@ -121,7 +121,7 @@ def test_one_block_exactly(count_up):
 # evaluation
 
 @given(SIZES)
-def test_the_whole_split_holds_each_target_once(count_up, sizes):
+def test_the_windows_of_a_whole_split_have_each_target_once(count_up, sizes):
     n, T = sizes
     data = count_up(n, T)
     starts = data.windows(0)
@@ -132,7 +132,7 @@ def test_the_whole_split_holds_each_target_once(count_up, sizes):
 
 
 @given(SIZES, st.integers(1, 40), SEEDS)
-def test_windows_are_fixed_and_evenly_spaced(count_up, sizes, count, seed):
+def test_windows_are_evenly_spaced_and_the_same_for_any_seed(count_up, sizes, count, seed):
     n, T = sizes
     windows = count_up(n, T, seed=seed).windows(count)
     assert windows == count_up(n, T, seed=0).windows(count)
@@ -148,7 +148,7 @@ def test_windows_are_fixed_and_evenly_spaced(count_up, sizes, count, seed):
         assert gaps.min() >= T and gaps.max() - gaps.min() <= 1
 
 
-def test_reading_for_evaluation_leaves_the_training_order(count_up):
+def test_reading_for_evaluation_does_not_change_the_training_order(count_up):
     data = count_up(200, 8, seed=5)
     before = data.batch(10, 4)
     data.read(data.windows(7))
@@ -159,7 +159,7 @@ def test_reading_for_evaluation_leaves_the_training_order(count_up):
 # masks
 
 @given(SIZES, st.integers(0, 40), st.integers(1, 9), st.randoms(use_true_random=False))
-def test_masked_tokens_are_no_targets(count_up, sizes, first, size, random):
+def test_masked_tokens_are_not_targets(count_up, sizes, first, size, random):
     n, T = sizes
     mask = [random.choice((0, 1, 255)) for _ in range(n)]
     plain, masked = count_up(n, T, seed=4), count_up(n, T, mask, seed=4)
@@ -188,7 +188,7 @@ def refuse(path, message, block_size=4, vocab_size=50):
     assert "\n" not in str(error.value) and "train.bin" in str(error.value)
 
 
-def test_bad_files(bin_path):
+def test_missing_empty_odd_and_short_files_are_refused(bin_path):
     text = r"run: python data/text/prepare.py --input=FILE_OR_FOLDER --out_dir=data/mine"
     refuse(bin_path, f"train.bin does not exist; {text}")
     bin_path.write_bytes(b"")
@@ -203,14 +203,14 @@ def test_bad_files(bin_path):
     write(bin_path, [7])
     with pytest.raises(UserError, match=r"has 1 tokens.*needs more text") as error:
         TokenBin(bin_path, 4, 50)
-    assert "--block_size" not in str(error.value)  # none would do
+    assert "--block_size" not in str(error.value)  # no block size would fit
 
 
-def test_an_id_beyond_the_vocabulary(bin_path, monkeypatch):
+def test_an_id_beyond_the_vocabulary_is_refused(bin_path, monkeypatch):
     write(bin_path, list(range(40)) + [49, 50, 65535] + [0] * 40)
     refuse(bin_path, r"train.bin: token 41 is 50, beyond the model's vocabulary of 50")
     assert len(TokenBin(bin_path, 4, 65536)) == 83
-    monkeypatch.setattr(loader, "SCAN_LIMIT", 10)  # a large file: found when it is read
+    monkeypatch.setattr(loader, "SCAN_LIMIT", 10)  # large files: checked as they are read
     data = TokenBin(bin_path, 4, 50)
     data.read([(0, 0), (36, 0)])
     for start in (37, 38, 41):
@@ -219,13 +219,13 @@ def test_an_id_beyond_the_vocabulary(bin_path, monkeypatch):
 
 
 @pytest.mark.parametrize("length", [0, 9, 11, 20])
-def test_a_mask_of_another_length(bin_path, length):
+def test_a_mask_of_another_length_is_refused(bin_path, length):
     write(bin_path, range(10))
     bin_path.with_suffix(".mask.bin").write_bytes(b"\1" * length)
     refuse(bin_path, rf"train.mask.bin has {length} entries for the 10 tokens")
 
 
-def test_the_fingerprint_tells_any_change(tmp_path, monkeypatch):
+def test_the_fingerprint_changes_with_any_token_or_mask(tmp_path, monkeypatch):
     path, tokens = tmp_path / "train.bin", np.arange(100, dtype="<u2")
 
     def fingerprint(tokens, mask=None):
@@ -246,15 +246,15 @@ def test_the_fingerprint_tells_any_change(tmp_path, monkeypatch):
         assert len(set(found)) == len(found) and fingerprint(tokens) == found[0]
 
 
-def test_the_fingerprint_of_a_large_file_reads_parts_of_it(monkeypatch):
+def test_the_fingerprint_of_a_large_file_reads_only_parts_of_it(monkeypatch):
     sizes = []
     monkeypatch.setattr(bin_files.zlib, "crc32", lambda data, crc: sizes.append(data.nbytes) or 0)
     data = TokenBin("a name", 4, 2, tokens=np.broadcast_to(np.uint16(1), 10**9))
     assert data.fingerprint == (10**9, 0)
-    assert 32 * 2**20 < sum(sizes) * 3 / 2 <= 64 * 2**20  # with a mask half as much again
+    assert 32 * 2**20 < sum(sizes) * 3 / 2 <= 64 * 2**20  # a mask adds half as much
 
 
-def test_dataset_folder(tmp_path, monkeypatch):
+def test_a_dataset_is_found_by_name_or_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "books" / "old").mkdir(parents=True)
     write(tmp_path / "data" / "books" / "old" / "train.bin", [1, 2])

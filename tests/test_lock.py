@@ -19,7 +19,7 @@ from nanotune.training import logbook
 
 
 @pytest.fixture(autouse=True)
-def in_a_hurry(monkeypatch):
+def short_waits(monkeypatch):
     monkeypatch.setattr(files, "RETRY", 0.2)
     monkeypatch.setattr(logbook, "draw", lambda *args: None)
 
@@ -33,7 +33,7 @@ def no_locks_here(*args):
 
 
 def without_flock(monkeypatch, how):
-    """As on Windows (None), or on a file system without locks."""
+    """Simulate Windows, which has no fcntl, or a file system without locks."""
     if how == "windows":
         monkeypatch.setattr(files, "fcntl", None)
     elif how == "no locks":
@@ -47,8 +47,8 @@ WAYS = pytest.mark.parametrize("way", [
 
 
 @WAYS
-def test_a_second_run_is_refused(dataset, tmp_path, monkeypatch, capsys, way):
-    """The line names the first one's host and pid; nothing is changed."""
+def test_a_second_run_in_a_folder_is_refused(dataset, tmp_path, monkeypatch, capsys, way):
+    """The error names the host and pid of the first run; the folder is not changed."""
     out = tmp_path / "out"
     run_train(dataset, out)
     without_flock(monkeypatch, way)
@@ -72,14 +72,14 @@ def test_reading_a_run_needs_no_lock(dataset, tmp_path):
         train.main(arguments(dataset, out, init_from="resume", eval_only=True))
 
 
-def test_a_run_that_could_not_begin_frees_the_lock(dataset, tmp_path, monkeypatch, capsys):
+def test_a_run_that_fails_to_start_releases_the_lock(dataset, tmp_path, monkeypatch, capsys):
     argv = arguments(dataset, tmp_path / "out", sample_interval=1, sample_start="")
     with pytest.raises(UserError, match="sample_start has no tokens"):
         train.main(argv)
     assert run_train(dataset, tmp_path / "out", max_iters=0) == 0
 
 
-def test_a_new_run_waits_for_one_that_is_ending(tmp_path, monkeypatch):
+def test_a_new_run_waits_for_one_that_is_about_to_end(tmp_path, monkeypatch):
     first = files.lock(tmp_path)
     first.__enter__()
     waited = []
@@ -89,13 +89,13 @@ def test_a_new_run_waits_for_one_that_is_ending(tmp_path, monkeypatch):
         assert len(waited) == 1
 
 
-def test_without_flock_the_heartbeat_counts(dataset, tmp_path, monkeypatch):
-    """A live process is found although it took the lock long ago; a killed one is not."""
+def test_without_flock_a_heartbeat_keeps_the_lock(dataset, tmp_path, monkeypatch):
+    """A running process keeps its lock for any time; the lock of a killed one expires."""
     monkeypatch.setattr(files, "fcntl", None)
     with monkeypatch.context() as patch:
         patch.setattr(files, "STALE", 0.6)
         with files.lock(tmp_path):
-            time.sleep(1)  # older than STALE, but for the heartbeat
+            time.sleep(1)  # without the heartbeat the lock would be stale
             with pytest.raises(UserError, match="is in use"), files.lock(tmp_path):
                 pass
     (tmp_path / ".lock").write_text("process 1 on a machine that went down")
@@ -105,7 +105,8 @@ def test_without_flock_the_heartbeat_counts(dataset, tmp_path, monkeypatch):
     assert run_train(dataset, tmp_path, max_iters=0) == 0
 
 
-def test_a_lock_file_that_cannot_be_opened_is_one_line(dataset, tmp_path, monkeypatch, capsys):
+def test_a_lock_file_that_cannot_be_opened_is_a_one_line_error(dataset, tmp_path, monkeypatch,
+                                                               capsys):
     (tmp_path / "out/.lock").mkdir(parents=True)
     status, _, err = run_script(monkeypatch, capsys, train.main,
                                 arguments(dataset, tmp_path / "out"))
@@ -124,7 +125,7 @@ def test_two_writers_of_one_file_write_two_temporary_files(tmp_path):
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("state.pt", b"the first")]
 
 
-def test_what_an_interrupted_save_left_is_removed(dataset, tmp_path):
+def test_temporary_files_of_an_interrupted_save_are_removed(dataset, tmp_path):
     out = tmp_path / "out"
     run_train(dataset, out, max_iters=0)
     for name in ("state.pt.tmp", "ckpt.pt.0123abcd.tmp", "run.json.0.tmp", "metrics.jsonl.0.tmp"):
@@ -134,17 +135,17 @@ def test_what_an_interrupted_save_left_is_removed(dataset, tmp_path):
     assert [path.name for path in out.glob("*.tmp")] == ["mine.tmp"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows does not tell that a parent is gone")
-def test_a_rank_stops_when_its_torchrun_is_gone(tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="on Windows getppid() does not change")
+def test_a_rank_stops_when_its_torchrun_is_killed(tmp_path):
     rank = ("import signal, sys, time; from nanotune.cli import run\n"
             "def main(argv):\n"
             "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped')))\n"
             "    print('began', flush=True); time.sleep(600)\n"
             "run(main)")
-    agent = subprocess.Popen(
+    launcher = subprocess.Popen(
         [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])",
          sys.executable, "-c", rank], stdout=subprocess.PIPE, text=True, cwd=REPO,
         env=os.environ | {"TORCHELASTIC_RUN_ID": "none"})
-    assert agent.stdout.readline() == "began\n"
-    agent.send_signal(signal.SIGKILL)
-    assert agent.communicate(timeout=60)[0] == "stopped\n"  # until the rank has closed it too
+    assert launcher.stdout.readline() == "began\n"
+    launcher.send_signal(signal.SIGKILL)
+    assert launcher.communicate(timeout=60)[0] == "stopped\n"  # at EOF the rank has ended

@@ -1,4 +1,4 @@
-"""What one sees of a run: lines, the bar, metrics.jsonl, loss.png."""
+"""Training output: printed lines, the progress bar, metrics.jsonl, loss.png, wandb."""
 import io
 import json
 import sys
@@ -24,7 +24,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_an_iteration_is_nanogpts_line(tmp_path, log, capsys):
+def test_an_iteration_is_logged_and_prints_nanogpts_line(tmp_path, log, capsys):
     log.iteration(5, 2.34567, 3e-5, 0.1234, 4096, 0.4321, memory=2**20)
     assert capsys.readouterr().out == (
         "iter 5: loss 2.3457, time 123.40ms, tok/s 33,193, mfu 43.21%\n")
@@ -32,7 +32,7 @@ def test_an_iteration_is_nanogpts_line(tmp_path, log, capsys):
                                 "tok_s": 33192.9, "mfu": 0.4321, "memory": 2**20}]
 
 
-def test_mfu_is_left_out_where_the_peak_is_not_known(tmp_path, log, capsys):
+def test_mfu_is_left_out_if_the_peak_is_unknown(tmp_path, log, capsys):
     log.iteration(5, 2.0, 3e-5, 0.5, 100)
     assert capsys.readouterr().out == "iter 5: loss 2.0000, time 500.00ms, tok/s 200\n"
     assert lines(tmp_path)[0]["mfu"] is None
@@ -43,16 +43,16 @@ def test_skipped_steps_are_shown(log, capsys):
     assert capsys.readouterr().out.endswith("tok/s 200, 4 steps skipped by the scaler\n")
 
 
-def test_an_evaluation_is_nanogpts_line_and_a_picture(tmp_path, log, capsys):
+def test_an_evaluation_prints_nanogpts_line_and_draws_loss_png_again(tmp_path, log, capsys):
     log.evaluation(0, 3.23408, 3.21561)
     assert capsys.readouterr().out == "step 0: train loss 3.2341, val loss 3.2156\n"
     assert lines(tmp_path) == [{"step": 0, "train_loss": 3.23408, "val_loss": 3.21561}]
-    assert not (tmp_path / "loss.png").exists()     # of one point; the first step does not wait
+    assert not (tmp_path / "loss.png").exists()  # not drawn for one point
     log.evaluation(5, 3.1, 3.2)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_warnings_say_so(log, capsys):
+def test_a_warning_starts_with_the_word_warning(log, capsys):
     log.warn("look out")
     assert capsys.readouterr().out == "warning: look out\n"
 
@@ -68,7 +68,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_each_line_is_on_disk_at_once(tmp_path, log):
+def test_each_line_is_written_at_once(tmp_path, log):
     for step in range(3):
         log.iteration(step, 1.0, 1e-3, 0.1, 10)
         assert len(lines(tmp_path)) == step + 1
@@ -80,7 +80,7 @@ ENTRIES = [EVALUATION, *({"iter": step, "loss": 3.0} for step in range(3)),
 
 
 @pytest.mark.parametrize("start, kept", [(0, 1), (2, 3), (3, 5), (4, 6), (5, 7), (9, 7)])
-def test_metrics_behind_the_start_are_dropped(tmp_path, start, kept):
+def test_metrics_after_the_start_step_are_dropped(tmp_path, start, kept):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES) + '{"iter": 1, "lo')
     assert kept_entries(str(path), start) == ENTRIES[:kept]
@@ -109,11 +109,11 @@ def test_damaged_lines_are_skipped(tmp_path):
     assert lines(tmp_path) == ENTRIES
 
 
-def test_no_metrics_yet(tmp_path):
+def test_a_missing_metrics_file_has_no_entries(tmp_path):
     assert kept_entries(str(tmp_path / "metrics.jsonl"), 5) == []
 
 
-def test_a_bar_on_a_terminal_alone(tmp_path, monkeypatch):
+def test_the_progress_bar_is_drawn_only_on_a_terminal(tmp_path, monkeypatch):
     for kind, shown in ((Terminal, True), (io.StringIO, False)):
         stream = kind()
         monkeypatch.setattr(sys, "stderr", stream)
@@ -122,10 +122,10 @@ def test_a_bar_on_a_terminal_alone(tmp_path, monkeypatch):
         log.say("a line")
         log.close()
         assert ("| 4/10 [" in stream.getvalue()) == shown
-        assert ("| 3/10 [" in stream.getvalue()) == shown  # where a resumed run begins
+        assert ("| 3/10 [" in stream.getvalue()) == shown  # the step that a resumed run begins at
 
 
-def test_draw_takes_what_there_is(tmp_path):
+def test_loss_png_needs_only_iterations_or_only_evaluations(tmp_path):
     evaluation = {"step": 0, "train_loss": 3.0, "val_loss": 3.1}
     for entries in ([{"iter": 0, "loss": 3.0}], [evaluation]):
         draw(entries, tmp_path / "loss.png")
@@ -133,7 +133,7 @@ def test_draw_takes_what_there_is(tmp_path):
         (tmp_path / "loss.png").unlink()
 
 
-def test_wandb_gets_numbers_alone(tmp_path):
+def test_wandb_gets_no_unknown_values(tmp_path):
     class Run:
         logged = []  # noqa: RUF012
 
@@ -150,7 +150,7 @@ def test_wandb_gets_numbers_alone(tmp_path):
                           "finished"]
 
 
-def test_wandb_missing(monkeypatch):
+def test_wandb_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         logbook.check_wandb()

@@ -1,4 +1,4 @@
-"""LoRA: from outside, small, exact, and merged wherever a model is loaded."""
+"""LoRA: the adapted layers, runs that train adapters, and merging when a model is loaded."""
 import pytest
 import torch
 from conftest import tiny_gpt
@@ -21,7 +21,7 @@ NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=4)
 
 
 def shake(model, seed=1):
-    """Adapters that matter: fresh ones add nothing."""
+    """Give the adapters random values: new ones add nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in adapters(model).values():
@@ -37,8 +37,8 @@ def idx():
 # -----------------------------------------------------------------------------
 # the layers
 
-@pytest.mark.parametrize("fields", [{}, NEO, dict(bias=False)])
-def test_a_model_begins_as_it_was_and_merges_into_what_it_became(idx, fields):
+@pytest.mark.parametrize("fields", [{}, NEO, dict(bias=False)], ids=["gpt2", "neo", "no biases"])
+def test_adding_or_merging_adapters_does_not_change_the_logits(idx, fields):
     model = tiny_gpt(7, **fields)
     names, before = list(model.state_dict()), model.logits(idx)
     add_lora(model, rank=3)
@@ -60,7 +60,7 @@ def test_an_adapter_adds_scale_b_a():
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_each_matrix_of_a_block_has_one_and_nothing_else_has():
+def test_each_matrix_of_a_block_gets_an_adapter_and_nothing_else_does():
     model = tiny_gpt(7)
     matrices = {name for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
     add_lora(model, rank=2)
@@ -71,7 +71,7 @@ def test_each_matrix_of_a_block_has_one_and_nothing_else_has():
     assert trained == set(adapters(model)) and len(trained) == 2 * len(found)
 
 
-def test_adapters_are_drawn_from_the_seed_alone():
+def test_new_adapters_depend_only_on_the_seed():
     torch.manual_seed(5)
     one = adapters(_with_lora(seed=1))
     torch.manual_seed(6)
@@ -86,9 +86,9 @@ def _with_lora(seed):
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_those_of_the_merged_matrices(idx, dtype):
-    """dL/dB = SCALE dL/dW A^T, over frozen weights of either dtype."""
+    """dL/dB = SCALE dL/dW A^T, with frozen weights of either dtype."""
     model = tiny_gpt(7)
     model.set_dtype(dtype)
     add_lora(model, rank=2)
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_the_merged_matrices(idx, dtype):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """(dataset, out_dir of a finished run on it, out_dir of six LoRA steps on that)."""
+    """(dataset, out_dir of a finished run, out_dir of a LoRA run of six steps with that base)."""
     folder = tmp_path_factory.mktemp("lora")
     dataset = write_dataset(folder / "chars")
     assert run_train(dataset, folder / "base", max_iters=3) == 0
@@ -122,7 +122,7 @@ def lora_fields(base, **fields):
     return FIELDS | dict(init_from=base, lora_rank=2) | fields
 
 
-def test_a_run_learns_and_saves_adapters_alone(base):
+def test_a_run_learns_and_saves_only_adapters(base):
     _, model_dir, out = base
     evaluations = [entry["val_loss"] for entry in losses(out) if "val_loss" in entry]
     assert evaluations[-1] < evaluations[0]
@@ -134,7 +134,7 @@ def test_a_run_learns_and_saves_adapters_alone(base):
                                 hash=checkpoint.hash_of(model_dir))
 
 
-def test_the_logged_loss_is_that_of_the_model_which_loads(base):
+def test_the_logged_loss_is_that_of_the_loaded_model(base):
     dataset, _, out = base
     model, tokenizer = checkpoint.load_model(out)
     assert not adapters(model)
@@ -143,7 +143,7 @@ def test_the_logged_loss_is_that_of_the_model_which_loads(base):
     assert loss == pytest.approx(losses(out)[-1]["val_loss"], abs=1e-5)
 
 
-def test_sample_and_evaluate_take_it(base, monkeypatch, capsys):
+def test_sample_and_evaluate_load_a_lora_run(base, monkeypatch, capsys):
     dataset, _, out = base
     status, said, _ = run_script(monkeypatch, capsys, sample.main, [
         f"--out_dir={out}", "--device=cpu", "--num_samples=1", "--max_new_tokens=5"])
@@ -153,8 +153,8 @@ def test_sample_and_evaluate_take_it(base, monkeypatch, capsys):
     assert status == 0 and "perplexity" in said
 
 
-@pytest.mark.parametrize("fields", [{}, dict(weights="bfloat16", recompute=True)])
-def test_three_steps_and_three_are_six(base, tmp_path, fields):
+@pytest.mark.parametrize("fields", [{}, dict(weights="bfloat16", recompute=True)], ids=str)
+def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(base, tmp_path, fields):
     dataset, model_dir, whole = base
     fields = lora_fields(model_dir, **fields)
     if "weights" in fields:
@@ -165,8 +165,8 @@ def test_three_steps_and_three_are_six(base, tmp_path, fields):
     assert_same_run(tmp_path / "out", whole)
 
 
-def test_two_ranks_stopped_and_resumed_are_one(base, tmp_path):
-    """One alone reads the base and the adapters."""
+def test_two_ranks_stopped_and_resumed_equal_one_process(base, tmp_path):
+    """Only rank 0 reads the base and the adapters."""
     dataset, model_dir, _ = base
     fields = lora_fields(model_dir, weights="bfloat16")
     assert run_train(dataset, tmp_path / "one", **fields) == 0
@@ -177,14 +177,14 @@ def test_two_ranks_stopped_and_resumed_are_one(base, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "two", rel=1e-6)
 
 
-def test_a_lora_run_can_be_a_base(base, tmp_path):
+def test_a_lora_run_can_be_the_base_of_another(base, tmp_path):
     dataset, _, out = base
     assert run_train(dataset, tmp_path / "next", **lora_fields(out, max_iters=1)) == 0
     model, _ = checkpoint.load_model(tmp_path / "next")
     assert len(model.state_dict()) == len(checkpoint.load_model(out)[0].state_dict())
 
 
-def test_a_base_that_changed_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_base_that_changed_or_is_gone_is_refused(tmp_path, monkeypatch, capsys):
     dataset = write_dataset(tmp_path / "chars")
     assert run_train(dataset, tmp_path / "base", max_iters=1) == 0
     assert run_train(dataset, tmp_path / "out", **lora_fields(tmp_path / "base", max_iters=1)) == 0
@@ -199,7 +199,7 @@ def test_a_base_that_changed_is_refused(tmp_path, monkeypatch, capsys):
         checkpoint.load_model(tmp_path / "out")
 
 
-def test_the_hash_is_of_the_weights_wherever_they_lie(tmp_path):
+def test_the_hash_depends_on_the_weights_and_not_on_their_path(tmp_path):
     hashes = []
     for name, weights in (("one", b"weights"), ("copy", b"weights"), ("other", b"weightz")):
         (tmp_path / name).mkdir()
@@ -215,7 +215,7 @@ def test_the_hash_is_of_the_weights_wherever_they_lie(tmp_path):
     (dict(out_dir="BASE", overwrite=True), "is also the base of this LoRA run"),
     (dict(optimizer="adamw8bit"), "optimizer=adamw8bit and lora=yes cannot be combined"),
 ])
-def test_what_lora_does_not_go_with(base, tmp_path, monkeypatch, capsys, fields, said):
+def test_options_that_lora_excludes_are_refused(base, tmp_path, monkeypatch, capsys, fields, said):
     dataset, model_dir, _ = base
     if "out_dir" in fields:
         fields = fields | dict(out_dir=model_dir)
@@ -227,14 +227,14 @@ def test_what_lora_does_not_go_with(base, tmp_path, monkeypatch, capsys, fields,
     assert (model_dir / "ckpt.pt").read_bytes() == before
 
 
-def test_a_resume_keeps_the_rank(base, monkeypatch, capsys):
+def test_a_resume_cannot_change_the_rank(base, monkeypatch, capsys):
     dataset, _, out = base
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, out, **lora_fields("resume", lora_rank=4)))
     assert status == 1 and "was started with lora_rank=2, which a resume cannot change" in error
 
 
-def test_adapters_that_do_not_fit_the_base(base, tmp_path):
+def test_adapters_that_do_not_fit_the_base_are_refused(base, tmp_path):
     _, _, out = base
     data = files.load(out / "ckpt.pt")
     data["model"].popitem()

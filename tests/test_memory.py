@@ -1,4 +1,4 @@
-"""Lean runs: the same training in fewer bytes, and a plan that knows how many."""
+"""Training in less memory (bfloat16 weights, 8-bit moments, recompute), and the plan of memory."""
 import multiprocessing
 import os
 import platform
@@ -35,21 +35,21 @@ def dataset(tmp_path_factory):
 
 
 def uncompiled(rank=None):
-    """torchao's update as it is written: compiling it takes minutes."""
+    """Run torchao's update without compiling it, which takes minutes."""
     torch.compile = lambda function, **_: function
 
 
 @pytest.fixture
 def torchao(monkeypatch):
     pytest.importorskip("torchao.optim")
-    monkeypatch.setattr(torch, "compile", torch.compile)  # put back at the end
+    monkeypatch.setattr(torch, "compile", torch.compile)  # restored at the end
     uncompiled()
 
 
 # -----------------------------------------------------------------------------
 # the model
 
-def test_the_matrices_change_dtype_and_the_vectors_do_not():
+def test_set_dtype_changes_matrices_and_not_vectors():
     model = tiny_gpt(7)
     model.set_dtype(torch.bfloat16)
     for param in model.parameters():
@@ -59,10 +59,9 @@ def test_the_matrices_change_dtype_and_the_vectors_do_not():
     assert [p.dtype for p in empty.parameters()] == [p.dtype for p in model.parameters()]
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_bfloat16_weights_compute_what_their_values_say(autocast):
-    """Kept in bfloat16 or the same values in float32: one loss, and one gradient but for its own
-    rounding, 2^-9 of it."""
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_bfloat16_weights_train_as_the_same_values_in_float32(autocast):
+    """The losses agree within 1e-6. A gradient differs by its rounding to bfloat16, 2^-9 of it."""
     idx = torch.arange(24).view(2, 12) % 7
     lean, full = tiny_gpt(7), tiny_gpt(7)
     lean.set_dtype(torch.bfloat16)
@@ -79,8 +78,8 @@ def test_bfloat16_weights_compute_what_their_values_say(autocast):
         torch.testing.assert_close(p.grad.float(), q.grad, atol=2e-2, rtol=2**-6, msg=name)
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_recompute_is_bitwise_the_same_dropout_too(compute):
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_recompute_is_bitwise_the_same_also_with_dropout(compute):
     idx = torch.arange(24).view(2, 12) % 7
     found = []
     for recompute in (False, True):
@@ -94,7 +93,7 @@ def test_recompute_is_bitwise_the_same_dropout_too(compute):
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-def test_generation_with_bfloat16_weights():
+def test_cached_generation_with_bfloat16_weights_equals_uncached():
     model = tiny_gpt(7)
     model.set_dtype(torch.bfloat16)
     idx = torch.tensor([[1, 2, 3]])
@@ -105,7 +104,7 @@ def test_generation_with_bfloat16_weights():
 # runs
 
 def test_a_lean_run_keeps_and_saves_its_dtypes(dataset, tmp_path, torchao):
-    """n_embd 64: the matrices are large enough for 8-bit moments."""
+    """With n_embd=64 the matrices are large enough for 8-bit moments."""
     full, out = tmp_path / "full", tmp_path / "lean"
     assert run_train(dataset, full, **FIELDS, n_embd=64) == 0
     assert run_train(dataset, out, **FIELDS, n_embd=64, **LEAN) == 0
@@ -126,16 +125,16 @@ def test_a_lean_run_keeps_and_saves_its_dtypes(dataset, tmp_path, torchao):
 
 @pytest.mark.parametrize("fields", [
     dict(weights="bfloat16", dtype="bfloat16"), dict(weights="bfloat16", dtype="float16"),
-    dict(n_embd=64, **LEAN)])
-def test_three_steps_and_three_are_six(dataset, tmp_path, torchao, fields):
+    dict(n_embd=64, **LEAN)], ids=str)
+def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(dataset, tmp_path, torchao, fields):
     for out, changes in (("whole", {}), ("parts", dict(max_iters=3)),
                          ("parts", dict(init_from="resume"))):
         assert run_train(dataset, tmp_path / out, **FIELDS | fields | changes) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_lean_run_on_a_gpu_without_bfloat16(dataset, tmp_path, torchao, monkeypatch):
-    """A T4's way, on a CPU: products in float16 with a scaler, updates in float32."""
+def test_a_lean_run_resumes_on_a_gpu_without_bfloat16(dataset, tmp_path, torchao, monkeypatch):
+    """As on a T4, but on a CPU: products in float16 with a loss scaler, updates in float32."""
     whole = tmp_path / "whole"
     fields = FIELDS | LEAN | dict(n_embd=64, dtype="float16")
     monkeypatch.setattr(optimizers, "lacks_bfloat16", lambda device: True)
@@ -148,8 +147,8 @@ def test_a_lean_run_on_a_gpu_without_bfloat16(dataset, tmp_path, torchao, monkey
     assert losses(whole)[-1]["val_loss"] < losses(whole)[0]["val_loss"]
 
 
-def test_two_ranks_stopped_and_resumed_are_one(dataset, tmp_path, torchao):
-    """Rank 0 alone reads the 8-bit moments; of two ranks a sum is the same in either order."""
+def test_two_ranks_stopped_and_resumed_equal_one_process(dataset, tmp_path, torchao):
+    """Only rank 0 reads the 8-bit moments. A sum over two ranks is the same in either order."""
     fields = FIELDS | LEAN | dict(n_embd=64)
     assert run_train(dataset, tmp_path / "one", **fields) == 0
     for changes in (dict(max_iters=3), dict(init_from="resume")):
@@ -159,7 +158,7 @@ def test_two_ranks_stopped_and_resumed_are_one(dataset, tmp_path, torchao):
     assert_same_run(tmp_path / "one", tmp_path / "two", rel=1e-6)
 
 
-def test_rounding_is_drawn_from_seed_and_step(dataset, tmp_path):
+def test_rounding_depends_only_on_seed_and_step(dataset, tmp_path):
     fields = FIELDS | dict(weights="bfloat16", max_iters=2, dropout=0.0)
     for out in ("a", "b"):
         torch.manual_seed(len(out) + ord(out))
@@ -167,8 +166,9 @@ def test_rounding_is_drawn_from_seed_and_step(dataset, tmp_path):
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_resume_may_change_the_weights_by_force_but_not_the_optimizer(
-        dataset, tmp_path, torchao, monkeypatch, capsys):
+def test_a_resume_refuses_another_optimizer_or_dtype_of_weights(dataset, tmp_path, torchao,
+                                                                monkeypatch, capsys):
+    """--force_resume=True permits another dtype."""
     out = tmp_path / "out"
     assert run_train(dataset, out, **FIELDS | dict(max_iters=2, n_embd=64)) == 0
     other = dict(max_iters=3, n_embd=64, weights="bfloat16", init_from="resume")
@@ -184,16 +184,18 @@ def test_a_resume_may_change_the_weights_by_force_but_not_the_optimizer(
 @pytest.mark.parametrize("fields, said", [
     (dict(weights="float16"), "--weights=float16: use float32 or bfloat16"),
     (dict(optimizer="sgd"), "--optimizer=sgd: use adamw, adamw8bit or adafactor"),
-])
-def test_values_that_are_none(dataset, tmp_path, monkeypatch, capsys, fields, said):
+], ids=str)
+def test_unknown_weights_and_optimizers_are_refused(dataset, tmp_path, monkeypatch, capsys, fields,
+                                                    said):
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", **fields))
     assert status == 1 and said in error
 
 
 @pytest.mark.parametrize("fields", [
-    dict(weights="bfloat16"), dict(lora_rank=2, init_from="gpt2"), dict(dtype="float16")])
-def test_what_does_not_go_with_adafactor(dataset, tmp_path, monkeypatch, capsys, fields):
+    dict(weights="bfloat16"), dict(lora_rank=2, init_from="gpt2"), dict(dtype="float16")], ids=str)
+def test_options_that_adafactor_excludes_are_refused(dataset, tmp_path, monkeypatch, capsys,
+                                                     fields):
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", **dict(optimizer="adafactor") | fields))
     assert status == 1 and "cannot be combined" in error and error.count("\n") == 1
@@ -201,8 +203,9 @@ def test_what_does_not_go_with_adafactor(dataset, tmp_path, monkeypatch, capsys,
 
 @pytest.mark.parametrize("fields", [
     dict(weights="bfloat16"), dict(optimizer="adamw8bit"), dict(optimizer="adafactor"),
-    dict(lora_rank=2, init_from="gpt2")])
-def test_lean_fields_do_not_go_with_fsdp(dataset, tmp_path, monkeypatch, capsys, fields):
+    dict(lora_rank=2, init_from="gpt2")], ids=str)
+def test_lean_options_that_fsdp_excludes_are_refused(dataset, tmp_path, monkeypatch, capsys,
+                                                     fields):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", parallel="fsdp", **fields))
@@ -213,7 +216,7 @@ def test_lean_fields_do_not_go_with_fsdp(dataset, tmp_path, monkeypatch, capsys,
 # the plan
 
 def kept_by_autograd(model, idx, autocast):
-    """Bytes that a forward pass keeps for the backward, the parameters themselves aside."""
+    """Bytes that a forward pass keeps for the backward pass, without the parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -234,34 +237,34 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def gives_back(size):
-    """Whether every second of 12 blocks goes back to the system as it is freed."""
+def returned_when_freed(size):
+    """Whether every second of 12 blocks is returned to the system when it is freed."""
     blocks = [torch.ones(size // 4) for _ in range(12)]
     before = resident()
     del blocks[::2]
     return before - resident() > 0.9 * 6 * size
 
 
-def blocks_that_go_back(pipe):
-    torch.ones(7 * 2**20)  # as it is freed, glibc learns to keep blocks of up to its 28 MB
+def which_blocks_are_returned(pipe):
+    torch.ones(7 * 2**20)  # 28 MB: once freed, glibc keeps freed blocks of up to that size
     for tuned in (False, True):
         if tuned:
             devices.tune_malloc()
-        pipe.send((tuned, gives_back(3 * 2**20), gives_back(40 * 2**20)))
+        pipe.send((tuned, returned_when_freed(3 * 2**20), returned_when_freed(40 * 2**20)))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-def test_freed_memory_goes_back_or_stays():
-    """With glibc's own way, and after the call that changes it: in a process of its own."""
+def test_tune_malloc_keeps_freed_memory_in_the_process():
+    """By default glibc keeps blocks of 3 MB and returns blocks of 40 MB. Runs in a new process."""
     here, there = multiprocessing.Pipe()
-    process = server().Process(target=blocks_that_go_back, args=(there,))
+    process = server().Process(target=which_blocks_are_returned, args=(there,))
     process.start()
     process.join(60)
     assert process.exitcode == 0
     assert [here.recv() for _ in range(2)] == [(False, False, True), (True, False, False)]
 
 
-def test_a_run_on_a_cpu_keeps_freed_memory(dataset, tmp_path, monkeypatch):
+def test_a_run_on_a_cpu_calls_tune_malloc(dataset, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(run, "tune_malloc", lambda: asked.append(True))
     run_train(dataset, tmp_path / "out", max_iters=1)
@@ -271,12 +274,12 @@ def test_a_run_on_a_cpu_keeps_freed_memory(dataset, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("fields, compute", [
     ({}, torch.float32), ({}, torch.bfloat16), (dict(weights="bfloat16"), torch.bfloat16),
-    (dict(weights="bfloat16"), torch.float32), (dict(recompute=True), torch.float32)])
-def test_activations_are_those_that_autograd_keeps(fields, compute, dropout):
-    """A block more keeps so many bytes more, within 4 %; with dropout, whose attention depends on
-    the kernel, within 8."""
+    (dict(weights="bfloat16"), torch.float32), (dict(recompute=True), torch.float32)], ids=str)
+def test_predicted_activations_are_those_that_autograd_keeps(fields, compute, dropout):
+    """The bytes of one more layer: within 4 %, or 8 % with dropout, where the bytes of attention
+    depend on the kernel."""
     cfg = replace(Config(batch_size=2, dropout=dropout), **fields)
-    real, told = [], []
+    real, predicted = [], []
     for n_layer in (2, 3):
         config = GPTConfig(block_size=64, vocab_size=11, n_layer=n_layer, n_head=4, n_embd=64,
                            dropout=dropout)
@@ -284,12 +287,12 @@ def test_activations_are_those_that_autograd_keeps(fields, compute, dropout):
         model.set_dtype(getattr(torch, cfg.weights))
         model.recompute = cfg.recompute
         real.append(kept_by_autograd(model, torch.zeros(2, 64, dtype=torch.long), compute))
-        told.append(model.activation_bytes(cfg.batch_size, "cpu", compute)[0])
-    assert told[1] - told[0] == pytest.approx(real[1] - real[0],
-                                               rel=0.08 if dropout else 0.04)
+        predicted.append(model.activation_bytes(cfg.batch_size, "cpu", compute)[0])
+    assert predicted[1] - predicted[0] == pytest.approx(real[1] - real[0],
+                                                        rel=0.08 if dropout else 0.04)
 
 
-def test_moments_are_those_that_the_optimizer_keeps(torchao):
+def test_predicted_moments_are_those_that_the_optimizer_keeps(torchao):
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 100), (64, 64), (64,))]
     for name in optimizers.NAMES:
         optimizer = optimizers.make_optimizer(name, [{"params": params}], 1e-3, (0.9, 0.95),
@@ -311,8 +314,8 @@ def total(config, cfg, device="cuda", dtype=torch.bfloat16, ranks=1):
     return sum(plan.memory(config, cfg, world(device, ranks), dtype).values())
 
 
-def test_what_the_configs_promise():
-    """gpt2-xl's 1,557,611,200 weights: all of them within 11 GB on a GPU, LoRA within 4.5."""
+def test_gpt2_xl_fits_the_memory_that_the_config_files_promise():
+    """gpt2-xl has 1,557,611,200 weights: on a GPU it trains in 11 GB, or in 4.5 GB with LoRA."""
     lean = replace(ONE, **LEAN)
     parts = plan.memory(XL, lean, world(), torch.bfloat16)
     assert parts["weights"] == pytest.approx(2 * 1_557_611_200, rel=0.001)
@@ -323,17 +326,17 @@ def test_what_the_configs_promise():
     assert total(XL, ONE, "cpu", torch.float32) > 25 * GB
 
 
-def test_one_micro_batch_has_its_gradients_when_the_activations_are_gone():
+def test_gradients_add_to_the_peak_only_with_several_micro_batches_or_ddp():
     one, many = replace(ONE, gradient_accumulation_steps=1), ONE
     gradients = plan.memory(GPT2, many, world(), torch.float32)["gradients"]
     assert gradients == 4 * sum(p.numel() for p in plan.meta_model(GPT2, many).parameters())
     assert total(GPT2, one, dtype=torch.float32) < total(GPT2, many, dtype=torch.float32)
     ranks = replace(ONE, gradient_accumulation_steps=2)
-    assert total(GPT2, ranks, ranks=2) == total(GPT2, ranks)  # DDP's buckets hold them all along
+    assert total(GPT2, ranks, ranks=2) == total(GPT2, ranks)  # DDP's buckets keep them throughout
 
 
-def test_each_field_saves_what_the_advice_says(monkeypatch):
-    """Told one after the other, until it fits: 20 GB, then 11."""
+def test_each_advised_option_saves_the_bytes_that_the_advice_says(monkeypatch):
+    """Options are advised one after another until the run fits 20 GB, or 11; in 3 it never fits."""
     for usable, last in ((20, "which fits"), (11, "which fits"), (3, "a larger device")):
         monkeypatch.setattr(plan, "device_memory", lambda device, n=usable: n * GB / plan.USABLE)
         lines, fits = plan.describe_memory(XL, ONE, world(), torch.bfloat16)
@@ -354,7 +357,7 @@ def test_each_field_saves_what_the_advice_says(monkeypatch):
         assert part in lines[0]
 
 
-def test_advice_gives_no_pair_that_is_refused():
+def test_the_advice_has_no_options_that_are_refused_together():
     fsdp = replace(ONE, parallel="fsdp")
     assert not any("weights" in change or "lora_rank" in change
                    for change in plan.changes(XL, fsdp, world(ranks=4)))
@@ -363,7 +366,7 @@ def test_advice_gives_no_pair_that_is_refused():
     assert total(XL, fsdp, ranks=4) < total(XL, ONE, ranks=4) / 2
 
 
-def test_a_dry_run_of_each_lean_config_prints_and_touches_nothing(tmp_path, capsys):
+def test_a_dry_run_of_each_lean_config_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     dataset = write_dataset(tmp_path / "chars", n_val=1200)
     for name, part in (("16gb", "optimizer 3.17 GB"), ("lora", "19.66M parameters are trained")):
         train.main([f"config/finetune_shakespeare_{name}.py", f"--dataset={dataset}",
@@ -375,7 +378,7 @@ def test_a_dry_run_of_each_lean_config_prints_and_touches_nothing(tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_reads_what_a_run_left(dataset, tmp_path, capsys):
+def test_a_dry_run_works_with_any_init_from(dataset, tmp_path, capsys):
     out = tmp_path / "out"
     assert run_train(dataset, out, max_iters=1) == 0
     for init_from in ("resume", str(out), "scratch"):
@@ -383,7 +386,7 @@ def test_a_dry_run_reads_what_a_run_left(dataset, tmp_path, capsys):
         assert "model: 0.01M parameters, cpu, float32" in capsys.readouterr().out
 
 
-def test_a_run_that_may_not_fit_is_warned(dataset, tmp_path, monkeypatch, capsys):
+def test_a_run_that_may_not_fit_prints_a_warning(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "device_memory", lambda device: 1e8)
     assert run_train(dataset, tmp_path / "out", max_iters=1) == 0
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The model against transformers, its loss against PyTorch's, cached against uncached."""
+"""The GPT: logits as transformers', loss as PyTorch's, cached generation as uncached, sampling."""
 import math
 
 import pytest
@@ -37,18 +37,19 @@ def ids(*shape, vocab=61, seed=1):
     dict(neo=True, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=1),
     dict(neo=True, max_position_embeddings=300, hidden_size=8, window_size=256),
     dict(neo=True, max_position_embeddings=300, hidden_size=8, window_size=7),
-], ids=lambda fields: " ".join(f"{k}={v}" for k, v in fields.items() if k != "attention_types"))
-def test_logits_are_those_of_transformers(fields, write_hf):
+], ids=lambda fields: " ".join(f"{k}={v}" for k, v in fields.items() if k != "attention_types")
+       or "defaults")
+def test_logits_equal_those_of_transformers(fields, write_hf):
     theirs = hf_model(**fields)
     ours = GPT.from_pretrained(write_hf(theirs)).eval()
     idx = ids(2, ours.config.block_size)
     with torch.no_grad():
         expected, logits = theirs(idx).logits, ours.logits(idx)
-    assert expected.std() > 0.3  # or nothing would be compared
+    assert expected.std() > 0.3  # so that a wrong logit would show
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_without_biases_is_with_zero_ones():
+def test_a_model_without_biases_equals_one_with_zero_biases():
     plain = tiny_gpt(61, bias=False)
     assert not [name for name, _ in plain.named_parameters() if name.endswith("bias")]
     biased = tiny_gpt(61, seed=5)
@@ -61,7 +62,7 @@ def test_without_biases_is_with_zero_ones():
         torch.testing.assert_close(plain.logits(ids(2, 16)), biased.logits(ids(2, 16)))
 
 
-def test_initial_weights():
+def test_initial_weights_have_gpt2s_standard_deviations():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=8, n_head=2, n_embd=128))
     block = model.transformer.h[3]
@@ -89,7 +90,7 @@ def test_each_parameter_is_in_one_optimizer_group(tied):
     assert all(names[id(p)].endswith("bias") or "ln_" in names[id(p)] for p in plain["params"])
 
 
-def test_counts():
+def test_parameters_and_flops_are_counted():
     c = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)
     tied, untied = GPT(c), GPT(GPTConfig(**vars(c) | {"tied_head": False}))
     block = (16 * 48 + 48) + (16 * 16 + 16) + (16 * 64 + 64) + (64 * 16 + 16) + 4 * 16
@@ -98,7 +99,7 @@ def test_counts():
     assert tied.flops_per_token() == 6 * (tied.num_params() - 16 * 16) + 12 * 2 * 16 * 16
 
 
-def test_dropout_is_drawn_in_training_only():
+def test_dropout_is_drawn_only_in_training():
     model = tiny_gpt(61, dropout=0.5)
     idx = ids(2, 16)
     with torch.no_grad():
@@ -112,7 +113,7 @@ def test_dropout_is_drawn_in_training_only():
     assert torch.equal(first, again) and not torch.allclose(first, second)
 
 
-def test_dropout_is_applied_where_gpt2_does(monkeypatch):
+def test_dropout_is_applied_in_the_same_places_as_in_gpt2(monkeypatch):
     rates, attention = [], model_file.attention
 
     def spy_attention(q, k, v, mask, scale, dropout):
@@ -127,7 +128,7 @@ def test_dropout_is_applied_where_gpt2_does(monkeypatch):
     monkeypatch.setattr(model_file, "dropout", spy_dropout)
     model = tiny_gpt(61, dropout=0.25).train()
     model.logits(ids(1, 4))
-    # embeddings once; per layer attention's weights, its projection, the MLP's
+    # once after the embeddings; per layer: attention's weights, its projection, the MLP's
     assert rates == [("residual", 0.25)] + 2 * [("attention", 0.25), ("residual", 0.25),
                                                 ("residual", 0.25)]
     rates.clear()
@@ -138,13 +139,13 @@ def test_dropout_is_applied_where_gpt2_does(monkeypatch):
 @pytest.mark.parametrize("fields, message", [
     (dict(n_embd=17), "n_embd=17 must be a multiple of n_head=2"),
     (dict(activation="relu"), "activation 'relu'.*gelu_tanh or gelu"),
-])
-def test_refused_configs(fields, message):
+], ids=str)
+def test_bad_sizes_and_activations_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         tiny_gpt(61, **fields)
 
 
-def test_crop():
+def test_crop_block_size_keeps_the_first_positions_and_refuses_other_sizes():
     model = tiny_gpt(61)
     idx = ids(2, 7)
     with torch.no_grad():
@@ -166,14 +167,14 @@ def test_crop():
 
 def targets_with_gaps(*shape):
     targets = ids(*shape, seed=2)
-    targets[0, 2:] = -1          # with 5 rows a chunk one is without any target
+    targets[0, 2:] = -1          # with 5 rows per chunk, one chunk has no target
     targets[-1, ::3] = -1
     return targets
 
 
 def loss_and_gradients(model, loss):
     model.zero_grad(set_to_none=True)
-    (loss * 0.37).backward()     # not 1: what comes from above must be multiplied in
+    (loss * 0.37).backward()     # not 1: backward must multiply by it
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()
                            if p.grad is not None}
 
@@ -185,7 +186,7 @@ def reference_loss(model, idx, targets):
 
 @pytest.mark.parametrize("rows", [1, 5, 7, 21, 512])
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients(rows, tied, monkeypatch):
+def test_loss_and_gradients_equal_those_of_cross_entropy(rows, tied, monkeypatch):
     monkeypatch.setitem(head.HEAD_CHUNK, "cpu", HeadChunk(rows, 2, 8))
     model, idx, targets = tiny_gpt(61, tied_head=tied), ids(3, 7), targets_with_gaps(3, 7)
     expected, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
@@ -200,7 +201,7 @@ def test_loss_and_gradients(rows, tied, monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_of_micro_batches_add_up(tied):
-    """backward() scales in place what it hands out: that must not reach an earlier gradient."""
+    """backward() scales its gradients in place; this must not change those of another loss."""
     model, idx, targets = tiny_gpt(61, tied_head=tied), ids(3, 7), targets_with_gaps(3, 7)
     _, expected = loss_and_gradients(model, reference_loss(model, idx, targets))
     model.zero_grad(set_to_none=True)
@@ -211,13 +212,13 @@ def test_gradients_of_micro_batches_add_up(tied):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_loss_without_targets_is_zero_and_moves_nothing():
+def test_loss_without_targets_is_zero_and_so_are_its_gradients():
     model, idx = tiny_gpt(61), ids(2, 7)
     loss, gradients = loss_and_gradients(model, model(idx, torch.full_like(idx, -1)))
     assert loss == 0 and all(not g.any() for g in gradients.values())
 
 
-def test_loss_with_a_frozen_head():
+def test_a_frozen_head_gets_no_gradient_and_the_others_are_the_same():
     model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
     model.lm_head.weight.requires_grad_(False)
     _, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
@@ -226,8 +227,8 @@ def test_loss_with_a_frozen_head():
     torch.testing.assert_close(ours, gradients, rtol=1e-4, atol=1e-4)
 
 
-def test_loss_of_weights_kept_in_half_precision(monkeypatch):
-    """They are cast a part at a time, to the same numbers as whole."""
+def test_loss_with_bfloat16_weights_equals_that_of_their_values_in_float32(monkeypatch):
+    """The head's weights are cast in parts; the result is the same as casting them whole."""
     monkeypatch.setitem(head.HEAD_CHUNK, "cpu", HeadChunk(5, 2, 8))
     model, idx, targets = tiny_gpt(61, tied_head=False), ids(3, 7), targets_with_gaps(3, 7)
     model.set_dtype(torch.bfloat16)
@@ -241,33 +242,33 @@ def test_loss_of_weights_kept_in_half_precision(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [5, 512])
-def test_loss_under_bf16_autocast(rows, monkeypatch):
+def test_loss_under_bf16_autocast_is_as_exact_as_pytorchs(rows, monkeypatch):
     monkeypatch.setitem(head.HEAD_CHUNK, "cpu", HeadChunk(rows, 2, 8))
     model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
     exact, exact_gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(idx, targets)
         expected = reference_loss(model, idx, targets)
-    assert loss != exact  # the products did run in bfloat16
+    assert loss != exact  # the matrix products were in bfloat16
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
     _, expected = loss_and_gradients(model, expected)
     _, ours = loss_and_gradients(model, loss)
     for name, gradient in ours.items():
         assert gradient.dtype == torch.float32
-        # no farther from the exact gradient than PyTorch's own loss, up to chance
+        # about as near to the exact gradient as PyTorch's own loss
         error = (gradient - exact_gradients[name]).norm() / exact_gradients[name].norm()
         theirs = (expected[name] - exact_gradients[name]).norm() / exact_gradients[name].norm()
         assert error < max(2 * theirs, 0.01), name
 
 
 def test_float16_products_do_not_overflow():
-    """Before the GradScaler's factor comes in, which could not mend it."""
+    """Products come before the GradScaler's factor, which cannot undo an overflow."""
     dw = torch.zeros(3, 2)
     head.add_product(dw, -torch.ones(512, 3).half(), 200 * torch.ones(512, 2).half(), 2)
     assert torch.equal(dw, torch.full((3, 2), -512 * 200.0))
 
 
-def test_loss_never_holds_all_logits(monkeypatch):
+def test_loss_never_has_all_logits_in_memory(monkeypatch):
     class Largest(TorchDispatchMode):
         numel = 0
 
@@ -285,7 +286,7 @@ def test_loss_never_holds_all_logits(monkeypatch):
     assert 8 * 500 <= seen.numel < 16 * 500  # of 8 * 16 rows in all
     with Largest() as seen:
         reference_loss(model, idx, idx)
-    assert seen.numel == 8 * 16 * 500        # the spy does see logits
+    assert seen.numel == 8 * 16 * 500        # Largest does see logits
 
 
 # -----------------------------------------------------------------------------
@@ -294,16 +295,16 @@ def test_loss_never_holds_all_logits(monkeypatch):
 @pytest.mark.parametrize("fields", [dict(), NEO, dict(block_size=1), dict(block_size=7)],
                          ids=["gpt2", "neo", "block 1", "block 7"])
 @pytest.mark.parametrize("prompt, new", [(1, 15), (5, 11), (5, 50), (16, 3), (40, 30)])
-def test_cached_is_uncached(fields, prompt, new):
+def test_cached_generation_equals_uncached(fields, prompt, new):
     model, idx = tiny_gpt(61, **fields), ids(3, prompt)
     expected = greedy_reference(model, idx, new)
     assert torch.equal(model.generate(idx, new, temperature=0), expected)
-    assert len(expected[:, prompt:].unique()) > 1 or new < 4  # no constant tail
+    assert len(expected[:, prompt:].unique()) > 1 or new < 4  # the tokens vary
 
 
 @pytest.mark.parametrize("fields", [dict(), NEO], ids=["gpt2", "neo"])
-@pytest.mark.parametrize("pieces", [[16], [1] * 16, [3, 1, 7, 5], [1, 15], [15, 1]])
-def test_prefill_in_pieces(fields, pieces):
+@pytest.mark.parametrize("pieces", [[16], [1] * 16, [3, 1, 7, 5], [1, 15], [15, 1]], ids=str)
+def test_a_prompt_read_in_pieces_gives_the_logits_of_the_whole(fields, pieces):
     model, idx = tiny_gpt(61, **fields), ids(2, 16)
     cache, end = model.new_cache(2), 0
     with torch.no_grad():
@@ -315,7 +316,7 @@ def test_prefill_in_pieces(fields, pieces):
             torch.testing.assert_close(logits, whole[:, end - 1], atol=1e-5, rtol=1e-5)
 
 
-def test_cache_starts_over():
+def test_a_cache_rewound_to_0_can_be_used_again():
     model, idx = tiny_gpt(61), ids(2, 9)
     cache = model.new_cache(2, length=9)
     assert cache.k.shape == (2, 2, 2, 9, 8)
@@ -325,7 +326,7 @@ def test_cache_starts_over():
         torch.testing.assert_close(model.step(idx, cache), model.logits(idx)[:, -1])
 
 
-def test_cache_under_autocast():
+def test_a_cache_under_autocast_is_bfloat16_and_its_logits_float32():
     model, idx = tiny_gpt(61), ids(2, 12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache = model.new_cache(2)
@@ -337,7 +338,7 @@ def test_cache_under_autocast():
 
 
 def reference_distribution(logits, temperature, top_k, top_p):
-    """What sample_token should draw from, a token at a time."""
+    """The distribution that sample_token should draw from, computed token by token."""
     weights = {i: math.exp(v / temperature) for i, v in enumerate(logits)}
     ranked = sorted(weights, key=weights.get, reverse=True)[:top_k]
     total = sum(weights[i] for i in ranked)
@@ -354,7 +355,7 @@ def reference_distribution(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize("top_k", [None, 1, 3, 50])
 @pytest.mark.parametrize("top_p", [None, 0.01, 0.55, 0.9, 1.0])
-def test_sample_token(temperature, top_k, top_p):
+def test_sample_token_draws_from_the_distribution_cut_by_top_k_and_top_p(temperature, top_k, top_p):
     logits, draws = torch.tensor([0.3, 2.0, -1.0, 1.4, 0.9, -0.2, 1.1]), 20_000
     expected = reference_distribution(logits.tolist(), temperature, top_k, top_p)
     drawn = sample_token(logits.expand(draws, -1), temperature, top_k, top_p,
@@ -366,7 +367,7 @@ def test_sample_token(temperature, top_k, top_p):
     assert ((share - expected).abs() <= 4.5 * deviation).all()
 
 
-def test_sample_token_takes_each_row_by_itself():
+def test_sample_token_treats_each_row_separately():
     logits = torch.tensor([[5.0, 0.0, 0.0, 1.0], [0.0, 0.1, 6.0, 0.2], [1.0, 9.0, 0.0, 0.0]])
     for options in (dict(temperature=0), dict(top_k=1), dict(top_p=0.01)):
         assert sample_token(logits, **options).tolist() == [0, 2, 1]
@@ -374,8 +375,8 @@ def test_sample_token_takes_each_row_by_itself():
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=5.0),
-                                     dict(top_k=61), dict(top_p=0.999)])
-def test_ids_beyond_the_tokenizers_are_never_drawn(options):
+                                     dict(top_k=61), dict(top_p=0.999)], ids=str)
+def test_ids_beyond_the_tokenizer_are_never_drawn(options):
     model, idx = tiny_gpt(61), ids(4, 3, vocab=5)
     options["generator"] = torch.Generator().manual_seed(0)
     out = model.generate(idx, 60, n_vocab=5, **options)
@@ -383,7 +384,7 @@ def test_ids_beyond_the_tokenizers_are_never_drawn(options):
     assert model.generate(idx, 60, **options).max() >= 5
 
 
-def test_a_stop_token_ends_its_row_alone():
+def test_a_stop_token_ends_only_its_own_row():
     model, idx = tiny_gpt(20), ids(3, 2, vocab=20)
 
     def draw(**options):
@@ -393,14 +394,14 @@ def test_a_stop_token_ends_its_row_alone():
     free = draw()                # (3, 90)
     stop = int(free[0, 3])
     first = [row.index(stop) for row in free.tolist()]
-    assert len(set(first)) == 3 and max(first) < 89  # else another seed shows more
+    assert len(set(first)) == 3 and max(first) < 89  # else choose another seed
     out = draw(stop_token=stop)
     assert out.shape == (3, max(first) + 1)
     for row, expected, end in zip(out.tolist(), free.tolist(), first):
         assert row[:end] == expected[:end] and set(row[end:]) == {stop}
 
 
-def test_a_seed_gives_the_same_draws_and_the_model_stays_as_it_is():
+def test_a_seed_gives_the_same_draws_and_sampling_does_not_change_the_model():
     model, idx = tiny_gpt(61), ids(2, 3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first, second, other = (model.generate(idx, 20, generator=torch.Generator().manual_seed(seed))
@@ -411,10 +412,10 @@ def test_a_seed_gives_the_same_draws_and_the_model_stays_as_it_is():
         assert torch.equal(tensor, before[name])
 
 
-@pytest.mark.parametrize("fields", [dict(doc_end=7), dict(local_window=4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masks_are_made_once_in_the_dtype_that_attention_adds(fields, dtype):
-    """Else each layer makes and keeps one of its own, T x T numbers."""
+@pytest.mark.parametrize("fields", [dict(doc_end=7), dict(local_window=4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_is_created_once_in_the_dtype_of_attention(fields, dtype):
+    """Otherwise each layer would create and keep its own mask of T x T numbers."""
     model, seen = tiny_gpt(61, n_layer=4, **fields), []
     for block in model.transformer.h:
         block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
@@ -427,7 +428,7 @@ def test_masks_are_made_once_in_the_dtype_that_attention_adds(fields, dtype):
 
 @pytest.mark.parametrize("penalty", [1.3, 2.0])
 @pytest.mark.parametrize("neo", [False, True])
-def test_a_repetition_penalty_is_that_of_transformers(neo, penalty, write_hf):
+def test_the_repetition_penalty_equals_that_of_transformers(neo, penalty, write_hf):
     theirs = hf_model(neo=neo)
     ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
     for prompt in ([5, 9, 5], [1]):
@@ -441,7 +442,7 @@ def test_a_repetition_penalty_is_that_of_transformers(neo, penalty, write_hf):
         assert found != plain
 
 
-def test_a_penalty_counts_each_row_alone():
+def test_the_repetition_penalty_counts_tokens_of_each_row_separately():
     model = tiny_gpt(61)
     prompts = [[1, 2, 3], [4], [4, 4, 9, 8]]
     options = dict(temperature=0, repetition_penalty=1.5)
@@ -450,8 +451,8 @@ def test_a_penalty_counts_each_row_alone():
         assert row == [int(token) for token in stream(model, [prompt], 12, **options)]
 
 
-def test_a_stream_with_logits_yields_the_models_own():
-    """The same tokens; logits without a penalty and without the vocabulary's padding."""
+def test_a_stream_with_logits_yields_the_models_unchanged_logits():
+    """The same tokens, and logits without the penalty and without padding of the vocabulary."""
     model, prompt = tiny_gpt(61), [1, 2, 3]
     options = dict(temperature=0.8, top_k=5, repetition_penalty=1.5, n_vocab=60)
 
@@ -466,10 +467,10 @@ def test_a_stream_with_logits_yields_the_models_own():
     assert torch.allclose(torch.cat([logits for _, logits in pairs]), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 4)])
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 4)], ids=["equal", "unequal"])
 @torch.no_grad()
-def test_a_cache_is_rewound_and_reordered(lengths):
-    """Rows go on where another row was, as beams do; and begin again from an earlier place."""
+def test_a_cache_can_be_rewound_and_reordered(lengths):
+    """Beam search reorders rows: each continues another row. Scoring labels rewinds."""
     model = tiny_gpt(61)
     prompts = [row[:n] for row, n in zip(ids(3, 6).tolist(), lengths)]
     cache, _ = model.start(prompts, 4)

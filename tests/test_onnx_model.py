@@ -1,5 +1,4 @@
-"""What an exported ONNX file computes, next to the GPT that it came from; and as sample.py and
-evaluate.py use it."""
+"""A GPT exported to ONNX: results as the GPT's, quantized weights, the scripts, errors."""
 import json
 import math
 import re
@@ -25,7 +24,7 @@ from nanotune.text.tokenizer import CharTokenizer, GPT2Tokenizer, JsonTokenizer
 onnx = pytest.importorskip("onnx", reason="needs requirements-export.txt")
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 
-from nanotune.formats.onnx_model import open_onnx  # noqa: E402 (after what it may need)
+from nanotune.formats.onnx_model import open_onnx  # noqa: E402 (after the skips above)
 
 CHARS = CharTokenizer(sorted(set(TEXT)))
 NEO = dict(local_window=5, attn_scale=1.0, qkv_bias=False, n_layer=3)
@@ -34,7 +33,7 @@ SIZES = dict(block_size=24, n_embd=32, vocab_size=61)
 
 @pytest.fixture
 def make_onnx(tmp_path):
-    """make_onnx(quantize, **fields) writes a tiny GPT; returns (GPT, OnnxGPT, the file)."""
+    """make_onnx(quantize, **fields) exports a tiny GPT; returns (GPT, OnnxGPT, path)."""
     def make(quantize="none", **fields):
         model, path = tiny_gpt(**SIZES | fields), str(tmp_path / "model.onnx")
         onnx_gpt.write_onnx(model, path, quantize)
@@ -42,7 +41,7 @@ def make_onnx(tmp_path):
     return make
 
 
-def test_the_graph_in_a_folder_is_found(make_onnx, tmp_path):
+def test_a_folder_with_one_graph_is_loaded_and_one_with_two_refused(make_onnx, tmp_path):
     _, _, path = make_onnx()
     assert type(load_model(str(tmp_path), with_onnx=True)[0]) is type(open_onnx(path)[0])
     with pytest.raises(UserError, match="can only be sampled from and evaluated"):
@@ -64,8 +63,8 @@ def random_ids(B, T, vocab_size=61):
     dict(n_head=8, attn_scale=1.0), NEO,
 ], ids=["gpt2", "no biases", "own head", "small heads", "neo"])
 @torch.no_grad()
-def test_logits_with_and_without_past(make_onnx, fields):
-    """The prompt whole; and in pieces of 1 and more behind what came before, for three rows."""
+def test_logits_equal_those_of_the_gpt_with_and_without_a_cache(make_onnx, fields):
+    """For three rows: the whole text at once, and after a prompt in pieces of 1, 1, 12 and 3."""
     model, onnx_model, _ = make_onnx(**fields)
     idx = random_ids(3, 24)
     wanted = model.logits(idx)
@@ -83,11 +82,11 @@ def test_logits_with_and_without_past(make_onnx, fields):
                                atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 1)])
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 1)], ids=["equal", "unequal"])
 @torch.no_grad()
-def test_tasks_take_it_as_they_take_a_gpt(make_onnx, lengths):
-    """Labels of several tokens set the cache back; prompts of several lengths stand flush right;
-    answers outgrow the context."""
+def test_tasks_score_the_graph_as_they_score_the_gpt(make_onnx, lengths):
+    """Labels of several tokens rewind the cache; prompts may have unequal lengths; answers may be
+    longer than the context."""
     model, onnx_model, _ = make_onnx()
     prompts = [row[:n] for row, n in zip(random_ids(3, 9).tolist(), lengths)]
     labels = [[1, 2, 3], [4, 5], [6]]
@@ -102,9 +101,9 @@ def test_tasks_take_it_as_they_take_a_gpt(make_onnx, lengths):
         torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 4)])
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 4)], ids=["equal", "unequal"])
 @torch.no_grad()
-def test_a_cache_is_reordered(make_onnx, lengths):
+def test_a_cache_can_be_reordered(make_onnx, lengths):
     model, onnx_model, _ = make_onnx()
     prompts = [row[:n] for row, n in zip(random_ids(3, 6).tolist(), lengths)]
     caches = [m.start(prompts, 3)[0] for m in (model, onnx_model)]
@@ -129,9 +128,9 @@ def test_loss_is_the_sum_over_targets_that_count(make_onnx):
 
 @pytest.mark.parametrize("options", [
     dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.95),
-    dict(temperature=0, n_vocab=9)])
-def test_generation_is_that_of_the_gpt(make_onnx, options):
-    """Longer than the context: the window slides, and the cache starts over."""
+    dict(temperature=0, n_vocab=9)], ids=["greedy", "sampled", "few ids"])
+def test_generation_equals_that_of_the_gpt(make_onnx, options):
+    """The text is longer than the context, so the window slides and the cache starts over."""
     model, onnx_model, _ = make_onnx()
     ours, theirs = (
         torch.stack(list(stream(m, random_ids(2, 5).tolist(), 60,
@@ -149,15 +148,15 @@ def test_a_stop_token_ends_the_stream(make_onnx):
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
-def test_embedding_and_head_are_one_tensor(make_onnx, quantize):
+def test_a_tied_head_is_the_tensor_of_the_embedding(make_onnx, quantize):
     _, _, path = make_onnx(quantize, vocab_size=4099)
     large = [t.name for t in onnx.load(path).graph.initializer if 4099 in t.dims and t.dims[1:]]
     assert [name for name in large if not name.endswith(".scales")] == [
         "transformer.wte.weight" + ("" if quantize == "none" else ".codes")]
 
 
-def test_weights_beside_the_graph(make_onnx, monkeypatch, tmp_path):
-    """As over 2 GB, which protobuf does not take."""
+def test_large_weights_are_in_a_second_file(make_onnx, monkeypatch, tmp_path):
+    """Protobuf is limited to 2 GB; the limit is lowered to 0 here."""
     monkeypatch.setattr(onnx_gpt, "INLINE_LIMIT", 0)
     model, onnx_model, path = make_onnx()
     assert (tmp_path / "model.onnx").stat().st_size < 4 * model.num_params() / 2
@@ -173,7 +172,7 @@ def test_weights_beside_the_graph(make_onnx, monkeypatch, tmp_path):
 # quantized
 
 @pytest.mark.parametrize(("bits", "block"), [(8, 128), (8, 16), (4, 32), (4, 16)])
-def test_quantized_weights_are_near(bits, block):
+def test_quantized_weights_are_near_the_originals(bits, block):
     weight = np.random.RandomState(0).randn(5, 256).astype(np.float32)
     weight[2] = 0
     codes, scales = onnx_graph.quantize_rows(weight, bits, block)
@@ -181,14 +180,14 @@ def test_quantized_weights_are_near(bits, block):
     back = dequantized(weight, bits, block)
     largest = np.abs(weight.reshape(5, -1, block)).max(-1).repeat(block, -1)
     steps = 127 if bits == 8 else 8
-    # half a step; in 4 bits what is clipped is further off
+    # at most half a step; clipped 4-bit weights differ by more
     most = 0.51 / 127 if bits == 8 else 1.01 - onnx_graph.CLIPPED[-1] * 7 / 8
     assert (np.abs(back - weight) <= largest * most).all()
     assert (back[2] == 0).all()
     assert np.abs(back - weight).mean() < largest.mean() / steps * 0.3
 
 
-def test_clipping_brings_the_error_down(monkeypatch):
+def test_clipping_lowers_the_error_of_each_block(monkeypatch):
     weight = np.random.RandomState(0).randn(9, 64).astype(np.float32)
     clipped = np.square(dequantized(weight, 4, 32) - weight)
     monkeypatch.setattr(onnx_graph, "CLIPPED", (1,))
@@ -198,7 +197,7 @@ def test_clipping_brings_the_error_down(monkeypatch):
 
 
 def dequantized(weight, bits, block):
-    """What the format says that codes and scales mean, written the other way round."""
+    """The weights quantized and dequantized, by the definition of the format."""
     codes, scales = onnx_graph.quantize_rows(weight, bits, block)
     if bits == 4:
         codes = np.stack([codes % 16, codes // 16], -1)
@@ -210,8 +209,8 @@ def dequantized(weight, bits, block):
                          ids=["gpt2", "own head", "neo"])
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @torch.no_grad()
-def test_a_quantized_graph_computes_with_the_quantized_weights(make_onnx, quantize, fields):
-    """It is the GPT of the dequantized weights, but for its inputs in int8 (some percent)."""
+def test_a_quantized_graph_equals_the_gpt_with_dequantized_weights(make_onnx, quantize, fields):
+    """Within 6 %, because the graph rounds the inputs of products to int8."""
     model, onnx_model, _ = make_onnx(quantize, **fields)
     for name, param in model.named_parameters():
         if param.dim() == 2 and "wpe" not in name:
@@ -225,8 +224,8 @@ def test_a_quantized_graph_computes_with_the_quantized_weights(make_onnx, quanti
 
 
 @torch.no_grad()
-def test_perplexity_of_a_real_model(shared, gpt2_vocabulary, tmp_path):
-    """On Shakespeare: int8 within 0.5 %, int4 within 4 %."""
+def test_quantizing_raises_perplexity_by_at_most_4_percent(shared, gpt2_vocabulary, tmp_path):
+    """For a real model on Shakespeare: less than 0.5 % with int8, less than 4 % with int4."""
     model, _ = load_model(str(shared("models/gutenberg-17m")))
     model.eval()
     text = shared("data/tinyshakespeare/input.txt").read_text(encoding="utf-8")
@@ -242,10 +241,10 @@ def test_perplexity_of_a_real_model(shared, gpt2_vocabulary, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# as the scripts use it
+# in the scripts
 
-def test_sample_and_evaluate(make_dataset, make_run, tmp_path, capsys):
-    """The same text, drawn from the same seed, and the same loss, but for the name."""
+def test_sample_and_evaluate_print_the_same_for_an_export(make_dataset, make_run, tmp_path, capsys):
+    """The same text from the same seed, and the same loss; only the names of the models differ."""
     folder, tokenizer = make_dataset("chars")
     out_dir, _ = make_run(tokenizer, block_size=32)
     export.main([f"--out_dir={out_dir}", "--format=onnx", f"--export_dir={tmp_path / 'onnx'}"])
@@ -260,7 +259,7 @@ def test_sample_and_evaluate(make_dataset, make_run, tmp_path, capsys):
     assert outputs[0] == outputs[1] and "loss" in outputs[0]
 
 
-def test_it_knows_its_tokenizer(make_run, tmp_path):
+def test_the_file_contains_its_tokenizer(make_run, tmp_path):
     tokenizer = JsonTokenizer(tiny_json())
     out_dir, _ = make_run(tokenizer, n_embd=32)
     export.main([f"--out_dir={out_dir}", "--format=onnx", "--quantize=int4",
@@ -277,7 +276,7 @@ def test_it_knows_its_tokenizer(make_run, tmp_path):
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """refused(file) samples from it; returns the one line of error."""
+    """refused(file) runs sample.py on it, which must fail; returns the one line of error."""
     def run(file):
         status, _, err = run_script(monkeypatch, capsys, sample.main, [f"--init_from={file}"])
         assert status == 1 and err.count("\n") == 1
@@ -285,7 +284,7 @@ def refused(monkeypatch, capsys):
     return run
 
 
-def test_files_that_are_not_ours(refused, make_onnx, tmp_path):
+def test_foreign_cut_and_missing_files_are_refused(refused, make_onnx, tmp_path):
     _, _, path = make_onnx()
     foreign = onnx.load(path)
     del foreign.metadata_props[:]
@@ -300,21 +299,28 @@ def test_files_that_are_not_ours(refused, make_onnx, tmp_path):
 
 
 def changed(**fields):
-    """What puts these values into the config of a file's metadata."""
-    return lambda held: held | {"config": held["config"] | fields}
+    """A function that changes these fields of the config in the metadata."""
+    def change(held):
+        return held | {"config": held["config"] | fields}
+    change.__name__ = str(fields)  # the id of the test
+    return change
 
 
 @pytest.mark.parametrize("change", [
-    "{", "[]", '"x"', "null", "5", "[" * 100_000, lambda held: {"tokenizer": None},
-    lambda held: {"config": held["config"]}, lambda held: held | {"config": [1]},
-    lambda held: held | {"config": None}, lambda held: held | {"tokenizer": 5},
-    lambda held: held | {"tokenizer": {"kind": "characters"}},
-    lambda held: held | {"tokenizer": {"kind": "characters", "itos": 5}}, changed(unknown=1),
+    "{", "[]", '"x"', "null", "5", pytest.param("[" * 100_000, id="nested"),
+    pytest.param(lambda held: {"tokenizer": None}, id="no config"),
+    pytest.param(lambda held: {"config": held["config"]}, id="no tokenizer"),
+    pytest.param(lambda held: held | {"config": [1]}, id="config=[1]"),
+    pytest.param(lambda held: held | {"config": None}, id="config=None"),
+    pytest.param(lambda held: held | {"tokenizer": 5}, id="tokenizer=5"),
+    pytest.param(lambda held: held | {"tokenizer": {"kind": "characters"}}, id="no itos"),
+    pytest.param(lambda held: held | {"tokenizer": {"kind": "characters", "itos": 5}}, id="itos=5"),
+    changed(unknown=1),
     changed(n_head=0), changed(n_head="x"), changed(block_size=0), changed(block_size="x"),
     changed(n_head=4), changed(n_embd=64), changed(n_layer=3), changed(n_layer=1),
     changed(vocab_size=9), changed(vocab_size=True),
 ])
-def test_damaged_metadata(refused, make_onnx, tmp_path, change):
+def test_damaged_metadata_is_a_one_line_error(refused, make_onnx, tmp_path, change):
     _, _, path = make_onnx()
     damaged = onnx.load(path)
     entry = damaged.metadata_props[0]
@@ -325,11 +331,11 @@ def test_damaged_metadata(refused, make_onnx, tmp_path, change):
     assert re.search("odd.onnx is damaged|its metadata |unknown kind", said) and len(said) < 400
 
 
-def test_without_onnxruntime(refused, monkeypatch):
+def test_without_onnxruntime_the_command_to_install_it_is_printed(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install -r requirements-export.txt" in refused("model.onnx")
 
 
-def test_it_is_not_trained(tmp_path):
+def test_an_onnx_file_cannot_be_trained(tmp_path):
     with pytest.raises(UserError, match="sampled from and evaluated"):
         load_model("model.int8.onnx")

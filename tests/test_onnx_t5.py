@@ -1,4 +1,4 @@
-"""What the two exported graphs of a T5 compute, next to the T5; and as the scripts use them."""
+"""A T5 exported to two ONNX graphs: results as the T5's, shared weights, the scripts, errors."""
 import json
 import re
 import shutil
@@ -30,7 +30,7 @@ from t5 import T5, T5Config
 onnx = pytest.importorskip("onnx", reason="needs requirements-export.txt")
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 
-from nanotune.formats import onnx_graph, onnx_t5  # noqa: E402 (after what it may need)
+from nanotune.formats import onnx_graph, onnx_t5  # noqa: E402 (after the skips above)
 from nanotune.formats.onnx_model import check_opset, open_onnx  # noqa: E402
 
 SIZES = dict(vocab_size=61, n_layer=2, n_decoder_layer=2, n_head=2, n_embd=32, head_size=16,
@@ -39,7 +39,7 @@ GATED = dict(gated=True, tied_head=False, scale_head=False, n_decoder_layer=3, h
 
 
 def tiny_t5(seed=0, **fields):
-    """A T5 in evaluation mode with weights that matter, those of the norms among them."""
+    """A T5 in evaluation mode whose weights are large enough for each part to matter."""
     torch.manual_seed(seed)
     model = T5(T5Config(**SIZES | fields)).eval()
     with torch.no_grad():
@@ -50,7 +50,7 @@ def tiny_t5(seed=0, **fields):
 
 @pytest.fixture
 def make_onnx(tmp_path):
-    """make_onnx(quantize, **fields) writes a tiny T5; returns (T5, OnnxT5, the decoder's file)."""
+    """make_onnx(quantize, **fields) exports a tiny T5; returns (T5, OnnxT5, decoder's path)."""
     def make(quantize="none", **fields):
         model = tiny_t5(**fields)
         path = str(onnx_t5.write_onnx(model, tmp_path, quantize))
@@ -59,7 +59,7 @@ def make_onnx(tmp_path):
 
 
 def pairs(B=3, S=150, T=140, vocab_size=61):
-    """Sources and targets, longer than the distances that T5 tells apart; two rows are padded."""
+    """(x, y): longer than the largest distance of the position buckets; two rows are padded."""
     ids = torch.randint(2, vocab_size, (B, S + T), generator=torch.Generator().manual_seed(S))
     x, y = ids[:, :S].clone(), ids[:, S:].clone()
     x[1, S // 2:], y[1, T // 3:] = IGNORED, IGNORED
@@ -73,7 +73,7 @@ def pairs(B=3, S=150, T=140, vocab_size=61):
 @pytest.mark.parametrize("fields", [dict(), GATED, dict(n_buckets=8, max_distance=20, n_layer=3)],
                          ids=["t5", "v1.1", "other buckets"])
 @torch.no_grad()
-def test_logits_and_loss(make_onnx, fields):
+def test_logits_and_loss_equal_those_of_the_t5(make_onnx, fields):
     model, onnx_model, _ = make_onnx(**fields)
     x, y = pairs()
     wanted, found = (torch.cat(list(m.logits_at(x, y))) for m in (model, onnx_model))
@@ -85,8 +85,8 @@ def test_logits_and_loss(make_onnx, fields):
 
 
 @torch.no_grad()
-def test_steps_after_a_past(make_onnx):
-    """Target tokens in pieces; the cache is rewound, reordered, and made for more rows."""
+def test_steps_with_a_cache_equal_those_of_the_t5(make_onnx):
+    """Targets in pieces; the cache is rewound, reordered, and given more rows."""
     model, onnx_model, _ = make_onnx(**GATED)
     x, y = pairs(T=70)
     y = y.clamp(min=2)
@@ -111,8 +111,9 @@ def test_steps_after_a_past(make_onnx):
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0),
-                                     dict(temperature=0.9, top_k=20, top_p=0.95)])
-def test_generation_and_labels_are_those_of_the_t5(make_onnx, options):
+                                     dict(temperature=0.9, top_k=20, top_p=0.95)],
+                         ids=["greedy", "sampled"])
+def test_generation_and_label_scores_equal_those_of_the_t5(make_onnx, options):
     model, onnx_model, _ = make_onnx()
     prompts = [[5, 6, 7, 8], [9], [5, 6]]
     ours, theirs = (torch.stack(list(stream(
@@ -124,7 +125,7 @@ def test_generation_and_labels_are_those_of_the_t5(make_onnx, options):
     torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=0)
 
 
-def test_the_loss_of_a_dataset(make_onnx, tmp_path):
+def test_the_loss_of_a_dataset_equals_that_of_the_t5(make_onnx, tmp_path):
     model, onnx_model, _ = make_onnx()
     write_pairs(tmp_path / "data", 9)
     data = open_dataset(tmp_path / "data" / "train.bin", model.config)
@@ -138,7 +139,7 @@ def test_the_loss_of_a_dataset(make_onnx, tmp_path):
 # one file of weights
 
 def references(path):
-    """{constant: (offset, length) in the file of weights} of a graph."""
+    """{constant of a graph: (offset, length) in the file of weights}."""
     held = {t.name: {e.key: e.value for e in t.external_data}
             for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data}
     assert {place["location"] for place in held.values()} == {
@@ -147,7 +148,7 @@ def references(path):
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
-def test_both_graphs_read_one_embedding(make_onnx, quantize, tmp_path):
+def test_both_graphs_share_one_embedding(make_onnx, quantize, tmp_path):
     model, _, path = make_onnx(quantize, vocab_size=4099)
     encoder, decoder = (references(tmp_path / re.sub("decoder", part, path.rpartition("/")[2]))
                         for part in ("encoder", "decoder"))
@@ -163,8 +164,8 @@ def test_both_graphs_read_one_embedding(make_onnx, quantize, tmp_path):
 @pytest.mark.parametrize("fields", [dict(), GATED | dict(head_size=8)], ids=["t5", "v1.1"])
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @torch.no_grad()
-def test_quantized_graphs_compute_with_the_quantized_weights(make_onnx, quantize, fields):
-    """They are the T5 of the dequantized weights, but for inputs in int8 (some percent)."""
+def test_quantized_graphs_equal_the_t5_with_dequantized_weights(make_onnx, quantize, fields):
+    """Within 10 %, because the graphs round the inputs of products to int8."""
     model, onnx_model, _ = make_onnx(quantize, **fields)
     for name, param in model.named_parameters():
         if param.dim() == 2 and ".bias." not in name:
@@ -181,7 +182,7 @@ def test_quantized_graphs_compute_with_the_quantized_weights(make_onnx, quantize
 
 
 # -----------------------------------------------------------------------------
-# as the scripts use them
+# in the scripts
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
@@ -200,7 +201,7 @@ def exported(tmp_path_factory):
     return base / "out", folders
 
 
-def test_an_exported_folder(exported):
+def test_an_exported_folder_or_either_graph_in_it_is_loaded(exported):
     out_dir, folders = exported
     assert sorted(path.name for path in folders["int8"].iterdir()) == [
         "README.md", "decoder.int8.onnx", "encoder.int8.onnx", "model.int8.onnx.data",
@@ -217,13 +218,13 @@ def test_an_exported_folder(exported):
     export.main([*argv, "--overwrite=True"])
 
 
-def test_sample_and_evaluate(exported, tmp_path, capsys):
-    """The same answers from the same seed, the same scores, but for the name."""
+def test_sample_and_evaluate_print_the_same_for_an_export(exported, tmp_path, capsys):
+    """The same answers from the same seed, and the same scores; only the names differ."""
     out_dir, folders = exported
     write_pairs(tmp_path / "data", 9, "val", vocab_size=20)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folders["none"] / name, tmp_path / "data")
-    # as exported the tokenizer appends </s> in other programs; ours reads it without
+    # in other programs the exported tokenizer appends </s>; nanotune's reader does not
     (tmp_path / "data" / "test.jsonl").write_text("".join(
         json.dumps({"prompt": f"Line {c}", "completion": c}) + "\n" for c in "abcabd"))
     outputs = []
@@ -240,8 +241,8 @@ def test_sample_and_evaluate(exported, tmp_path, capsys):
     assert outputs[0] == outputs[1] and "exact match" in outputs[0] and "loss" in outputs[0]
 
 
-def test_serve_answers_with_it(exported):
-    """The text and the log-probabilities of the T5."""
+def test_serve_answers_with_the_graphs_as_with_the_run(exported):
+    """The tokens and their log-probabilities."""
     out_dir, folders = exported
     models = {name: open_model(str(source), torch.device("cpu"), torch.float32)
               for name, source in (("run", out_dir), ("onnx", folders["none"] / "decoder.onnx"))}
@@ -260,7 +261,7 @@ def test_serve_answers_with_it(exported):
         assert status == 400 and b"num_beams is not supported" in content
 
 
-def test_the_cards_program_runs_without_torch(exported):
+def test_the_program_of_the_model_card_runs_without_torch(exported):
     out_dir, folders = exported
     card = (folders["none"] / "README.md").read_text(encoding="utf-8")
     program = card.partition("```python\n")[2].partition("```")[0].replace("Good day.", "Line a")
@@ -275,7 +276,7 @@ def test_the_cards_program_runs_without_torch(exported):
     assert not done.stderr
 
 
-def test_the_docs_show_the_cards_program():
+def test_the_docs_show_the_program_of_the_model_card():
     card = export.ONNX_USE_PAIRS.format(name="t5-int8", kind="int8.onnx", start=0, end=1)
     text = (REPO / "docs" / "export.md").read_text(encoding="utf-8")
     assert card.partition("```python\n")[2] in text
@@ -286,7 +287,7 @@ def test_the_docs_show_the_cards_program():
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """refused(file, ...) samples from it; returns the one line of error."""
+    """refused(file, ...) runs sample.py on it, which must fail; returns the one line of error."""
     def run(file, *more):
         status, _, err = run_script(monkeypatch, capsys, sample.main,
                                     [f"--init_from={file}", "--start=Line a", *more])
@@ -302,7 +303,7 @@ def folder(exported, tmp_path):
 
 
 @pytest.mark.parametrize("part, other", [("decoder", "encoder"), ("encoder", "decoder")])
-def test_a_graph_without_its_partner(refused, folder, part, other):
+def test_a_graph_without_its_partner_is_refused(refused, folder, part, other):
     (folder / f"{other}.onnx").unlink()
     for source in (folder, folder / f"{part}.onnx"):
         said = refused(source)
@@ -311,7 +312,7 @@ def test_a_graph_without_its_partner(refused, folder, part, other):
     assert "export" in refused(folder / f"{part}.onnx") or "copy of it" in refused(folder)
 
 
-def test_graphs_and_weights_of_different_exports(refused, folder, tmp_path):
+def test_graphs_and_weights_of_different_exports_are_refused(refused, folder, tmp_path):
     onnx_t5.write_onnx(tiny_t5(seed=1, vocab_size=24), tmp_path)
     shutil.copy(tmp_path / "encoder.onnx", folder)
     assert "are from different exports" in refused(folder)
@@ -328,17 +329,17 @@ def test_graphs_and_weights_of_different_exports(refused, folder, tmp_path):
 
 
 @pytest.mark.parametrize("opset", [21, 22, 24, 99])
-def test_another_opset(refused, folder, opset):
+def test_another_opset_is_refused(refused, folder, opset):
     graph = onnx.load(folder / "decoder.onnx", load_external_data=False)
     graph.opset_import[0].version = opset
     onnx.save(graph, folder / "decoder.onnx")
-    assert "export it again" in refused(folder)  # by onnxruntime, if it does not know the opset
+    assert "export it again" in refused(folder)  # onnxruntime refuses opsets that it lacks
     with pytest.raises(UserError, match=f"is for ONNX opset {opset}; nanotune runs opset 23"):
         check_opset(str(folder / "decoder.onnx"))
     check_opset(str(folder / "encoder.onnx"))
 
 
-def test_float16(refused, folder, exported, monkeypatch, capsys):
+def test_float16_is_refused(refused, folder, exported, monkeypatch, capsys):
     assert "T5 overflows in float16" in refused(folder, "--dtype=float16")
     status, _, err = run_script(monkeypatch, capsys, export.main, [
         f"--out_dir={exported[0]}", "--format=onnx", "--dtype=float16"])
@@ -355,25 +356,25 @@ def change_metadata(path, change):
 @pytest.mark.parametrize("fields", [
     dict(partner=5), dict(partner=""), dict(partner="decoder.onnx"), dict(part=[]),
     dict(part="encoder"), dict(digest="0"), dict(data="nowhere"), dict(data=None), dict(config={}),
-    dict(part=None, partner=None), dict(tokenizer=5), dict(tokenizer=None)])
-def test_damaged_metadata(refused, folder, fields):
+    dict(part=None, partner=None), dict(tokenizer=5), dict(tokenizer=None)], ids=str)
+def test_damaged_metadata_is_refused(refused, folder, fields):
     change_metadata(folder / "decoder.onnx", lambda held: held | fields)
     refused(folder / "decoder.onnx")
-    if "partner" not in fields:  # else the encoder still names the decoder
+    if "partner" not in fields:  # the encoder still names the right partner
         refused(folder / "encoder.onnx")
 
 
 @pytest.mark.parametrize("fields", [
     dict(n_head=4), dict(n_decoder_layer=3), dict(head_size=8), dict(vocab_size=9),
-    dict(unknown=1), dict(end_id=99), dict(start_id=-1), dict(n_embd="x")])
-def test_the_config_of_another_graph(refused, folder, fields):
+    dict(unknown=1), dict(end_id=99), dict(start_id=-1), dict(n_embd="x")], ids=str)
+def test_a_config_that_does_not_fit_the_graph_is_refused(refused, folder, fields):
     for name in ("encoder", "decoder"):
         change_metadata(folder / f"{name}.onnx", lambda held: held | {
             "config": held["config"] | fields})
     refused(folder / "decoder.onnx")
 
 
-def test_sizes_that_a_graph_does_not_take(tmp_path):
+def test_sizes_that_cannot_be_exported_are_refused(tmp_path):
     with pytest.raises(UserError, match="multiple of 16"):
         onnx_t5.write_onnx(tiny_t5(n_embd=24), tmp_path, "int8")
     with pytest.raises(UserError, match="max_distance=1000000"):

@@ -1,4 +1,4 @@
-"""Updates that survive 8 significant bits, and moments that fit into 8."""
+"""Optimizers: stochastic rounding for bfloat16 weights, 8-bit moments, Adafactor, loss scaling."""
 import sys
 
 import pytest
@@ -24,7 +24,7 @@ RATE, BETAS = 1e-2, (0.9, 0.95)
 
 @pytest.fixture
 def torchao(monkeypatch):
-    """torchao where it is installed, its update run as written: compiling takes minutes."""
+    """torchao, or a skip. Its update is not compiled, which would take minutes."""
     module = pytest.importorskip("torchao.optim")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return module
@@ -51,22 +51,22 @@ def groups_of(params):
 # stochastic rounding
 
 @pytest.mark.parametrize("value", [1.001, -1.001, 3e-5, -0.7071, 255.9])
-def test_rounding_goes_to_a_neighbour_and_is_right_on_average(value):
+def test_rounding_gives_one_of_two_neighbours_and_is_right_on_average(value):
     torch.manual_seed(0)
     rounded = round_stochastically(torch.full((100_000,), value)).float()
     ulp = abs(value) * 2**-7
     assert len(rounded.unique()) == 2
     assert (rounded - value).abs().max() < ulp
-    # the mean of n draws lies within 5 of its standard errors, ulp / 2 / sqrt(n) at most
+    # within 5 standard errors of the mean of n draws; one is at most ulp / 2 / sqrt(n)
     assert rounded.mean().item() == pytest.approx(value, abs=5 * ulp / 2 / 100_000**0.5)
 
 
-def test_what_bfloat16_can_hold_is_left_alone():
+def test_values_that_bfloat16_represents_are_not_changed():
     exact = torch.tensor([0.0, 1.0, -2.5, 2.0**-126, 3.3895313892515355e38])
     assert torch.equal(round_stochastically(exact.clone()).float(), exact)
 
 
-def test_rounding_repeats_with_the_seed():
+def test_rounding_depends_on_the_seed():
     x = torch.randn(1000)
     draws = []
     for seed in (1, 1, 2):
@@ -79,7 +79,7 @@ def test_rounding_repeats_with_the_seed():
 # RoundedAdamW
 
 @pytest.mark.parametrize("chunk", [7, 2**22])
-def test_of_float32_it_is_torchs_adamw(monkeypatch, chunk):
+def test_rounded_adamw_on_float32_weights_equals_torchs_adamw(monkeypatch, chunk):
     monkeypatch.setattr(optimizers, "CHUNK", chunk)
     ours, theirs = (params_of(torch.float32, (5, 6), (6,)) for _ in range(2))
     one = RoundedAdamW(groups_of(ours), RATE, BETAS)
@@ -94,8 +94,8 @@ def test_of_float32_it_is_torchs_adamw(monkeypatch, chunk):
             torch.testing.assert_close(one.state[p][key], value, atol=1e-6, rtol=1e-6)
 
 
-def test_updates_far_below_a_unit_in_the_last_place_are_kept():
-    """bfloat16 steps by 2^-7 from 1 up and 2^-8 down: to the nearest, 1e-4 would change nothing."""
+def test_updates_far_below_the_resolution_of_bfloat16_add_up():
+    """Next to 1, bfloat16 has steps of 2^-7 and 2^-8. Rounded to nearest, 1 - 1e-4 is still 1."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     optimizer = RoundedAdamW([{"params": [p]}], 1e-4, BETAS)
@@ -106,7 +106,7 @@ def test_updates_far_below_a_unit_in_the_last_place_are_kept():
     assert p.float().mean().item() == pytest.approx(1 - 100 * 1e-4, abs=5e-4)
 
 
-def test_bfloat16_weights_follow_float32_ones():
+def test_bfloat16_weights_train_as_float32_ones():
     ours, theirs = params_of(torch.bfloat16, (50, 60)), params_of(torch.bfloat16, (50, 60))
     theirs = [torch.nn.Parameter(p.detach().float()) for p in theirs]
     one = make_optimizer("adamw", groups_of(ours), RATE, BETAS, CPU)
@@ -119,7 +119,7 @@ def test_bfloat16_weights_follow_float32_ones():
         one.step()
         other.step()
     drift = (ours[0].float() - theirs[0]).detach()
-    assert drift.abs().mean() < 0.01 and abs(drift.mean().item()) < 1e-3  # of 0.1 travelled
+    assert drift.abs().mean() < 0.01 and abs(drift.mean().item()) < 1e-3  # in steps of 0.01
     state = one.state[ours[0]]
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
     torch.testing.assert_close(state["exp_avg_sq"], other.state[theirs[0]]["exp_avg_sq"])
@@ -128,9 +128,9 @@ def test_bfloat16_weights_follow_float32_ones():
 # -----------------------------------------------------------------------------
 # 8 bits
 
-def test_every_large_tensor_of_every_gpt2_is_quantised():
-    """torchao alone leaves gpt2-xl's embedding, 50257 x 1600, and its biases of 4800 as they are:
-    256 does not divide them."""
+def test_the_moments_of_each_large_tensor_of_each_gpt2_are_quantized():
+    """torchao alone does not quantize those of gpt2-xl's embedding, 50257 x 1600, and of its biases
+    of 4800: 256 does not divide these sizes."""
     assert 50257 * 1600 % 256 and 4800 % 256
     for width in (768, 1024, 1280, 1600):
         for numel in (50257 * width, 50304 * width, 1024 * width, 3 * width * width,
@@ -141,9 +141,9 @@ def test_every_large_tensor_of_every_gpt2_is_quantised():
     assert moments_per_scale(1600) is None and moments_per_scale(64 * 64 + 1) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_8bit_moments_follow_float32_ones(torchao, dtype):
-    shapes = (33, 1600), (64, 64), (1600,)  # 33 x 1600 is no multiple of 128
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_8bit_moments_train_as_float32_ones(torchao, dtype):
+    shapes = (33, 1600), (64, 64), (1600,)  # 33 x 1600 is not a multiple of 128
     ours, theirs = params_of(dtype, *shapes), params_of(dtype, *shapes)
     theirs = [torch.nn.Parameter(p.detach().float()) for p in theirs]
     one = make_optimizer("adamw8bit", groups_of(ours), RATE, BETAS, CPU)
@@ -155,14 +155,14 @@ def test_8bit_moments_follow_float32_ones(torchao, dtype):
         one.step()
         other.step()
     for p, q in zip(ours, theirs):
-        assert (p.float() - q).abs().mean() < 0.01  # ten steps of 0.01 were taken
+        assert (p.float() - q).abs().mean() < 0.01  # after ten steps of 0.01
     blocks = [getattr(one.state[p]["exp_avg_sq"], "block_size", None) for p in ours]
     assert blocks == [64, 256, None]
     assert one.state[ours[2]]["exp_avg_sq"].dtype == torch.float32
 
 
 def test_a_gpu_without_bfloat16_compiles_the_update_in_float32(torchao, monkeypatch):
-    """The same moments, and the same weights but for the draws that round them."""
+    """The moments are the same. Bfloat16 weights differ only in their random rounding."""
     def compile(function, **_):
         def run(*args):
             seen.update(arg.dtype for arg in args[:2])
@@ -196,13 +196,13 @@ def test_a_gpu_without_bfloat16_compiles_the_update_in_float32(torchao, monkeypa
 # float16, with weights in bfloat16
 
 @pytest.mark.parametrize("bad", [None, float("inf"), float("nan")])
-def test_bfloat16_gradients_are_unscaled_as_torch_does_on_a_cpu(bad):
+def test_bfloat16_gradients_are_unscaled_as_by_torchs_grad_scaler(bad):
     found = []
     for make in (LossScaler, torch.amp.GradScaler):
         params = params_of(torch.bfloat16, (5, 6), (6,)) + params_of(torch.float32, (7,))
         before = [p.detach().clone() for p in params]
         optimizer, scaler = RoundedAdamW(groups_of(params), RATE, BETAS), make("cpu")
-        scaler.scale(torch.ones(()))  # makes the scale
+        scaler.scale(torch.ones(()))  # creates the scale
         give_gradients(params, 0)
         if bad is not None:
             params[0].grad[1, 2] = bad
@@ -218,7 +218,7 @@ def test_bfloat16_gradients_are_unscaled_as_torch_does_on_a_cpu(bad):
         assert torch.equal(ours.nan_to_num(3.0), theirs.nan_to_num(3.0))
 
 
-def test_other_gradients_are_torchs_matter(monkeypatch):
+def test_float32_gradients_are_unscaled_by_torchs_grad_scaler(monkeypatch):
     called = []
     monkeypatch.setattr(torch.amp.GradScaler, "_unscale_grads_",
                         lambda self, *args: called.append(args) or {CPU: args[2]})
@@ -234,8 +234,8 @@ def test_other_gradients_are_torchs_matter(monkeypatch):
 # Adafactor
 
 @pytest.mark.parametrize("size", [1.0, 1e-6])
-def test_adafactor_is_transformers(size):
-    """Also where gradients are small, as a clipped one of a large model is."""
+def test_adafactor_equals_that_of_transformers(size):
+    """Also if gradients are small, as in a large model after clipping."""
     from transformers.optimization import Adafactor
     shapes = (33, 48), (48,), (7, 5)
     ours, theirs = params_of(torch.float32, *shapes), params_of(torch.float32, *shapes)
@@ -247,7 +247,7 @@ def test_adafactor_is_transformers(size):
         give_gradients(ours, step)
         for p, q in zip(ours, theirs):
             p.grad *= size * (1 + step)
-            p.grad[2] = 0  # as of a bucket of positions that no pair reaches
+            p.grad[2] = 0  # as for a bucket of distances that no pair has
             q.grad = p.grad.clone()
         one.step()
         other.step()
@@ -256,7 +256,7 @@ def test_adafactor_is_transformers(size):
     assert all((p - q).abs().max() > 1e-2 for p, q in zip(ours, started) if p.dim() > 1)
 
 
-def test_the_state_of_adafactor_comes_back_and_no_other_fits():
+def test_adafactors_state_is_restored_and_that_of_adamw_refused():
     params = params_of(torch.float32, (33, 48), (48,))
     one, other, adamw = (make_optimizer(name, groups_of(params), RATE, BETAS, CPU)
                          for name in ("adafactor", "adafactor", "adamw"))
@@ -277,7 +277,7 @@ def test_the_state_of_adafactor_comes_back_and_no_other_fits():
 # -----------------------------------------------------------------------------
 # files
 
-def test_state_comes_back_from_plain_tensors(torchao):
+def test_8bit_state_is_saved_as_plain_tensors_and_restored(torchao):
     shapes = (33, 1600), (1600,)
     params = params_of(torch.bfloat16, *shapes)
     one, other = (make_optimizer("adamw8bit", groups_of(params), RATE, BETAS, CPU)
@@ -309,7 +309,7 @@ def test_state_of_another_optimizer_is_refused(torchao):
         fill_state(full, params[0], {"momentum": torch.zeros(64, 64)})
 
 
-def test_the_rate_reaches_either_kind(torchao):
+def test_the_rate_is_set_in_each_group_of_each_optimizer(torchao):
     params = params_of(torch.float32, (64, 64), (64,))
     for name in optimizers.NAMES:
         optimizer = make_optimizer(name, groups_of(params), RATE, BETAS, CPU)
@@ -317,13 +317,13 @@ def test_the_rate_reaches_either_kind(torchao):
         assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.25]
 
 
-def test_without_torchao(monkeypatch):
+def test_without_torchao_the_command_to_install_it_is_printed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(UserError, match=r"needs torchao .*pip install torchao"):
         check_8bit(CPU)
 
 
-def test_without_a_compiler(monkeypatch):
+def test_without_a_compiler_the_command_to_install_one_is_printed(monkeypatch):
     pytest.importorskip("torchao.optim")
 
     def compile(function, **_):

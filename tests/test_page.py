@@ -36,15 +36,15 @@ def browser():
 
 @pytest.fixture(scope="module")
 def server():
-    """Two models, of which b takes 10 ms per token."""
+    """Two models; b takes 10 ms per token."""
     with served({"a": tiny_model(seed=1), "b": tiny_model(seconds=0.01)}) as server:
         yield server
 
 
 @pytest.fixture
 def open_page(browser):
-    """open_page(server, **options) opens the page with a fresh profile. At the end: no request left
-    this machine, and the page raised no error and broke no rule of its CSP."""
+    """open_page(server, **options) opens the page in a new browser profile. Checks at the end that
+    no request left this machine, and that the page raised no error and kept to its CSP."""
     contexts, hosts, faults = [], set(), []
 
     def open_(server, **options):
@@ -63,7 +63,7 @@ def open_page(browser):
 
 
 def generate(page, wait=True, **fields):
-    """Fills the form and presses Generate; the text of each column."""
+    """Fill in the form and press Generate; return the texts of each column."""
     for name, value in ({"prompt": "Line", "max_tokens": 20} | fields).items():
         page.locator(f"[name={name}]").fill(str(value))
     page.locator("#go").click()
@@ -90,7 +90,7 @@ def states(page):
     return page.locator(".state").all_inner_texts()
 
 
-def test_tokens_come_in_pieces(server, open_page):
+def test_tokens_appear_while_they_are_generated(server, open_page):
     page = open_page(server)
     generate(page, wait=False, max_tokens=150)
     spans = page.locator("article:nth-child(2) .sample span")
@@ -115,7 +115,7 @@ def test_stop_ends_the_generation(server, open_page, stop):
     assert server.engines["b"].model.fast.steps < 1000
 
 
-def test_a_new_run_takes_the_place_of_the_old(server, open_page):
+def test_a_new_generation_replaces_the_one_that_is_running(server, open_page):
     page = open_page(server)
     generate(page, wait=False, max_tokens=2000)
     wait_for_spans(page, 30)
@@ -131,12 +131,12 @@ def test_the_same_seed_gives_the_same_text(server, open_page):
     first = generate(page, n=2, seed=7)
     assert first == generate(page, n=2, seed=7) != generate(page, n=2, seed=8)
     assert [len(samples) for samples in first] == [2, 2]
-    page.locator("#again").click()  # another seed, and begins
+    page.locator("#again").click()  # generates with another seed
     assert page.locator("[name=seed]").input_value() != "8"
     settle(page)
 
 
-def test_the_keyboard_alone(server, open_page):
+def test_the_page_can_be_used_by_keyboard_alone(server, open_page):
     page = open_page(server, viewport={"width": 1000, "height": 400})
     page.wait_for_selector("article")
     page.keyboard.type("Line 1")  # the prompt has the focus
@@ -150,12 +150,12 @@ def test_the_keyboard_alone(server, open_page):
     assert page.locator("#tip").is_visible() and page.locator("#tip").inner_text() != first
     page.evaluate("scrollBy(0, 20)")
     page.evaluate("new Promise(requestAnimationFrame)")
-    page.keyboard.press("ArrowRight")  # goes on after the page scrolled
+    page.keyboard.press("ArrowRight")  # also after scrolling
     assert page.locator(".sample span").nth(3).get_attribute("class") == "at"
     assert page.locator(".at").count() == 1
 
 
-def test_models_stand_side_by_side(server, open_page):
+def test_models_are_shown_side_by_side(server, open_page):
     page = open_page(server)
     a, b = generate(page)
     assert a[0].startswith("Line") and b[0].startswith("Line") and a != b
@@ -165,7 +165,7 @@ def test_models_stand_side_by_side(server, open_page):
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
 
 
-def test_a_token_tells_its_alternatives(server, open_page):
+def test_a_token_shows_its_alternatives(server, open_page):
     page = open_page(server)
     generate(page)
     token = page.locator(".sample span").nth(3)
@@ -181,7 +181,7 @@ def test_a_token_tells_its_alternatives(server, open_page):
     assert not tip.is_visible() and token.evaluate(background) == "rgba(0, 0, 0, 0)"
 
 
-def test_html_in_prompt_and_output_stays_text(server, open_page, monkeypatch):
+def test_html_in_prompt_and_output_is_shown_as_text(server, open_page, monkeypatch):
     tokenizer = server.engines["a"].model.tokenizer
 
     def stream(model, prompts, *args, **options):
@@ -210,7 +210,7 @@ def test_the_curl_command_gives_the_same_text(server, open_page):
     assert page.locator("#copy").inner_text() == "Copied"
 
 
-def test_a_runs_curve_and_settings(open_page, make_run):
+def test_the_loss_curves_of_a_run_are_shown(open_page, make_run):
     out_dir, _ = make_run(CharTokenizer(sorted(set(TEXT))))
     (out_dir / "metrics.jsonl").write_text("".join(
         f'{{"step": {i}, "train_loss": {3 - i / 10}, "val_loss": 3.2}}\n'
@@ -225,13 +225,13 @@ def test_a_runs_curve_and_settings(open_page, make_run):
         assert page.locator("circle.train").count() == 4 == page.locator("circle.val").count()
         assert "train 2.70" in page.locator("svg").inner_html()
         assert "step 0 · validation loss 1.00" in page.locator(".facts").first.inner_text()
-        (out_dir / "metrics.jsonl").write_text("")  # read again each time it is opened
+        (out_dir / "metrics.jsonl").write_text("")  # the file is read each time the curve is opened
         for _ in range(2):
             page.locator(".run summary").first.click()
         page.wait_for_selector("figure:has-text('Nothing is logged yet')")
 
 
-def test_the_death_of_the_server_is_shown_and_its_return(open_page):
+def test_the_page_shows_that_the_server_is_gone_and_that_it_is_back(open_page):
     with served({"a": tiny_model(seconds=0.02)}) as server:
         page = open_page(server)
         generate(page, wait=False, max_tokens=2000)
@@ -247,17 +247,17 @@ def test_the_death_of_the_server_is_shown_and_its_return(open_page):
         assert generate(page)[0][0].startswith("Line")
 
 
-def test_errors_are_shown_in_words(server, open_page):
+def test_errors_are_shown(server, open_page):
     page = open_page(server)
     generate(page, prompt="L" * 500)
     assert "the model reads at most 64; give a shorter prompt" in states(page)[0]
     page.locator(".settings summary").click()
     page.locator("[name=max_tokens]").evaluate("input => { input.value = '' }")
     page.locator("#go").click()
-    assert page.locator("[name=max_tokens]").is_visible()  # what is missing is shown
+    assert page.locator("[name=max_tokens]").is_visible()  # the field that is missing is shown
 
 
-def test_the_token_is_asked_for(open_page):
+def test_the_page_asks_for_the_token(open_page):
     with served({"a": tiny_model()}, Access(token="correct-horse-battery")) as server:
         page = open_page(server)
         for given in ("wrong", "correct-horse-battery"):
@@ -270,7 +270,7 @@ def test_the_token_is_asked_for(open_page):
         page.wait_for_selector("article")
 
 
-def test_a_phone_and_the_dark(server, open_page):
+def test_the_page_works_on_a_phone_and_in_dark_mode(server, open_page):
     papers = []
     for scheme in ("light", "dark"):
         page = open_page(server, viewport={"width": 360, "height": 740}, color_scheme=scheme,
@@ -291,29 +291,30 @@ def test_a_phone_and_the_dark(server, open_page):
 # the chat tab
 
 @pytest.fixture(scope="module")
-def talkers():
-    """Two models with a template, and one without."""
+def chat_server():
+    """Two models with a chat template, and one without."""
     with served({"x": chat_model(seconds=0.005), "y": chat_model(seed=1),
                  "plain": tiny_model()}) as server:
         yield server
 
 
 def say(page, text, wait=True):
-    """Sends a message; returns [(role, text), ...] of the first conversation."""
+    """Send a message; return turns(), or None if not `wait`."""
     page.locator("[name=message]").fill(text)
     page.keyboard.press("Enter")
-    return heard(page) if wait else None
+    return turns(page) if wait else None
 
 
-def heard(page):
+def turns(page):
+    """[(role, text), ...] of the first conversation, once no answer is being written."""
     page.wait_for_selector("#send:visible")
-    turns = page.locator("#talks article:first-child .turn").all()
+    found = page.locator("#talks article:first-child .turn").all()
     return [("user" if "user" in turn.get_attribute("class") else "assistant",
-             turn.locator("p").inner_text()) for turn in turns]
+             turn.locator("p").inner_text()) for turn in found]
 
 
-def asked(page):
-    """The messages of each request to the chat API, as the page sends them from now on."""
+def sent_messages(page):
+    """A list to which the messages of each later request to the chat API are added."""
     found = []
     page.on("request", lambda request: found.append(request.post_data_json["messages"])
             if request.url.endswith("/chat/completions") else None)
@@ -321,15 +322,15 @@ def asked(page):
 
 
 @pytest.fixture
-def chat_page(talkers, open_page):
-    page = open_page(talkers)
+def chat_page(chat_server, open_page):
+    page = open_page(chat_server)
     page.locator("#tab-chat").click()
     page.locator("[name=max_tokens]").fill("12")
     return page
 
 
-def test_a_conversation_goes_to_each_model_that_can_chat(chat_page, talkers):
-    requests = asked(chat_page)
+def test_a_conversation_is_sent_to_each_model_that_can_chat(chat_page, chat_server):
+    requests = sent_messages(chat_page)
     assert chat_page.locator("#talks h2").all_inner_texts() == ["x", "y"]
     assert chat_page.locator("#columns").is_hidden() and chat_page.locator("#go").is_hidden()
     first = say(chat_page, "Line 1")
@@ -341,55 +342,55 @@ def test_a_conversation_goes_to_each_model_that_can_chat(chat_page, talkers):
     assert chat_page.locator("#talks article:nth-child(2) .turn").count() == 4
     chat_page.locator("[name=system]").fill("Be kind.")
     chat_page.locator("#anew").click()
-    assert heard(chat_page) == []
+    assert turns(chat_page) == []
     say(chat_page, "Line 2")
     assert requests[-1] == [{"role": "system", "content": "Be kind."},
                             {"role": "user", "content": "Line 2"}]
     chat_page.locator("#tab-text").click()
-    assert generate(chat_page)[0][0].startswith("Line")  # as before
+    assert generate(chat_page)[0][0].startswith("Line")  # still works
 
 
-def test_a_turn_is_edited_and_regenerated(chat_page):
-    requests = asked(chat_page)
+def test_a_turn_can_be_edited_and_an_answer_regenerated(chat_page):
+    requests = sent_messages(chat_page)
     say(chat_page, "Line 1")
     before = say(chat_page, "Line 2")
     talk = chat_page.locator("#talks article:first-child")
-    talk.locator(".turn:last-child button").click()  # regenerates the last answer, of one model
-    after = heard(chat_page)
+    talk.locator(".turn:last-child button").click()  # regenerates the last answer of this model
+    after = turns(chat_page)
     assert after[:3] == before[:3] and len(after) == 4 and len(requests) == 5
     talk.locator(".turn.assistant button").first.click()
-    assert len(heard(chat_page)) == 2 and requests[-1] == [{"role": "user", "content": "Line 1"}]
+    assert len(turns(chat_page)) == 2 and requests[-1] == [{"role": "user", "content": "Line 1"}]
     talk.locator(".turn.user button").first.click()
     talk.locator(".turn textarea").fill("Never mind")
     talk.locator(".turn button", has_text="Cancel").click()
-    assert heard(chat_page)[0] == ("user", "Line 1")
+    assert turns(chat_page)[0] == ("user", "Line 1")
     talk.locator(".turn.user button").first.click()
     talk.locator(".turn textarea").fill("Line 3")
     talk.locator(".turn button", has_text="Send").click()
-    assert heard(chat_page)[0] == ("user", "Line 3") and len(heard(chat_page)) == 2
+    assert turns(chat_page)[0] == ("user", "Line 3") and len(turns(chat_page)) == 2
     assert requests[-1] == [{"role": "user", "content": "Line 3"}]
     assert chat_page.locator("#talks article:nth-child(2) .turn").count() == 2
 
 
 @pytest.mark.parametrize("stop", [lambda page: page.locator("#hush").click(),
                                   lambda page: page.keyboard.press("Escape")], ids=["click", "key"])
-def test_stop_keeps_what_was_said(chat_page, talkers, stop):
+def test_stop_keeps_the_unfinished_answer(chat_page, chat_server, stop):
     chat_page.locator("[name=max_tokens]").fill("2000")
     chat_page.locator("[name=temperature]").fill("0")
     say(chat_page, "Line", wait=False)
     chat_page.wait_for_function(
         "() => document.querySelector('.turn:last-child p').textContent.length > 20")
     stop(chat_page)
-    (_, said), = heard(chat_page)[1:]
+    (_, said), = turns(chat_page)[1:]
     assert len(said) > 20 and "stopped" in chat_page.locator("#talks .state").first.inner_text()
-    wait_until(lambda: talkers.engines["x"].running is None)
+    wait_until(lambda: chat_server.engines["x"].running is None)
     say(chat_page, "Line", wait=False)
     chat_page.locator("#anew").click()
-    assert heard(chat_page) == []
+    assert turns(chat_page) == []
     assert chat_page.locator("#talks .state").all_inner_texts() == ["", ""]
 
 
-def test_what_the_chat_tells(chat_page):
+def test_the_chat_shows_errors_dropped_messages_and_html_as_text(chat_page):
     say(chat_page, "long " * 99)
     state = chat_page.locator("#talks .state").first
     assert "shorten it" in state.inner_text() and "bad" in state.get_attribute("class")
@@ -398,11 +399,11 @@ def test_what_the_chat_tells(chat_page):
         say(chat_page, f"Line {i}: what's more, it ends.")
     assert "oldest messages no longer fit" in state.inner_text()
     say(chat_page, ATTACK)
-    assert ("user", ATTACK) in heard(chat_page) and chat_page.locator("img").count() == 0
+    assert ("user", ATTACK) in turns(chat_page) and chat_page.locator("img").count() == 0
     assert chat_page.evaluate("window.hacked") is None
 
 
-def test_the_tab_is_only_for_models_with_a_template(server, open_page):
+def test_the_chat_tab_is_shown_only_for_models_with_a_template(server, open_page):
     page = open_page(server)
     page.wait_for_selector("article")
     assert page.locator("#tabs").is_hidden()
@@ -412,5 +413,5 @@ def test_the_tab_is_only_for_models_with_a_template(server, open_page):
         assert page.locator("#say").is_visible() and page.locator("[name=prompt]").is_hidden()
         page.locator("[name=message]").fill("Line 1")
         page.locator("#send").click()
-        assert len(heard(page)) == 2
+        assert len(turns(page)) == 2
         assert page.evaluate("document.scrollingElement.scrollWidth") <= 360

@@ -1,4 +1,4 @@
-"""Pairs of a source and a target: prepare.py, the files, the batches."""
+"""Pairs of a source and a target: batches, bad files, data/pairs/prepare.py."""
 import itertools
 import json
 import runpy
@@ -26,7 +26,7 @@ def rows(x, y):
 
 
 @pytest.mark.parametrize("global_batch", [1, 6, 7, 40, 64])
-def test_each_pair_comes_once_an_epoch(tmp_path, global_batch):
+def test_each_pair_is_read_once_an_epoch(tmp_path, global_batch):
     pairs = write_pairs(tmp_path, n=41)
     data = open_dataset(tmp_path / "train.bin", CONFIG, seed=3, global_batch=global_batch)
     wanted = sorted((tuple(s), tuple(t)) for s, t in pairs)
@@ -34,28 +34,28 @@ def test_each_pair_comes_once_an_epoch(tmp_path, global_batch):
     assert all(sorted(epoch) == wanted for epoch in epochs)
     assert epochs[0] != epochs[1]
     again = open_dataset(tmp_path / "train.bin", CONFIG, seed=3, global_batch=global_batch)
-    assert rows(*again.batch(2 * 41, 41)) == epochs[2]  # only the seed and the number count
+    assert rows(*again.batch(2 * 41, 41)) == epochs[2]  # only the seed and the sample number count
     assert rows(*data.batch(30, 20)) == (epochs[0] + epochs[1])[30:50]
     other = open_dataset(tmp_path / "train.bin", CONFIG, seed=4, global_batch=global_batch)
     assert rows(*other.batch(0, 41)) != epochs[0]
 
 
 @given(n=st.integers(1, 60), size=st.integers(1, 20), epoch=st.integers(0, 9))
-def test_batches_begin_where_the_epoch_before_ended(n, size, epoch):
-    """Whatever the sizes: an epoch is a permutation, and its whole batches are of like length."""
+def test_batches_of_similar_lengths_may_span_two_epochs(n, size, epoch):
+    """For any sizes, an epoch is a permutation, and its full batches do not overlap in length."""
     rng = np.random.RandomState(n)
     data = SimpleNamespace(lengths=np.zeros((n, 2)), seed=0, global_batch=size,
                            read_lengths=rng.randint(1, 100, (n, 2)))
     order = PairBin.epoch_order(data, epoch)
     assert sorted(order) == list(range(n))
-    first = -epoch * n % size  # of this epoch's pairs, those that fill up a batch
+    first = -epoch * n % size  # this many pairs complete the batch of the epoch before
     batches = [data.read_lengths[order[i:i + size], 0] for i in range(first, n - size + 1, size)]
     spans = sorted((batch.min(), batch.max()) for batch in batches)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
 
-def test_a_global_batch_is_shared_by_any_split(tmp_path):
-    """1 x 8, 8 x 1 and 2 x 4 read the same pairs in the same order, and count the same targets."""
+def test_a_global_batch_is_the_same_however_it_is_split(tmp_path):
+    """1 x 8, 8 x 1 and 2 x 4 read the same pairs in the same order and count the same targets."""
     write_pairs(tmp_path)
     data = open_dataset(tmp_path / "train.bin", CONFIG, global_batch=8)
     for step in (0, 3, 7):
@@ -66,7 +66,7 @@ def test_a_global_batch_is_shared_by_any_split(tmp_path):
         assert data.count_targets(8 * step, 8) == sum(len(target) for _, target in whole)
 
 
-def test_batches_are_padded_to_few_lengths_and_little(tmp_path):
+def test_batches_have_few_lengths_and_little_padding(tmp_path):
     assert {padded_length(n) for n in range(1, 513)} == {
         *range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 129, 8),
         *range(144, 257, 16), *range(288, 513, 32)}
@@ -76,13 +76,13 @@ def test_batches_are_padded_to_few_lengths_and_little(tmp_path):
     assert float(torch.cat([(x < 0).flatten() for x in sources]).float().mean()) < 0.12
 
 
-def test_long_texts_are_cut_and_told(tmp_path):
+def test_long_texts_are_cut_and_counted_in_a_warning(tmp_path):
     pairs = write_pairs(tmp_path)
     data = PairBin(tmp_path / "train.bin", T5Config(vocab_size=61, source_length=5,
                                                     target_length=4))
     for (source, target), (read, wrote) in zip(pairs, rows(*data.read(list(range(40))))):
         assert read == tuple(source if len(source) <= 5 else [*source[:4], 1])
-        assert wrote == tuple(target[:4])  # a target that is cut has no end to learn
+        assert wrote == tuple(target[:4])  # a target that is cut has no end token
     long = [sum(len(pair[i]) > most for pair in pairs) for i, most in ((0, 5), (1, 4))]
     assert [line.split(" are longer")[0] for line in data.warnings(1)] == [
         f"{long[0]} of 40 sources", f"{long[1]} of 40 targets"]
@@ -111,7 +111,7 @@ def spoil_ids(folder):
     tokens.tofile(folder / "train.bin")
 
 
-def test_bad_files(tmp_path):
+def test_bad_files_are_refused(tmp_path):
     def refused(spoil, *said):
         write_pairs(tmp_path)
         spoil(tmp_path)
@@ -134,7 +134,7 @@ def test_bad_files(tmp_path):
 
 @pytest.fixture
 def prepare(tmp_path):
-    """prepare(content, *argv) runs the script on a file of that content; returns its folder."""
+    """prepare(content, *argv) runs the script on a file with that content; returns its out_dir."""
     save_odd(tmp_path / "t5", "unigram")
     main = runpy.run_path(str(REPO / "data" / "pairs" / "prepare.py"))["main"]
 
@@ -164,7 +164,7 @@ def test_a_csv_becomes_pairs(prepare, capsys):
     assert len(test) == 4 and test[0]["prompt"].startswith("Line: Line ")
 
 
-def test_jsonl_and_other_columns(prepare):
+def test_jsonl_and_other_names_of_columns_are_read(prepare):
     lines = [json.dumps({"prompt": f"Line {c}", "completion": c * 2}) for c in "abcdefgh"]
     folder = prepare("\n".join(lines), name="pairs.jsonl")
     assert len(np.fromfile(folder / "train.pairs.bin", "<u4")) == 2 * 7
@@ -188,13 +188,13 @@ def test_unknown_characters_and_long_texts_are_counted(prepare, capsys):
     ("source_text,target_text\nx,a</s>b\n", "line 2: its target_text holds </s>"),
     ("source_text,target_text\n", "is empty; it must have one pair per line"),
 ])
-def test_bad_rows(prepare, content, said):
+def test_a_bad_row_is_refused_with_its_line(prepare, content, said):
     with pytest.raises(UserError, match=said) as error:
         prepare(content)
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_without_an_end(prepare, tmp_path):
+def test_a_tokenizer_without_an_end_token_is_refused(prepare, tmp_path):
     (tmp_path / "words").mkdir()
     from tokenizers import Tokenizer, models
     Tokenizer(models.WordLevel({"Line": 0, "x": 1}, "x")).save(
@@ -205,8 +205,8 @@ def test_a_tokenizer_without_an_end(prepare, tmp_path):
         prepare(CSV, f"--tokenizer={tmp_path}")
 
 
-def test_tweets_as_pairs(tmp_path, capsys):
-    """The same tweets in the same split as for a GPT, in T5's form."""
+def test_tweets_can_be_prepared_as_pairs(tmp_path, capsys):
+    """The tweets and the split are those of the GPT's data; the prompts have T5's form."""
     save_odd(tmp_path / "t5", "unigram")
     main = runpy.run_path(str(REPO / "data" / "twitter_sentiment" / "prepare.py"))["main"]
     (tmp_path / "tweets.csv").write_text("".join(

@@ -1,4 +1,4 @@
-"""The same run on any split: DDP and FSDP2 against one process, resumed on more or fewer."""
+"""DDP and FSDP2 give the run of one process, also if resumed on more or fewer processes."""
 import math
 from functools import partial
 
@@ -25,7 +25,7 @@ FIELDS = dict(dropout=0.0, gradient_accumulation_steps=4, max_iters=6,
 
 @pytest.fixture(scope="module")
 def make(dataset, tmp_path_factory):
-    """make(name, size, **fields) is the out_dir of a run on so many ranks, which ended well."""
+    """make(name, size, **fields) trains on `size` ranks without an error; returns the out_dir."""
     def train_on(name, size, seconds=120, **fields):
         out = tmp_path_factory.getbasetemp() / "parallel" / name
         argv = arguments(dataset, out, **FIELDS | fields)
@@ -37,12 +37,12 @@ def make(dataset, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(make):
-    """The run that all others must be: one process."""
+    """The out_dir of the reference run, on one process."""
     return make("one", 1)
 
 
 def assert_same_curve(a, b, atol=1e-4):
-    """Each logged loss, and each evaluation's."""
+    """Compare all logged losses and evaluations."""
     ours, theirs = losses(a), losses(b)
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs):
@@ -50,7 +50,7 @@ def assert_same_curve(a, b, atol=1e-4):
 
 
 def assert_same_state(a, b, atol=0.0):
-    """The same keys, types, dtypes and shapes, the same numbers: one format whatever wrote it."""
+    """Compare keys, types, dtypes, shapes and numbers: all runs write the same format."""
     a, b = (files.load(folder / checkpoint.STATE_FILE) for folder in (a, b))
     assert a.keys() == b.keys()
     assert type(a["model"]) is type(b["model"])
@@ -73,7 +73,8 @@ def assert_same_state(a, b, atol=0.0):
     pytest.param(4, "ddp", 1, 8, marks=pytest.mark.slow),
     pytest.param(3, "fsdp", 1, 9, marks=pytest.mark.slow),
 ])
-def test_any_split_is_the_same_run(make, one, size, parallel, batch_size, steps):
+def test_any_split_among_processes_and_micro_steps_is_the_same_run(make, one, size, parallel,
+                                                                   batch_size, steps):
     name = f"{parallel}-{size}-{batch_size}x{steps}"
     out = make(name, size, parallel=parallel, batch_size=batch_size,
                gradient_accumulation_steps=steps)
@@ -88,8 +89,8 @@ def test_any_split_is_the_same_run(make, one, size, parallel, batch_size, steps)
     pytest.param((1, "ddp"), (2, "fsdp"), marks=pytest.mark.slow),
     pytest.param((2, "ddp"), (4, "fsdp"), marks=pytest.mark.slow),
     pytest.param((4, "fsdp"), (2, "ddp"), marks=pytest.mark.slow),
-])
-def test_a_run_goes_on_with_other_processes(make, one, first, then):
+], ids=lambda side: f"{side[1]} on {side[0]}")
+def test_a_run_can_be_resumed_on_more_or_fewer_processes(make, one, first, then):
     name = f"{first[1]}{first[0]}-then-{then[1]}{then[0]}"
     make(name, first[0], parallel=first[1], max_iters=3, lr_decay_iters=6)
     out = make(name, then[0], parallel=then[1], init_from="resume", lr_decay_iters=6)
@@ -102,8 +103,8 @@ def test_a_run_goes_on_with_other_processes(make, one, first, then):
     *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (
         (2, "ddp", "float32"), (1, "ddp", "bfloat16"), (2, "ddp", "bfloat16"),
         (2, "fsdp", "bfloat16"), (1, "ddp", "float16"), (2, "ddp", "float16")))])
-def test_it_resumes_exactly(make, size, parallel, dtype):
-    """Bitwise, with dropout, whatever it computes in."""
+def test_a_resume_on_the_same_processes_is_bitwise_exact(make, size, parallel, dtype):
+    """With dropout, in each dtype."""
     fields = dict(parallel=parallel, dtype=dtype, dropout=0.1, lr_decay_iters=6)
     name = f"{parallel}-{size}-{dtype}"
     whole = make(f"{name}-whole", size, **fields)
@@ -113,8 +114,8 @@ def test_it_resumes_exactly(make, size, parallel, dtype):
 
 
 @pytest.mark.slow
-def test_a_sharded_state_of_step_0_resumes_exactly(make):
-    """It has no moments yet; asking for them must not make any."""
+def test_a_sharded_state_of_step_0_resumes_bitwise(make):
+    """It has no moments yet, and reading them must not create any."""
     fields = dict(parallel="fsdp", lr_decay_iters=6)
     whole = make("fsdp-from-0", 2, **fields)
     make("fsdp-at-0", 2, **fields, max_iters=0)
@@ -122,8 +123,8 @@ def test_a_sharded_state_of_step_0_resumes_exactly(make):
     assert_same_state(whole, parts)
 
 
-def say_bytes(rank):
-    """After the last step each rank says what it holds: weights, gradients, moments."""
+def print_bytes(rank):
+    """After each step, each rank prints the bytes of its weights, gradients and moments."""
     def update(r, *args):
         grads = [p.grad for p in r.model.parameters()]
         skipped = original(r, *args)
@@ -137,12 +138,13 @@ def say_bytes(rank):
 
 
 @pytest.mark.parametrize("fields", [
-    dict(n_embd=32), pytest.param(dict(n_layer=12, n_head=12, n_embd=768), marks=pytest.mark.slow)])
-def test_fsdp_shares_the_state_out(tmp_path, dataset, fields):
-    """Odd sizes do not halve evenly, and each moment has its step: hence a little off a half."""
+    dict(n_embd=32), pytest.param(dict(n_layer=12, n_head=12, n_embd=768), marks=pytest.mark.slow)],
+    ids=["tiny", "gpt2"])
+def test_fsdp_shares_the_state_out_evenly(tmp_path, dataset, fields):
+    """Within 45 to 55 % for each of two ranks: odd sizes do not halve, and steps are not shared."""
     argv = arguments(dataset, tmp_path / "out", **FIELDS | dict(
         parallel="fsdp", max_iters=1) | fields)
-    statuses, said = run_ranks(2, argv, tmp_path / "log", say_bytes, seconds=250)
+    statuses, said = run_ranks(2, argv, tmp_path / "log", print_bytes, seconds=250)
     assert statuses == [0, 0], said
     lines = [line for line in said.splitlines() if line.startswith(("fsdp:", "held"))]
     print("", *lines, sep="\n")
@@ -153,8 +155,8 @@ def test_fsdp_shares_the_state_out(tmp_path, dataset, fields):
 
 
 @pytest.mark.slow
-def test_fsdp_in_bfloat16_follows_ddp(make):
-    """Blocks compute in bfloat16; weights and moments on disk stay float32."""
+def test_fsdp_in_bfloat16_has_the_losses_of_ddp(make):
+    """Layers compute in bfloat16; the weights on disk are float32."""
     fields = dict(dtype="bfloat16", learning_rate=1e-3)
     ddp, fsdp = (make(f"bf16-{p}", 2, parallel=p, **fields) for p in ("ddp", "fsdp"))
     assert_same_curve(ddp, fsdp, atol=0.002)
@@ -162,14 +164,14 @@ def test_fsdp_in_bfloat16_follows_ddp(make):
     assert {t.dtype for t in state["model"].values()} == {torch.float32}
 
 
-def test_fsdp_samples_and_keeps_the_best(make):
+def test_a_run_with_fsdp_draws_samples_and_keeps_the_best_model(make):
     out = make("fsdp-samples", 2, parallel="fsdp", sample_interval=1, always_save_checkpoint=False,
                save_interval=2)
     said = (out.with_suffix(".log2") / "rank0.log").read_text()
     assert said.count("--- sample ---") == 3
     best = files.load(out / checkpoint.MODEL_FILE)
     assert math.isfinite(best["best_val_loss"])
-    model, _ = checkpoint.load_model(str(out))  # what sample.py and evaluate.py do
+    model, _ = checkpoint.load_model(str(out))  # as sample.py and evaluate.py do
     assert model.num_params() == sum(t.numel() for t in best["model"].values()) - (
         best["model"]["lm_head.weight"].numel())
 
@@ -187,9 +189,9 @@ def test_fsdp_samples_and_keeps_the_best(make):
     (1, dict(compile=True, dtype="bfloat16", weights="bfloat16"),
      dict(dtype="bfloat16", weights="bfloat16"), 0.02),
     (1, dict(compile=True, recompute=True, optimizer="adamw8bit"), dict(optimizer="adamw8bit"),
-     1e-3)])
-def test_fields_that_go_together(make, size, fields, plain, atol):
-    """The cells of DESIGN.md's table that no other test covers, against the run without."""
+     1e-3)], ids=str)
+def test_options_that_work_together_change_no_loss(make, size, fields, plain, atol):
+    """Combinations that no other test covers, compared with a run without the options."""
     few = dict(n_layer=1, max_iters=3)
     name = "-".join([str(size), *(f"{name}={value}" for name, value in fields.items())])
     out = make(name, size, seconds=600, **few, **fields)
@@ -200,7 +202,7 @@ def test_fields_that_go_together(make, size, fields, plain, atol):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_adapters_compile(make, one):
+def test_a_compiled_run_with_adapters_has_the_losses_of_an_eager_one(make, one):
     fields = dict(init_from=one, lora_rank=2, n_layer=None, max_iters=3)
     compiled = make("lora-compiled", 1, seconds=600, compile=True, **fields)
     assert "compiled" in (compiled.with_suffix(".log1") / "rank0.log").read_text()
@@ -210,8 +212,8 @@ def test_adapters_compile(make, one):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("size, fields", [(1, dict(compile=True)), (2, dict(parallel="fsdp")),
-                                          (2, {})])
-def test_separate_documents_go_with(make, tmp_path, size, fields):
+                                          (2, {})], ids=["compile", "fsdp", "ddp"])
+def test_separate_documents_work_with_compile_fsdp_and_ddp(make, tmp_path, size, fields):
     """A tenth of the tokens end a document."""
     words = write_dataset(tmp_path / "words")
     (words / "meta.pkl").unlink()
@@ -228,16 +230,16 @@ def test_separate_documents_go_with(make, tmp_path, size, fields):
 
 
 # -----------------------------------------------------------------------------
-# what does not go together
+# what is refused
 
-def test_untested_pairs_are_refused():
+def test_untested_pairs_of_options_are_refused():
     def world(size):
         return distributed.World(0, size, torch.device("cpu"))
 
     cfg = train.Config(parallel="fsdp", gradient_accumulation_steps=2)
     with pytest.raises(UserError, match=r"parallel=fsdp and dtype=float16 .*--dtype=bfloat16"):
         run.check_config(cfg, world(2), torch.float16)
-    run.check_config(cfg, world(1), torch.float16)  # one process shares nothing
+    run.check_config(cfg, world(1), torch.float16)  # fsdp has no effect on one process
     run.check_config(cfg, world(2), torch.bfloat16)
     mps = distributed.World(0, 2, torch.device("mps"))
     with pytest.raises(UserError, match="device=mps and processes=many"):
@@ -247,8 +249,8 @@ def test_untested_pairs_are_refused():
 
 
 def other_fields(rank, argv):
-    """Rank 1 gets further arguments, as on a machine with another version of the command; it does
-    not wait for rank 0 to print first."""
+    """Rank 1 gets further arguments, as if another command was typed on its machine. It does not
+    wait for rank 0 to print first."""
     if rank == 1:
         cli.time.sleep = lambda seconds: None
         for script in (run, evaluate):
@@ -259,21 +261,21 @@ def other_fields(rank, argv):
     ("--learning_rate=0.5", "--learning_rate is 0.01 in process 0 and 0.5 in process 1"),
     ("--dtype=bfloat16", "--dtype is torch.float32 in process 0 and torch.bfloat16 in process 1"),
     ("--eval_only=True", "--eval_only is False in process 0 and True in process 1")])
-def test_ranks_with_other_fields_are_told(tmp_path, dataset, field, told):
+def test_ranks_with_different_options_are_refused(tmp_path, dataset, field, told):
     argv = arguments(dataset, tmp_path / "out", **FIELDS)
     statuses, said = run_ranks(2, argv, tmp_path / "log", partial(other_fields, argv=[field]))
     assert statuses == [1, 1] and said.count(told) == 2 and "Traceback" not in said, said
     assert not (tmp_path / "out/run.json").exists()
 
 
-def test_ranks_that_evaluate_with_other_fields_are_told(tmp_path, dataset, one):
+def test_ranks_that_evaluate_with_different_options_are_refused(tmp_path, dataset, one):
     argv = [f"--out_dir={one}", f"--dataset={dataset}", "--device=cpu"]
     job = Job(2, argv, tmp_path, partial(other_fields, argv=["--split=train"]), script="evaluate")
     assert job.wait() == [1, 1]
     assert job.said().count("--split is val in process 0 and train in process 1") == 2
 
 
-def test_fields_without_effect_may_differ(tmp_path, dataset):
+def test_options_without_effect_on_the_result_may_differ(tmp_path, dataset):
     argv = arguments(dataset, tmp_path / "out", **FIELDS | dict(max_iters=1))
     fields = ["--wandb_run_name=12:00", f"--out_dir={tmp_path / 'other'}", "--log_interval=7"]
     statuses, said = run_ranks(2, argv, tmp_path / "log", partial(other_fields, argv=fields))
@@ -286,7 +288,7 @@ def other_data(rank):
         loader.TokenBin.fingerprint = (2000, 1)
 
 
-def test_machines_with_other_data_are_told(tmp_path, dataset):
+def test_machines_with_different_data_are_refused(tmp_path, dataset):
     argv = arguments(dataset, tmp_path / "out", **FIELDS)
     statuses, said = run_ranks(2, argv, tmp_path / "log", other_data)
     assert 0 not in statuses

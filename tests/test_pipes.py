@@ -1,4 +1,4 @@
-"""A run goes on, saves and ends as it should although nobody reads what it prints."""
+"""A run continues, saves and ends normally if its output is a closed pipe or terminal."""
 import os
 import signal
 import subprocess
@@ -28,30 +28,30 @@ def at_step(step, act):
 
 
 def redirect(handle):
-    """Lets both streams be this file; sys.stdout was made for one that can seek."""
+    """Redirect stdout and stderr to this file. sys.stdout is new: the old one expects to seek."""
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
 
 
 def no_reader(rank):
-    """As `| head` leaves it: both streams are a pipe that nobody reads."""
+    """stdout and stderr are a pipe without a reader, as after `| head`."""
     reader, writer = os.pipe()
     os.close(reader)
     redirect(writer)
 
 
 def ctrl_c_under_a_pipe(rank):
-    """Ctrl-C in `train.py 2>&1 | tee log` ends tee first."""
+    """Ctrl-C in `train.py 2>&1 | tee log` ends tee before the run."""
     at_step(3, lambda: (no_reader(rank), signal.raise_signal(signal.SIGINT)))
 
 
 def closed_terminal(rank):
-    """The run is on a terminal, with a progress bar, which is closed in step 3."""
+    """The run has a terminal and a progress bar; the terminal is closed in step 3."""
     import fcntl
     import pty
     import termios
-    while os.open(os.devnull, os.O_RDWR) < 3:  # a fork of the server has no stdin
+    while os.open(os.devnull, os.O_RDWR) < 3:  # a forked process has no stdin
         pass
     master, slave = pty.openpty()
     os.setsid()
@@ -63,7 +63,7 @@ def closed_terminal(rank):
         os.close(master)
         stop = signal.getsignal(signal.SIGHUP).__self__
         deadline = time.monotonic() + 20
-        while not stop.received and time.monotonic() < deadline:  # some kernels signal late
+        while not stop.received and time.monotonic() < deadline:  # some kernels send SIGHUP late
             time.sleep(.01)
 
     at_step(3, close)
@@ -76,7 +76,7 @@ def saved(out):
 @pytest.mark.parametrize("hook, status, ended", [
     (no_reader, 0, (6, "done")), (ctrl_c_under_a_pipe, 130, (4, "stopped")),
     (closed_terminal, 129, (4, "stopped"))])
-def test_a_print_that_fails_ends_no_run(dataset, tmp_path, hook, status, ended):
+def test_a_print_that_fails_does_not_end_a_run(dataset, tmp_path, hook, status, ended):
     out = tmp_path / "out"
     statuses, said = run_ranks(1, arguments(dataset, out), tmp_path / "log", hook)
     assert statuses == [status], said
@@ -88,13 +88,13 @@ def nobody_reads_rank_0(rank):
         no_reader(rank)
 
 
-def test_a_print_that_fails_ends_no_rank(dataset, tmp_path):
+def test_a_print_that_fails_on_rank_0_ends_no_rank(dataset, tmp_path):
     statuses, said = run_ranks(2, arguments(dataset, tmp_path / "out"), tmp_path / "log",
                                nobody_reads_rank_0)
     assert (statuses, saved(tmp_path / "out")) == ([0, 0], (6, "done")), said
 
 
-def test_the_state_is_saved_before_the_stop_is_told(dataset, tmp_path, monkeypatch):
+def test_the_state_is_saved_before_the_stop_is_printed(dataset, tmp_path, monkeypatch):
     order = []
     real = files.save
     monkeypatch.setattr(files, "save", lambda path, *args: (order.append(path.name),
@@ -107,7 +107,7 @@ def test_the_state_is_saved_before_the_stop_is_told(dataset, tmp_path, monkeypat
     assert order[-2] == "state.pt" and order[-1].startswith("stopped by a signal after step 0")
 
 
-def test_a_stop_signal_that_is_ignored_stays_so(monkeypatch):
+def test_a_stop_signal_that_was_ignored_stays_ignored(monkeypatch):
     """nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -124,7 +124,7 @@ def test_a_stop_signal_that_is_ignored_stays_so(monkeypatch):
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
-def test_closed_streams_are_no_error(closed):
+def test_closed_streams_cause_no_traceback(closed):
     code = ("from nanotune.cli import run; from nanotune.errors import UserError\n"
             "def main(argv):\n    print('out')\n    raise UserError('this')\n"
             "run(main)")

@@ -1,4 +1,4 @@
-"""What a run will take."""
+"""The plan that a run prints: size, epochs, disk, memory per process; and matmul_peak()."""
 import collections
 
 import torch
@@ -16,13 +16,13 @@ ALONE = World(rank=0, size=1, device=CPU)
 FOUR = World(rank=0, size=4, device=CPU)
 
 
-def test_bytes_are_spelled():
+def test_bytes_are_printed_with_a_unit_and_at_most_three_digits():
     assert [spell_bytes(n) for n in (0, 999, 1000, 27_400, 999_400_000, 1_494_000_000)] == [
         "0 bytes", "999 bytes", "1 kB", "27 kB", "999 MB", "1.49 GB"]
 
 
 def test_the_plan_of_finetuning_gpt2_xl(tmp_path):
-    """nanoGPT's config/finetune_shakespeare.py says: 1 epoch is 9.2 iterations."""
+    """As in nanoGPT's config/finetune_shakespeare.py, 1 epoch is 9.2 iterations."""
     cfg = Config(out_dir=str(tmp_path), dataset="shakespeare", batch_size=1, max_iters=20,
                  gradient_accumulation_steps=32)
     text = "\n".join(plan_lines(cfg, XL, ALONE, torch.bfloat16, True, 301_966, 36_059))
@@ -33,7 +33,7 @@ def test_the_plan_of_finetuning_gpt2_xl(tmp_path):
         assert part in text
 
 
-def test_the_plan_names_several_processes():
+def test_the_plan_shows_the_number_of_processes():
     config = GPTConfig(16, 61, n_layer=1, n_head=2, n_embd=16)
     cfg = Config(batch_size=1, gradient_accumulation_steps=4, max_iters=0)
     text = "\n".join(plan_lines(cfg, config, FOUR, torch.float32, False, 500, 100))
@@ -41,8 +41,8 @@ def test_the_plan_names_several_processes():
     assert "0 iterations make 0.00 epochs" in text
 
 
-def test_a_disk_that_cannot_hold_the_saves_is_told(tmp_path, monkeypatch):
-    """While the newest state is written the kept ones stay: 2 * 6.23 + 3 * 18.69 GB."""
+def test_a_disk_too_small_for_the_saves_gets_a_warning(tmp_path, monkeypatch):
+    """Old states stay while a new one is written: 2 * 6.23 + 3 * 18.69 GB with keep_states=2."""
     def lines(keep_states):
         return describe_saves(model, Config(out_dir=str(tmp_path), keep_states=keep_states), ALONE)
 
@@ -55,16 +55,16 @@ def test_a_disk_that_cannot_hold_the_saves_is_told(tmp_path, monkeypatch):
     assert len(lines(1)) == 1
 
 
-def test_the_plan_says_what_a_shared_model_takes(tmp_path):
-    """Weights, gradients and two moments in float32, on four processes."""
+def test_the_plan_shows_the_memory_of_a_model_shared_by_fsdp(tmp_path):
+    """Each of four processes has a quarter of weights, gradients and two moments, in float32."""
     model = torch.nn.Linear(1000, 1000, bias=False)
     _, line = describe_saves(model, Config(out_dir=str(tmp_path), parallel="fsdp"), FOUR)
     assert "each process holds 4 MB of weights, gradients and moments, 1/4" in line
     assert "rank 0 gathers 12 MB in its CPU memory" in line
 
 
-def test_the_peak_is_that_of_a_product():
+def test_the_matmul_peak_is_plausible():
     cpu = torch.device("cpu")
     assert 1e8 < matmul_peak(cpu, torch.float32) < 1e14
-    # a CPU without instructions for it has a far lower one, and does not take minutes to say so
+    # far lower on a CPU without float16 instructions, where the measurement must still be quick
     assert 1e6 < matmul_peak(cpu, torch.float16) < 1e14

@@ -1,4 +1,4 @@
-"""README and docs: their commands and programs run at tiny scale, their links lead somewhere."""
+"""README and docs: commands and programs run at tiny scale; links and lists of files are right."""
 import importlib
 import io
 import json
@@ -15,18 +15,18 @@ from conftest import TEXT, hf_model
 from tiny import REPO
 from torch.distributed.run import get_args_parser
 
-# in an order in which each finds the runs that it uses
+# in this order, since commands use runs of earlier documents
 DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in (
     "training", "data", "tasks", "serve", "export", "cluster", "memory", "benchmarks", "design")),
     "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md"]
 TEXTS = {name: (REPO / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 README, MAKEFILE = TEXTS["README.md"], (REPO / "Makefile").read_text(encoding="utf-8")
 MOST_BYTES = 12 * 1024  # of README.md
-BENCHMARKS = ("bench.py", "experiments/t5_benchmarks.py")  # have no tiny scale
+BENCHMARKS = ("bench.py", "experiments/t5_benchmarks.py")  # cannot run at tiny scale
 NOT_OURS = ("llama.cpp/", "llama_cpp", "ctranslate2", "openai")  # in commands and programs
-# made as folders: a folder goes before the hub
+# created as folders, which are used before the hub
 NAMES = ("gpt2", "gpt2-xl")
-# what makes each script's commands small; appended, so that it wins
+# options that make each script's commands small; they replace those of the document
 TINY = {
     "train.py": ["--max_iters=2", "--eval_interval=1", "--eval_iters=1", "--batch_size=1",
                  "--gradient_accumulation_steps=2", "--n_layer=1", "--n_head=1", "--n_embd=16",
@@ -70,11 +70,12 @@ FILES = {
 
 
 # -----------------------------------------------------------------------------
-# what a document shows
+# the commands of a document
 
 def shown(text):
-    """The commands and programs of a document, in order: [(language, code)]. Code blocks come line
-    by line, but for Python; of the code in sentences only what starts with python or make."""
+    """The commands and programs of a document, in order: [(language, code)]. Each line of a code
+    block is one entry; a Python block is one entry. Code in sentences counts only if it starts with
+    python or make."""
     found = []
     for match in re.finditer(r"^```(\w*)\n(.*?)^```|`((?:python|make) [^`\n]+)`", text,
                              re.MULTILINE | re.DOTALL):
@@ -88,7 +89,7 @@ def shown(text):
 
 
 def command(line):
-    """The words of a line that starts a script of ours, or None."""
+    """The words of a line that runs a script of this project, or None."""
     line = re.sub(r"^(srun |\.venv/bin/)", "", line.partition(" > ")[0])
     if not re.match(r"(python (?!-)|torchrun |make )", line) or any(
             name in line for name in (*NOT_OURS, *BENCHMARKS)):
@@ -105,13 +106,13 @@ def made_by(words):
 
 
 def runs_of(line):
-    """The [(script, arguments)], on one process, of a line that a document shows."""
+    """The [(script, arguments)] that a line of a document runs, on one process."""
     words = command(line)
     if words is None:
         return []
     if words[0] == "make":
         made = made_by(words[1:]) if shutil.which("make") else []
-        # the other targets run tests, or have a test of their own
+        # other targets run tests, or are tested elsewhere
         return made if words[1] in ("quickstart", "chat") else []
     if words[0] == "torchrun":
         parsed = get_args_parser().parse_args(words[1:])
@@ -133,17 +134,17 @@ def small(script, arguments):
                     + ["overwrite"] * ("--auto_resume=True" in arguments))
         added = [*added, f"--block_size={size}"]
         added = [field for field in added if field[2:].partition("=")[0] not in left_out]
-    # the last of an option wins; commands that are then the same run once
+    # of a repeated option the last counts; equal commands run once
     by_name = {argument.partition("=")[0]: argument for argument in [*arguments, *added]}
     return list(by_name.values())
 
 
 # -----------------------------------------------------------------------------
-# it runs
+# the commands run
 
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf, t5_folders):
-    """A copy of the project, with a text and with tiny models where the README downloads."""
+    """A copy of the project with small texts, and tiny models instead of downloads."""
     for name in ("config", "data", "nanotune"):
         shutil.copytree(REPO / name, tmp_path / name,
                         ignore=shutil.ignore_patterns("*.bin", "*.json", "*.pkl", "*.txt"))
@@ -162,7 +163,7 @@ def sandbox(tmp_path, monkeypatch, gpt2_vocabulary, write_hf, t5_folders):
 
 
 def status_of(monkeypatch, script, arguments):
-    """Runs a script of ours in this process; returns its exit status."""
+    """Run a script in this process; return its exit status."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("Line 1\n"))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     try:
@@ -205,9 +206,9 @@ def test_torchrun_runs_the_readmes_command_on_two_processes(sandbox):
 
 
 # -----------------------------------------------------------------------------
-# it is whole
+# the documents are complete
 
-def test_each_script_is_shown():
+def test_each_script_is_shown_in_a_document():
     runs = [run for text in TEXTS.values() for language, code in shown(text)
             if language == "shell" for run in runs_of(code)]
     scripts = {script for script, _ in runs}
@@ -221,13 +222,13 @@ def test_each_script_is_shown():
 @pytest.mark.parametrize("target, name, title", [
     ("quickstart", "docs/training.md", "## Quickstart without make"),
     ("chat", "docs/tasks.md", "### Try it without data")])
-def test_make_runs_what_is_shown_as_plain_commands(target, name, title):
+def test_make_runs_the_commands_that_are_shown_without_make(target, name, title):
     section = re.split("^#+ ", TEXTS[name].partition(title)[2], flags=re.MULTILINE)[0]
     typed = [run for language, code in shown(section) if language == "shell"
              and not code.startswith("make") for run in runs_of(code)]
     made = [(script, [a for a in arguments if a != "--overwrite=True"])
             for script, arguments in made_by([target])]
-    at = 2 if target == "chat" else 0  # after the first commands of the quickstart
+    at = 2 if target == "chat" else 0  # make chat begins with two of the quickstart
     assert list(dict.fromkeys(map(str, made[at:]))) == list(map(str, typed))
 
 
@@ -236,7 +237,7 @@ def test_the_readme_has_at_most_12_kb():
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_no_table_has_cells_without_a_figure(name):
+def test_no_table_has_a_cell_that_was_not_measured(name):
     cells = [cell.strip().lower() for line in TEXTS[name].splitlines() if line.startswith("|")
              for cell in line.split("|")]
     assert not [cell for cell in cells if re.match(r"(not (run|measured)|todo|tbd)\b", cell)]
@@ -256,28 +257,28 @@ def test_the_trees_list_each_file():
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_tests_that_are_named_exist(name):
+def test_the_test_files_that_a_document_names_exist(name):
     for path in re.findall(r"tests/\w+\.py", TEXTS[name]):
         assert (REPO / path).is_file(), path
 
 
 def anchors(text):
-    """The #anchors of a document's headings, as GitHub makes them."""
+    """The anchors of a document's headings, as on GitHub."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_somewhere(name):
+def test_links_and_anchors_exist(name):
     for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", TEXTS[name]):
         target = (REPO / name).parent / path if path else REPO / name
         assert target.exists(), path
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), anchor
 
 
-def test_a_wrong_line_is_found():
-    """The checks above see a flag of torchrun, a target of make or an anchor that is not there."""
+def test_these_checks_find_wrong_commands_and_anchors():
+    """An unknown flag of torchrun or target of make is an error; code and anchors are found."""
     assert runs_of("torchrun --nproc_per_node=2 train.py --x=1") == [("train.py", ["--x=1"])]
     with pytest.raises(SystemExit):
         runs_of("torchrun --processes=2 train.py")

@@ -1,4 +1,4 @@
-"""A run that was stopped, by whatever, goes on as if it had not been."""
+"""A run that was stopped, killed or crashed resumes exactly, as if it had never stopped."""
 import os
 import re
 import shlex
@@ -29,19 +29,19 @@ from nanotune.errors import UserError
 from nanotune.formats import checkpoint
 from nanotune.text.loader import TokenBin
 
-# sums come out alike in as many threads
+# with the same number of threads, sums are bitwise the same
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-# the schedule does not depend on where the first part stops
+# the schedule of learning rates does not depend on the step of the stop
 FIELDS = dict(lr_decay_iters=6, warmup_iters=2, min_lr=1e-3, dropout=0.2)
 
 
-class PowerCut(BaseException):
-    """Ends the process, for all that the code under test can see."""
+class Crash(BaseException):
+    """Ends the run like a crash: the code under test does not catch it."""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(dataset, out_dir) of six steps in one go; tests read them alone."""
+    """(dataset, out_dir) of six steps without a stop; tests must not change them."""
     folder = tmp_path_factory.mktemp("whole")
     write_dataset(folder / "chars")
     assert run_train(folder / "chars", folder / "out", **FIELDS) == 0
@@ -54,8 +54,8 @@ def out(tmp_path):
 
 
 def assert_same_run(a, b, rel=0.0):
-    """Bitwise the same weights, moments, scaler and progress; the same losses, but for rel of
-    them where a step's are added up in another order."""
+    """Compare weights, moments, scaler and progress bitwise, and losses within `rel`: above 0 if
+    their sums are in another order."""
     for name in ("ckpt.pt", "state.pt"):
         one, other = files.load(a / name), files.load(b / name)
         assert one.keys() == other.keys()
@@ -88,19 +88,19 @@ def at_step(monkeypatch, step, act):
 # -----------------------------------------------------------------------------
 # exact
 
-@pytest.mark.parametrize("fields", [{}, {"always_save_checkpoint": False}])
-def test_three_steps_and_three_are_six(whole, out, fields):
+@pytest.mark.parametrize("fields", [{}, {"always_save_checkpoint": False}], ids=str)
+def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(whole, out, fields):
     dataset, expected = whole
     assert run_train(dataset, out, max_iters=3, **FIELDS, **fields) == 0
     assert files.load(out / "state.pt")["iter_num"] == 3
     assert run_train(dataset, out, init_from="resume", **FIELDS, **fields) == 0
-    # six steps improve at each evaluation here: the best is the latest
+    # each evaluation is better than the one before, so the best model is the latest
     assert_same_run(out, expected)
 
 
 @pytest.mark.parametrize("first", [1, 2, 4, 5])
-def test_any_step_will_do(whole, out, monkeypatch, first):
-    """A stop between evaluations; what stands behind it in metrics.jsonl is written once."""
+def test_a_run_stopped_by_a_signal_resumes_exactly_at_any_step(whole, out, monkeypatch, first):
+    """Also between evaluations. Each entry of metrics.jsonl is written once."""
     dataset, expected = whole
     with monkeypatch.context() as patch:
         at_step(patch, first - 1, lambda: signal.raise_signal(signal.SIGTERM))
@@ -137,7 +137,7 @@ def test_a_second_ctrl_c_stops_at_once(whole, out, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGINT)  # a background job's is to ignore it
+    before = signal.getsignal(signal.SIGINT)  # a background job ignores SIGINT
     with monkeypatch.context() as patch:
         at_step(patch, 4, twice)
         status, _, err = run_script(patch, capsys, train.main, arguments(dataset, out, **FIELDS))
@@ -150,9 +150,9 @@ def test_a_second_ctrl_c_stops_at_once(whole, out, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("at", [0, 1, 3, 4, 6, 7, 11])
-def test_a_crash_at_any_save(whole, out, monkeypatch, at):
-    """The process ends before the rename number `at`: run.json's, settings.json's, then of steps
-    0, 3 and 6 those of ckpt.pt, best.pt, state.pt and run.json."""
+def test_a_run_that_crashed_during_a_save_resumes_or_starts_again(whole, out, monkeypatch, at):
+    """The crash is before rename number `at`. The renames are of run.json, settings.json, then at
+    each of steps 0, 3 and 6 of ckpt.pt, best.pt, state.pt and run.json."""
     dataset, expected = whole
     renames = []
     real = os.replace
@@ -160,14 +160,14 @@ def test_a_crash_at_any_save(whole, out, monkeypatch, at):
     def replace(*paths):
         renames.append(paths)
         if len(renames) > at:
-            raise PowerCut
+            raise Crash
         real(*paths)
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", replace)
-        with pytest.raises(PowerCut):
+        with pytest.raises(Crash):
             train.main(arguments(dataset, out, **FIELDS))
-    if not (out / "state.pt").exists():  # there is nothing to go on from, and it says so
+    if not (out / "state.pt").exists():  # nothing to resume from, which the error says
         assert at < 5
         with pytest.raises(UserError, match=r"no checkpoint|no state\.pt"):
             run_train(dataset, out, init_from="resume", **FIELDS)
@@ -177,16 +177,16 @@ def test_a_crash_at_any_save(whole, out, monkeypatch, at):
     assert_same_run(out, expected)
 
 
-def test_a_crash_in_the_first_step(whole, out, monkeypatch):
-    """state.pt of step 0 has no moments yet, and resumes."""
+def test_a_run_that_crashed_in_the_first_step_resumes(whole, out, monkeypatch):
+    """state.pt of step 0 has no moments yet."""
     dataset, expected = whole
 
     def crash():
-        raise PowerCut
+        raise Crash
 
     with monkeypatch.context() as patch:
         at_step(patch, 0, crash)
-        with pytest.raises(PowerCut):
+        with pytest.raises(Crash):
             train.main(arguments(dataset, out, **FIELDS))
     assert run_train(dataset, out, init_from="resume", **FIELDS) == 0
     assert_same_run(out, expected)
@@ -198,18 +198,18 @@ def test_metrics_are_cut_back_to_the_resumed_step(whole, out, monkeypatch):
     def crash():
         with open(out / "metrics.jsonl", "a") as f:
             f.write('{"iter": 5, "lo')
-        raise PowerCut
+        raise Crash
 
     with monkeypatch.context() as patch:
         at_step(patch, 5, crash)
-        with pytest.raises(PowerCut):
+        with pytest.raises(Crash):
             train.main(arguments(dataset, out, **FIELDS))
     assert '"iter": 4' in (out / "metrics.jsonl").read_text()
     run_train(dataset, out, init_from="resume", **FIELDS)
     assert losses(out) == losses(expected)
 
 
-def test_resume_does_not_depend_on_how_a_batch_is_shared_out(whole, out):
+def test_a_resume_can_split_the_batch_in_another_way(whole, out):
     dataset, _ = whole
     run_train(dataset, out, max_iters=3, **FIELDS | {"dropout": 0.0})
     run_train(dataset, out, init_from="resume", batch_size=1, gradient_accumulation_steps=4,
@@ -220,7 +220,7 @@ def test_resume_does_not_depend_on_how_a_batch_is_shared_out(whole, out):
         assert one == pytest.approx(other, abs=1e-4)
 
 
-def test_what_patience_has_counted_is_kept(whole, out, monkeypatch):
+def test_a_resume_keeps_the_count_of_patience(whole, out, monkeypatch):
     dataset, _ = whole
     pairs = iter([(3, 3), (3, 3.1), (3, 3.2), (3, 3.3), (3, 3.4)])
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
@@ -229,7 +229,7 @@ def test_what_patience_has_counted_is_kept(whole, out, monkeypatch):
     assert [e["step"] for e in read_metrics(out) if "step" in e] == [0, 3, 6, 9]
 
 
-def test_a_finished_run_says_so_and_changes_nothing(whole, out, capsys):
+def test_resuming_a_finished_run_changes_nothing(whole, out, capsys):
     dataset, _ = whole
     run_train(dataset, out, **FIELDS)
     before = {name: (out / name).read_bytes() for name in ("ckpt.pt", "state.pt")}
@@ -244,7 +244,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, out, capsys):
 
 
 # -----------------------------------------------------------------------------
-# another run
+# a resume with other options or data
 
 @pytest.mark.parametrize("changed, told", [
     ({"seed": 5}, r"seed was 1337, now 5"),
@@ -252,8 +252,9 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, out, capsys):
     ({"batch_size": 3}, r"global batch was 4, now 6"),
     ({"gradient_accumulation_steps": 1, "seed": 7},
      r"seed was 1337, now 7; global batch was 4, now 2"),
-])
-def test_another_run_is_told_and_can_be_forced(whole, out, monkeypatch, capsys, changed, told):
+], ids=str)
+def test_a_resume_with_another_seed_or_batch_is_refused_unless_forced(whole, out, monkeypatch,
+                                                                      capsys, changed, told):
     dataset, expected = whole
     out.mkdir()
     (out / "state.pt").write_bytes((expected / "state.pt").read_bytes())
@@ -270,11 +271,12 @@ def test_another_run_is_told_and_can_be_forced(whole, out, monkeypatch, capsys, 
     assert state["model_args"]["block_size"] == block_size
     wpe = state["optimizer"]["transformer.wpe.weight"]
     assert wpe["exp_avg"].shape == wpe["exp_avg_sq"].shape == (block_size, 16)
-    # and the forced run resumes in its turn, without force
+    # the forced run can then be resumed without force
     assert run_train(dataset, out, init_from="resume", max_iters=9, **changed) == 0
 
 
-def test_another_dataset(tmp_path, whole, out, monkeypatch, capsys):
+def test_a_resume_with_another_dataset_is_refused_unless_forced(tmp_path, whole, out, monkeypatch,
+                                                                capsys):
     dataset, expected = whole
     other = write_dataset(tmp_path / "other", seed=1)
     out.mkdir()
@@ -284,7 +286,7 @@ def test_another_dataset(tmp_path, whole, out, monkeypatch, capsys):
     assert status == 1 and err.count("\n") == 1
     assert f"dataset was {dataset}, now {other}" in err
     assert run_train(other, out, init_from="resume", force_resume=True, max_iters=7) == 0
-    # force does not make another alphabet the same
+    # another alphabet is refused even with force
     third = write_dataset(tmp_path / "third", alphabet="\n ABCDEFGHIJKLMNOP")
     status, _, err = run_script(monkeypatch, capsys, train.main, arguments(
         third, out, init_from="resume", force_resume=True))
@@ -299,9 +301,10 @@ def swap_tokens(path):
 
 @pytest.mark.parametrize("name, change", [
     ("train.bin", swap_tokens), ("val.bin", lambda path: os.truncate(path, 700)),
-    ("train.mask.bin", lambda path: path.write_bytes(bytes(1999) + b"1"))])
-def test_data_that_changed_is_told_and_can_be_forced(tmp_path, whole, monkeypatch, capsys, name,
-                                                     change):
+    ("train.mask.bin", lambda path: path.write_bytes(bytes(1999) + b"1"))],
+    ids=["tokens swapped", "cut short", "a mask added"])
+def test_a_resume_with_changed_data_is_refused_unless_forced(tmp_path, whole, monkeypatch, capsys,
+                                                             name, change):
     dataset, out = (shutil.copytree(path, tmp_path / path.name) for path in whole)
     argv = arguments(dataset, out, init_from="resume", max_iters=7)
     state = torch.load(out / "state.pt")
@@ -314,7 +317,7 @@ def test_data_that_changed_is_told_and_can_be_forced(tmp_path, whole, monkeypatc
     split = name.partition(".")[0]
     assert f"{dataset / split}.bin or its mask has changed since {out / 'state.pt'} was" in err
     assert (out / "state.pt").read_bytes() == before
-    # a state of the first edition does not know its data
+    # states of the first edition have no fingerprint of the data
     (tmp_path / "old").mkdir()
     files.save(tmp_path / "old/state.pt", {
         key: value for key, value in state.items() if key != "data"})
@@ -323,8 +326,8 @@ def test_data_that_changed_is_told_and_can_be_forced(tmp_path, whole, monkeypatc
     assert run_train(dataset, out, init_from="resume", max_iters=8) == 0
 
 
-def cut_the_data_short(rank):
-    """At step 3 of a run, as a script that writes over train.bin would."""
+def cut_data_short(rank):
+    """At step 3, as by a script that overwrites train.bin."""
     def forward_backward(r, step):
         if step == 3:
             os.truncate(r.data["train"].path, 2)
@@ -334,16 +337,16 @@ def cut_the_data_short(rank):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cuts no mapped file")
-def test_data_cut_short_in_mid_run_is_one_line(tmp_path):
+def test_data_cut_short_during_a_run_is_a_one_line_error(tmp_path):
     dataset = write_dataset(tmp_path / "words", n_train=200_000)
     statuses, said = run_ranks(1, arguments(dataset, tmp_path / "out"), tmp_path / "log",
-                               cut_the_data_short)
+                               cut_data_short)
     assert statuses == [1], said
     assert "error: " in said and "train.bin or its mask was cut short while it was in use" in said
     assert files.load(tmp_path / "out/state.pt")["iter_num"] == 3
 
 
-def test_a_larger_block_size_cannot_be_forced(whole, out, monkeypatch, capsys):
+def test_a_resume_with_a_larger_block_size_cannot_be_forced(whole, out, monkeypatch, capsys):
     dataset, expected = whole
     out.mkdir()
     (out / "state.pt").write_bytes((expected / "state.pt").read_bytes())
@@ -353,7 +356,7 @@ def test_a_larger_block_size_cannot_be_forced(whole, out, monkeypatch, capsys):
     assert "block_size=32 is more than the 16" in err
 
 
-def test_a_damaged_state_is_one_line(whole, out, monkeypatch, capsys):
+def test_a_damaged_state_is_a_one_line_error(whole, out, monkeypatch, capsys):
     dataset, expected = whole
     out.mkdir()
     good = (expected / "state.pt").read_bytes()
@@ -373,8 +376,8 @@ def test_a_damaged_state_is_one_line(whole, out, monkeypatch, capsys):
 # nanoGPT's checkpoint
 
 @pytest.mark.parametrize("bias, compiled", [(False, False), (True, True)])
-def test_a_nanogpt_run_goes_on(whole, out, bias, compiled):
-    """One step from its ckpt.pt is AdamW's with nanoGPT's moments, on the weights by name."""
+def test_a_nanogpt_run_is_resumed_with_its_moments(whole, out, bias, compiled):
+    """One step from its ckpt.pt equals one of AdamW with nanoGPT's moments, matched by name."""
     dataset, _ = whole
     held, order = nanogpt_checkpoint(bias=bias, compiled=compiled, dataset=dataset)
     out.mkdir()
@@ -383,7 +386,7 @@ def test_a_nanogpt_run_goes_on(whole, out, bias, compiled):
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW([{"params": [params[n] for n in order if params[n].dim() > 1]},
                                    {"params": [params[n] for n in order if params[n].dim() < 2]}])
-    optimizer.load_state_dict(held["optimizer"])  # decay and betas are the file's: 0.1, 0.0
+    optimizer.load_state_dict(held["optimizer"])  # the file's decay and betas: 0.1, 0.0
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     x, y = TokenBin(dataset / "train.bin", 16, 18, seed=1337).batch(4 * 4, 4)
@@ -399,14 +402,14 @@ def test_a_nanogpt_run_goes_on(whole, out, bias, compiled):
     for name, p in params.items():
         torch.testing.assert_close(state["model"][name], p.detach(), rtol=0, atol=1e-5, msg=name)
         assert state["optimizer"][name]["step"] == 5
-    # its best loss, 2.5, is what a checkpoint must be better than; this model is worse
+    # a checkpoint must be better than nanoGPT's best loss, 2.5; this model is worse
     assert all(e["val_loss"] > 2.5 for e in read_metrics(out) if "step" in e)
     assert [e["step"] for e in read_metrics(out) if "step" in e] == [4, 5]
     assert state["best_val_loss"] == 2.5
     assert files.load(out / "ckpt.pt")["iter_num"] == 4
 
 
-def test_a_nanogpt_run_of_another_batch_is_told(whole, out, monkeypatch, capsys):
+def test_a_nanogpt_run_with_another_batch_is_refused(whole, out, monkeypatch, capsys):
     dataset, _ = whole
     out.mkdir()
     torch.save(nanogpt_checkpoint(dataset=dataset)[0], out / "ckpt.pt")
@@ -416,11 +419,12 @@ def test_a_nanogpt_run_of_another_batch_is_told(whole, out, monkeypatch, capsys)
 
 
 # -----------------------------------------------------------------------------
-# as a user types it
+# in a new process, as a user runs it
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_the_script_and_the_printed_command(whole, tmp_path, number, status):
+def test_a_signal_to_the_script_saves_and_prints_a_command_that_works(whole, tmp_path, number,
+                                                                      status):
     dataset, _ = whole
     out = tmp_path / "out dir"
     fields = FIELDS | dict(max_iters=100_000, eval_interval=50_000, lr_decay_iters=100)
@@ -447,7 +451,7 @@ def test_a_signal_to_the_script_and_the_printed_command(whole, tmp_path, number,
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_a_run_that_resumes(whole, tmp_path):
+def test_a_killed_script_resumes_exactly(whole, tmp_path):
     dataset, _ = whole
     out = tmp_path / "out"
     fields = FIELDS | dict(max_iters=100_000, eval_interval=1, lr_decay_iters=100)

@@ -1,4 +1,4 @@
-"""The states of a run on disk: which is taken, when one cannot be read or written, whose it is."""
+"""The states of a run on disk: which one is resumed, when they are written, errors of the disk."""
 import errno
 import json
 import math
@@ -21,7 +21,7 @@ from nanotune.training import logbook, resume
 
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
-    """Six steps without a disturbance, states of steps 3 and 6; read, never changed."""
+    """A run of six steps with states of steps 3 and 6; tests must not change it."""
     out = tmp_path_factory.mktemp("whole") / "out"
     assert run_train(dataset, out) == 0
     return out
@@ -29,18 +29,18 @@ def whole(dataset, tmp_path_factory):
 
 @pytest.fixture
 def out(whole, tmp_path):
-    """A copy of it to spoil."""
+    """A copy of `whole` that a test may damage."""
     return Path(shutil.copytree(whole, tmp_path / "out"))
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """loss.png takes a quarter of a second each time, and is tested elsewhere."""
+    """Drawing loss.png takes a quarter of a second, and is tested elsewhere."""
     monkeypatch.setattr(logbook, "draw", lambda *args: None)
 
 
 def resume_run(monkeypatch, capsys, dataset, out, **fields):
-    """(exit status, what it printed) of --init_from=resume."""
+    """(exit status, stdout and stderr) of train.py with --init_from=resume."""
     argv = arguments(dataset, out, **{"init_from": "resume"} | fields)
     status, said, err = run_script(monkeypatch, capsys, train.main, argv)
     assert err.count("\n") == (status == 1), err
@@ -59,7 +59,7 @@ def assert_same_weights(a, b):
 
 
 def flip(path):
-    """Flips a bit in the first weights of a checkpoint: torch.load alone would not notice."""
+    """Flip a bit of a weight in a checkpoint, which torch.load alone would not notice."""
     data = bytearray(path.read_bytes())
     weight = files.load(path)["model"]["transformer.wpe.weight"]
     at = data.index(weight.numpy().tobytes())
@@ -72,21 +72,21 @@ def cut(path):
 
 
 # -----------------------------------------------------------------------------
-# which state is taken
+# which state is resumed
 
-def test_the_last_two_stay(whole):
+def test_the_last_two_states_are_kept(whole):
     assert (step_of(whole / "state.pt"), step_of(whole / "state.1.pt")) == (6, 3)
     assert not (whole / "state.2.pt").exists()
 
 
 @pytest.mark.parametrize("keep, steps", [(1, [6]), (4, [6, 3, 0])])
-def test_as_many_stay_as_are_asked_for(dataset, tmp_path, keep, steps):
+def test_keep_states_is_the_number_of_states_kept(dataset, tmp_path, keep, steps):
     run_train(dataset, tmp_path / "out", keep_states=keep)
     assert [step_of(path) for path in resume.state_files(tmp_path / "out")] == steps
 
 
-def test_there_is_always_a_state_while_one_is_written(tmp_path, monkeypatch):
-    """At each rename state.pt is there and whole."""
+def test_a_complete_state_exists_while_the_next_is_written(tmp_path, monkeypatch):
+    """At each rename, state.pt exists and is complete."""
     path = tmp_path / "state.pt"
     data = {"model": {}, "model_args": {}, "iter_num": 0}
     files.save(path, data, keep=3)
@@ -99,7 +99,7 @@ def test_there_is_always_a_state_while_one_is_written(tmp_path, monkeypatch):
     assert [step_of(p) for p in resume.state_files(tmp_path)] == [3, 2, 1]
 
 
-def test_states_shift_where_there_are_no_hard_links(tmp_path, monkeypatch):
+def test_states_are_kept_on_a_disk_without_hard_links(tmp_path, monkeypatch):
     def link(*args):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -110,7 +110,8 @@ def test_states_shift_where_there_are_no_hard_links(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", [flip, cut, Path.unlink], ids=["flip", "cut", "unlink"])
-def test_a_damaged_state_falls_back(whole, dataset, out, monkeypatch, capsys, spoil):
+def test_a_run_with_a_damaged_state_resumes_from_the_one_before(whole, dataset, out, monkeypatch,
+                                                                capsys, spoil):
     spoil(out / "state.pt")
     status, said = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 0
@@ -122,7 +123,7 @@ def test_a_damaged_state_falls_back(whole, dataset, out, monkeypatch, capsys, sp
         assert (out / "state.refused").exists()
     assert "resuming at step 3 of 6" in said
     assert_same_weights(out, whole)
-    # the good one that it went on from was not pushed out by the damaged one
+    # the damaged state did not replace the good one
     assert [step_of(path) for path in resume.state_files(out)] == [6, 3]
 
 
@@ -133,7 +134,7 @@ def test_evaluating_a_damaged_run_renames_nothing(dataset, out, monkeypatch, cap
     assert sorted(os.listdir(out)) == before
 
 
-def test_with_no_state_left_it_says_what_can_be_had(dataset, out, monkeypatch, capsys):
+def test_with_no_good_state_the_error_says_what_can_be_used(dataset, out, monkeypatch, capsys):
     flip(out / "state.pt")
     cut(out / "state.1.pt")
     for fields in ({}, {"init_from": "scratch", "auto_resume": True}):
@@ -147,8 +148,9 @@ def test_with_no_state_left_it_says_what_can_be_had(dataset, out, monkeypatch, c
     assert status == 1 and "start again with --overwrite=True" in said
 
 
-def test_memory_that_runs_out_is_no_damage(dataset, out, monkeypatch, capsys):
-    """A good state that cannot be read for want of memory is neither passed over nor renamed."""
+def test_a_state_that_does_not_fit_in_memory_is_not_treated_as_damaged(dataset, out, monkeypatch,
+                                                                       capsys):
+    """The run ends with an error; no other state is used, and none is renamed."""
     def load(*args, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
 
@@ -166,7 +168,7 @@ def make_infinite(path):
 
 
 def test_weights_that_are_not_finite_replace_no_good_state(dataset, out, monkeypatch, capsys):
-    """The step itself overflows: its loss and its gradient are finite."""
+    """The update overflows; its loss and its gradient are finite."""
     status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=9, save_interval=1,
                               learning_rate=1e38, decay_lr=False)
     assert status == 1
@@ -176,7 +178,7 @@ def test_weights_that_are_not_finite_replace_no_good_state(dataset, out, monkeyp
     assert resume_run(monkeypatch, capsys, dataset, out, max_iters=7)[0] == 0
 
 
-def test_a_state_that_is_not_finite_is_passed_over(whole, dataset, out, monkeypatch, capsys):
+def test_a_state_that_is_not_finite_is_not_used(whole, dataset, out, monkeypatch, capsys):
     make_infinite(out / "state.pt")
     status, said = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 0 and "state.pt: transformer.wpe.weight has values that are NaN" in said
@@ -196,9 +198,9 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_works(dataset, out, tmp_p
 
 
 # -----------------------------------------------------------------------------
-# whose it is
+# to which run a state belongs
 
-def test_states_of_two_runs_do_not_mix(whole, dataset, out, tmp_path, monkeypatch, capsys):
+def test_a_state_of_another_run_is_not_used(whole, dataset, out, tmp_path, monkeypatch, capsys):
     run_train(dataset, tmp_path / "other")
     shutil.copy(tmp_path / "other/state.pt", out / "state.pt")
     status, said = resume_run(monkeypatch, capsys, dataset, out)
@@ -207,7 +209,8 @@ def test_states_of_two_runs_do_not_mix(whole, dataset, out, tmp_path, monkeypatc
     assert_same_weights(out, whole)
 
 
-def test_a_foreign_state_can_be_taken_by_force(dataset, out, tmp_path, monkeypatch, capsys):
+def test_a_state_of_another_run_can_be_resumed_by_force(dataset, out, tmp_path, monkeypatch,
+                                                        capsys):
     run_train(dataset, tmp_path / "other", seed=7)
     other = resume.read_run_file(tmp_path / "other")["run_id"]
     shutil.copy(tmp_path / "other/state.pt", out / "state.pt")
@@ -218,7 +221,7 @@ def test_a_foreign_state_can_be_taken_by_force(dataset, out, tmp_path, monkeypat
     assert resume.read_run_file(out)["run_id"] == other
 
 
-def test_a_state_alone_resumes_anywhere(whole, dataset, tmp_path, monkeypatch, capsys):
+def test_a_state_alone_can_be_moved_and_resumed(whole, dataset, tmp_path, monkeypatch, capsys):
     moved = tmp_path / "moved"
     moved.mkdir()
     shutil.copy(whole / "state.1.pt", moved / "state.pt")
@@ -228,8 +231,9 @@ def test_a_state_alone_resumes_anywhere(whole, dataset, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("spoil", ["missing", "of run", "damaged"])
-def test_a_model_that_is_not_the_best_so_far(dataset, out, tmp_path, monkeypatch, capsys, spoil):
-    """A worse one would never replace it: it does now."""
+def test_a_best_model_that_is_missing_foreign_or_damaged_is_replaced(dataset, out, tmp_path,
+                                                                     monkeypatch, capsys, spoil):
+    """The next evaluation writes best.pt, even if its loss is not the lowest so far."""
     if spoil == "of run":
         run_train(dataset, tmp_path / "other", max_iters=0)
         shutil.copy(tmp_path / "other/best.pt", out / "best.pt")
@@ -248,7 +252,7 @@ def test_a_model_that_is_not_the_best_so_far(dataset, out, tmp_path, monkeypatch
 # -----------------------------------------------------------------------------
 # --auto_resume
 
-def test_auto_resume_begins_and_goes_on(whole, dataset, tmp_path, monkeypatch, capsys):
+def test_auto_resume_starts_a_run_and_resumes_it(whole, dataset, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for max_iters, said in ((2, None), (4, "resuming at step 2"), (6, "resuming at step 4")):
         status, text = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
@@ -262,8 +266,9 @@ def test_auto_resume_begins_and_goes_on(whole, dataset, tmp_path, monkeypatch, c
     assert status == 0 and (out / "state.pt").read_bytes() == before
 
 
-def test_auto_resume_after_a_kill_before_the_first_state(whole, dataset, out, monkeypatch, capsys):
-    """The ckpt.pt of step 0 is no loss; one of a later step, without a state, may be."""
+def test_auto_resume_starts_again_if_killed_before_the_first_state(whole, dataset, out, monkeypatch,
+                                                                   capsys):
+    """A ckpt.pt of step 0 may be overwritten; one of a later step, without a state, may not."""
     run_train(dataset, out, max_iters=0, overwrite=True)
     (out / "state.pt").unlink()
     assert resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
@@ -286,15 +291,15 @@ def test_auto_resume_does_not_train_past_an_early_stop(dataset, tmp_path, monkey
     assert step_of(tmp_path / "out/state.pt") == 6
 
 
-def test_auto_resume_and_overwrite_contradict(dataset, out, monkeypatch, capsys):
+def test_auto_resume_with_overwrite_is_refused(dataset, out, monkeypatch, capsys):
     status, said = resume_run(monkeypatch, capsys, dataset, out, auto_resume=True, overwrite=True)
     assert status == 1 and "--auto_resume=True resumes the run that --overwrite=True would" in said
 
 
 # -----------------------------------------------------------------------------
-# when it is written
+# when states are written
 
-def test_save_interval(whole, dataset, tmp_path, monkeypatch):
+def test_states_are_saved_every_save_interval_steps(whole, dataset, tmp_path, monkeypatch):
     saved, real = [], files.save
     monkeypatch.setattr(files, "save", lambda path, data, keep: (
         saved.append((path.stem, data["iter_num"])), real(path, data, keep)))
@@ -305,7 +310,7 @@ def test_save_interval(whole, dataset, tmp_path, monkeypatch):
 
 
 def failing_fsync(monkeypatch, name, steps, error):
-    """What is written to `name` at these saves, counted from 0, does not reach the disk."""
+    """At these saves of `name`, counted from 0, writing fails with this error."""
     count, real = [-1], files.write_atomic
 
     def write_atomic(path, write, keep=1):
@@ -323,8 +328,8 @@ def failing_fsync(monkeypatch, name, steps, error):
                                    OSError(errno.EROFS, "Read-only file system"),
                                    OSError(errno.EIO, "Input/output error")],
                          ids=["full", "read-only", "io"])
-def test_a_disk_that_fails_once_ends_no_run(whole, dataset, tmp_path, monkeypatch, capsys, name,
-                                            error):
+def test_a_disk_that_fails_once_does_not_end_the_run(whole, dataset, tmp_path, monkeypatch, capsys,
+                                                     name, error):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         failing_fsync(patch, name, [1], error)
@@ -337,7 +342,7 @@ def test_a_disk_that_fails_once_ends_no_run(whole, dataset, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["state.pt", "ckpt.pt"])
-def test_a_disk_that_fails_to_the_end_is_an_error(dataset, tmp_path, monkeypatch, capsys, name):
+def test_a_disk_that_fails_until_the_end_is_an_error(dataset, tmp_path, monkeypatch, capsys, name):
     out = tmp_path / "out"
     failing_fsync(monkeypatch, name, [1, 2, 3], OSError(errno.ENOSPC, "No space left on device"))
     status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch")
@@ -346,8 +351,8 @@ def test_a_disk_that_fails_to_the_end_is_an_error(dataset, tmp_path, monkeypatch
     assert step_of(out / name) == 0
 
 
-def test_how_a_run_ended_is_told_on_a_full_disk_too(dataset, tmp_path, monkeypatch, capsys):
-    """run.json is written over where a new file has no room."""
+def test_the_status_of_a_run_is_saved_even_on_a_full_disk(dataset, tmp_path, monkeypatch, capsys):
+    """run.json is overwritten in place if the disk has no space for a new file."""
     out, full = tmp_path / "out", OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         failing_fsync(patch, "run.json", range(1, 99), full)
@@ -363,8 +368,8 @@ def test_how_a_run_ended_is_told_on_a_full_disk_too(dataset, tmp_path, monkeypat
     assert "without a message" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=9)[1]
 
 
-def test_a_full_disk_is_told_in_the_systems_words(tmp_path):
-    """torch's zip writer raises a RuntimeError of its own over what the file raised."""
+def test_the_error_of_a_full_disk_is_that_of_the_system(tmp_path):
+    """torch's zip writer replaces the error of the file with a RuntimeError."""
     class Full:
         def __init__(self, f):
             self.f = f
@@ -378,7 +383,7 @@ def test_a_full_disk_is_told_in_the_systems_words(tmp_path):
 
 
 def test_a_best_model_that_was_not_written_is_not_the_best(dataset, tmp_path, monkeypatch):
-    """Evaluations 3.0, 2.0 (not written), 2.5: the last is the best that there is on disk."""
+    """The losses are 3.0, 2.0 (not written) and 2.5: the last is the best on disk."""
     pairs = iter([(3.0, 3.0), (2.0, 2.0), (2.5, 2.5)])
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
     failing_fsync(monkeypatch, "ckpt.pt", [1], OSError(errno.ENOSPC, "No space left on device"))
@@ -387,13 +392,13 @@ def test_a_best_model_that_was_not_written_is_not_the_best(dataset, tmp_path, mo
 
 
 def no_file_above_60_kb(rank):
-    """state.pt takes 100 kB, ckpt.pt 40."""
+    """state.pt has 100 kB, ckpt.pt 40 kB."""
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
-def test_a_real_limit_on_what_the_disk_takes(whole, dataset, out, tmp_path):
-    """It goes on to the last step, and what was there before can be resumed."""
+def test_a_run_continues_if_the_system_limits_the_size_of_files(whole, dataset, out, tmp_path):
+    """It continues to the last step, and its earlier states can be resumed."""
     argv = arguments(dataset, out, init_from="resume", max_iters=9)
     (status,), said = run_ranks(1, argv, tmp_path / "log", no_file_above_60_kb)
     assert status == 1
@@ -405,17 +410,17 @@ def test_a_real_limit_on_what_the_disk_takes(whole, dataset, out, tmp_path):
     assert step_of(out / "state.pt") == 9
 
 
-def test_a_folder_that_goes_away_ends_in_a_line(dataset, tmp_path, monkeypatch, capsys):
+def test_a_folder_deleted_during_a_run_is_a_one_line_error(dataset, tmp_path, monkeypatch, capsys):
     out, real = tmp_path / "out", train.update
     monkeypatch.setattr(train, "update", lambda r, *args: (
         shutil.rmtree(out, ignore_errors=True), real(r, *args))[1])
     status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch")
     assert status == 1 and f"error: cannot write {out}" in said
-    assert f"warning: cannot write to {out}" in said  # metrics.jsonl, told once
+    assert f"warning: cannot write to {out}" in said  # for metrics.jsonl, printed once
 
 
-def test_a_save_holds_nothing_twice(tmp_path):
-    """256 MB of tensors, and a peak of memory that is not 64 MB higher for their save."""
+def test_a_save_makes_no_copy_of_the_tensors(tmp_path):
+    """Saving 256 MB of tensors raises the peak of memory by less than 64 MB."""
     def peak():
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1000
@@ -423,23 +428,23 @@ def test_a_save_holds_nothing_twice(tmp_path):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no /proc to measure memory with")
     data = {"model": {str(i): torch.ones(2**23) for i in range(8)}, "model_args": {}}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak()
     files.save(tmp_path / "state.pt", data, keep=2)
     assert peak() - before < 64
 
 
 # -----------------------------------------------------------------------------
-# how the last run ended
+# how the last process ended
 
 def wait_for(job, out, step):
-    """Until metrics.jsonl has that step."""
+    """Wait until metrics.jsonl has that step."""
     while job.alive() and resume.reached_step(out) <= step:
         pass
     assert job.alive(), job.said()
 
 
-def test_a_run_that_ended_without_a_word(dataset, tmp_path, monkeypatch, capsys):
+def test_a_resume_says_that_the_last_run_was_killed(dataset, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     job = Job(1, arguments(dataset, out, max_iters=10**6, eval_interval=10**6), tmp_path / "log")
     wait_for(job, out, 3)
@@ -453,8 +458,8 @@ def test_a_run_that_ended_without_a_word(dataset, tmp_path, monkeypatch, capsys)
     assert "without a message" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=4)[1]
 
 
-def test_a_run_that_had_a_last_word(dataset, out, monkeypatch, capsys):
-    """An error, a signal, the end: run.json says which, and the next resume is silent."""
+def test_a_run_that_failed_or_was_stopped_says_so_in_run_json(dataset, out, monkeypatch, capsys):
+    """Status: done, failed or stopped. The next resume prints no warning."""
     assert resume.read_run_file(out)["status"] == "done"
     with monkeypatch.context() as patch:
         patch.setattr(train, "forward_backward", lambda r, step: float("nan"))
@@ -463,7 +468,7 @@ def test_a_run_that_had_a_last_word(dataset, out, monkeypatch, capsys):
     assert resume.read_run_file(out)["status"] == "failed"
     with monkeypatch.context() as patch:
         real = train.update
-        patch.setattr(train, "update", lambda *args: (  # twice, as a scheduler may
+        patch.setattr(train, "update", lambda *args: (  # sent twice, as some schedulers do
             signal.raise_signal(signal.SIGTERM), real(*args))[1])
         status, said = resume_run(patch, capsys, dataset, out, max_iters=9)
     assert status == 143 and "without a message" not in said
@@ -474,15 +479,16 @@ def test_a_run_that_had_a_last_word(dataset, out, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("content", [
-    "", "{", "[1]", "7", "[" * 10**5, json.dumps({"status": "odd"}), "\xff",
+    "", "{", "[1]", "7", pytest.param("[" * 10**5, id="nested"), "\xff",
+    json.dumps({"status": "odd"}),
     json.dumps({"run_id": ["x"], "status": "running", "saved_step": "9", "host": {}})])
-def test_a_run_file_that_says_nothing(dataset, out, monkeypatch, capsys, content):
+def test_a_damaged_run_json_does_not_prevent_a_resume(dataset, out, monkeypatch, capsys, content):
     (out / "run.json").write_bytes(content.encode("latin-1"))
     assert resume_run(monkeypatch, capsys, dataset, out)[0] == 0
 
 
-def test_damaged_metrics_stop_no_run(whole, dataset, out, monkeypatch, capsys):
-    """Nor an export, which lists them. The lines are test_logbook's."""
+def test_damaged_metrics_do_not_stop_a_run_or_an_export(whole, dataset, out, monkeypatch, capsys):
+    """An export reads them for its model card. The damaged lines are those of test_logbook.py."""
     with open(out / "metrics.jsonl", "ab") as f:
         f.write(b"\n".join(DAMAGED) + b'{"iter": 7')
     assert resume.reached_step(out) == resume.reached_step(whole) == 6
@@ -499,14 +505,14 @@ def test_damaged_metrics_stop_no_run(whole, dataset, out, monkeypatch, capsys):
 # memory
 
 def little_memory(rank):
-    """300 MB more than the process has mapped."""
+    """Limit the address space to 300 MB more than is mapped now."""
     import resource
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 300_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def test_a_host_without_memory_is_one_line(dataset, tmp_path):
+def test_a_machine_without_memory_is_a_one_line_error(dataset, tmp_path):
     argv = arguments(dataset, tmp_path / "out", batch_size=4096, n_embd=64, n_layer=4)
     (status,), said = run_ranks(1, argv, tmp_path / "log", little_memory)
     assert status == 1
@@ -520,8 +526,9 @@ def test_a_host_without_memory_is_one_line(dataset, tmp_path):
 @pytest.mark.parametrize("error, where", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the device"),
     (MemoryError(), "this machine"), (RuntimeError("std::bad_alloc"), "this machine"),
-    (OSError(errno.ENOMEM, "Cannot allocate memory"), "this machine")])
-def test_memory_that_runs_out_is_one_line(monkeypatch, capsys, error, where):
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "this machine")],
+    ids=["CUDA", "MemoryError", "bad_alloc", "ENOMEM"])
+def test_each_kind_of_memory_error_is_a_one_line_error(monkeypatch, capsys, error, where):
     def main(argv):
         raise error
 

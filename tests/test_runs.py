@@ -1,4 +1,4 @@
-"""runs.py: the table of runs, the fields in which they differ, their curves."""
+"""runs.py: a table of runs, the options in which they differ, their loss curves."""
 import pytest
 from tiny import run_train, write_dataset
 
@@ -8,7 +8,7 @@ from nanotune.errors import UserError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two runs of 3 and 6 steps, and a folder that is none."""
+    """The runs out-a (3 steps) and out-b (6 steps), and a dataset, which is not a run."""
     folder = tmp_path_factory.mktemp("runs")
     dataset = write_dataset(folder / "words")
     assert run_train(dataset, folder / "out-a", max_iters=3) == 0
@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_table(folder, monkeypatch, capsys):
+def test_the_table_lists_runs_and_the_options_in_which_they_differ(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     runs.main([])
     header, a, b, blank, *fields = capsys.readouterr().out.splitlines()
@@ -31,12 +31,12 @@ def test_the_table(folder, monkeypatch, capsys):
     assert (folder / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_run_and_another_picture(folder, tmp_path, capsys):
+def test_one_run_has_no_comparison_and_the_picture_can_be_named(folder, tmp_path, capsys):
     runs.main([str(folder / "out-b"), f"--picture={tmp_path / 'b.png'}"])
     assert "field" not in capsys.readouterr().out and (tmp_path / "b.png").is_file()
 
 
-def test_folders_that_are_no_runs(folder, tmp_path, monkeypatch):
+def test_folders_without_a_run_are_refused(folder, tmp_path, monkeypatch):
     for path in (folder / "words", tmp_path / "none"):
         with pytest.raises(UserError, match=r"is not a run: it has no readable ckpt\.pt"):
             runs.main([str(path)])

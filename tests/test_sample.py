@@ -1,4 +1,4 @@
-"""sample.py as a user runs it, on tiny runs: what it prints, and what it refuses."""
+"""sample.py on tiny runs: what it prints for which options, and what it refuses."""
 import io
 import json
 import os
@@ -34,7 +34,7 @@ def json_run(make_run):
 
 @pytest.fixture
 def samples(capsys):
-    """samples(out_dir, ...) runs sample.py; returns the texts."""
+    """samples(out_dir, **options) runs sample.py; returns the texts that it prints."""
     def run(out_dir, **options):
         options = dict(device="cpu", dtype="float32", max_new_tokens=12) | options
         main([f"--out_dir={out_dir}", *(f"--{k}={v}" for k, v in options.items())])
@@ -47,7 +47,7 @@ def samples(capsys):
 # -----------------------------------------------------------------------------
 # what is printed
 
-def test_several_together(chars, samples):
+def test_several_samples_differ_and_a_seed_repeats_them(chars, samples):
     texts = samples(chars, start="Line ", num_samples=4)
     assert len(texts) == len(set(texts)) == 4
     assert all(text.startswith("Line ") and len(text) == 5 + 12 for text in texts)
@@ -55,7 +55,7 @@ def test_several_together(chars, samples):
     assert samples(chars, start="Line ", num_samples=4, seed=1) != texts
 
 
-def test_options_are_heeded(chars, samples):
+def test_temperature_top_k_and_top_p_take_effect(chars, samples):
     greedy = samples(chars, start="Line", num_samples=3, temperature=0)
     assert len(set(greedy)) == 1
     assert samples(chars, start="Line", num_samples=2, top_k=1) == greedy[:2]
@@ -66,36 +66,36 @@ def test_options_are_heeded(chars, samples):
 
 
 def test_the_smallest_temperature_and_top_p_are_greedy(chars, samples):
-    """Numbers that float32 rounds to 0 drew an id beyond the vocabulary."""
+    """They are rounded to 0 in float32, which once drew an id beyond the vocabulary."""
     greedy = samples(chars, start="Line", num_samples=2, temperature=0)
     for small in (1e-30, 1e-40, 1e-300):
         assert samples(chars, start="Line", num_samples=2, temperature=small) == greedy
         assert samples(chars, start="Line", num_samples=2, top_p=small) == greedy
 
 
-def test_past_the_context(chars, samples):
+def test_a_sample_can_be_longer_than_the_context(chars, samples):
     text, = samples(chars, start="Line", num_samples=1, max_new_tokens=50)
     assert len(text) == 54
 
 
-def test_the_model_of_an_init_from(chars, samples):
+def test_init_from_takes_the_place_of_out_dir(chars, samples):
     assert samples("nothing", init_from=chars, start="L") == samples(chars, start="L")
 
 
-def test_a_padded_vocabulary(make_run, samples):
+def test_ids_that_only_pad_the_vocabulary_are_never_drawn(make_run, samples):
     out_dir, _ = make_run(CharTokenizer("ab"), vocab_size=64)
     for text in samples(out_dir, start="a", max_new_tokens=40, temperature=3.0):
         assert len(text) == 41 and set(text) <= {"a", "b"}
 
 
-def test_a_prompt_from_a_file(chars, samples, tmp_path):
+def test_a_prompt_is_read_from_a_file(chars, samples, tmp_path):
     (tmp_path / "prompt.txt").write_text("Line 1:", encoding="utf-8")
     path = f"FILE:{tmp_path / 'prompt.txt'}"
     assert samples(chars, start=path) == samples(chars, start="Line 1:")
 
 
-def test_a_prompt_from_a_file_of_windows(chars, samples, tmp_path):
-    """A byte order mark is no part of the text, and \\r\\n is one line end."""
+def test_a_prompt_is_read_from_a_windows_file(chars, samples, tmp_path):
+    """A byte order mark is not part of the text, and \\r\\n is one line end."""
     prompts = []
     for name, content in (("bom", b"\xef\xbb\xbfLine 1:\r\nit"), ("plain", b"Line 1:\nit")):
         (tmp_path / name).write_bytes(content)
@@ -115,11 +115,11 @@ def test_end_of_text_ends_a_sample(json_run, samples, monkeypatch):
     decode = JsonTokenizer(tiny_json()).decode
     texts = samples(json_run, start="Line", num_samples=3)
     assert texts == ["Line" + decode([5, 7]), "Line" + decode([6]), "Line"]
-    assert next(fed) == [9, 9, 9]  # nothing is drawn beyond the last end
+    assert next(fed) == [9, 9, 9]  # nothing is drawn after all samples ended
 
 
-def test_a_sample_appears_when_it_ends(json_run, monkeypatch, capsys):
-    """And not after the slowest; an incomplete character at an end is left out."""
+def test_a_sample_is_printed_when_it_ends(json_run, monkeypatch, capsys):
+    """Not when all have ended. An incomplete character at its end is left out."""
     tokenizer = JsonTokenizer(tiny_json())
     eot, (first, *_) = tokenizer.eot, tokenizer.encode("\U0001f642")
     seen = []
@@ -134,14 +134,14 @@ def test_a_sample_appears_when_it_ends(json_run, monkeypatch, capsys):
     assert capsys.readouterr().out == "Line" + tokenizer.decode([6, 7]) + RULE
 
 
-def test_an_empty_prompt_begins_after_end_of_text(json_run, samples):
+def test_an_empty_prompt_stands_for_end_of_text(json_run, samples):
     started = samples(json_run, start="", num_samples=2, temperature=0)
     assert all(text and EOT not in text for text in started)
     assert samples(json_run, start=EOT, num_samples=2, temperature=0) == [
         EOT + text for text in started]
 
 
-def test_a_stop_text_across_tokens(chars, samples):
+def test_a_stop_text_may_span_tokens(chars, samples):
     free = samples(chars, start="L", num_samples=6, max_new_tokens=40)
     stop = free[2][20:23]
     stopped = samples(chars, start="L", num_samples=6, max_new_tokens=40, stop=stop)
@@ -154,30 +154,30 @@ def test_a_stop_text_in_the_prompt_stops_nothing(chars, samples):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo terminals are POSIX's")
-def test_on_a_terminal_each_character_comes_once(json_run, samples):
+def test_on_a_terminal_each_character_is_printed_once(json_run, samples):
     options = dict(start="Line é", num_samples=1, max_new_tokens=50, temperature=1.5, top_k=0)
     text, = samples(json_run, **options)
-    assert "\ufffd" in text  # bytes that are no character are among them
+    assert "\ufffd" in text  # some bytes are not a character
     ours, theirs = os.openpty()
     with open(theirs, "w", encoding="utf-8") as terminal, redirect_stdout(terminal):
         main([f"--out_dir={json_run}", "--device=cpu", "--dtype=float32",
               *(f"--{k}={v}" for k, v in options.items())])
     shown = b""
-    while chunk := read_or_end(ours):
+    while chunk := read_or_eof(ours):
         shown += chunk
     os.close(ours)
     assert re.sub("\r+\n", "\n", shown.decode()) == re.sub("\r+\n", "\n", text) + "\n"
 
 
-def read_or_end(handle):
+def read_or_eof(handle):
     try:
         return os.read(handle, 65536)
-    except OSError:  # Linux, where the other end is closed
+    except OSError:  # on Linux, if the other end is closed
         return b""
 
 
-class Cut:
-    """A tokenizer whose tokens are pieces of bytes, cut anywhere."""
+class BytesTokenizer:
+    """A tokenizer whose tokens are any bytes, also parts of characters."""
     eot = None
 
     def __init__(self, pieces):
@@ -194,10 +194,10 @@ class Cut:
                 .map(str.encode), max_size=12),
        st.lists(st.sampled_from(["a", "aa", "日", "🙂\n", "a\naé"]), max_size=1),
        st.integers(1, 3))
-def test_a_growing_sample_is_printed_once(prompt, new, stops, cut):
+def test_each_part_of_a_growing_sample_is_printed_once(prompt, new, stops, cut):
     data = b"".join(new)
     pieces = [prompt.encode()] + [data[i:i + cut] for i in range(0, len(data), cut)]
-    text, printed = TextPieces(Cut(pieces), [0], stops), prompt
+    text, printed = TextPieces(BytesTokenizer(pieces), [0], stops), prompt
     whole = data.decode("utf-8", "replace")
     stopped = stops and stops[0] in whole
     expected = prompt + (whole.partition(stops[0])[0] if stopped else whole.rstrip("\ufffd"))
@@ -209,8 +209,8 @@ def test_a_growing_sample_is_printed_once(prompt, new, stops, cut):
 
 @given(st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=12),
        st.lists(st.sampled_from(["a", "ab", "bab", "\n\n", "b\nb"]), min_size=1, max_size=4))
-def test_several_stops_end_a_sample_at_the_first_to_come(new, stops):
-    text, printed = TextPieces(Cut([piece.encode() for piece in new]), [], stops), ""
+def test_of_several_stop_texts_the_first_to_occur_ends_the_sample(new, stops):
+    text, printed = TextPieces(BytesTokenizer([piece.encode() for piece in new]), [], stops), ""
     for token, so_far in enumerate(accumulate(new)):
         printed += text.add(token)
         found = [so_far.index(stop) for stop in stops if stop in so_far]
@@ -222,11 +222,11 @@ def test_several_stops_end_a_sample_at_the_first_to_come(new, stops):
     assert printed + text.rest() == "".join(new)
 
 
-def test_decoding_costs_the_new_tokens_alone():
-    """Each token is decoded with a few before it, however long the text has grown."""
+def test_for_each_new_token_only_a_few_tokens_are_decoded():
+    """Each token is decoded with at most CONTEXT tokens before it, for any length of text."""
     lengths = []
 
-    class Counted(Cut):
+    class Counted(BytesTokenizer):
         def decode(self, ids):
             lengths.append(len(ids))
             return super().decode(ids)
@@ -237,9 +237,10 @@ def test_decoding_costs_the_new_tokens_alone():
 
 
 # -----------------------------------------------------------------------------
-# prompt after prompt, and a prompt per line
+# many prompts: in a file, or typed
 
-def test_lines_become_jsonl_in_batches(chars, capsys, tmp_path, monkeypatch):
+def test_a_file_of_prompts_is_sampled_in_batches_and_printed_as_jsonl(chars, capsys, tmp_path,
+                                                                      monkeypatch):
     (tmp_path / "prompts.txt").write_text("Line 1\n\nL\r\nLine 22\n", encoding="utf-8")
     batches = []
 
@@ -257,7 +258,7 @@ def test_lines_become_jsonl_in_batches(chars, capsys, tmp_path, monkeypatch):
     assert all(len(text) == 7 for line in found for text in line["samples"])
 
 
-def test_a_line_gets_what_it_gets_alone(chars, samples, capsys, tmp_path):
+def test_a_prompt_in_a_batch_gets_the_same_text_as_alone(chars, samples, capsys, tmp_path):
     prompts = ["Line 1", "L", "Line 22: wh"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     alone = [samples(chars, start=prompt, num_samples=1, temperature=0)[0] for prompt in prompts]
@@ -267,8 +268,8 @@ def test_a_line_gets_what_it_gets_alone(chars, samples, capsys, tmp_path):
     assert [line["prompt"] + line["samples"][0] for line in found] == alone
 
 
-def test_interactive_answers_each_line(chars, samples, capsys, monkeypatch):
-    """As one command per prompt; a bad prompt is one line, and the session goes on."""
+def test_interactive_mode_answers_each_line(chars, samples, capsys, monkeypatch):
+    """With the texts of one command per prompt. A bad prompt prints one line of error."""
     alone = [samples(chars, start=prompt, num_samples=2) for prompt in ("Line ", "L")]
     monkeypatch.setattr("sys.stdin", io.StringIO(f"Line \né\n{'L' * 17}\nL\n"))
     main([f"--out_dir={chars}", "--interactive", "--num_samples=2", "--max_new_tokens=12",
@@ -279,7 +280,7 @@ def test_interactive_answers_each_line(chars, samples, capsys, monkeypatch):
     assert "error: the prompt has 17 tokens, the model reads at most 16" in err
 
 
-def test_ctrl_c_ends_a_sample_and_not_the_session(chars, capsys, monkeypatch):
+def test_ctrl_c_ends_the_sample_and_not_the_session(chars, capsys, monkeypatch):
     calls = []
 
     def stream(model, prompts, *args, **options):
@@ -302,7 +303,7 @@ def refuse(out_dir, message, *argv):
     assert "\n" not in str(error.value)
 
 
-def test_bad_prompts(chars, tmp_path):
+def test_bad_prompts_are_refused(chars, tmp_path):
     refuse(chars, "the character 'é' is not in the model's vocabulary", "--start=é")
     refuse(chars, r"--start: character 1 is .udcff, half of a surrogate pair", "--start=\udcff")
     refuse(chars, "--start is empty", "--start=")
@@ -315,11 +316,11 @@ def test_bad_prompts(chars, tmp_path):
     refuse(chars, "line 2 of --start has 17 tokens", f"--start=LINES:{tmp_path / 'prompts.txt'}")
 
 
-def test_interactive_takes_no_start(chars):
+def test_interactive_mode_refuses_start(chars):
     refuse(chars, "--interactive asks for prompts; leave --start out", "--interactive", "--start=L")
 
 
-def test_the_longest_prompt(chars, samples):
+def test_a_prompt_may_fill_the_context(chars, samples):
     text, = samples(chars, start="L" * 16, num_samples=1)
     assert len(text) == 16 + 12
 
@@ -333,11 +334,11 @@ def test_the_longest_prompt(chars, samples):
     ("--dtype=int8", "--dtype=int8: use auto"), ("--device=tpu9", "--device=tpu9: use auto"),
     ("--compile=fast", "--compile=fast: use auto, True or False"),
 ])
-def test_bad_options(chars, arg, message):
+def test_bad_options_are_refused(chars, arg, message):
     refuse(chars, message, arg)
 
 
-def test_a_path_of_a_checkpoint(chars, samples):
+def test_the_path_of_a_checkpoint_is_accepted_as_a_model(chars, samples):
     assert samples(chars / "ckpt.pt", start="L") == samples("x", init_from=chars / "ckpt.pt",
                                                             start="L") == samples(chars, start="L")
 
@@ -350,8 +351,9 @@ def test_a_path_of_a_checkpoint(chars, samples):
     ({"init_from": "x.pt"}, r"x.pt does not exist"), ({"init_from": "note.txt"}, "is a file"),
     ({"init_from": "a/b/c"}, "a/b/c does not exist"), ({"init_from": ""}, " does not exist|holds"),
     ({"init_from": "../gpt2"}, "../gpt2 does not exist"),
-])
-def test_what_is_no_hub_id_never_asks_the_network(chars, options, message, tmp_path, monkeypatch):
+], ids=str)
+def test_a_name_that_is_not_a_hub_id_is_never_downloaded(chars, options, message, tmp_path,
+                                                         monkeypatch):
     def asked(*args, **kwargs):
         pytest.fail("asked the hub")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", asked)
@@ -362,18 +364,18 @@ def test_what_is_no_hub_id_never_asks_the_network(chars, options, message, tmp_p
         main([f"--{name}={value}" for name, value in options.items()])
 
 
-def test_no_run(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     refuse(tmp_path / "none", "none does not exist")
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", "holds neither ckpt.pt .* nor config.json")
 
 
-def test_a_model_without_a_tokenizer(write_hf):
+def test_a_model_without_a_tokenizer_is_refused(write_hf):
     from conftest import hf_model
     refuse(write_hf(hf_model()), "has no tokenizer file: put its tokenizer.json")
 
 
-def test_speed_is_told_in_all_and_of_the_later_half():
+def test_speed_is_given_for_all_tokens_and_for_the_later_half():
     times = [0.0, 4.0, 5.0, 6.0, 7.0, 7.5, 8.0, 8.5, 9.0]  # the first took four seconds
     assert sample.speed(times, 10) == "80 tokens in 9.00 s, 8.9 per second (second half: 20.0)"
     assert sample.speed([0.0, 2.0], 1) == "1 tokens in 2.00 s, 0.5 per second"

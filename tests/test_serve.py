@@ -1,4 +1,4 @@
-"""serve.py: completions in OpenAI's form, the queue, what it tells of a model, its options."""
+"""serve.py: completions in OpenAI's form, the queue, facts about models, command-line options."""
 import http.client
 import json
 import threading
@@ -31,7 +31,7 @@ def texts(answer):
 # -----------------------------------------------------------------------------
 # completions
 
-def test_the_form_of_an_answer(server):
+def test_an_answer_has_openais_form(server):
     answer = complete(server, model="chars", prompt="Line", max_tokens=5, seed=1)
     assert answer["object"] == "text_completion" and answer["model"] == "chars"
     assert answer["id"].startswith("cmpl-") and answer["created"] > 1.7e9
@@ -42,7 +42,7 @@ def test_the_form_of_an_answer(server):
     assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
 
 
-def test_a_seed_gives_the_text_of_sample_py(make_run, capsys):
+def test_a_seed_gives_the_same_text_as_in_sample_py(make_run, capsys):
     out_dir, _ = make_run(CharTokenizer(sorted(set(TEXT))))
     sample.main([f"--out_dir={out_dir}", "--start=Line ", "--num_samples=3", "--seed=7",
                  "--max_new_tokens=30", "--temperature=0.9", "--top_k=20", "--top_p=0.9",
@@ -79,13 +79,13 @@ def test_samples_and_prompts_are_one_batch(server):
     assert answer["usage"]["prompt_tokens"] == 5
 
 
-def test_without_a_seed_each_answer_is_another(server):
+def test_without_a_seed_each_answer_is_different(server):
     assert len({texts(complete(server, prompt="L", max_tokens=30))[0] for _ in range(3)}) == 3
 
 
 @torch.no_grad()
-def test_logprobs_are_the_models_own(server):
-    """At temperature 1, without top_k and penalty, of the prompt's tokens too."""
+def test_logprobs_are_those_of_the_model_before_sampling_options(server):
+    """At temperature 1, without top_k and penalty, also for the tokens of the prompt."""
     choice, = complete(server, prompt="Line", max_tokens=8, logprobs=3, temperature=0.5, top_k=2,
                        repetition_penalty=1.3, echo=True, seed=1)["choices"]
     model, logprobs = server.engines["chars"].model, choice["logprobs"]
@@ -102,7 +102,7 @@ def test_logprobs_are_the_models_own(server):
         assert list(found.values()) == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_parts_of_a_character_are_told_apart(server, monkeypatch):
+def test_tokens_that_are_parts_of_a_character_are_named_by_id(server, monkeypatch):
     engine = server.engines["json"]
     parts = engine.model.tokenizer.encode("é")
 
@@ -119,18 +119,18 @@ def test_parts_of_a_character_are_told_apart(server, monkeypatch):
     assert choice["logprobs"]["text_offset"] == [0, 1]
 
 
-def test_zero_logprobs_are_the_tokens_alone(server):
+def test_logprobs_0_gives_only_the_chosen_tokens(server):
     logprobs = complete(server, prompt="L", max_tokens=3, logprobs=0)["choices"][0]["logprobs"]
     assert logprobs["top_logprobs"] == [{}] * 3 and len(logprobs["token_logprobs"]) == 3
 
 
-def test_echo_alone_scores_a_prompt(server):
+def test_echo_with_max_tokens_0_scores_a_prompt(server):
     answer = complete(server, prompt=["Line 1", "L"], max_tokens=0, echo=True, logprobs=1)
     assert texts(answer) == ["Line 1", "L"]
     assert [len(choice["logprobs"]["tokens"]) for choice in answer["choices"]] == [6, 1]
 
 
-def test_stops_end_a_sample_before_them(server):
+def test_a_sample_ends_before_the_first_stop_text(server):
     free, = texts(complete(server, prompt="L", max_tokens=60, seed=2))
     stops = [free[40:43], free[20:22]]
     end = min(free.index(stop) for stop in stops)
@@ -142,8 +142,8 @@ def test_stops_end_a_sample_before_them(server):
         free[:free.index(stops[1])]]
 
 
-def test_end_of_text_is_a_stop(server, monkeypatch):
-    """And no text, though it is a token: what was held back for a stop comes before it."""
+def test_end_of_text_stops_a_sample_and_is_counted(server, monkeypatch):
+    """It adds no text. Text held back as the start of a stop text is sent first."""
     engine = server.engines["json"]
     held, = engine.model.tokenizer.encode("L")
     drawn = [[held, held], [held, engine.model.tokenizer.eot]]
@@ -158,11 +158,11 @@ def test_end_of_text_is_a_stop(server, monkeypatch):
     assert answer["usage"]["completion_tokens"] == 4
 
 
-def test_past_the_context(server):
+def test_an_answer_can_be_longer_than_the_context(server):
     assert len(texts(complete(server, prompt="Line", max_tokens=100))[0]) == 100
 
 
-def test_defaults_and_what_changes_nothing(server):
+def test_unsupported_fields_are_accepted_with_values_that_have_no_effect(server):
     answer = complete(server, prompt="L", frequency_penalty=0.0, presence_penalty=0, best_of=1,
                       logit_bias={}, suffix=None, user=None, stream_options=None, stop=None,
                       temperature=None, seed=None)
@@ -201,26 +201,26 @@ def test_defaults_and_what_changes_nothing(server):
     ({"prompt": ["L", "é"]}, "prompt", "the character 'é' is not in the model's vocabulary"),
     ({"prompt": "\ud83d"}, "prompt", "half of a surrogate pair"),
     ({"prompt": ""}, "prompt", "prompt 1 is empty"), ({"model": 3}, "model", "must be a string"),
-])
+], ids=lambda value: str(value)[:60])
 def test_bad_fields_are_named(server, body, param, message):
     error = refusal(server, {"prompt": "L"} | body)
     assert error["param"] == param and message in error["message"]
     assert error["type"] == "invalid_request_error"
 
 
-def test_an_unknown_model(server):
+def test_an_unknown_model_is_refused(server):
     error = refusal(server, {"model": "../out", "prompt": "L"}, 404)
     assert error["param"] == "model" and "there is no model '../out'" in error["message"]
 
 
-def test_extreme_options_that_are_allowed(server):
+def test_extreme_values_that_are_allowed_work(server):
     for options in ({"temperature": 1e-300}, {"top_p": 0}, {"top_p": 1e-300}, {"top_k": 2**31 - 1},
                     {"repetition_penalty": 100, "temperature": 10}, {"seed": 2**63 - 1},
                     {"repetition_penalty": 0.01, "temperature": 0.01}):
         assert len(texts(complete(server, prompt="L", **options))[0]) == 16
 
 
-def test_the_official_client(server):
+def test_the_official_client_works(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="unused")
     assert [model.id for model in client.models.list()] == ["chars", "json"]
@@ -237,7 +237,7 @@ def test_the_official_client(server):
         client.completions.create(**options | {"model": "gpt-4"})
 
 
-def test_an_onnx_file_answers_as_its_model(tmp_path, make_run):
+def test_an_onnx_file_answers_as_the_run_it_was_exported_from(tmp_path, make_run):
     pytest.importorskip("onnxruntime")
     import export
     out_dir, _ = make_run(CharTokenizer(sorted(set(TEXT))))
@@ -261,7 +261,7 @@ def test_an_onnx_file_answers_as_its_model(tmp_path, make_run):
 # the queue
 
 def start_request(server, **fields):
-    """An open connection on which a completion was sent, its answer not read."""
+    """Send a completion and return the open connection, without reading the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     connection.request("POST", "/v1/completions", json.dumps({"prompt": "L"} | fields).encode(),
                        {"Content-Type": "application/json"})
@@ -276,7 +276,7 @@ def slow():
         yield server
 
 
-def test_one_generation_at_a_time_and_then_429(slow):
+def test_requests_wait_in_order_and_get_429_when_the_queue_is_full(slow):
     running = start_request(slow, max_tokens=2000)
     wait_until(lambda: slow.engine.running)
     waiting = []
@@ -286,14 +286,14 @@ def test_one_generation_at_a_time_and_then_429(slow):
     error = refusal(slow, {"prompt": "L"}, 429)
     assert error["type"] == "rate_limit_error" and "too many requests" in error["message"]
     assert slow.engine.model.fast.starts == [1]
-    running.close()  # ends it: the others come in their order
+    running.close()  # ends its generation; the others follow in order
     found = [json.loads(connection.getresponse().read()) for connection in waiting]
     assert [len(texts(answer)) for answer in found] == [2, 3]
     assert slow.engine.model.fast.starts == [1, 2, 3]
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_ends_its_generation(slow, stream):
+def test_a_client_that_disconnects_ends_its_generation(slow, stream):
     connection = start_request(slow, max_tokens=2000, stream=stream)
     answer = connection.getresponse() if stream else connection
     if stream:
@@ -305,7 +305,7 @@ def test_a_client_that_goes_away_ends_its_generation(slow, stream):
     assert slow.steps() < closed_at + 100  # of 2,000
 
 
-def test_who_leaves_the_queue_frees_a_place(slow):
+def test_a_client_that_disconnects_leaves_the_queue(slow):
     running = start_request(slow, max_tokens=2000)
     wait_until(lambda: slow.engine.running)
     waiting = [start_request(slow) for _ in range(2)]
@@ -315,11 +315,11 @@ def test_who_leaves_the_queue_frees_a_place(slow):
     for connection in (running, waiting[1]):
         connection.close()
     wait_until(lambda: not slow.engine.waiting and not slow.engine.running)
-    assert len(slow.engine.model.fast.starts) <= 2  # who left was never begun
+    assert len(slow.engine.model.fast.starts) <= 2  # the request that left was never started
 
 
-def test_the_thread_works_on_its_models_gpu(monkeypatch):
-    """A thread's current device, on which CUDA graphs are recorded, is its own."""
+def test_the_thread_of_a_model_sets_its_gpu(monkeypatch):
+    """CUDA graphs are recorded on the current device, which each thread has to set."""
     found = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(
         (threading.current_thread().name, device.index)))
@@ -329,7 +329,7 @@ def test_the_thread_works_on_its_models_gpu(monkeypatch):
     assert found == [("engine gpu", 1)]
 
 
-def test_two_models_generate_at_once():
+def test_two_models_generate_at_the_same_time():
     with served({"a": tiny_model(seconds=0.01), "b": tiny_model()}) as server:
         held = start_request(server, model="a", max_tokens=2000)
         wait_until(lambda: server.engines["a"].running)
@@ -341,7 +341,8 @@ def test_two_models_generate_at_once():
 @pytest.mark.parametrize("failure, status, message", [
     (RuntimeError("broken"), 500, "generation failed; the server's terminal has the traceback"),
     (MemoryError(), 503, "out of memory: ask for fewer samples or tokens")])
-def test_a_failed_generation_is_one_answer(slow, monkeypatch, capsys, failure, status, message):
+def test_a_failed_generation_is_an_error_and_the_server_continues(slow, monkeypatch, capsys,
+                                                                  failure, status, message):
     def step(idx, cache):
         raise failure
     monkeypatch.setattr(slow.engine.model.fast, "step", step)
@@ -355,33 +356,33 @@ def test_a_failed_generation_is_one_answer(slow, monkeypatch, capsys, failure, s
     assert complete(slow, prompt="L")
 
 
-def test_the_end_of_the_server_ends_a_generation():
+def test_a_server_that_is_closed_ends_its_generations():
     model = tiny_model(seconds=0.01)
     with served({"slow": model}) as server:
         answer = start_request(server, max_tokens=2000, stream=True).getresponse()
         wait_until(lambda: model.fast.steps > 2)
-    assert b"[DONE]" not in answer.read()  # so that the client knows
+    assert b"[DONE]" not in answer.read()  # so the client knows that it is incomplete
     assert model.fast.steps < 1000
     assert not any(thread.name.startswith("engine slow") for thread in threading.enumerate())
 
 
 # -----------------------------------------------------------------------------
-# what it tells
+# facts about models, health, the page
 
-def test_the_models(make_run, tmp_path):
+def test_the_models_are_listed_with_their_facts(make_run, tmp_path):
     out_dir, model = make_run(CharTokenizer(sorted(set(TEXT))))
     with served({"run": open_model(str(out_dir), CPU, torch.float32), "other": tiny_model()},
                 sources={"run": out_dir}) as server:
         run, other = json.loads(ask(server, "GET", "/v1/models")[2])["data"]
-        assert ask(server, "GET", "/runs/run/metrics")[0] == 404  # it has logged nothing
+        assert ask(server, "GET", "/runs/run/metrics")[0] == 404  # it has logged nothing yet
     assert run["id"] == "run" and run["kind"] == "GPT-2" and str(run["context"]) == "16"
     assert run["parameters"] == model.num_params()
     assert (run["step"], run["val_loss"], run["has_run"]) == (0, 1.0, False)
     assert (other["step"], other["val_loss"], other["dataset"]) == (None, None, None)
 
 
-def test_a_runs_losses(make_run):
-    """Read anew for each request: the run may be training. A line cut short is skipped."""
+def test_the_losses_of_a_run_are_served(make_run):
+    """Read again for each request, as the run may be training. Incomplete lines are skipped."""
     out_dir, _ = make_run(CharTokenizer(sorted(set(TEXT))))
     log = out_dir / "metrics.jsonl"
     log.write_text('{"step": 0, "train_loss": 3.0, "val_loss": 3.2}\n{"iter": 0, "loss": 3.1}\n'
@@ -399,7 +400,7 @@ def test_a_runs_losses(make_run):
         assert json.loads(content) == {"settings": {}, "batch": [], "evaluations": []}
 
 
-def test_health_and_unknown_paths(server):
+def test_health_is_served_and_unknown_paths_are_refused(server):
     assert json.loads(ask(server, "GET", "/health")[2]) == {"status": "ok"}
     for path in ("/none", "/runs/chars/metrics", "/v1", "/page.html", "/../serve.py", "/%2e%2e/x"):
         status, _, content = ask(server, "GET", path)
@@ -408,7 +409,7 @@ def test_health_and_unknown_paths(server):
     assert ask(server, "DELETE", "/")[0] == 501
 
 
-def test_the_page_comes_from_here_alone(server):
+def test_the_page_loads_nothing_from_other_servers(server):
     for path, kind in (("/", "text/html"), ("/page.css", "text/css"),
                        ("/page.js", "text/javascript")):
         status, headers, content = ask(server, "GET", path)
@@ -419,9 +420,9 @@ def test_the_page_comes_from_here_alone(server):
 
 
 # -----------------------------------------------------------------------------
-# serve.py
+# the command line
 
-def test_names_of_models():
+def test_models_are_named_after_their_folders_and_files():
     assert serve.name_sources("out-a, x/out-b/") == {"out-a": "out-a", "out-b": "x/out-b/"}
     assert serve.name_sources("a/m.onnx,b/m.onnx,m.onnx") == {
         "m.onnx": "a/m.onnx", "m.onnx-2": "b/m.onnx", "m.onnx-3": "m.onnx"}
@@ -434,14 +435,14 @@ def test_names_of_models():
     (["--port=65536"], "--port=65536 must be in"), (["--out_dir=,"], "no model given"),
     (["--port=0", "--out_dir=out-none"], "out-none does not exist"),
     (["--port=0", "--host=host.invalid", "--token=" + "a" * 20], "cannot listen on host.invalid"),
-])
-def test_bad_options(argv, message):
+], ids=str)
+def test_bad_options_are_refused(argv, message):
     with pytest.raises(UserError, match=message) as error:
         serve.main(argv)
     assert "\n" not in str(error.value)
 
 
-def test_a_port_that_is_taken(server):
+def test_a_port_that_is_in_use_is_refused(server):
     with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {server.port}"):
         serve.main([f"--port={server.port}"])
 

@@ -1,4 +1,4 @@
-"""The server under attack: other sites, missing tokens, what is too long, too slow or too much."""
+"""The server under attack: other sites, missing tokens, requests too large, too slow, too many."""
 import http.client
 import json
 import socket
@@ -24,14 +24,14 @@ def server():
 
 @pytest.fixture(autouse=True)
 def alive(server):
-    """After each attack the server answers."""
+    """After each test the server must answer."""
     yield
     assert ask(server, "GET", "/health")[0] == 200
     assert complete(server, prompt="L")["choices"][0]["text"]
 
 
 def send(server, request, half_close=True):
-    """The whole answer to raw bytes."""
+    """Send raw bytes; return the whole answer."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(request)
         if half_close:
@@ -51,23 +51,23 @@ def handler_threads():
 
 
 # -----------------------------------------------------------------------------
-# who asks
+# who may ask
 
 @pytest.mark.parametrize("access, host, origin, allowed", [
-    # DNS rebinding: a site's name that means this machine
+    # DNS rebinding: the name of a site resolves to this machine
     ({}, "127.0.0.1:8000", None, True), ({}, "localhost:8000", None, True),
     ({}, "[::1]:8000", None, True), ({}, "LOCALHOST", None, True),
     ({}, "evil.example:8000", None, False), ({}, "127.0.0.1.evil.example", None, False),
     ({}, "localhost.evil.example", None, False), ({}, "192.168.1.5:8000", None, False),
     ({}, "", None, False), ({}, "[::1", None, False), ({}, None, None, False),
-    # another site's page, and another port's of this machine
+    # a page of another site, or of another port of this machine
     ({}, "localhost:8000", "http://localhost:8000", True),
     ({}, "localhost:8000", "http://localhost:3000", False),
     ({}, "localhost:8000", "http://127.0.0.1:8000", False),
     ({}, "localhost:8000", "https://evil.example", False),
     ({}, "localhost:8000", "http://localhost:8000.evil.example", False),
     ({}, "localhost:8000", "null", False), ({}, "localhost:8000", "", False),
-    # bound to all addresses: any address, no name
+    # bound to all addresses: any address is allowed, but no name
     ({"host": "0.0.0.0"}, "192.168.1.5:8000", None, True),
     ({"host": "::"}, "[2001:db8::1]:8000", None, True),
     ({"host": "0.0.0.0"}, "localhost:8000", None, True),
@@ -78,8 +78,8 @@ def handler_threads():
     ({"names": ("gpt.example",)}, "gpt.example", "https://gpt.example", True),
     ({"names": ("gpt.example",)}, "127.0.0.1:8000", "https://gpt.example", True),
     ({"names": ("gpt.example",)}, "gpt.example.evil.example", None, False),
-])
-def test_host_and_origin(access, host, origin, allowed):
+], ids=str)
+def test_host_and_origin_must_be_those_of_this_server(access, host, origin, allowed):
     headers = http.client.HTTPMessage()
     for name, value in (("Host", host), ("Origin", origin)):
         if value is not None:
@@ -92,7 +92,7 @@ def test_host_and_origin(access, host, origin, allowed):
         assert error.value.status == 403
 
 
-def test_other_sites_reach_nothing(server):
+def test_other_sites_are_refused_on_each_path(server):
     for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
         for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/v1/models"),
                              ("POST", "/v1/completions")):
@@ -104,7 +104,7 @@ def test_other_sites_reach_nothing(server):
     assert ask(server, "OPTIONS", "/v1/completions", Origin="http://evil.example")[0] == 501
 
 
-def test_forms_of_other_sites_are_no_json(server):
+def test_a_request_that_is_not_declared_as_json_is_refused(server):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         status, _, content = ask(server, "POST", "/v1/completions", b'{"prompt": "L"}',
                                  **{"Content-Type": kind})
@@ -129,7 +129,7 @@ def test_a_token_is_needed_for_all_but_the_page():
             assert ask(server, "POST", "/v1/completions", {"prompt": "L"}, **given)[0] == 200
 
 
-def test_loopback_addresses():
+def test_loopback_addresses_are_recognized():
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "localhost.example", "")))
     assert hostname("[::1]:80") == "::1" and hostname("[::") == "" and hostname("A:80") == "a"
@@ -138,8 +138,8 @@ def test_loopback_addresses():
 # -----------------------------------------------------------------------------
 # too much at once
 
-def test_ten_megabytes_are_refused_in_an_answer(server):
-    """Not by a reset connection, of which a client does not learn why."""
+def test_a_body_of_ten_megabytes_gets_an_answer_that_refuses_it(server):
+    """If the connection were reset, the client would not know why."""
     status, _, content = ask(server, "POST", "/v1/completions",
                              b'{"prompt": "' + b"L" * 10_000_000 + b'"}')
     assert status == 413 and b"262,144 bytes" in content
@@ -152,7 +152,7 @@ def test_ten_megabytes_are_refused_in_an_answer(server):
     ("Transfer-Encoding: chunked\r\n", 411),
     ("Content-Length: 2\r\nTransfer-Encoding: chunked\r\n", 411),
 ])
-def test_odd_lengths(server, headers, status):
+def test_a_wrong_or_missing_length_is_refused(server, headers, status):
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     assert status_of(send(server, f"{head}{headers}\r\n{{}}".encode())) == status
 
@@ -172,18 +172,22 @@ def test_a_second_request_on_a_connection_is_not_read(server):
     (b"\0\xff\x16\x03\x01\r\n\r\n", {400}), (b"GET / HTTP/9.9\r\n\r\n", {505}),
     (b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n", {404}),
     (b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n", {501}),
-])
-def test_odd_headers(server, request_, statuses):
+], ids=["long path", "long header", "200 headers", "500,000 headers", "45 kB of headers", "binary",
+        "unknown version", "bad URL", "unknown method"])
+def test_bad_and_large_headers_are_refused(server, request_, statuses):
     answer = send(server, request_)
     assert status_of(answer) in statuses
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
 @pytest.mark.parametrize("body", [
-    b"", b"{", b"\xff\xfe", b'{"prompt": NaN}', b'{"temperature": Infinity}', b"[" * 200_000,
-    b'{"a":' * 40_000, b'{"seed": ' + b"9" * 5000 + b"}", b"\0" * 1000, b'{"prompt": "\x01"}',
+    b"", b"{", b"\xff\xfe", b'{"prompt": NaN}', b'{"temperature": Infinity}',
+    pytest.param(b"[" * 200_000, id="nested lists"),
+    pytest.param(b'{"a":' * 40_000, id="nested objects"),
+    pytest.param(b'{"seed": ' + b"9" * 5000 + b"}", id="5000 digits"),
+    pytest.param(b"\0" * 1000, id="NULs"), b'{"prompt": "\x01"}',
 ])
-def test_bodies_that_are_no_json(server, body):
+def test_a_body_that_is_not_json_is_refused(server, body):
     assert "the body is not JSON" in refusal(server, body)["message"]
 
 
@@ -195,8 +199,8 @@ def test_bodies_that_are_no_json(server, body):
     (b'{"n": ' + b"[" * 900 + b"]" * 900 + b"}", "n"),
     (b'{"' + b"a" * 200_000 + b'": 1}', "a" * 99),
     (b'{"prompt": "' + b"L" * 200_000 + b'"}', "prompt"),
-])
-def test_json_that_is_no_request(server, body, param):
+], ids=lambda value: str(value)[:60])
+def test_json_that_is_not_a_request_is_refused(server, body, param):
     error = refusal(server, body)
     assert error["param"] == param and len(error["message"]) < 300
 
@@ -204,8 +208,8 @@ def test_json_that_is_no_request(server, body, param):
 # -----------------------------------------------------------------------------
 # too slow, too many
 
-def test_a_byte_now_and_then_ends(server, monkeypatch):
-    """Each byte comes within the time of a read, but not all of them."""
+def test_a_client_that_sends_byte_by_byte_is_disconnected(server, monkeypatch):
+    """Each byte arrives within the time limit, but not the whole request."""
     monkeypatch.setattr(server_module, "READ_SECONDS", 0.5)
     begin = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
              b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
@@ -216,7 +220,7 @@ def test_a_byte_now_and_then_ends(server, monkeypatch):
 
 
 def drip(connection):
-    """Sends a byte every 0.05 s until the server closes; returns how many."""
+    """Send a byte every 0.05 s until the server closes the connection; return their number."""
     for count in range(200):
         try:
             connection.sendall(b"a")
@@ -229,7 +233,7 @@ def drip(connection):
     return 200
 
 
-def test_silent_connections_hold_up_nobody_and_end(server, monkeypatch):
+def test_silent_connections_delay_nobody_and_are_closed(server, monkeypatch):
     monkeypatch.setattr(server_module, "READ_SECONDS", 3)
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(100)]
     wait_until(lambda: len(handler_threads()) >= 100)
@@ -252,8 +256,8 @@ def test_connections_beyond_the_limit_are_closed(server, monkeypatch):
     wait_until(lambda: not handler_threads())
 
 
-def test_a_reader_that_stops_reading_holds_up_nobody(server):
-    """Its text waits in the server, at most max_tokens of it; the model goes on to others."""
+def test_a_client_that_stops_reading_delays_nobody(server):
+    """The server buffers its text, at most max_tokens, and the model continues with others."""
     body = b'{"prompt": "L", "max_tokens": 500, "n": 8, "stream": true, "logprobs": 20}'
     with socket.create_connection(("127.0.0.1", server.port)) as stuck:
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -263,14 +267,14 @@ def test_a_reader_that_stops_reading_holds_up_nobody(server):
         assert complete(server, prompt="L")["choices"][0]["text"]
 
 
-def test_fifty_at_once_are_answered_or_told_to_wait():
+def test_fifty_requests_at_once_are_answered_or_get_429():
     with served({"chars": tiny_model()}, max_queue=8) as server, ThreadPoolExecutor(50) as pool:
         body = {"prompt": "Line", "max_tokens": 30, "seed": 1, "n": 2}
         found = list(pool.map(lambda _: ask(server, "POST", "/v1/completions", body), range(50)))
         answers = [json.loads(content) for status, _, content in found if status == 200]
         assert {status for status, _, _ in found} <= {200, 429} and len(answers) >= 9
         texts = [[choice["text"] for choice in answer["choices"]] for answer in answers]
-        assert texts.count(texts[0]) == len(texts)  # none mixed with another
+        assert texts.count(texts[0]) == len(texts)  # no answer is mixed with another
         assert max(server.engines["chars"].model.fast.starts) == 2
         wait_until(lambda: not handler_threads())
 
@@ -294,7 +298,7 @@ def test_two_hundred_aborted_streams_leave_no_thread(server):
     assert engine.model.fast.steps < 200 * 1000
 
 
-def test_no_name_is_a_path(server, tmp_path):
+def test_no_name_is_used_as_a_path(server, tmp_path):
     for name in ("../../etc/passwd", "/etc/passwd", str(tmp_path), "chars/../chars", "chars\0"):
         assert ask(server, "GET", f"/runs/{quote(name, safe='')}/metrics")[0] == 404
         assert refusal(server, {"model": name, "prompt": "L"}, 404)["param"] == "model"

@@ -1,4 +1,4 @@
-"""serve.py's /v1/chat/completions: OpenAI's form, the history, what it refuses."""
+"""serve.py's /v1/chat/completions: OpenAI's form, dropped messages, what is refused."""
 import json
 
 import pytest
@@ -24,7 +24,7 @@ def server():
 
 @pytest.fixture
 def answers(monkeypatch, server):
-    """answers(text) makes the model write the text and an end; the list of prompts it was given."""
+    """answers(text) makes the model generate the text; returns the list of prompts that it gets."""
     tokenizer, prompts = server.engines["talker"].model.tokenizer, []
 
     def set_answer(text):
@@ -38,11 +38,11 @@ def answers(monkeypatch, server):
 
 
 def talk(server, messages=HI, **fields):
-    """The answer to a conversation, as JSON; of a stream its events."""
+    """The answer to a conversation, as JSON; for a stream, the list of its events."""
     return complete(server, PATH, messages=messages, **fields)
 
 
-def test_an_answer_and_its_stream(server, answers):
+def test_an_answer_and_its_stream_have_openais_form(server, answers):
     prompts = answers(f"  Hello\nyou. {END}User: more")
     messages = [{"role": "system", "content": "Be kind."}, *HI,
                 {"role": "assistant", "content": "Yes?", "refusal": None},
@@ -68,7 +68,7 @@ def test_an_answer_and_its_stream(server, answers):
         assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["stop"]
 
 
-def test_lengths_and_stops(server, answers):
+def test_stop_texts_and_limits_end_an_answer(server, answers):
     answers("one two" + END)
     assert talk(server, stop="tw")["choices"][0]["message"]["content"] == "one "
     for field in ("max_tokens", "max_completion_tokens"):
@@ -78,8 +78,8 @@ def test_lengths_and_stops(server, answers):
     assert talk(server, max_tokens=0)["choices"][0]["message"]["content"] == ""
 
 
-def test_the_model_itself_answers(server):
-    """With a seed, the text is that of the prompt's ids; by default it fills the context."""
+def test_the_answer_is_what_the_model_generates_from_the_prompt(server):
+    """The text is that of stream(). Without max_tokens, the answer may fill the context."""
     model = server.engines["talker"].model
     ids, _ = chat.chat_prompt(model.tokenizer, chat.read_messages(HI, ""), 128)
     new = [int(token) for token in stream(model.plain, [ids], 20, temperature=0,
@@ -91,7 +91,7 @@ def test_the_model_itself_answers(server):
     assert talk(server, temperature=0, seed=1)["usage"]["total_tokens"] <= 128
 
 
-def test_the_oldest_messages_are_left_out(server, answers):
+def test_the_oldest_messages_are_dropped_if_the_context_is_full(server, answers):
     prompts = answers("Yes." + END)
     messages = [{"role": ("user", "assistant")[i % 2], "content": f"{i} and so on and on"}
                 for i in range(9)]
@@ -134,15 +134,15 @@ def test_the_oldest_messages_are_left_out(server, answers):
     ({"temperature": 11}, "temperature", "at most 10"), ({"stop": ["a"] * 5}, "stop", "up to 4"),
     ({"stream": 1}, "stream", "true or false"),
     ({"model": "plain"}, "model", "plain has no chat template"),
-])
-def test_what_is_refused(server, body, param, message):
+], ids=lambda value: str(value)[:60])
+def test_bad_requests_are_refused(server, body, param, message):
     status, _, content = ask(server, "POST", PATH, {"messages": HI} | body)
     error = json.loads(content)["error"]
     assert status == 400 and message in error["message"] and error["param"] == param
     assert "\n" not in error["message"] and "Traceback" not in error["message"]
 
 
-def test_who_may_ask_and_how(server):
+def test_the_chat_path_has_the_same_access_rules(server):
     assert ask(server, "GET", PATH)[0] == 405
     assert ask(server, "POST", PATH, {"messages": HI, "model": "x"})[0] == 404
     assert ask(server, "POST", PATH, b"[]")[0] == 400
@@ -155,23 +155,23 @@ def test_who_may_ask_and_how(server):
                    Authorization="Bearer correct-horse-battery")[0] == 200
 
 
-def test_the_models_tell_who_can_chat(server):
+def test_the_list_of_models_says_which_can_chat(server):
     models = json.loads(ask(server, "GET", "/v1/models")[2])["data"]
     assert {about["id"]: about["chat"] for about in models} == {"talker": True, "plain": False}
 
 
-def test_a_run_keeps_its_template(make_run):
+def test_a_run_keeps_its_chat_template(make_run):
     out_dir, _ = make_run(chat_model().tokenizer, block_size=64)
     with served({"run": open_model(str(out_dir), CPU, torch.float32)}) as server:
         assert talk(server, max_tokens=3)["usage"]["completion_tokens"] <= 3
 
 
-def test_the_official_client(server, answers):
+def test_the_official_client_works(server, answers):
     openai = pytest.importorskip("openai")
     answers("Hello you." + END)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="unused")
     whole = client.chat.completions.create(model="talker", messages=HI)
     assert whole.choices[0].message.content == "Hello you."
-    again = [*HI, whole.choices[0].message.model_dump(), *HI]  # as its users give the history back
+    again = [*HI, whole.choices[0].message.model_dump(), *HI]  # as its users send the history
     with client.chat.completions.create(model="talker", messages=again, stream=True) as events:
         assert "".join(e.choices[0].delta.content for e in events) == "Hello you."

@@ -1,4 +1,4 @@
-"""A run remembers how it was started; a resume goes on with that, and says what it changes."""
+"""A run keeps its options and a resume uses them; also best.pt, log files, MFU, epochs."""
 import json
 import os
 import re
@@ -29,13 +29,13 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def out(dataset, tmp_path):
-    """A run of 3 steps."""
+    """The out_dir of a run of 3 steps."""
     assert run_train(dataset, tmp_path / "out", max_iters=3, **FIELDS) == 0
     return tmp_path / "out"
 
 
 def go_on(monkeypatch, capsys, out, *argv):
-    """train.py --out_dir=OUT --init_from=resume with further arguments: (status, all printed)."""
+    """Resume with further arguments; returns (exit status, stdout and stderr)."""
     status, said, err = run_script(monkeypatch, capsys, train.main, [
         f"--out_dir={out}", "--init_from=resume", "--device=cpu", *argv])
     return status, said + err
@@ -45,7 +45,7 @@ def config_of(out):
     return files.load(out / "state.pt")["config"]
 
 
-def test_settings_are_written_by_section(out, dataset):
+def test_settings_json_has_each_option_by_section(out, dataset):
     content = json.loads((out / "settings.json").read_text())
     assert content["version"] == 1 and content["torch"] == torch.__version__
     assert content["command"].startswith("python train.py --dataset=")
@@ -57,8 +57,8 @@ def test_settings_are_written_by_section(out, dataset):
                     if name != "settings_version"}
 
 
-def test_a_resume_needs_only_the_folder(out, dataset, tmp_path, monkeypatch, capsys):
-    """It ends with the weights of a run that never stopped."""
+def test_a_resume_needs_only_out_dir(out, dataset, tmp_path, monkeypatch, capsys):
+    """The weights are those of a run that never stopped."""
     status, said = go_on(monkeypatch, capsys, out, "--max_iters=6")
     assert status == 0 and "max_iters: 3 -> 6\n" in said and said.count(" -> ") == 1
     assert run_train(dataset, tmp_path / "once", max_iters=6, **FIELDS) == 0
@@ -68,7 +68,7 @@ def test_a_resume_needs_only_the_folder(out, dataset, tmp_path, monkeypatch, cap
     assert one["config"]["init_from"] == other["config"]["init_from"] == "scratch"
 
 
-def test_what_changes_is_said_and_kept(out, monkeypatch, capsys, tmp_path):
+def test_options_changed_at_a_resume_are_printed_and_kept(out, monkeypatch, capsys, tmp_path):
     (tmp_path / "c.py").write_text("learning_rate = 1e-2\ndropout = 0.1\n")
     status, said = go_on(monkeypatch, capsys, out, str(tmp_path / "c.py"), "--max_iters=4")
     assert status == 0 and "learning_rate: 0.005 -> 0.01\n" in said and "dropout: " not in said
@@ -83,8 +83,8 @@ def test_what_changes_is_said_and_kept(out, monkeypatch, capsys, tmp_path):
     (["--init_from=gpt2", "--auto_resume"], "was started with init_from=scratch, which a resume"),
     (["--seed=5"], "seed was 1337, now 5; give the old values, or --force_resume=True"),
     (["--batch_size=3"], "global batch was 4, now 6"),
-])
-def test_what_a_resume_cannot_honour(out, argv, told, monkeypatch, capsys):
+], ids=str)
+def test_options_that_a_resume_cannot_change_are_refused(out, argv, told, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     argv = [f"--out_dir={out}", "--init_from=resume", "--device=cpu", "--max_iters=9", *argv]
     status, _, err = run_script(monkeypatch, capsys, train.main, argv)
@@ -93,8 +93,9 @@ def test_what_a_resume_cannot_honour(out, argv, told, monkeypatch, capsys):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_the_same_command_resumes_by_itself(dataset, tmp_path, monkeypatch, capsys):
-    """init_from of the command is the one that the run began with."""
+def test_the_same_command_with_auto_resume_starts_and_resumes(dataset, tmp_path, monkeypatch,
+                                                              capsys):
+    """The run keeps the --init_from that it started from."""
     base, out = tmp_path / "base", tmp_path / "out"
     assert run_train(dataset, base, max_iters=1) == 0
     for steps in (2, 3):
@@ -104,7 +105,8 @@ def test_the_same_command_resumes_by_itself(dataset, tmp_path, monkeypatch, caps
     assert files.load(out / "state.pt")["iter_num"] == 3
 
 
-@pytest.mark.parametrize("content", [None, b"{", b"[]", b"{}", b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("content", [
+    None, b"{", b"[]", b"{}", pytest.param(b"[" * 100_000, id="nested"), b"\xff"])
 def test_a_damaged_settings_file_is_a_warning(out, content, monkeypatch, capsys):
     good = (out / "settings.json").read_text()
     (out / "settings.json").unlink()
@@ -117,21 +119,21 @@ def test_a_damaged_settings_file_is_a_warning(out, content, monkeypatch, capsys)
     assert again["settings"] == json.loads(good)["settings"]
 
 
-def test_a_settings_file_of_a_newer_version(out, monkeypatch, capsys):
+def test_a_settings_file_of_a_newer_version_is_refused(out, monkeypatch, capsys):
     content = json.loads((out / "settings.json").read_text()) | {"version": 99}
     (out / "settings.json").write_text(json.dumps(content))
     status, said = go_on(monkeypatch, capsys, out)
     assert status == 1 and "was written by a newer nanotune (version 99" in said
 
 
-def test_a_dataset_that_is_gone(out, dataset, monkeypatch, capsys):
+def test_a_resume_without_its_dataset_is_refused(out, dataset, monkeypatch, capsys):
     dataset.rename(dataset.with_name("other"))
     status, said = go_on(monkeypatch, capsys, out)
     assert status == 1 and said.count("\n") == 1 and "words does not exist; run: python" in said
 
 
-def test_a_run_of_the_first_edition(out, monkeypatch, capsys):
-    """Its eval_iters counts batches, it has no settings.json, a resumed one forgot init_from."""
+def test_a_run_of_the_first_edition_can_be_resumed(out, monkeypatch, capsys):
+    """Its eval_iters counts batches, it has no settings.json, and a resume overwrote init_from."""
     for name in ("state.pt", "ckpt.pt"):
         data = files.load(out / name)
         del data["config"]["settings_version"]
@@ -145,7 +147,7 @@ def test_a_run_of_the_first_edition(out, monkeypatch, capsys):
     assert config_of(out)["eval_iters"] == 6 and (out / "settings.json").is_file()
 
 
-def test_nanogpts_checkpoint(dataset, tmp_path, monkeypatch, capsys):
+def test_the_settings_of_a_nanogpt_checkpoint_are_read(dataset, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     out.mkdir()
     torch.save(nanogpt_checkpoint(dataset=dataset)[0], out / "ckpt.pt")
@@ -157,16 +159,16 @@ def test_nanogpts_checkpoint(dataset, tmp_path, monkeypatch, capsys):
 
 
 # -----------------------------------------------------------------------------
-# the best model, and a record for people
+# the best model, train.log, samples.txt
 
-def worse_after_3(monkeypatch):
-    """Validation losses whose best is at step 3."""
+def best_at_step_3(monkeypatch):
+    """Make the validation loss lowest at step 3."""
     losses = iter([2.0, 1.0, 1.5, 1.6])
     monkeypatch.setattr(train, "evaluate_splits", lambda r: [1.0, next(losses)])
 
 
-def test_the_best_model_is_kept_beside_the_latest(dataset, tmp_path, monkeypatch, capsys):
-    worse_after_3(monkeypatch)
+def test_the_best_and_the_latest_model_are_kept(dataset, tmp_path, monkeypatch, capsys):
+    best_at_step_3(monkeypatch)
     out = tmp_path / "my out"
     status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, out, max_iters=9))
@@ -187,9 +189,10 @@ def test_the_last_line_names_the_run_if_ckpt_is_the_best(dataset, tmp_path, monk
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_the_best_survives_a_change_of_always_save(dataset, tmp_path, monkeypatch, first):
-    """It moves to the file that the resumed run keeps it in."""
-    worse_after_3(monkeypatch)
+def test_the_best_model_is_kept_if_always_save_checkpoint_changes(dataset, tmp_path, monkeypatch,
+                                                                  first):
+    """It is moved to the file in which the resumed run keeps the best model."""
+    best_at_step_3(monkeypatch)
     out = tmp_path / "out"
     assert run_train(dataset, out, max_iters=6, always_save_checkpoint=first) == 0
     assert run_train(dataset, out, init_from="resume", max_iters=9,
@@ -198,15 +201,16 @@ def test_the_best_survives_a_change_of_always_save(dataset, tmp_path, monkeypatc
     assert (best["iter_num"], best["best_val_loss"]) == (3, 1.0)
 
 
-def test_a_lone_best_is_not_overwritten(out, dataset):
+def test_a_best_model_without_other_files_is_not_overwritten(out, dataset):
     for name in ("ckpt.pt", "state.pt", "state.1.pt"):
         (out / name).unlink()
     with pytest.raises(UserError, match=r"already holds a run \(best\.pt\)"):
         train.main(arguments(dataset, out))
 
 
-def test_a_disk_that_cannot_take_the_best_is_told(dataset, tmp_path, monkeypatch, capsys):
-    """The run goes on, and the next better evaluation tries again."""
+def test_a_best_model_that_cannot_be_written_gives_a_warning(dataset, tmp_path, monkeypatch,
+                                                             capsys):
+    """The run continues; the next better evaluation tries again."""
     def link(source, target):
         raise files.WriteError(f"cannot write {target}")
     with monkeypatch.context() as patch:
@@ -217,18 +221,18 @@ def test_a_disk_that_cannot_take_the_best_is_told(dataset, tmp_path, monkeypatch
     assert files.load(tmp_path / "out/state.pt")["iter_num"] == 3
 
 
-def test_without_always_save_the_best_is_ckpt(dataset, tmp_path, monkeypatch):
-    worse_after_3(monkeypatch)
+def test_without_always_save_checkpoint_the_best_model_is_ckpt_pt(dataset, tmp_path, monkeypatch):
+    best_at_step_3(monkeypatch)
     assert run_train(dataset, tmp_path / "out", max_iters=9, always_save_checkpoint=False) == 0
     assert files.load(tmp_path / "out/ckpt.pt")["iter_num"] == 3
     assert not (tmp_path / "out/best.pt").exists()
 
 
-def test_a_best_that_is_the_latest_takes_no_disk(out):
+def test_a_best_model_that_is_the_latest_takes_no_disk(out):
     assert os.path.samefile(out / "best.pt", out / "ckpt.pt")
 
 
-def test_a_file_system_without_hard_links_gets_a_copy(tmp_path, monkeypatch):
+def test_a_file_is_copied_if_it_cannot_be_linked(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"new")
     (tmp_path / "b").write_bytes(b"old")
     monkeypatch.setattr(files.os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no")))
@@ -236,7 +240,7 @@ def test_a_file_system_without_hard_links_gets_a_copy(tmp_path, monkeypatch):
     assert (tmp_path / "b").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_was_printed_and_the_samples_are_kept(dataset, tmp_path, monkeypatch, capsys):
+def test_printed_lines_and_samples_are_kept_in_files(dataset, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for steps, more in ((3, {}), (6, {"init_from": "resume"})):
         status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
@@ -253,7 +257,7 @@ def test_what_was_printed_and_the_samples_are_kept(dataset, tmp_path, monkeypatc
     assert "step 3" not in (out / "train.log").read_text()
 
 
-def test_tensorboard_gets_the_numbers(dataset, tmp_path, monkeypatch):
+def test_tensorboard_gets_the_logged_numbers(dataset, tmp_path, monkeypatch):
     told = []
     writer = types.SimpleNamespace(add_scalar=lambda *args: told.append(args),
                                    close=lambda: told.append("closed"))
@@ -264,14 +268,14 @@ def test_tensorboard_gets_the_numbers(dataset, tmp_path, monkeypatch):
     assert {args[0] for args in told[:-1]} >= {"loss", "val_loss", "train_loss", "tok_s"}
 
 
-def test_tensorboard_that_is_not_installed(monkeypatch):
+def test_tensorboard_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(logbook.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         logbook.check_tensorboard()
 
 
 # -----------------------------------------------------------------------------
-# what else reads them
+# other users of the settings
 
 def test_evaluation_does_not_depend_on_the_batch_size(dataset, tmp_path, monkeypatch, capsys):
     losses = []
@@ -285,7 +289,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(dataset, tmp_path, monkeyp
         assert found == pytest.approx(losses[0], abs=1.1e-4)  # four digits are printed
 
 
-def test_evaluate_takes_the_runs_dataset(out, dataset, monkeypatch, capsys, tmp_path):
+def test_evaluate_uses_the_dataset_of_the_run(out, dataset, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     status, said, err = run_script(monkeypatch, capsys, evaluate.main, [
         f"--out_dir={out}", "--device=cpu"])
@@ -294,7 +298,8 @@ def test_evaluate_takes_the_runs_dataset(out, dataset, monkeypatch, capsys, tmp_
         evaluate.main(["--init_from=gpt2", "--device=cpu"])
 
 
-def test_train_without_arguments_lists_what_there_is(tmp_path, monkeypatch, capsys, dataset):
+def test_train_without_arguments_lists_config_files_and_datasets(tmp_path, monkeypatch, capsys,
+                                                                 dataset):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "mine.py").write_text("# my own\nmax_iters = 1\n")
@@ -304,10 +309,10 @@ def test_train_without_arguments_lists_what_there_is(tmp_path, monkeypatch, caps
 
 
 # -----------------------------------------------------------------------------
-# numbers that make sense
+# printed numbers
 
-def test_mfu_counts_what_is_computed():
-    """6 N + 12 L C T; 4 N where weights are frozen; of the head the share of targets that count."""
+def test_flops_for_mfu_count_only_what_is_computed():
+    """6 N + 12 L C T; 4 N for frozen weights; the head only for the share of targets that count."""
     model = tiny_gpt(61, tied_head=False)
     head, whole = model.lm_head.weight.numel(), model.flops_per_token()
     n = model.num_params() - (16 + 61) * 16  # without the embeddings
@@ -318,7 +323,7 @@ def test_mfu_counts_what_is_computed():
     assert model.flops_per_token() == 4 * n + 6 * trained + 12 * 2 * 16 * 16
 
 
-def test_mfu_is_left_out_where_the_peak_cannot_be_right(dataset, tmp_path, monkeypatch, capsys):
+def test_mfu_is_left_out_if_the_measured_peak_is_too_low(dataset, tmp_path, monkeypatch, capsys):
     for peak, there in ((1.0, False), (1e15, True)):
         monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, peak=peak: peak)
         _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
@@ -326,7 +331,7 @@ def test_mfu_is_left_out_where_the_peak_cannot_be_right(dataset, tmp_path, monke
         assert (", mfu " in said) == there
 
 
-def test_the_first_loss_says_that_it_has_dropout(dataset, tmp_path, monkeypatch, capsys):
+def test_the_first_line_says_that_its_loss_has_dropout(dataset, tmp_path, monkeypatch, capsys):
     for dropout, count in ((0.1, 1), (0.0, 0)):
         _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
             dataset, tmp_path / "out", max_iters=3, dropout=dropout, overwrite=True))
@@ -335,7 +340,7 @@ def test_the_first_loss_says_that_it_has_dropout(dataset, tmp_path, monkeypatch,
             line for line in said.splitlines() if line.startswith("iter 0"))
 
 
-def test_a_step_without_a_target_says_so(dataset, tmp_path, monkeypatch, capsys):
+def test_a_step_without_targets_prints_no_loss(dataset, tmp_path, monkeypatch, capsys):
     mask = np.ones(2000, np.uint8)
     mask[:400] = 0
     for split, held in (("train", mask), ("val", np.ones(400, np.uint8))):
@@ -351,7 +356,7 @@ def test_a_step_without_a_target_says_so(dataset, tmp_path, monkeypatch, capsys)
 # -----------------------------------------------------------------------------
 # epochs
 
-def test_epochs_in_the_place_of_max_iters(dataset, tmp_path, monkeypatch, capsys):
+def test_epochs_can_be_given_instead_of_max_iters(dataset, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     fields = dict(max_iters=None, batch_size=16, gradient_accumulation_steps=2, eval_interval=10**6)
     assert run_train(dataset, out, epochs=2, **fields) == 0
@@ -367,7 +372,7 @@ def resume_config(out):
     return resume.load_start(out, 0.0, torch.float32).model.config
 
 
-def test_many_epochs_of_finetuning_are_warned_of(dataset, tmp_path, monkeypatch, capsys):
+def test_many_epochs_of_finetuning_give_a_warning(dataset, tmp_path, monkeypatch, capsys):
     base = tmp_path / "base"
     assert run_train(dataset, base, max_iters=0) == 0
     for fields, warned in ((dict(init_from=base, epochs=21), True),

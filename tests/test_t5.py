@@ -1,4 +1,4 @@
-"""T5: parity with transformers' T5ForConditionalGeneration, its cache, its files."""
+"""T5 compared with transformers' T5ForConditionalGeneration: numbers, generation, files."""
 import json
 
 import pytest
@@ -26,13 +26,13 @@ SHAPES = {
 
 
 def tensors_of(theirs):
-    """What save_pretrained writes: each tied weight once."""
+    """The tensors that save_pretrained writes: each tied weight once."""
     return {name: p.detach().clone() for name, p in theirs.named_parameters()}
 
 
 @pytest.fixture
 def make_t5(write_hf):
-    """make_t5(shape of SHAPES) -> (transformers' model, ours, read from its folder)."""
+    """make_t5(shape of SHAPES) -> (transformers' model, our T5 loaded from its folder)."""
     def make(shape="relu, tied", **fields):
         theirs = hf_t5(**SHAPES[shape] | fields)
         tied = {} if SHAPES[shape].get("tied", True) else {"tie_word_embeddings": False}
@@ -42,7 +42,7 @@ def make_t5(write_hf):
 
 
 def pairs(B=3, S=40, T=36, vocab_size=61):
-    """x, y with padded rows, and targets of -1 inside a row."""
+    """(x, y) with padded rows; some targets inside a row are -1."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(2, vocab_size, (B, S), generator=generator)
     y = torch.randint(2, vocab_size, (B, T), generator=generator)
@@ -55,8 +55,8 @@ def reference(theirs, x, y):
                   labels=y.masked_fill(y == -1, -100))
 
 
-def test_the_buckets():
-    """The first distance of each bucket, as the paper's table has it."""
+def test_buckets_of_distances_are_those_of_the_paper():
+    """The smallest distance of each bucket."""
     back = bucket_of(-torch.arange(200), 32, 128, both_ways=False)
     first = [int((back == bucket).nonzero()[0]) for bucket in range(32)]
     assert first == [*range(16), 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
@@ -69,8 +69,9 @@ def test_the_buckets():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype, apart", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_logits_loss_and_gradients_are_transformers(shape, dtype, apart, make_t5):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)],
+                         ids=["float32", "float64"])
+def test_logits_loss_and_gradients_equal_those_of_transformers(shape, dtype, tolerance, make_t5):
     theirs, ours = make_t5(shape)
     theirs.to(dtype), ours.to(dtype)
     ours.tie_head()
@@ -78,20 +79,20 @@ def test_logits_loss_and_gradients_are_transformers(shape, dtype, apart, make_t5
     wanted = reference(theirs, x, y)
     scale = float(wanted.logits.detach().abs().max())
     logits = ours.lm_head(ours.hidden(x, y))
-    torch.testing.assert_close(logits, wanted.logits, rtol=0, atol=apart * scale)
+    torch.testing.assert_close(logits, wanted.logits, rtol=0, atol=tolerance * scale)
     at = torch.cat(list(ours.logits_at(x, y)))
     torch.testing.assert_close(at, logits[y != -1].float())
     loss = ours(x, y) / (y != -1).sum()
-    torch.testing.assert_close(loss, wanted.loss, rtol=apart, atol=apart)
+    torch.testing.assert_close(loss, wanted.loss, rtol=tolerance, atol=tolerance)
     loss.backward(), wanted.loss.backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
     layout = hf_config.layout_of(vars(ours.config))
     for name, param in ours.named_parameters():
         grad = torch.cat([grads[key] for key in hf_config.keys_of(name, layout)[0]])
-        torch.testing.assert_close(param.grad, grad, rtol=apart, atol=10 * apart, msg=name)
+        torch.testing.assert_close(param.grad, grad, rtol=tolerance, atol=10 * tolerance, msg=name)
 
 
-def test_bfloat16_and_recompute_stay_near(make_t5):
+def test_recompute_is_bitwise_the_same_and_bfloat16_near(make_t5):
     _, ours = make_t5("gated, untied")
     x, y = pairs()
     loss = ours(x, y)
@@ -120,8 +121,8 @@ PROMPTS = [[5, 9, 33, 1], [7, 8], [*range(2, 40), 1]]  # the second gets its end
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_greedy_tokens_are_transformers(shape, make_t5):
-    """One prompt at a time, and batched; transformers' own cache fails where depths differ."""
+def test_greedy_tokens_equal_those_of_transformers(shape, make_t5):
+    """Alone and batched. transformers' cache fails if the decoder has another number of layers."""
     theirs, ours = make_t5(shape)
     batched = greedy(ours, PROMPTS)
     for ids, together in zip(PROMPTS, batched):
@@ -131,8 +132,8 @@ def test_greedy_tokens_are_transformers(shape, make_t5):
         assert greedy(ours, [ids]).tolist() == wanted[:, 1:].tolist() == [together.tolist()]
 
 
-def test_cached_steps_are_the_whole(make_t5):
-    """Steps of one token, of several, after a rewind and a reorder: the logits of one forward."""
+def test_cached_steps_equal_one_forward_pass(make_t5):
+    """Steps of one token and of several, also after a rewind and a reorder."""
     _, ours = make_t5("gated, untied")
     x, y = pairs(T=8)
     sources = [row[row != -1].tolist()[:-1] + [1] for row in x]
@@ -153,15 +154,15 @@ def test_cached_steps_are_the_whole(make_t5):
         assert cache.full
 
 
-def test_packed_for_generation_it_gives_the_same_tokens(make_t5):
+def test_a_model_packed_for_generation_gives_the_same_tokens(make_t5):
     _, ours = make_t5("gated, untied")
     wanted = greedy(ours, PROMPTS, repetition_penalty=1.5)
     packed = for_generation(ours, torch.device("cpu"), torch.float32, compiled=True)
     assert packed is ours and greedy(packed, PROMPTS, repetition_penalty=1.5).equal(wanted)
 
 
-def test_the_penalty_spares_the_words_of_the_source(make_t5):
-    """As in transformers, it looks at the target alone: the first token has no penalty."""
+def test_the_repetition_penalty_ignores_tokens_of_the_source(make_t5):
+    """As in transformers, it counts only generated tokens, so the first token has no penalty."""
     _, ours = make_t5()
     for token in range(2, 61):
         first = greedy(ours, [[token, 1]], 1)
@@ -171,7 +172,7 @@ def test_the_penalty_spares_the_words_of_the_source(make_t5):
 # -----------------------------------------------------------------------------
 # files
 
-def test_lora_adapts_each_matrix(make_t5):
+def test_lora_adapts_each_matrix_and_merges(make_t5):
     _, ours = make_t5("gated, untied")
     x, y = pairs()
     before = ours(x, y)
@@ -187,7 +188,7 @@ def test_lora_adapts_each_matrix(make_t5):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_export_is_transformers_model(shape, make_t5, tmp_path):
+def test_an_export_equals_the_model_of_transformers(shape, make_t5, tmp_path):
     import transformers
     theirs, ours = make_t5(shape)
     folder = tmp_path / "export"
@@ -203,8 +204,10 @@ def test_an_export_is_transformers_model(shape, make_t5, tmp_path):
 @pytest.mark.parametrize("style", ["4.x", "5.x"])
 @pytest.mark.parametrize("shape, scale, tied", [
     ("relu, tied", True, True), ("gated, untied", False, False)])
-def test_configs_of_both_versions(style, shape, scale, tied, make_t5, write_hf):
-    """4.x says by tie_word_embeddings whether to scale; 5.x always ties, and says it apart."""
+def test_config_files_of_transformers_4_and_5_are_read(style, shape, scale, tied, make_t5,
+                                                       write_hf):
+    """In 4.x tie_word_embeddings also says whether to scale the head. In 5.x it is always true, and
+    scale_decoder_outputs says whether to scale."""
     theirs, ours = make_t5(shape)
     said = (dict(tie_word_embeddings=tied, scale_decoder_outputs=None) if style == "4.x"
             else dict(tie_word_embeddings=True, scale_decoder_outputs=scale))
@@ -218,7 +221,7 @@ def test_configs_of_both_versions(style, shape, scale, tied, make_t5, write_hf):
 
 
 def test_a_tied_head_that_is_not_scaled_is_written_untied(make_t5, tmp_path):
-    """transformers before 5 would scale it."""
+    """Versions of transformers before 5 would scale a tied head."""
     _, ours = make_t5("relu, tied", tie_word_embeddings=False)
     assert (ours.config.tied_head, ours.config.scale_head) == (True, False)
     hf.write_hf(tmp_path, vars(ours.config), dict(ours.named_parameters()), None, torch.float32)
@@ -229,7 +232,7 @@ def test_a_tied_head_that_is_not_scaled_is_written_untied(make_t5, tmp_path):
 
 
 def old_file(tensors):
-    """As the hub's: the embedding three times, a table that nothing reads."""
+    """As in old files of the hub: the embedding three times, and a table that is not used."""
     stray = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     return tensors | {f"{stack}.embed_tokens.weight": tensors["shared.weight"].clone()
                       for stack in ("encoder", "decoder")} | {stray: torch.zeros(32, 2)}
@@ -238,7 +241,7 @@ def old_file(tensors):
 @pytest.mark.parametrize("layout", ["model.safetensors", "pytorch_model.bin",
                                     "model.safetensors.index.json"])
 @pytest.mark.parametrize("half", [False, True])
-def test_the_hubs_files(layout, half, make_t5, write_hf):
+def test_each_layout_of_files_on_the_hub_is_read(layout, half, make_t5, write_hf):
     theirs, ours = make_t5()
     tensors = old_file(tensors_of(theirs))
     tensors = {key: t.half() if half else t for key, t in tensors.items()}
@@ -247,7 +250,7 @@ def test_the_hubs_files(layout, half, make_t5, write_hf):
         assert torch.equal(p, q.half().float() if half else q), name
 
 
-def test_the_embedding_under_another_name_alone(make_t5, write_hf):
+def test_an_embedding_only_under_another_name_is_read(make_t5, write_hf):
     theirs, ours = make_t5()
     tensors = tensors_of(theirs)
     tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
@@ -272,7 +275,7 @@ def refused(call, *said):
     (dict(d_model=17), ("16", "17")),
     (dict(num_decoder_layers=1), ("decoder.block.1", "not part of the model")),
 ])
-def test_refused_configs(fields, said, write_hf):
+def test_unsupported_configs_are_refused(fields, said, write_hf):
     theirs = hf_t5()
     folder = write_hf(theirs, tensors_of(theirs), **fields)
     refused(lambda: load_model(str(folder)), *said)
@@ -283,15 +286,15 @@ def test_refused_configs(fields, said, write_hf):
     (lambda t: t.pop("decoder.final_layer_norm.weight"), ("no tensor for decoder.ln_f.weight",)),
     (lambda t: [t.pop(k) for k in list(t) if k.startswith("decoder")], ("no tensor for",)),
     (lambda t: t["shared.weight"].fill_(float("nan")), ("shared.weight", "NaN")),
-])
-def test_refused_weights(change, said, write_hf):
+], ids=["embeddings differ", "no last norm", "no decoder", "NaN"])
+def test_damaged_or_incomplete_weights_are_refused(change, said, write_hf):
     theirs = hf_t5()
     tensors = old_file(tensors_of(theirs))
     change(tensors)
     refused(lambda: load_model(str(write_hf(theirs, tensors))), *said)
 
 
-def test_what_a_t5_refuses(make_t5):
+def test_options_that_a_t5_excludes_are_refused(make_t5):
     _, ours = make_t5()
     refused(lambda: ours.crop_block_size(64), "--block_size=64", "--source_length")
     refused(lambda: checkpoint.check_dtype(ours, torch.float16), "T5", "--dtype=bfloat16")
@@ -300,9 +303,8 @@ def test_what_a_t5_refuses(make_t5):
     refused(lambda: hf_config.check_hf_takes(vars(own)), "scale_head=True")
 
 
-def test_the_tokenizers_files(tmp_path, monkeypatch):
-    """An export's tokenizer appends the end token, as T5's own does; spiece.model needs packages.
-    """
+def test_an_exported_tokenizer_appends_the_end_token(tmp_path, monkeypatch):
+    """As T5's own does. A folder with only spiece.model needs further packages."""
     import transformers
     save_odd(tmp_path / "t5", "unigram")
     tokenizer = tokenizer_of_folder(tmp_path / "t5")
@@ -316,8 +318,8 @@ def test_the_tokenizers_files(tmp_path, monkeypatch):
     refused(lambda: tokenizer_of_folder(tmp_path / "old"), "spiece.model", "sentencepiece")
 
 
-def test_initial_weights():
-    """Mesh TensorFlow's: T5 does not scale attention, so queries begin smaller."""
+def test_initial_weights_have_the_standard_deviations_of_mesh_tensorflow():
+    """T5 does not scale attention, so the weights of queries start smaller."""
     torch.manual_seed(0)
     c = T5Config(vocab_size=600, n_embd=64, head_size=16, n_head=4, n_inner=256, n_layer=1,
                  n_decoder_layer=1)

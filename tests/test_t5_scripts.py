@@ -1,4 +1,4 @@
-"""T5 in sample.py, evaluate.py and export.py: a run that has learnt to tell two kinds of lines."""
+"""T5 in sample.py, evaluate.py, export.py, serve.py and runs.py; the run has learnt two answers."""
 import json
 import runpy
 
@@ -22,7 +22,7 @@ LINES = "prompt,completion\n" + "".join(
 
 @pytest.fixture(scope="module")
 def trained(t5_folders, tmp_path_factory):
-    """(out_dir, dataset): lines with an a are "bad", those with a b "a cab"."""
+    """(out_dir, dataset): the answer to "Line a ..." is "bad", to "Line b ..." "a cab"."""
     base = tmp_path_factory.mktemp("trained")
     (base / "lines.csv").write_text(LINES)
     runpy.run_path(str(REPO / "data" / "pairs" / "prepare.py"))["main"]([
@@ -46,7 +46,7 @@ def script(monkeypatch, capsys):
     return call
 
 
-def test_a_sample_is_the_answer_alone(trained, script):
+def test_a_sample_is_only_the_answer(trained, script):
     _, out, err = script(sample, out_dir=trained[0], start="Line a c", num_samples=2,
                          temperature=0, compile="True")
     assert out == ("bad\n" + "-" * 15 + "\n") * 2 and "cut" not in err
@@ -60,7 +60,7 @@ def predictions(out_dir):
 
 
 @pytest.mark.parametrize("method", ["generate", "likelihood"])
-def test_it_classifies(trained, script, method):
+def test_a_t5_classifies(trained, script, method):
     out_dir, data = trained
     _, out, _ = script(evaluate, task="classify", out_dir=out_dir, dataset=data, method=method)
     assert "accuracy 100.00%, macro F1 100.00%; 24 prompts, 0 answers were not a label" in out
@@ -68,8 +68,8 @@ def test_it_classifies(trained, script, method):
     assert len(rows) == 24 and {row["answer"] for row in rows} == {"bad", "a cab"}
 
 
-def test_it_generates(trained, script):
-    """Batched as one at a time, and an answer that the limit cut is marked."""
+def test_a_t5_answers_and_cut_answers_are_marked(trained, script):
+    """Batched answers equal those of one prompt at a time."""
     out_dir, data = trained
     files = []
     for size in (1, 5):
@@ -86,7 +86,7 @@ def test_it_generates(trained, script):
     assert f"{len(cut)} answers cut by --max_new_tokens" in out and cut[0]["exact"] == 0
 
 
-def test_the_loss_of_pairs(trained, script):
+def test_the_loss_of_pairs_is_the_one_that_training_logged(trained, script):
     out_dir, data = trained
     _, out, _ = script(evaluate, out_dir=out_dir, dataset=data)
     logged = read_metrics(out_dir)[-1]["val_loss"]
@@ -94,15 +94,15 @@ def test_the_loss_of_pairs(trained, script):
     assert "over 12 pairs" in out
 
 
-def test_the_scores_of_an_answer():
+def test_an_answer_is_scored_by_exact_match_and_f1():
     assert answer_scores(" a cab", "a  cab\n") == (1.0, 1.0)
     assert answer_scores("a cab", "a a") == (0.0, 0.5)
     assert answer_scores("bad", "") == (0.0, 0.0) and answer_scores("", " ") == (1.0, 1.0)
     assert mean_and_error([1.0, 0.0]) == (0.5, 0.5)
 
 
-def test_an_export_answers_in_transformers(trained, script, tmp_path):
-    """By AutoTokenizer and AutoModelForSeq2SeqLM, with no further word; and it loads back."""
+def test_an_exported_t5_works_in_transformers_and_loads_again(trained, script, tmp_path):
+    """With AutoTokenizer and AutoModelForSeq2SeqLM and no further settings."""
     import transformers
     folder = tmp_path / "hf"
     status, _, err = script(export, out_dir=trained[0], format="hf", export_dir=folder)
@@ -129,7 +129,8 @@ def test_an_export_answers_in_transformers(trained, script, tmp_path):
     (evaluate, dict(block_size=4), "T5 takes --source_length and --target_length"),
     (evaluate, dict(task="lambada", input="lambada.jsonl"), "which T5 does not; give a GPT"),
 ])
-def test_refused(trained, script, tmp_path, monkeypatch, module, fields, said):
+def test_options_that_a_t5_excludes_are_refused(trained, script, tmp_path, monkeypatch, module,
+                                                fields, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lambada.jsonl").write_text('{"text": "Line a c"}\n')
     data = {"dataset": trained[1]} if module is evaluate else {}
@@ -137,14 +138,14 @@ def test_refused(trained, script, tmp_path, monkeypatch, module, fields, said):
     assert status == 1 and said in err and err.count("\n") == 1, err
 
 
-def test_runs_compares_it(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # runs.png goes there
+def test_runs_py_lists_a_t5(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # runs.png is written there
     status, out, err = run_script(monkeypatch, capsys, runs.main, [trained[0]])
     assert status == 0 and str(trained[0]) in out and "inf" not in out, err
 
 
-def test_serve_answers_with_it(trained):
-    """In one piece and streamed; several prompts, and logprobs; the prompt does not come back."""
+def test_serve_answers_with_a_t5(trained):
+    """Whole and streamed, for several prompts, with logprobs; echo is refused."""
     model = open_model(str(trained[0]), torch.device("cpu"), torch.float32)
     with served({"t5": model}, sources={"t5": trained[0]}) as server:
         about = json.loads(ask(server, "GET", "/v1/models")[2])["data"][0]
@@ -163,7 +164,7 @@ def test_serve_answers_with_it(trained):
         open_model(str(trained[0]), torch.device("cpu"), torch.float16)
 
 
-def test_a_folder_without_a_tokenizer(trained, t5_folders, script, tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(trained, t5_folders, script, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((t5_folders[0] / name).read_bytes())
     status, _, err = script(sample, init_from=tmp_path)

@@ -1,4 +1,4 @@
-"""Perplexity, classification and LAMBADA against transformers and plain arithmetic."""
+"""Perplexity, classification, LAMBADA and ROUGE compared with transformers and plain arithmetic."""
 import json
 import math
 import re
@@ -26,7 +26,7 @@ NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5, n_layer=3)
 
 
 def make_jsonl(path, lines):
-    """Lines that are dicts, or strings as they stand."""
+    """Write lines: dicts as JSON, strings unchanged."""
     lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
@@ -35,7 +35,7 @@ def ids(n, seed=0, vocab=61):
     return np.random.RandomState(seed).randint(1, vocab, n)
 
 
-def data_of(tokens, block_size, vocab_size=61):
+def bin_of(tokens, block_size, vocab_size=61):
     return TokenBin("a text", block_size, vocab_size, tokens=tokens)
 
 
@@ -53,18 +53,18 @@ def run(*argv):
 @given(st.integers(2, 200), st.integers(1, 40), st.data())
 def test_each_token_is_a_target_once(n, block_size, data):
     stride = data.draw(st.integers(1, block_size))
-    bin = data_of(np.arange(n), block_size, vocab_size=n)
+    bin = bin_of(np.arange(n), block_size, vocab_size=n)
     x, y = bin.read(bin.windows(stride=stride))
     rows, columns = (y >= 0).nonzero(as_tuple=True)
     assert sorted(y[rows, columns].tolist()) == list(range(1, n))
     assert torch.equal(x[rows, columns] + 1, y[rows, columns])
-    later = rows > 0  # but for the first window, this much stands before each target
+    later = rows > 0  # except in the first window, each target has this much context
     assert not later.any() or int(columns[later].min()) >= block_size - stride
 
 
 @torch.no_grad()
 def strided_loop(theirs, tokens, block_size, stride):
-    """-log p of each token but the first, by transformers, a window at a time."""
+    """-log p of each token but the first, computed with transformers one window at a time."""
     losses, done = [], 0
     for start in range(0, len(tokens) - 1, stride):
         window = torch.from_numpy(tokens[start:start + block_size + 1])
@@ -79,11 +79,11 @@ def strided_loop(theirs, tokens, block_size, stride):
 
 @pytest.mark.parametrize("neo", [False, True])
 @pytest.mark.parametrize("stride", [24, 10, 1])
-def test_perplexity_is_that_of_transformers(neo, stride, write_hf):
+def test_perplexity_equals_that_of_transformers(neo, stride, write_hf):
     theirs, tokens = hf_model(neo=neo), ids(170)
     ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
     expected = strided_loop(theirs, tokens, 24, stride)
-    data = data_of(tokens, 24)
+    data = bin_of(tokens, 24)
     windows = data.windows(stride=stride)
     r = perplexity.perplexity_of_sums(
         perplexity.perplexity_sums(ours, data, windows, 3, ALONE, one_byte))
@@ -92,16 +92,16 @@ def test_perplexity_is_that_of_transformers(neo, stride, write_hf):
     assert r["bits_per_byte"] == pytest.approx(np.mean(expected) / math.log(2), abs=1e-4)
 
 
-def test_ranks_share_the_windows():
-    model, data = tiny_gpt(61), data_of(ids(200), 16)
+def test_windows_are_shared_among_ranks():
+    model, data = tiny_gpt(61), bin_of(ids(200), 16)
     whole, *shares = [
         perplexity.perplexity_sums(model, data, data.windows(stride=7), 2, world, one_byte)
         for world in (ALONE, *(World(rank, 3, ALONE.device) for rank in range(3)))]
     np.testing.assert_allclose(np.sum(shares, 0), whole, rtol=1e-6)
 
 
-def test_standard_error_is_that_of_the_jackknife():
-    """Of windows that differ much: the ratio's error, and not that of independent tokens."""
+def test_the_standard_error_is_that_of_a_jackknife_over_windows():
+    """Windows differ in length and loss, so it is the error of a ratio, not of single tokens."""
     rng = np.random.RandomState(0)
     n = rng.randint(20, 30, 400)
     loss = n * rng.normal(3, 0.5, 400)
@@ -113,10 +113,10 @@ def test_standard_error_is_that_of_the_jackknife():
     assert math.isnan(perplexity.perplexity_of_sums([1, 5, 9, 81, 45, 25, 1])["standard_error"])
 
 
-def test_a_mask_leaves_targets_out():
+def test_masked_targets_do_not_count():
     tokens, mask = ids(60), np.zeros(60, dtype=np.uint8)
     mask[[7, 20, 41]] = 1
-    data = data_of(tokens, 16)
+    data = bin_of(tokens, 16)
     data.mask = mask
     _, y = data.read(data.windows(stride=5))
     assert sorted(y[y >= 0].tolist()) == sorted(tokens[[7, 20, 41]].tolist())
@@ -124,8 +124,8 @@ def test_a_mask_leaves_targets_out():
         perplexity.perplexity_of_sums([0, 0, 0, 0, 0, 0, 0])
 
 
-def test_perplexity_of_a_file(make_dataset, make_run, tmp_path, capsys):
-    """The file's own loss and bytes; the dataset's loss is what training reports."""
+def test_perplexity_of_a_file_per_token_byte_and_word(make_dataset, make_run, tmp_path, capsys):
+    """Words are counted between spaces."""
     _, tokenizer = make_dataset("chars")
     out_dir, model = make_run(tokenizer)
     text = "Line 3: what's more, it ends.\n"
@@ -144,8 +144,8 @@ def test_perplexity_of_a_file(make_dataset, make_run, tmp_path, capsys):
     assert "windows of 16 every 1" in out
 
 
-def test_bytes_of_tokens(make_dataset):
-    """Half a character's tokens too are counted by the bytes that they stand for."""
+def test_the_bytes_of_each_token_add_up_to_those_of_the_text(make_dataset):
+    """Also for tokens that are parts of a character. End-of-text has no bytes."""
     text = "na\u00efve \U0001f600 caf\u00e9"
     _, chars = make_dataset("chars", text=text * 9)
     _, json_tokenizer = make_dataset("json", name="json")
@@ -156,7 +156,7 @@ def test_bytes_of_tokens(make_dataset):
     assert json_tokenizer.n_bytes([json_tokenizer.eot]) == 0
 
 
-def test_bytes_of_gpt2s_tokens(gpt2_vocabulary):
+def test_the_bytes_of_gpt2s_tokens_add_up_to_those_of_the_text(gpt2_vocabulary):
     from nanotune.text.tokenizer import GPT2Tokenizer
     tokenizer, text = GPT2Tokenizer(), "na\u00efve \U0001f600"
     ids = tokenizer.encode(text)
@@ -168,7 +168,7 @@ def test_bytes_of_gpt2s_tokens(gpt2_vocabulary):
 
 @pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
-def test_batched_answers_are_those_of_one_prompt(fields, batch_size):
+def test_batched_answers_equal_those_of_one_prompt(fields, batch_size):
     model = tiny_gpt(61, block_size=24, **fields)
     prompts = [ids(n, seed=n).tolist() for n in [3, 17, 9, 3, 1, 12, 8]]
     alone = []
@@ -176,11 +176,11 @@ def test_batched_answers_are_those_of_one_prompt(fields, batch_size):
         new = greedy_reference(model, torch.tensor([prompt]), 7)[0, len(prompt):].tolist()
         alone.append(new[:new.index(5)] if 5 in new else new)
     assert tasks.answer(model, prompts, 7, 5, 61, batch_size)[0] == alone
-    assert len({tuple(a) for a in alone}) > 3  # they are not all the same
+    assert len({tuple(a) for a in alone}) > 3  # the answers differ
 
 
 @pytest.mark.parametrize("neo", [False, True])
-def test_answers_are_those_of_transformers(neo, write_hf):
+def test_answers_equal_those_of_transformers(neo, write_hf):
     theirs = hf_model(neo=neo)
     ours = GPT.from_pretrained(str(write_hf(theirs))).eval()
     prompts = [ids(n, seed=n).tolist() for n in [3, 14, 9, 2]]
@@ -191,8 +191,8 @@ def test_answers_are_those_of_transformers(neo, write_hf):
         assert prompt + new == expected[0].tolist()
 
 
-def test_the_window_slides_under_filling():
-    """A full context drops the filling with what it drops, and goes on."""
+def test_the_window_of_padded_prompts_slides():
+    """If the context is full, its start is dropped, padding included, and generation continues."""
     model = tiny_gpt(61, block_size=8)
     prompts = [ids(6).tolist(), ids(2, 1).tolist()]
     new = torch.stack(list(stream(model, prompts, 9, temperature=0)), 1)
@@ -202,8 +202,8 @@ def test_the_window_slides_under_filling():
 
 @pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
 @torch.no_grad()
-def test_label_scores(fields):
-    """Against a whole pass over prompt and label; the longer label begins as the other."""
+def test_label_scores_equal_those_of_whole_forward_passes(fields):
+    """Also for labels of several tokens, and one label that is the beginning of another."""
     model = tiny_gpt(61, block_size=24, **fields)
     prompts = [ids(n, seed=n).tolist() for n in [3, 17, 9, 1]]
 
@@ -220,15 +220,15 @@ def test_label_scores(fields):
 # -----------------------------------------------------------------------------
 # classification
 
-def test_labels_are_parsed():
+def test_a_label_is_recognized_in_an_answer():
     labels = ["negative", "very good"]
     for text, label in ((" negative", "negative"), (" Very Good\nTweet: x", "very good"),
                         ("", None), ("negatively", None), ("not negative", None)):
         assert tasks.parse_label(text, labels) == label
 
 
-def test_scores_are_plain_arithmetic():
-    """Two classes, one answer that is no label: F1 by hand."""
+def test_accuracy_and_macro_f1_equal_those_computed_by_hand():
+    """With two classes and one answer that is not a label."""
     pytest.importorskip("sklearn")
     truth = ["a", "a", "a", "b", "b", "b"]
     r = tasks.classification_scores(truth, ["a", "a", "b", "b", None, "a"], ["a", "b"])
@@ -240,7 +240,7 @@ def test_scores_are_plain_arithmetic():
 
 @pytest.fixture
 def task(make_dataset, make_run):
-    """A dataset by characters with a test.jsonl of three labels, and a tiny run on it."""
+    """(dataset with a test.jsonl of three labels, out_dir of a tiny run, its model, tokenizer)."""
     folder, tokenizer = make_dataset("chars")
     out_dir, model = make_run(tokenizer, block_size=20)
     make_jsonl(folder / "test.jsonl", [
@@ -249,7 +249,7 @@ def task(make_dataset, make_run):
     return folder, out_dir, model, tokenizer
 
 
-def test_classify(task, capsys):
+def test_classify_prints_scores_and_writes_predictions(task, capsys):
     pytest.importorskip("sklearn")
     folder, out_dir, model, tokenizer = task
     argv = [f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify"]
@@ -265,7 +265,7 @@ def test_classify(task, capsys):
         saved[method] = rows
     assert all(row["predicted"] in ("end", "more", "it") for row in saved["likelihood"])
     prompt = torch.tensor([tokenizer.encode(saved["generate"][0]["prompt"])])
-    new = list(stream(model, prompt, 6, temperature=0))  # " more" and one to end it
+    new = list(stream(model, prompt, 6, temperature=0))  # the tokens of " more" and one after it
     assert saved["generate"][0]["answer"] == tokenizer.decode([int(t) for t in new])
 
 
@@ -278,7 +278,7 @@ def test_classify(task, capsys):
     ([{"prompt": "L" * 19, "completion": " it"}, {"prompt": "L", "completion": " end"}],
      r"test.jsonl, line 1: the prompt has 19 tokens; with the longest label it must have 1 to 16"),
 ])
-def test_bad_test_files(lines, message, task):
+def test_bad_test_files_are_refused(lines, message, task):
     pytest.importorskip("sklearn")
     folder, out_dir, _, _ = task
     make_jsonl(folder / "test.jsonl", lines)
@@ -287,7 +287,7 @@ def test_bad_test_files(lines, message, task):
     assert not (out_dir / "predictions.jsonl").exists()
 
 
-def test_no_test_file_and_another_tokenizer(task, make_dataset):
+def test_a_missing_test_file_or_another_tokenizer_is_refused(task, make_dataset):
     pytest.importorskip("sklearn")
     folder, out_dir, _, _ = task
     (folder / "test.jsonl").unlink()
@@ -308,15 +308,15 @@ def test_no_test_file_and_another_tokenizer(task, make_dataset):
     (["--stride=0"], "--stride=0 must be at least 1"),
     (["--stride=21"], "--stride=21 would skip tokens: windows have 20 tokens"),
     (["--stride=2", "--eval_iters=1"], "leave --input and --stride out"),
-])
-def test_refused(argv, message, task):
+], ids=str)
+def test_bad_options_are_refused(argv, message, task):
     folder, out_dir, _, _ = task
     with pytest.raises(UserError, match=message) as error:
         run(f"--out_dir={out_dir}", f"--dataset={folder}", *argv)
     assert "\n" not in str(error.value)
 
 
-def test_without_scikit_learn(task, monkeypatch):
+def test_without_scikit_learn_the_command_to_install_it_is_printed(task, monkeypatch):
     folder, out_dir, _, _ = task
     monkeypatch.setitem(__import__("sys").modules, "sklearn.metrics", None)
     with pytest.raises(UserError, match="pip install scikit-learn"):
@@ -327,8 +327,8 @@ def test_without_scikit_learn(task, monkeypatch):
 # LAMBADA
 
 @torch.no_grad()
-def test_lambada():
-    """Against the words one at a time, whole logits and no batches."""
+def test_lambada_scores_equal_those_of_single_forward_passes():
+    """Without batches, one word at a time."""
     model = tiny_gpt(61, block_size=24)
     rng = np.random.RandomState(3)
     pairs = [(rng.randint(0, 61, n).tolist(), rng.randint(0, 61, m).tolist())
@@ -336,7 +336,7 @@ def test_lambada():
     best = [model.logits(torch.tensor([context]))[0, -1].topk(2).indices.tolist()
             for context, _ in pairs]
     stop = [best[0][0], best[1][0]]
-    # what it says itself, and what it says next to that
+    # the most probable token, and the second most probable
     pairs += [(context, [token]) for (context, _), two in zip(pairs, best) for token in two]
     losses, hits, filtered = tasks.lambada(model, pairs, stop, 3, "cpu")
     for i, (context, word) in enumerate(pairs):
@@ -349,8 +349,8 @@ def test_lambada():
     assert hits.any() and filtered.any() and not torch.equal(hits, filtered)
 
 
-def test_the_lambada_command(gpt2_vocabulary, shared, tmp_path, capsys):
-    """The stop words keep a whole word from being one; the counts are those of the lines."""
+def test_evaluate_prints_lambada_and_names_a_bad_line(gpt2_vocabulary, shared, tmp_path, capsys):
+    """The filter excludes stop words; an error gives the number of the line."""
     from nanotune.text.tokenizer import GPT2Tokenizer
     ids = tasks.stop_word_ids(GPT2Tokenizer())
     assert GPT2Tokenizer().encode(" the")[0] in ids and GPT2Tokenizer().encode(" dog")[0] not in ids
@@ -382,12 +382,13 @@ def test_the_lambada_command(gpt2_vocabulary, shared, tmp_path, capsys):
      "the ships' hulls didn't last 2006\u201307, $5?"),
     (" A <unk> / B \n \n C ", "A <unk> / B\n\nC"),
 ])
-def test_detokenizer(tokenised, plain):
+def test_wikitext_is_detokenized(tokenised, plain):
     assert perplexity.detokenize_wikitext(tokenised) == plain
 
 
-def test_detokenized_text_is_likelier(gpt2_vocabulary, shared, tmp_path, capsys):
-    """No word is lost, and a model of plain text finds each word of the file likelier."""
+def test_detokenizing_loses_no_word_and_lowers_the_perplexity(gpt2_vocabulary, shared, tmp_path,
+                                                              capsys):
+    """For a model trained on plain text, the perplexity per word halves at least."""
     text = shared("data/wikitext-2/test.txt").read_text(encoding="utf-8")[:4000]
     letters = re.sub(r"[\s@]", "", text)
     assert re.sub(r"[\s@]", "", perplexity.detokenize_wikitext(text)) == letters
@@ -400,8 +401,8 @@ def test_detokenized_text_is_likelier(gpt2_vocabulary, shared, tmp_path, capsys)
     assert found[1] < found[0] / 2
 
 
-def test_windows_files_are_read_as_others(task, tmp_path, capsys):
-    """A byte order mark and \\r\\n, in a text, in LAMBADA's lines and in test.jsonl."""
+def test_windows_files_give_the_same_results(task, tmp_path, capsys):
+    """With a byte order mark and \\r\\n, in a text, in LAMBADA's lines and in test.jsonl."""
     pytest.importorskip("sklearn")
     folder, out_dir, _, _ = task
     plain = [json.dumps({"text": "Line it ends", "prompt": "Line", "completion": c}) + "\n"
@@ -419,8 +420,8 @@ def test_windows_files_are_read_as_others(task, tmp_path, capsys):
     assert found["plain"] == found["windows"]
 
 
-def test_end_of_text_after_an_answer_is_none_of_it(make_run, make_dataset, capsys):
-    """In test.jsonl and in LAMBADA's texts: data drops it there too."""
+def test_end_of_text_after_an_answer_does_not_count(make_run, make_dataset, capsys):
+    """In test.jsonl and in LAMBADA's texts, as in training data."""
     pytest.importorskip("sklearn")
     folder, tokenizer = make_dataset("json")
     out_dir, _ = make_run(tokenizer, block_size=32)
@@ -436,7 +437,7 @@ def test_end_of_text_after_an_answer_is_none_of_it(make_run, make_dataset, capsy
     assert found[0] == found[1] == found[2]
 
 
-def test_a_file_that_is_not_utf8(task, tmp_path):
+def test_a_file_that_is_not_utf8_is_refused(task, tmp_path):
     _, out_dir, _, _ = task
     Path(tmp_path / "l.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(UserError, match=r"l.txt is not UTF-8: byte 0xe9 at offset 3; .*iconv"):
@@ -444,25 +445,26 @@ def test_a_file_that_is_not_utf8(task, tmp_path):
 
 
 def test_a_long_prompt_does_not_shorten_other_answers():
-    """Each batch has room for what its own longest prompt leaves of the context."""
+    """The longest prompt limits only the answers of its own batch."""
     model = tiny_gpt(61)  # block_size 16
     prompts = [[1] * 16, [2, 3]]
     answers, cut = tasks.answer(model, prompts, 9, None, 61, batch_size=1)
     assert [len(ids) for ids in answers] == [1, 9] and cut == [True, True]
 
 
-def test_rouge_by_hand():
-    """The stemmer takes cats as cat; lines are sentences."""
+def test_rouge_equals_that_computed_by_hand():
+    """The stemmer reads cats as cat; each line is a sentence."""
     pytest.importorskip("rouge_score", reason="needs requirements-dev.txt")
     found = tasks.rouge_scores(["the cat sat on the mat\nit slept", "a b c"],
                                ["the cats sat\nit was here", ""])
-    # 4 words of 6 and 8; 2 pairs of words of 5 and 7
+    # 4 common words of 6 and 8, 2 common bigrams of 5 and 7
     assert found[0] == pytest.approx({"rouge1": 8 / 14, "rouge2": 4 / 12, "rougeLsum": 8 / 14})
     assert found[1] == {"rouge1": 0, "rouge2": 0, "rougeLsum": 0}
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_evaluate_prints_rouge(make_dataset, make_run, monkeypatch, capsys, installed):
+def test_evaluate_prints_rouge_if_it_is_installed(make_dataset, make_run, monkeypatch, capsys,
+                                                  installed):
     if installed:
         pytest.importorskip("rouge_score", reason="needs requirements-dev.txt")
     else:

@@ -1,4 +1,4 @@
-"""formats/tf.py on checkpoints that TensorFlow itself writes here, named as OpenAI's are."""
+"""formats/tf.py: reads checkpoints written by TensorFlow with the names of OpenAI's GPT-2."""
 import json
 import sys
 from pathlib import Path
@@ -19,12 +19,12 @@ HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
 
 @pytest.fixture(scope="session")
 def tf():
-    """TensorFlow, or a skip: it is large, and wanted for this file alone."""
+    """TensorFlow, or a skip: it is large, and only this file needs it."""
     return pytest.importorskip("tensorflow", reason="needs requirements-tf.txt")
 
 
 def variables(h, seed=0):
-    """{name: array} of a GPT-2 as OpenAI's model.py names and shapes its variables."""
+    """{name: array} of a GPT-2 with the names and shapes of OpenAI's model.py."""
     rng, C = np.random.RandomState(seed), h["n_embd"]
     shapes = {"wte": (h["n_vocab"], C), "wpe": (h["n_ctx"], C), "ln_f/g": (C,), "ln_f/b": (C,)}
     for i in range(h["n_layer"]):
@@ -37,7 +37,7 @@ def variables(h, seed=0):
 
 
 def forward(v, h, ids):
-    """The logits of those variables, (T, V), by numpy: GPT-2 written down once more."""
+    """The logits of these variables, (T, V): GPT-2 written in numpy."""
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
         x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
@@ -63,7 +63,7 @@ def forward(v, h, ids):
 
 @pytest.fixture
 def write_tf(tf, tmp_path):
-    """write_tf(variables) saves them as gpt-2-simple does; returns the folder."""
+    """write_tf(arrays) saves them as gpt-2-simple does; returns the folder."""
     def write(arrays, name="run1", hparams=HPARAMS):
         folder = tmp_path / name
         folder.mkdir()
@@ -78,7 +78,7 @@ def write_tf(tf, tmp_path):
 
 
 def write_vocabulary(folder):
-    """encoder.json and vocab.bpe, which the older programs have instead of a tokenizer.json."""
+    """Write encoder.json and vocab.bpe, which old programs use instead of tokenizer.json."""
     made = json.loads(tiny_json())
     vocab, merges = made["model"]["vocab"], made["model"]["merges"]
     (folder / "encoder.json").write_text(json.dumps(vocab))
@@ -96,7 +96,7 @@ def check_logits(model, arrays):
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
-def test_logits_and_tokenizer(write_tf):
+def test_logits_and_tokenizer_are_those_of_the_checkpoint(write_tf):
     arrays = variables(HPARAMS)
     folder = write_tf(arrays)
     tokenizer = write_vocabulary(folder)
@@ -116,11 +116,11 @@ def test_optimizer_slots_are_ignored(write_tf):
     folder = write_tf(arrays | slots | counters)
     model, tokenizer = load_model(str(folder))
     check_logits(model.eval(), arrays)
-    assert tokenizer is None  # no encoder.json, and a vocabulary that is not GPT-2's
+    assert tokenizer is None  # no encoder.json, and not the size of GPT-2's vocabulary
 
 
-def test_a_folder_that_has_moved(write_tf):
-    """The file `checkpoint` may name a path of the machine that trained, or be missing."""
+def test_a_folder_that_was_moved_is_read(write_tf):
+    """The file `checkpoint` may contain a path of another machine, or be missing."""
     folder = write_tf(variables(HPARAMS))
     for path in ("/content/checkpoint/run1/model-1000", r"C:\run1\model-1000"):
         (folder / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
@@ -129,8 +129,8 @@ def test_a_folder_that_has_moved(write_tf):
     load_model(str(folder))
 
 
-def test_every_script_takes_the_folder(write_tf, tmp_path, capsys):
-    """Exported and trained on, by all weights and by adapters; planned without TensorFlow."""
+def test_a_checkpoint_can_be_exported_planned_and_trained(write_tf, tmp_path, capsys):
+    """All weights are trained, or adapters. The plan needs no TensorFlow."""
     arrays = variables(HPARAMS)
     folder = write_tf(arrays)
     tokenizer = write_vocabulary(folder)
@@ -162,7 +162,7 @@ def test_every_script_takes_the_folder(write_tf, tmp_path, capsys):
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
-    """refused(folder) exports it; returns the one line of error."""
+    """refused(folder) runs export.py on it, which must fail; returns the one line of error."""
     def run(folder):
         argv = [f"--init_from={folder}", "--format=hf", f"--export_dir={tmp_path / 'refused'}"]
         status, _, err = run_script(monkeypatch, capsys, export.main, argv)
@@ -172,8 +172,8 @@ def refused(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_files_that_are_missing(refused, tmp_path):
-    """Found before TensorFlow is loaded."""
+def test_missing_files_are_named(refused, tmp_path):
+    """This is checked before TensorFlow is imported."""
     assert "does not exist" in refused(tmp_path / "nowhere")
     folder = tmp_path / "run1"
     folder.mkdir()
@@ -196,7 +196,7 @@ def test_files_that_are_missing(refused, tmp_path):
     assert "lacks model-8.index" in refused(folder)
 
 
-def test_variables_that_are_foreign_or_missing(write_tf, refused):
+def test_unknown_missing_and_misshapen_variables_are_named(write_tf, refused):
     arrays = variables(HPARAMS)
     assert "discriminator/w" in refused(write_tf(
         arrays | {"discriminator/w": np.zeros(3, np.float32)}, "foreign"))
@@ -212,20 +212,20 @@ def test_variables_that_are_foreign_or_missing(write_tf, refused):
     (lambda a: a.astype(np.complex64), "h0/ln_1/g is not dense and floating-point"),
     (lambda a: a.astype(str), "damaged"),
 ], ids=["NaN", "integers", "complex", "text"])
-def test_weights_that_are_no_finite_floats(write_tf, refused, change, said):
+def test_weights_that_are_not_finite_floats_are_refused(write_tf, refused, change, said):
     arrays = variables(HPARAMS)
     arrays["model/h0/ln_1/g"] = change(arrays["model/h0/ln_1/g"])
     assert said in refused(write_tf(arrays))
 
 
-def test_a_damaged_shard(write_tf, refused):
+def test_a_damaged_shard_is_refused(write_tf, refused):
     folder = write_tf(variables(HPARAMS))
     shard = next(Path(folder).glob("*.data-*"))
     shard.write_bytes(shard.read_bytes()[:500])
     assert "damaged" in refused(folder)
 
 
-def test_without_tensorflow(refused, tmp_path, monkeypatch):
+def test_without_tensorflow_the_command_to_install_it_is_printed(refused, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     folder = tmp_path / "run1"
     folder.mkdir()

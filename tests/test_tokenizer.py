@@ -1,4 +1,4 @@
-"""GPT-2's BPE, characters and tokenizer.json behind one interface; bad files refused, not run."""
+"""Tokenizers (GPT-2's, characters, tokenizer.json): ids as in transformers, bad files refused."""
 import json
 import pickle
 import shutil
@@ -25,14 +25,14 @@ from nanotune.text.tokenizer import (
 )
 from nanotune.text.tokenizer_files import json_of_vocab_and_merges
 
-# tiktoken's own files are those of OpenAI's: the ones that transformers calls by these names
+# tiktoken's cached files are OpenAI's, which transformers names vocab.json and merges.txt
 VOCAB, MERGES = ("data/tiktoken/6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
                  "data/tiktoken/6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
 
 
 @pytest.fixture
 def gpt2_folder(shared, tmp_path):
-    """vocab.json and merges.txt, as OpenAI's repos hold them."""
+    """A folder with vocab.json and merges.txt, as in OpenAI's repositories."""
     folder = tmp_path / "gpt2"
     folder.mkdir()
     shutil.copyfile(shared(VOCAB), folder / "vocab.json")
@@ -40,7 +40,7 @@ def gpt2_folder(shared, tmp_path):
     return folder
 
 
-def same(first, second):
+def assert_same(first, second):
     assert type(first) is type(second)
     for name in ("n_vocab", "eot", "identity", "name", "spec"):
         assert getattr(first, name) == getattr(second, name)
@@ -50,7 +50,7 @@ def same(first, second):
 # -----------------------------------------------------------------------------
 # GPT-2
 
-def test_gpt2(gpt2_vocabulary):
+def test_gpt2s_tokenizer_encodes_and_decodes(gpt2_vocabulary):
     gpt2 = GPT2Tokenizer()
     assert gpt2.encode("Hello, world!\n") == [15496, 11, 995, 0, 198]
     assert gpt2.encode(f"a{EOT}b") == [64, 50256, 65] and gpt2.eot == 50256
@@ -58,20 +58,20 @@ def test_gpt2(gpt2_vocabulary):
     assert gpt2.encode("") == [] and gpt2.decode([]) == ""
     for text in (TEXT, "naïve 日本語 🙂\r\n\t", "  two  spaces "):
         assert gpt2.decode(gpt2.encode(text)) == text
-    same(tokenizer_from_spec(json.loads(json.dumps(gpt2.spec))), gpt2)
+    assert_same(tokenizer_from_spec(json.loads(json.dumps(gpt2.spec))), gpt2)
 
 
-def test_gpt2_is_recognised(gpt2_folder, gpt2_vocabulary, tmp_path):
-    """In vocab.json with merges.txt and in a tokenizer.json; one token more makes it another."""
+def test_gpt2s_vocabulary_is_recognized_in_each_format(gpt2_folder, gpt2_vocabulary, tmp_path):
+    """In vocab.json with merges.txt, and in tokenizer.json. With one more token it is another."""
     from tokenizers import Tokenizer
-    same(tokenizer_of_folder(gpt2_folder), GPT2Tokenizer())
+    assert_same(tokenizer_of_folder(gpt2_folder), GPT2Tokenizer())
     theirs = JsonTokenizer(json_of_vocab_and_merges(gpt2_folder / "vocab.json",
                                                     gpt2_folder / "merges.txt"))
     text = f"Hello, world!{EOT}naïve 日本語 🙂\r\n  x"
     assert theirs.encode(text) == GPT2Tokenizer().encode(text)
     assert theirs.decode(theirs.encode(text)) == text
     (tmp_path / "tokenizer.json").write_text(theirs.spec["json"], encoding="utf-8")
-    same(tokenizer_of_folder(tmp_path), GPT2Tokenizer())
+    assert_same(tokenizer_of_folder(tmp_path), GPT2Tokenizer())
     more = Tokenizer.from_str(theirs.spec["json"])
     more.add_special_tokens(["<|pad|>"])
     (gpt2_folder / "tokenizer.json").write_text(more.to_str(), encoding="utf-8")
@@ -81,7 +81,7 @@ def test_gpt2_is_recognised(gpt2_folder, gpt2_vocabulary, tmp_path):
         check_same_tokenizer(found, GPT2Tokenizer(), "out", "data/x")
 
 
-def test_gpt2_without_a_network(tmp_path, monkeypatch):
+def test_a_vocabulary_that_cannot_be_downloaded_is_a_one_line_error(tmp_path, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (tmp_path / "none").read_bytes())
     with pytest.raises(UserError, match=r"cannot download GPT-2's vocabulary "
@@ -93,7 +93,7 @@ def test_gpt2_without_a_network(tmp_path, monkeypatch):
 # characters and tokenizer.json
 
 @given(st.lists(st.characters(), min_size=1, max_size=40, unique=True), st.data())
-def test_characters(itos, data):
+def test_a_character_tokenizer_encodes_decodes_and_is_restored(itos, data):
     chars = CharTokenizer(itos)
     text = "".join(data.draw(st.lists(st.sampled_from(itos))))
     ids = chars.encode(text)
@@ -103,7 +103,7 @@ def test_characters(itos, data):
     assert again.itos == itos and again.identity == chars.identity
 
 
-def test_an_unknown_character():
+def test_an_unknown_character_is_refused():
     chars = CharTokenizer("ab\n")
     with pytest.raises(UserError, match=r"the character 'é' is not in .* of 3: 'ab\\n'") as error:
         chars.encode("baéx")
@@ -115,19 +115,19 @@ JSON = JsonTokenizer(tiny_json())
 
 @given(st.text())
 @settings(suppress_health_check=[HealthCheck.too_slow])
-def test_tokenizer_json(text):
+def test_a_tokenizer_json_decodes_what_it_encodes(text):
     assert JSON.decode(JSON.encode(text)) == text
 
 
-def test_the_end_of_text_of_a_tokenizer_json():
+def test_a_tokenizer_json_encodes_end_of_text_as_one_token():
     ids = JSON.encode(f"Line{EOT}ends")
     assert ids.count(JSON.eot) == 1 and JSON.decode(ids) == f"Line{EOT}ends"
     assert max(JSON.encode(TEXT)) < JSON.n_vocab <= 300
-    assert len(JSON.encode(TEXT)) < len(TEXT) / 2  # merges are made use of
-    same(tokenizer_from_spec(json.loads(json.dumps(JSON.spec))), JSON)
+    assert len(JSON.encode(TEXT)) < len(TEXT) / 2  # merges are applied
+    assert_same(tokenizer_from_spec(json.loads(json.dumps(JSON.spec))), JSON)
 
 
-def test_a_vocabulary_without_end_of_text():
+def test_a_vocabulary_without_end_of_text_has_no_eot():
     from tokenizers import ByteLevelBPETokenizer
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([TEXT], vocab_size=280, show_progress=False)
@@ -137,7 +137,7 @@ def test_a_vocabulary_without_end_of_text():
 # -----------------------------------------------------------------------------
 # one encoder: data, prompts and transformers give the same ids
 
-N = JSON.n_vocab  # START's id; PAD's is N + 1
+N = JSON.n_vocab  # the id of START; that of PAD is N + 1
 
 
 @pytest.fixture(scope="module", params=["added", "truncated", "old", "unigram", "words"])
@@ -152,7 +152,7 @@ PIECES = st.sampled_from([EOT, START, PAD, "</s>", "[END]", "<pad>", "Line 7: it
                           " ", "  ", "\n", "\r\n", "é", "日本", "🙂", "<|", "|>", "<|endoftext"])
 
 
-def test_transformers_agrees(odd):
+def test_ids_and_special_tokens_equal_those_of_transformers(odd):
     from transformers import AutoTokenizer
     _, folder, ours = odd
     theirs = AutoTokenizer.from_pretrained(folder)
@@ -167,25 +167,25 @@ def test_transformers_agrees(odd):
     agree()
 
 
-def test_a_long_text_is_not_cut(odd):
+def test_a_long_text_is_not_cut_and_a_short_one_not_padded(odd):
     text = "Line 7: it ends.\n" * 50
     assert len(odd[2].encode(text)) > 8 * len(odd[2].encode("Line 7: it ends.\n")) >= 8
     assert len(odd[2].encode("Line")) < 8  # nor padded
 
 
 def test_a_dataset_and_a_checkpoint_keep_the_tokenizer(odd, tmp_path):
-    """Also the name of its end-of-text, which tokenizer.json does not say."""
+    """Also the name of its end-of-text token, which tokenizer.json does not contain."""
     _, _, ours = odd
     for name, content in ours.files.items():
         (tmp_path / name).write_bytes(content)
-    same(tokenizer_of_dataset(tmp_path), ours)
-    same(tokenizer_from_spec(json.loads(json.dumps(ours.spec))), ours)
-    same(tokenizer_of_source(str(tmp_path)), ours)
-    same(tokenizer_of_source(str(tmp_path / "tokenizer.json")), ours)
+    assert_same(tokenizer_of_dataset(tmp_path), ours)
+    assert_same(tokenizer_from_spec(json.loads(json.dumps(ours.spec))), ours)
+    assert_same(tokenizer_of_source(str(tmp_path)), ours)
+    assert_same(tokenizer_of_source(str(tmp_path / "tokenizer.json")), ours)
 
 
 @pytest.mark.parametrize("kind", ["added", "truncated", "old"])
-def test_the_ids_of_added_tokens(kind, tmp_path):
+def test_added_tokens_have_the_ids_after_the_vocabulary(kind, tmp_path):
     save_odd(tmp_path, kind)
     tokenizer = tokenizer_of_folder(tmp_path)
     line = tokenizer.encode("Line")
@@ -214,8 +214,8 @@ def test_an_added_token_with_another_id_is_refused(tmp_path):
         tokenizer_of_folder(tmp_path)
 
 
-def test_tokens_beyond_the_model(tmp_path):
-    """Added to the tokenizer alone, as [PAD] often is, they are an error only where used."""
+def test_a_token_beyond_the_rows_of_the_model_is_refused_when_it_is_used(tmp_path):
+    """Tokens such as [PAD] are often added to a tokenizer whose model has no rows for them."""
     save_odd(tmp_path, "added")
     tokenizer = tokenizer_of_folder(tmp_path)
     limit_rows(tokenizer, N + 2, "out")
@@ -233,7 +233,8 @@ def test_tokens_beyond_the_model(tmp_path):
 @pytest.mark.parametrize("change", [
     {"normalizer": {"type": "Lowercase"}}, {"normalizer": {"type": "NFC"}},
     {"pre_tokenizer": None}, {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True,
-                                                "trim_offsets": True, "use_regex": True}}])
+                                                "trim_offsets": True, "use_regex": True}}],
+    ids=["lowercase", "NFC", "no pre-tokenizer", "prefix space"])
 def test_gpt2s_vocabulary_with_other_rules_is_not_gpt2(change, gpt2_vocabulary, tmp_path):
     from transformers import AutoTokenizer
     data = json.loads(GPT2Tokenizer().to_json())
@@ -247,8 +248,8 @@ def test_gpt2s_vocabulary_with_other_rules_is_not_gpt2(change, gpt2_vocabulary, 
     assert found.encode(text) == theirs(text).input_ids != GPT2Tokenizer().encode(text)
 
 
-def test_a_named_token_that_is_not_marked_is_found(tmp_path):
-    """end-of-text is in the vocabulary, but tokenizer.json does not list it as an added token."""
+def test_a_special_token_that_is_not_listed_as_added_is_found(tmp_path):
+    """End-of-text is in the vocabulary, but not among the added tokens of tokenizer.json."""
     data = json.loads(tiny_json())
     data["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
@@ -260,7 +261,7 @@ def test_a_named_token_that_is_not_marked_is_found(tmp_path):
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
 @pytest.mark.parametrize("kind", ["old", "base"])
-def test_files_beside_the_vocabulary_add_tokens_with_flags(kind, flag, tmp_path):
+def test_files_next_to_the_vocabulary_add_tokens_with_flags(kind, flag, tmp_path):
     from transformers import AutoTokenizer
     save_odd(tmp_path, "old" if kind == "old" else "added")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -272,40 +273,40 @@ def test_files_beside_the_vocabulary_add_tokens_with_flags(kind, flag, tmp_path)
     line = [*JSON.encode("Line"), *JSON.encode(" ")] if flag == "rstrip" else JSON.encode("Line")
     ends = JSON.encode("ends") if flag == "rstrip" else JSON.encode(" ends")
     assert ours.encode("Line <X> ends") == [*line, N + 2, *ends]
-    if kind == "base":  # from the old layout transformers numbers it anew
+    if kind == "base":  # in the old layout transformers gives it another id
         theirs = AutoTokenizer.from_pretrained(tmp_path)
         assert ours.encode("Line <X> ends") == theirs("Line <X> ends",
                                                       add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "vocab.txt", "tokenizer.model"])
-def test_half_of_a_tokenizer_is_not_gpt2s(name, tmp_path):
+def test_an_incomplete_tokenizer_is_refused_and_not_replaced_by_gpt2s(name, tmp_path):
     (tmp_path / name).write_text("{}")
     (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
     with pytest.raises(UserError, match=f"has {name}, but no tokenizer can be read"):
         tokenizer_of_source(str(tmp_path))
 
 
-def test_numbers_that_are_no_ids(tmp_path):
+def test_numbers_that_are_not_ids_are_ignored(tmp_path):
     save_odd(tmp_path, "added")
     (tmp_path / "config.json").write_text('{"pad_token_id": -1, "eos_token_id": 99999999999}')
     assert tokenizer_of_folder(tmp_path).special["pad_token"] == PAD
 
 
-def test_dropout_of_a_bpe_is_switched_off(tmp_path):
+def test_the_dropout_of_a_bpe_is_switched_off(tmp_path):
     data = json.loads(tiny_json())
     data["model"]["dropout"] = 0.9
     ours = JsonTokenizer(json.dumps(data))
     assert ours.encode(TEXT) == ours.encode(TEXT) == JSON.encode(TEXT)
 
 
-def test_an_end_of_text_beyond_the_model():
+def test_an_end_of_text_beyond_the_rows_of_the_model_is_refused():
     tokenizer = JsonTokenizer(tiny_json())
     with pytest.raises(UserError, match=r"the id of end-of-text|belong to different models"):
         limit_rows(tokenizer, tokenizer.eot, "out")
 
 
-def test_end_of_text_at_the_end():
+def test_without_end_removes_end_of_text_from_the_end_only():
     assert without_end(f"a{EOT}", JSON) == without_end(f"a{EOT}\n", JSON) == "a"
     assert without_end(f"a{EOT}b\n", JSON) == f"a{EOT}b\n"
     assert without_end(f"a{EOT}", CharTokenizer("a")) == f"a{EOT}"
@@ -321,7 +322,7 @@ BAD = {"version": "1.0", "added_tokens": [],
     ({"normalizer": {"type": "Sequence", "normalizers": [[]]}}, "is not a tokenizer.json"),
     ({"model": {"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}}, "is not a tokenizer.json"),
 ])
-def test_a_tokenizer_json_that_cannot_be_used(change, message, tmp_path):
+def test_a_tokenizer_json_that_cannot_be_used_is_refused(change, message, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(BAD | change))
     with pytest.raises(UserError, match=message):
         tokenizer_of_folder(tmp_path)
@@ -329,7 +330,7 @@ def test_a_tokenizer_json_that_cannot_be_used(change, message, tmp_path):
         tokenizer_from_spec({"kind": "json", "json": json.dumps(BAD | change)})
 
 
-def test_a_text_that_the_vocabulary_cannot_express():
+def test_a_text_that_the_vocabulary_cannot_express_is_refused():
     tokenizer = JsonTokenizer(json.dumps(BAD))
     for text in ("b", "\ud83d"):
         with pytest.raises(UserError, match="cannot be encoded by the model's tokenizer"):
@@ -338,8 +339,8 @@ def test_a_text_that_the_vocabulary_cannot_express():
             tokenizer.encode_batch(["a", text])
 
 
-def test_a_panic_of_the_library_is_one_line():
-    """Its Rust code raises a BaseException."""
+def test_a_panic_of_the_library_is_a_one_line_error():
+    """A panic of Rust code is raised as a BaseException."""
     panic = type("PanicException", (BaseException,), {})
     with pytest.raises(UserError, match=r"x is bad \(index out of bounds\)"), \
             library_errors("x is bad"):
@@ -355,8 +356,8 @@ def test_a_panic_of_the_library_is_one_line():
     ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 1}}'),
     ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
     ("added_tokens.json", '{"a": "x"}'),
-])
-def test_damaged_files_beside_the_vocabulary(name, content, tmp_path):
+], ids=lambda text: text[:40])
+def test_damaged_files_next_to_the_vocabulary_are_refused(name, content, tmp_path):
     save_odd(tmp_path, "old")
     assert tokenizer_of_folder(tmp_path).n_vocab == N + 2
     (tmp_path / name).write_text(content)
@@ -367,16 +368,16 @@ def test_damaged_files_beside_the_vocabulary(name, content, tmp_path):
 # -----------------------------------------------------------------------------
 # folders
 
-def test_the_tokenizer_of_a_folder(tmp_path):
+def test_each_kind_of_tokenizer_is_found_in_its_folder(tmp_path):
     assert tokenizer_of_folder(tmp_path) is None
     assert isinstance(tokenizer_of_dataset(tmp_path), GPT2Tokenizer)
     chars = write_tokenizer(tmp_path / "chars", "chars")
     assert isinstance(chars, CharTokenizer) and chars.itos == sorted(set(TEXT))
-    same(write_tokenizer(tmp_path / "json", "json"), JSON)
-    same(tokenizer_of_folder(tmp_path / "chars"), chars)
+    assert_same(write_tokenizer(tmp_path / "json", "json"), JSON)
+    assert_same(tokenizer_of_folder(tmp_path / "chars"), chars)
 
 
-def test_identity_is_what_decides():
+def test_a_dataset_with_another_tokenizer_than_the_model_is_refused():
     check_same_tokenizer(CharTokenizer("abc"), CharTokenizer(["a", "b", "c"]), "out", "data/x")
     for other in (CharTokenizer("acb"), CharTokenizer("abcd"), JSON, GPT2Tokenizer()):
         with pytest.raises(UserError, match=r"out uses a character vocabulary \(3 tokens\), but "
@@ -386,9 +387,10 @@ def test_identity_is_what_decides():
         check_same_tokenizer(None, GPT2Tokenizer(), "hf", "data/x")
 
 
-@pytest.mark.parametrize("itos", [{0: "a", 1: "é", 2: "\n"}, ["a", "é", "\n"]])
+@pytest.mark.parametrize("itos", [{0: "a", 1: "é", 2: "\n"}, ["a", "é", "\n"]],
+                         ids=["dict", "list"])
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_nanogpts_meta(itos, protocol, tmp_path):
+def test_nanogpts_meta_pkl_is_read(itos, protocol, tmp_path):
     meta = {"vocab_size": 3, "itos": itos, "stoi": {"a": 0, "é": 1, "\n": 2}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
     assert tokenizer_of_folder(tmp_path).itos == ["a", "é", "\n"]
@@ -417,27 +419,27 @@ def test_a_meta_that_carries_code_is_refused_and_not_run(protocol, tmp_path):
     pickle.dumps({"itos": {0: "a", 2: "b"}}), pickle.dumps({"itos": [1, 2]}),
     pickle.dumps({"itos": {0: "a"}})[:-4],
 ])
-def test_a_damaged_meta(content, tmp_path):
+def test_a_damaged_meta_is_refused(content, tmp_path):
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(UserError, match=r"meta.pkl is not a plain character vocabulary"):
         tokenizer_of_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1", b"\xff\xfe"])
-def test_a_damaged_tokenizer_json(content, tmp_path):
+def test_a_damaged_tokenizer_json_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer.json is not a tokenizer.json"):
         tokenizer_of_folder(tmp_path)
 
 
-def test_a_damaged_vocab_json(tmp_path):
+def test_a_damaged_vocab_json_is_refused(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(UserError, match=r"vocab.json and merges.txt are not a vocabulary"):
         tokenizer_of_folder(tmp_path)
 
 
-@pytest.mark.parametrize("spec", [{}, {"kind": "words"}, None, "gpt2"])
-def test_an_unknown_spec(spec):
+@pytest.mark.parametrize("spec", [{}, {"kind": "words"}, None, "gpt2"], ids=str)
+def test_an_unknown_spec_is_refused(spec):
     with pytest.raises(UserError, match="unknown kind"):
         tokenizer_from_spec(spec)

@@ -1,4 +1,4 @@
-"""A torch without one of its private names still trains and generates, if slower."""
+"""Private names of torch: training and generation also work without them, at lower speed."""
 import contextlib
 import subprocess
 import sys
@@ -15,13 +15,13 @@ from nanotune.generation.fast import pack
 CPU = torch.device("cpu")
 
 
-def test_a_cpu_that_does_not_tell_has_no_bfloat16(monkeypatch):
+def test_without_torchs_checks_of_the_cpu_bfloat16_is_not_used(monkeypatch):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
     assert torch_private.cpu_has_bfloat16() is False
 
 
-def test_without_the_operators_matrices_stay_as_they_are(monkeypatch):
+def test_without_mkldnns_operators_no_matrix_is_packed(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     model = tiny_gpt(61)
     before = dict(model.named_modules())
@@ -29,9 +29,9 @@ def test_without_the_operators_matrices_stay_as_they_are(monkeypatch):
     assert not torch_private.can_pack_linear() and dict(model.named_modules()) == before
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch._dynamo, at its import
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from importing torch._dynamo
 def test_an_optimizer_without_dynamo_gives_the_same_weights():
-    """In a process of its own: here other tests have imported torch._dynamo."""
+    """Runs in a new process: in this one, other tests have imported torch._dynamo."""
     code = """
 import sys, torch
 from nanotune.training.optimizer import make_optimizer
@@ -55,7 +55,7 @@ assert all(torch.equal(ours[name], trained(theirs[name])) for name in theirs)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
-def test_compilation_is_undone():
+def test_compilation_can_be_undone():
     model = torch.nn.Linear(2, 2)
     assert not torch_private.is_compiled(model) and not torch_private.is_compiled(object())
     model.compile()
@@ -65,7 +65,7 @@ def test_compilation_is_undone():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_without_a_limit_to_lift_nothing_is_done(monkeypatch):
+def test_without_torchs_recompile_limit_the_context_does_nothing(monkeypatch):
     assert not isinstance(torch_private.no_recompile_limit(), contextlib.nullcontext)
     monkeypatch.delattr(torch._dynamo.utils, "disable_cache_limit")
     with torch_private.no_recompile_limit() as lifted:

@@ -1,4 +1,4 @@
-"""train.py in this process: the schedule, a step, the loop, what it writes, and each bad input."""
+"""train.py: the learning rate, a step, the loop, non-finite numbers, files, each bad input."""
 import json
 import math
 import os
@@ -97,7 +97,7 @@ COUNT = st.integers(0, 12)
 
 
 @given(COUNT, COUNT, COUNT, st.sampled_from([None, 0.0, 0.3, 1.0]))
-def test_any_warmup_decay_and_max_iters(warmup, decay, iters, min_lr):
+def test_the_rate_rises_then_falls_for_any_warmup_decay_and_max_iters(warmup, decay, iters, min_lr):
     cfg = Config(learning_rate=1.0, min_lr=min_lr, warmup_iters=warmup, lr_decay_iters=decay,
                  max_iters=iters)
     rates = [learning_rate_at(cfg, s) for s in range(15)]
@@ -110,8 +110,8 @@ def test_any_warmup_decay_and_max_iters(warmup, decay, iters, min_lr):
 # a step
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_one_batch_of_eight_is_eight_of_one(tmp_path, dataset, masked):
-    if masked:  # long stretches without a target: micro-batches of unlike weight
+def test_one_batch_of_eight_equals_eight_micro_batches_of_one(tmp_path, dataset, masked):
+    if masked:  # long parts have no target: micro-batches have unequal numbers of them
         keep = np.repeat(np.random.RandomState(0).rand(50) < 0.4, 40)
         keep.astype(np.uint8).tofile(dataset / "train.mask.bin")
     shapes = ((8, 1), (1, 8), (2, 4))
@@ -141,8 +141,8 @@ def test_the_logged_loss_is_the_mean_over_targets_that_count(dataset, out):
     assert first["loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_a_step_is_adamws_on_the_mean_loss(dataset, out):
-    """Against a plain loop of torch's: clipping, decay on matrices only, the schedule's rate."""
+def test_a_step_equals_one_of_adamw_on_the_mean_loss(dataset, out):
+    """In a plain torch loop: clipping, weight decay on matrices only, the rates of the schedule."""
     fields = dict(dropout=0.0, max_iters=3, grad_clip=0.5, warmup_iters=1, weight_decay=0.5,
                   bias=True)
     model = set_up(dataset, out, **fields).model
@@ -176,12 +176,12 @@ def test_each_parameter_is_in_one_group_and_only_matrices_decay(dataset, out, bi
             assert group["weight_decay"] == (0.3 if p.dim() >= 2 else 0.0)
 
 
-def test_dropout_draws_are_seeded_by_step_and_place(dataset, out):
-    np.zeros(2000, dtype="<u2").tofile(dataset / "train.bin")  # each batch is the same
+def test_dropout_depends_only_on_seed_and_step(dataset, out):
+    np.zeros(2000, dtype="<u2").tofile(dataset / "train.bin")  # all batches are equal
     r = set_up(dataset, out, dropout=0.5)
     values = []
     for step in (0, 0, 1):
-        torch.rand(3)  # whatever was drawn before does not matter
+        torch.rand(3)  # earlier draws have no effect
         r.optimizer.zero_grad()
         values.append(float(train.forward_backward(r, step)))
     assert values[0] == values[1] != values[2]
@@ -191,8 +191,9 @@ def test_dropout_draws_are_seeded_by_step_and_place(dataset, out):
 # the loop
 
 @pytest.mark.parametrize("max_iters, at", [(0, [0]), (1, [0, 1]), (6, [0, 3, 6]),
-                                           (7, [0, 3, 6, 7])])
-def test_max_iters_steps_evaluated_and_saved(dataset, out, monkeypatch, max_iters, at):
+                                           (7, [0, 3, 6, 7])], ids=str)
+def test_a_run_takes_max_iters_steps_and_saves_at_each_evaluation(dataset, out, monkeypatch,
+                                                                  max_iters, at):
     saves = []
     real = files.save
     monkeypatch.setattr(files, "save", lambda path, data, keep: (
@@ -206,7 +207,7 @@ def test_max_iters_steps_evaluated_and_saved(dataset, out, monkeypatch, max_iter
     assert all(s["step"] == max_iters for s in state["optimizer"].values())
 
 
-def test_log_interval(dataset, out):
+def test_every_log_interval_th_step_is_logged(dataset, out):
     run_train(dataset, out, log_interval=4)
     assert [entry["iter"] for entry in read_metrics(out) if "iter" in entry] == [0, 4]
 
@@ -215,7 +216,8 @@ def test_training_lowers_the_loss(dataset, out):
     run_train(dataset, out, max_iters=100, eval_interval=100, eval_iters=0, batch_size=8)
     first, last = (entry["val_loss"] for entry in read_metrics(out) if "step" in entry)
     assert first == pytest.approx(math.log(18), abs=0.1)
-    # 0.8 + 0.2 / 18 of one jump, 0.2 / 18 of each other: the text's entropy is 1.07 nats
+    # the entropy of the text is 1.07 nats: one next token has the probability 0.8 + 0.2 / 18, each
+    # other 0.2 / 18
     assert 1.0 < last < 1.4
 
 
@@ -233,12 +235,12 @@ def test_eval_only_writes_nothing(tmp_path, dataset, out, capsys):
 
 
 def script_losses(monkeypatch, pairs):
-    """Evaluations that give these (train, val) losses, one after the other."""
+    """Make successive evaluations give these (train, val) losses."""
     pairs = iter(pairs)
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
 
 
-def test_early_stopping_and_the_best_checkpoint(dataset, out, monkeypatch, capsys):
+def test_patience_stops_a_run_and_the_best_checkpoint_is_kept(dataset, out, monkeypatch, capsys):
     script_losses(monkeypatch, [(3, 3), (2.5, 2), (2.4, 2.2), (2.3, 2.1), (2.2, 2.3)])
     assert run_train(dataset, out, max_iters=100, patience=3, always_save_checkpoint=False) == 0
     assert evaluations(out) == [0, 3, 6, 9, 12]
@@ -248,7 +250,7 @@ def test_early_stopping_and_the_best_checkpoint(dataset, out, monkeypatch, capsy
     assert files.load(out / "state.pt")["iter_num"] == 12
 
 
-def test_a_better_evaluation_renews_patience(dataset, out, monkeypatch):
+def test_a_better_evaluation_resets_the_count_of_patience(dataset, out, monkeypatch):
     script_losses(monkeypatch, [(3, 3), (3, 3.1), (3, 2.9), (3, 3), (3, 3), (3, 1)])
     run_train(dataset, out, max_iters=100, patience=2)
     assert evaluations(out) == [0, 3, 6, 9, 12]
@@ -263,9 +265,9 @@ def test_always_save_checkpoint_keeps_the_latest(dataset, out, monkeypatch):
 
 @pytest.mark.parametrize("pairs", [
     [(3, 3), (2.5, 2), (2.4, 2.2), (2.3, 2.3)],
-    [(3, 3), (2.5, 2), (2.6, 2.2), (2.3, 2.3)],  # the first rise was of both
+    [(3, 3), (2.5, 2), (2.6, 2.2), (2.3, 2.3)],  # at first the loss rises on both splits
 ])
-def test_overfitting_is_told_once_with_the_best_step(dataset, out, monkeypatch, capsys, pairs):
+def test_overfitting_gives_one_warning_with_the_best_step(dataset, out, monkeypatch, capsys, pairs):
     script_losses(monkeypatch, pairs)
     run_train(dataset, out, max_iters=9)
     warnings = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning")]
@@ -273,23 +275,23 @@ def test_overfitting_is_told_once_with_the_best_step(dataset, out, monkeypatch, 
     assert "overfitting" in warnings[0] and "2.0000 at step 3" in warnings[0]
 
 
-def test_a_loss_that_rises_on_both_splits_is_no_overfitting(dataset, out, monkeypatch, capsys):
+def test_a_loss_that_rises_on_both_splits_is_not_overfitting(dataset, out, monkeypatch, capsys):
     script_losses(monkeypatch, [(3, 3), (2.5, 2), (2.7, 2.2), (2.8, 2.3)])
     run_train(dataset, out, max_iters=9)
     assert "overfitting" not in capsys.readouterr().out
 
 
-def test_no_improvement_at_all_is_told(dataset, out, monkeypatch, capsys):
+def test_a_run_without_any_improvement_says_so(dataset, out, monkeypatch, capsys):
     script_losses(monkeypatch, [(3, 3), (3.1, 3.1), (3.2, 3.2)])
     run_train(dataset, out)
     assert "no evaluation was better than the one at step 0" in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
-# what is not finite
+# numbers that are not finite
 
-def spoil(monkeypatch, steps, loss=None, grad=None):
-    """At these steps the loss, or one number of the gradient, is another."""
+def replace_at(monkeypatch, steps, loss=None, grad=None):
+    """At these steps, replace the loss, or one number of the gradient."""
     real = train.forward_backward
 
     def forward_backward(r, step):
@@ -303,17 +305,17 @@ def spoil(monkeypatch, steps, loss=None, grad=None):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """The out_dir of a run that nothing disturbs."""
+    """The out_dir of a run without errors."""
     folder = tmp_path_factory.mktemp("good")
     run_train(write_dataset(folder / "chars"), folder / "out")
     return folder / "out"
 
 
 @pytest.mark.parametrize("what", [{"loss": math.nan}, {"loss": math.inf}, {"grad": math.nan},
-                                  {"grad": math.inf}])
+                                  {"grad": math.inf}], ids=str)
 def test_a_step_that_is_not_finite_stops_the_run(good, dataset, out, monkeypatch, capsys, what):
     with monkeypatch.context() as patch:
-        spoil(patch, [4], **what)
+        replace_at(patch, [4], **what)
         status, _, err = run_script(patch, capsys, train.main, arguments(dataset, out))
     assert status == 1
     assert err.count("\n") == 1 and err.startswith("error: step 4: the ")
@@ -321,7 +323,7 @@ def test_a_step_that_is_not_finite_stops_the_run(good, dataset, out, monkeypatch
     assert "--learning_rate" in err
     for name in ("ckpt.pt", "state.pt"):
         assert files.load(out / name)["iter_num"] == 3
-    # what is on disk is good: the run goes on from it as if nothing had been
+    # the files are good: a resume gives the weights of a run without the error
     assert run_train(dataset, out, init_from="resume") == 0
     assert_same_weights(out / "state.pt", good / "state.pt")
 
@@ -339,7 +341,8 @@ def test_the_optimizer_does_not_step_on_a_gradient_that_is_not_finite(dataset, o
     assert not r.optimizer.state
 
 
-def test_a_learning_rate_that_blows_up(dataset, out, monkeypatch, capsys):
+def test_a_learning_rate_that_is_far_too_high_is_a_one_line_error(dataset, out, monkeypatch,
+                                                                  capsys):
     argv = arguments(dataset, out, learning_rate=1e30, grad_clip=0.0)
     status, _, err = run_script(monkeypatch, capsys, train.main, argv)
     assert status == 1
@@ -357,7 +360,7 @@ def test_a_validation_loss_that_is_not_finite_saves_nothing(dataset, out, monkey
 
 
 def test_fp16_steps_that_the_scaler_skips_are_counted(dataset, out, monkeypatch, capsys):
-    spoil(monkeypatch, [1, 2, 4], grad=math.inf)
+    replace_at(monkeypatch, [1, 2, 4], grad=math.inf)
     assert run_train(dataset, out, dtype="float16") == 0
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("iter")]
     assert [x.rpartition("mfu")[2].partition(", ")[2] for x in lines] == [
@@ -368,14 +371,14 @@ def test_fp16_steps_that_the_scaler_skips_are_counted(dataset, out, monkeypatch,
     assert state["progress"]["skipped"] == 3
     assert state["scaler"]["scale"] == 2.0**16 / 2**3
     assert all(s["step"] == 3 for s in state["optimizer"].values())
-    # a resumed run takes the scale over and goes on counting
+    # a resumed run continues with the scale and the count
     run_train(dataset, out, dtype="float16", init_from="resume", max_iters=7)
     state = files.load(out / "state.pt")
     assert (state["progress"]["skipped"], state["scaler"]["scale"]) == (3, 2.0**13)
 
 
 def test_ten_skipped_steps_in_a_row_stop_the_run(dataset, out, monkeypatch, capsys):
-    spoil(monkeypatch, [0, *range(2, 40)], grad=math.inf)
+    replace_at(monkeypatch, [0, *range(2, 40)], grad=math.inf)
     status, printed, err = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, out, dtype="float16", max_iters=50, eval_interval=50))
     assert status == 1
@@ -385,7 +388,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run(dataset, out, monkeypatch, caps
     assert files.load(out / "state.pt")["iter_num"] == 0
 
 
-def test_fp16_trains_as_float32_does(tmp_path, dataset):
+def test_fp16_has_the_losses_of_float32(tmp_path, dataset):
     for dtype in ("float32", "float16"):
         run_train(dataset, tmp_path / dtype, dtype=dtype, dropout=0.0)
     for one, other in zip(losses(tmp_path / "float32"), losses(tmp_path / "float16")):
@@ -457,7 +460,7 @@ def test_a_pretrained_model_takes_block_size_and_dropout(tmp_path, dataset, out)
     assert r.data["train"].block_size == r.model.config.block_size == 8
     assert (r.model.config.n_layer, r.model.config.dropout) == (1, 0.3)
     x, y = r.data["train"].batch(0, 2)
-    assert r.model.train()(x, y) != r.model(x, y)  # dropout is at work
+    assert r.model.train()(x, y) != r.model(x, y)  # dropout is on
     assert r.model.eval()(x, y) == r.model(x, y)
     assert set_up(dataset, out, init_from=tmp_path / "hf",
                   block_size=None).model.config.block_size == 32
@@ -470,7 +473,7 @@ def test_a_pretrained_model_finetunes(tmp_path, dataset, out):
     assert checkpoint.load_model(str(out))[1].encode("ab") == [2, 3]
 
 
-def test_another_runs_weights_begin_a_new_run(tmp_path, dataset, out):
+def test_a_new_run_can_start_from_the_weights_of_another_run(tmp_path, dataset, out):
     run_train(dataset, tmp_path / "first")
     r = set_up(dataset, out, init_from=tmp_path / "first", block_size=8)
     first = weights_of(tmp_path / "first" / "ckpt.pt")
@@ -483,7 +486,7 @@ def test_another_runs_weights_begin_a_new_run(tmp_path, dataset, out):
     assert (tmp_path / "first" / "ckpt.pt").read_bytes() == before
 
 
-def test_nanogpts_weights_begin_a_new_run(tmp_path, dataset, out):
+def test_a_new_run_can_start_from_the_weights_of_nanogpt(tmp_path, dataset, out):
     (tmp_path / "theirs").mkdir()
     held, _ = nanogpt_checkpoint(bias=True, compiled=True, dataset=dataset)
     torch.save(held, tmp_path / "theirs" / "ckpt.pt")
@@ -493,13 +496,13 @@ def test_nanogpts_weights_begin_a_new_run(tmp_path, dataset, out):
     assert files.load(out / "ckpt.pt")["model_args"]["activation"] == "gelu"
 
 
-def test_block_size_from_scratch(tmp_path, out):
+def test_block_size_from_scratch_is_1024_by_default(tmp_path, out):
     dataset = write_dataset(tmp_path / "long", n_train=4000, n_val=1100)
     assert set_up(dataset, out, block_size=None).model.config.block_size == 1024
     assert set_up(dataset, out, block_size=5).model.config.block_size == 5
 
 
-def test_overwrite_leaves_nothing_of_the_old_run(dataset, out):
+def test_overwrite_starts_again_at_step_0(dataset, out):
     run_train(dataset, out)
     run_train(dataset, out, overwrite=True, max_iters=2, seed=5)
     assert evaluations(out) == [0, 2]
@@ -507,9 +510,9 @@ def test_overwrite_leaves_nothing_of_the_old_run(dataset, out):
 
 
 # -----------------------------------------------------------------------------
-# what one sees
+# files and training output
 
-def test_the_files_and_lines_of_a_run(dataset, out, capsys):
+def test_a_run_writes_these_files_and_prints_these_lines(dataset, out, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(arguments(dataset, out, max_iters=4))
     assert not end.value.code
@@ -535,7 +538,7 @@ def test_the_files_and_lines_of_a_run(dataset, out, capsys):
     assert f"python sample.py --out_dir={out}" in printed
 
 
-def test_samples_are_shown_and_disturb_nothing(tmp_path, dataset, capsys):
+def test_samples_are_printed_and_do_not_change_the_run(tmp_path, dataset, capsys):
     run_train(dataset, tmp_path / "silent")
     assert "--- sample ---" not in capsys.readouterr().out
     for interval, shown in ((1, 3), (2, 2)):
@@ -563,7 +566,7 @@ def init(**options):
 
 @pytest.fixture
 def wandb_calls(tmp_path, monkeypatch):
-    """A wandb that notes what it is told; returns a function that reads the notes."""
+    """Install a fake wandb that writes its calls to a file; returns a function that reads them."""
     (tmp_path / "fake").mkdir()
     notes = tmp_path / "notes.jsonl"
     (tmp_path / "fake" / "wandb.py").write_text(FAKE_WANDB.format(path=str(notes)))
@@ -573,7 +576,7 @@ def wandb_calls(tmp_path, monkeypatch):
     sys.modules.pop("wandb", None)
 
 
-def test_wandb_goes_on_with_the_same_run(dataset, out, wandb_calls):
+def test_a_resume_continues_the_same_wandb_run(dataset, out, wandb_calls):
     run_train(dataset, out, wandb_log=True, wandb_project="p", wandb_run_name="n", max_iters=3)
     run_train(dataset, out, wandb_log=True, wandb_project="p", wandb_run_name="n",
               init_from="resume")
@@ -589,8 +592,8 @@ def test_wandb_goes_on_with_the_same_run(dataset, out, wandb_calls):
     assert sum("finish" in call for call in calls) == 2
 
 
-def test_wandb_without_a_key_is_told_before_training(dataset, out, wandb_calls, monkeypatch,
-                                                    tmp_path):
+def test_wandb_without_a_key_is_refused_before_training(dataset, out, wandb_calls, monkeypatch,
+                                                        tmp_path):
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(UserError, match=r"needs a key: run `wandb login`"):
@@ -603,17 +606,17 @@ def test_wandb_without_a_key_is_told_before_training(dataset, out, wandb_calls, 
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_train(dataset, out, wandb_log=True, max_iters=1)
     init = next(call["init"] for call in wandb_calls() if "init" in call)
-    assert init["name"] == str(out)  # named after its folder
+    assert init["name"] == str(out)  # the default name is the folder
 
 
-def test_wandb_finishes_where_the_run_fails(dataset, out, wandb_calls, monkeypatch):
-    spoil(monkeypatch, [1], loss=math.nan)
+def test_wandb_is_finished_if_the_run_fails(dataset, out, wandb_calls, monkeypatch):
+    replace_at(monkeypatch, [1], loss=math.nan)
     with pytest.raises(NonFiniteLoss), mock.patch.object(logbook, "draw"):
         train.main(arguments(dataset, out, wandb_log=True))
     assert "finish" in wandb_calls()[-1]
 
 
-def test_resume_command_can_be_typed(monkeypatch):
+def test_the_resume_command_can_be_pasted_into_a_shell(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert train.resume_command("my run") == (
         "python train.py '--out_dir=my run' --init_from=resume")
@@ -622,9 +625,8 @@ def test_resume_command_can_be_typed(monkeypatch):
         "torchrun --standalone --nproc_per_node=4 train.py --out_dir=out --init_from=resume")
 
 
-
 # -----------------------------------------------------------------------------
-# bad input: one line, exit status 1, and what was there stays
+# bad input: one line, exit status 1, and existing files are not changed
 
 def missing_folder(tmp_path):
     return {"dataset": "nowhere"}, r"data/nowhere does not exist; run: python data/text/prepare"
@@ -810,7 +812,7 @@ def test_bad_input_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys, 
     run_train(dataset, tmp_path / "run", max_iters=1)
     held = {f: f.read_bytes() for f in (tmp_path / "run").iterdir()}
     fields, message = case(tmp_path)
-    # even --overwrite=True deletes nothing before the new run is known to begin
+    # even --overwrite=True deletes nothing until the new run has passed all checks
     fields = {"out_dir": tmp_path / "run", "overwrite": True} | fields
     argv = arguments(dataset, "x", **fields)
     status, _, err = run_script(monkeypatch, capsys, train.main, argv)
@@ -821,7 +823,8 @@ def test_bad_input_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys, 
     assert not (tmp_path / "ran").exists()
 
 
-def test_arguments_that_are_no_fields(tmp_path, dataset, out, monkeypatch, capsys):
+def test_arguments_that_are_not_options_or_config_files_are_refused(tmp_path, dataset, out,
+                                                                    monkeypatch, capsys):
     (tmp_path / "broken.py").write_text("batch_size = 4\nlearning_rate = 1 / 0\n")
     for argument, message in (("--batch_size", "--batch_size has no value"),
                               ("no_such_config.py", "no_such_config.py does not exist"),
@@ -833,7 +836,7 @@ def test_arguments_that_are_no_fields(tmp_path, dataset, out, monkeypatch, capsy
         assert message in err
 
 
-def test_a_new_run_into_a_used_out_dir(dataset, out, monkeypatch, capsys):
+def test_a_new_run_in_the_folder_of_another_is_refused(dataset, out, monkeypatch, capsys):
     run_train(dataset, out, max_iters=1)
     held = {f: f.read_bytes() for f in out.iterdir()}
     status, _, err = run_script(monkeypatch, capsys, train.main, arguments(dataset, out))
@@ -843,7 +846,8 @@ def test_a_new_run_into_a_used_out_dir(dataset, out, monkeypatch, capsys):
     assert {f: f.read_bytes() for f in out.iterdir()} == held
 
 
-def test_a_hub_that_cannot_be_reached(dataset, out, monkeypatch, capsys):
+def test_without_a_network_the_command_to_download_elsewhere_is_printed(dataset, out, monkeypatch,
+                                                                        capsys):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
