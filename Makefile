@@ -54,7 +54,7 @@ sentiment: .venv/.runs
 	$(PY) experiments/twitter_sentiment.py $(ARGS)
 
 test: .venv/.tests
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n auto --maxprocesses=4 --dist worksteal
 
 test-slow: .venv/.tests
 	$(PY) -m pytest -q -m slow

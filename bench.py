@@ -497,11 +497,12 @@ def check_config(mode, cfg):
     if mode not in CASES:
         raise UserError(f"bench.py {mode}: choose one of {', '.join(CASES)}")
     if cfg.model not in SHAPES:
-        raise UserError(f"--model={cfg.model}: use {', '.join(SHAPES)}")
+        raise UserError(f"--model={cfg.model} is not supported; use {', '.join(SHAPES)}")
     rival = rival_of(cfg)
     if rival is None:
-        raise UserError(f"--against={cfg.against}: use transformers, ctranslate2, none, or the "
-                        "path of a nanoGPT checkout or of a llama-bench executable")
+        raise UserError(f"--against={cfg.against} is not supported; use transformers, "
+                        "ctranslate2, none, or the path of a nanoGPT checkout or a llama-bench "
+                        "executable")
     package = {"llama.cpp": "gguf", "ctranslate2": "ctranslate2"}.get(rival)
     if package and mode != "sample":
         raise UserError(f"--against={cfg.against} is for `bench.py sample`; {rival} does not train")

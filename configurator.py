@@ -233,7 +233,8 @@ def check_value(kind, value, name):
         if get_origin(member) is Literal and isinstance(value, str):
             options = [*get_args(member), *(["True", "False"] if bool in members(kind) else [])]
             if value not in options:
-                raise UserError(f"--{name}={value}: use {', '.join(options[:-1])} or {options[-1]}")
+                raise UserError(f"--{name}={value} is not supported; use "
+                                f"{', '.join(options[:-1])} or {options[-1]}")
         elif get_origin(member) is Annotated and value is not None:
             interval = get_args(member)[1]
             if isinstance(value, int) and abs(value) > MOST:

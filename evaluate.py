@@ -211,7 +211,7 @@ def print_confusion(names, confusion):
 
 def run_generate(cfg, model, tokenizer, source, world):
     path, wanted, end = test_file(cfg), cfg.max_new_tokens or 128, ()
-    if tasks.holds_chats(path):
+    if tasks.has_chats(path):
         if cfg.num_beams is not None:
             raise UserError(f"{path} holds conversations; beam search does not stop at the "
                             "end of a turn: leave --num_beams out")

@@ -33,7 +33,7 @@ from nanotune.formats.peft import name_of_base, needs_export, write_peft
 from nanotune.text.loader import IGNORED
 from nanotune.text.tokenizer import GPT2_VOCAB_SIZES
 from nanotune.training.logbook import kept_entries
-from nanotune.training.plan import spell_bytes
+from nanotune.training.plan import format_bytes
 
 # files that an export writes; a folder with any other file is never replaced
 WRITTEN = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
@@ -343,7 +343,7 @@ def main(argv: list[str]) -> None:
 
     write_folder(cfg.export_dir, write, WRITTEN, cfg.overwrite)
     size = sum(file.stat().st_size for file in Path(cfg.export_dir).glob("*model*"))
-    print(f"wrote {cfg.export_dir} (weights {spell_bytes(size)})")
+    print(f"wrote {cfg.export_dir} (weights {format_bytes(size)})")
 
 
 if __name__ == "__main__":

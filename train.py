@@ -44,7 +44,7 @@ from nanotune.formats import checkpoint
 from nanotune.generation.generate import stream
 from nanotune.training import distributed, logbook, plan, resume, settings, state_dicts
 from nanotune.training import optimizer as optimizers
-from nanotune.training.distributed import share, sum_over_ranks
+from nanotune.training.distributed import broadcast, sum_over_ranks
 from nanotune.training.run import (
     Run,
     check,
@@ -276,7 +276,7 @@ def save(r: Run, name: str, as_best: bool = False) -> bool:
     weights are not finite: the file would replace a good one."""
     cfg, p, whole = r.cfg, r.progress, name == checkpoint.STATE_FILE
     weights = state_dicts.whole_weights(r.model)
-    if not share(r.world, state_dicts.are_finite(weights)):
+    if not broadcast(r.world, state_dicts.are_finite(weights)):
         raise NonFiniteLoss(
             f"step {p.step}: the weights are not finite; stopped without saving, so the "
             f"files in {cfg.out_dir} are intact; try a lower --learning_rate or --dtype=float32")
@@ -295,7 +295,7 @@ def save(r: Run, name: str, as_best: bool = False) -> bool:
         except files.WriteError as e:
             error = str(e)
             r.log.warn(f"step {p.step}: {error}. The run goes on and tries again at the next save")
-    r.not_saved[name] = error = share(r.world, error)
+    r.not_saved[name] = error = broadcast(r.world, error)
     if whole:
         r.tried_step = p.step
         if r.world.is_main and not error:

@@ -125,7 +125,7 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
     users put their own texts there.
     """
     if path.exists():
-        if problem := wrong_with(path, size, sha256):
+        if problem := file_problem(path, size, sha256):
             raise UserError(f"{path} is not the file of {url}: {problem}; delete it to download "
                             f"that file, or pass --input={path} to use this one")
         return path
@@ -133,7 +133,7 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         receive(url, part, size, timeout)
-        if problem := wrong_with(part, size, sha256):
+        if problem := file_problem(part, size, sha256):
             raise UserError(problem)
         os.replace(part, path)
     except (UserError, ValueError, HTTPException, URLError, TimeoutError, ConnectionError) as error:
@@ -166,7 +166,7 @@ def receive(url: str, part: Path, size: int | None, timeout: float) -> None:
         raise UserError(f"received {received:,} of {promised:,} bytes")
 
 
-def wrong_with(path: Path, size: int | None, sha256: str | None) -> str:
+def file_problem(path: Path, size: int | None, sha256: str | None) -> str:
     """Returns the problem with a downloaded file as text, or "" if there is none."""
     if size is not None and path.stat().st_size != size:
         return f"it has {path.stat().st_size:,} bytes, not {size:,}"
@@ -186,7 +186,7 @@ def shakespeare(source: Path | None, folder: Path) -> str:
     return text
 
 
-def from_datasets(name: str | Path, load: Callable[[Any], Any]) -> Any:
+def load_with_datasets(name: str | Path, load: Callable[[Any], Any]) -> Any:
     """Returns load(datasets), where `datasets` is the package of that name. Raises UserError if the
     package is not installed, or cannot load the data; `name` is the data's name in the error."""
     try:
@@ -587,7 +587,7 @@ def print_next(config: str, out_dir: Path, counts: tuple[int, int], *options: st
     print(f"next: {shlex.join(argv)}")
 
 
-def model_option(tokenizer: str) -> str:
+def init_from_option(tokenizer: str) -> str:
     """Returns the --init_from option for the model of a --tokenizer: "MODEL" for a tokenizer.json
     or a dataset's folder, which do not name their model."""
     is_model = not Path(tokenizer).exists() or Path(tokenizer, "config.json").is_file()

@@ -49,7 +49,7 @@ class BlockAttention(torch.autograd.Function):
                 score.view(B, nh, *score.shape[1:]).add_(mask[..., begin:end, :end])
             weight = score.softmax(-1)
             if p:
-                weight = torch.where(kept(weight.shape, p), weight, -weight)
+                weight = torch.where(keep_mask(weight.shape, p), weight, -weight)
             out[:, begin:end] = torch.bmm(weight.clamp(min=0) if p else weight, v[:, :end])
             weights.append(weight)
         if p:
@@ -86,7 +86,7 @@ def attention_bytes(n_head: int, block_size: int, dtype: torch.dtype) -> int:
     return n_head * dtype.itemsize * sum((end - begin) * end for begin, end in blocks(block_size))
 
 
-def kept(shape: torch.Size, p: float) -> torch.Tensor:
+def keep_mask(shape: torch.Size, p: float) -> torch.Tensor:
     """A bool mask of this shape on the CPU, True with probability 1 - p, rounded to 1 / 65536. Each
     64-bit random number is used for four elements: a sixth of bernoulli_()'s time."""
     numel, dropped = shape.numel(), min(round(p * 65536), 65535)  # fits in int16 below
@@ -95,7 +95,7 @@ def kept(shape: torch.Size, p: float) -> torch.Tensor:
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-    """Returns F.dropout(x, p, training); in training on a CPU, kept() draws the mask."""
+    """Returns F.dropout(x, p, training); in training on a CPU, keep_mask() draws the mask."""
     if not (training and 0 < p < 1 and x.device.type == "cpu") or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
-    return (x * kept(x.shape, p)).mul_(1 / (1 - p))
+    return (x * keep_mask(x.shape, p)).mul_(1 / (1 - p))

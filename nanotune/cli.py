@@ -19,7 +19,7 @@ from typing import TextIO
 
 from nanotune.errors import UserError, out_of_memory
 
-PIPE_CLOSED = 128 + 13  # a shell's status for a process that SIGPIPE ended
+SIGPIPE_STATUS = 128 + 13  # a shell's status for a process that SIGPIPE ended
 
 
 def run(main: Callable[[list[str]], object]) -> None:
@@ -46,7 +46,7 @@ def run(main: Callable[[list[str]], object]) -> None:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        status = PIPE_CLOSED
+        status = SIGPIPE_STATUS
         silence(sys.stdout)
     except Exception as e:
         status, line = 1, last_line(e)

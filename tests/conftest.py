@@ -74,7 +74,7 @@ def tiny_json(text=TEXT, vocab_size=300):
     return tokenizer.to_str()
 
 
-def save_odd(folder, kind):
+def save_tokenizer(folder, kind):
     """Write a folder with a tokenizer of this kind. "words": whole words and [UNK]; "unigram": a
     Unigram model with </s>, like T5's; any other: a BPE with added special tokens, stored in the
     old layout for "old", with truncation to 8 tokens for "truncated"."""
@@ -229,7 +229,7 @@ def t5_folders(tmp_path_factory):
     """(folder of a tiny T5, folder of a dataset of pairs). Both have the same tokenizer; the
     model's vocabulary has 4 rows more."""
     model, data = (tmp_path_factory.mktemp("t5") / name for name in ("model", "pairs"))
-    save_odd(model, "unigram")
+    save_tokenizer(model, "unigram")
     theirs = hf_t5(vocab_size=24, d_ff=32)  # int8 needs a multiple of 16
     (model / "config.json").write_text(theirs.config.to_json_string(use_diff=False))
     save_file({name: p.detach().clone() for name, p in theirs.named_parameters()},

@@ -5,7 +5,7 @@ from conftest import tiny_gpt
 from torch.nn import functional as F
 
 from nanotune import attention
-from nanotune.attention import ROWS, BlockAttention, attention_bytes, dropout, kept
+from nanotune.attention import ROWS, BlockAttention, attention_bytes, dropout, keep_mask
 
 
 def qkv(B=2, nh=3, T=50, hs=8, dtype=torch.float64, seed=0):
@@ -132,7 +132,7 @@ def test_the_memory_plan_counts_the_stored_weights(T):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1 - 1e-7])
 def test_each_value_is_kept_with_probability_1_minus_p_independently(p):
     torch.manual_seed(0)
-    mask = kept(torch.Size((1000, 1001)), p)
+    mask = keep_mask(torch.Size((1000, 1001)), p)
     assert mask.dtype == torch.bool and mask.shape == (1000, 1001)
     assert float(mask.float().mean()) == pytest.approx(1 - p, abs=0.002)
     # neighbouring values share one random number, but must be independent
@@ -143,10 +143,10 @@ def test_each_value_is_kept_with_probability_1_minus_p_independently(p):
 
 def test_dropout_depends_only_on_torchs_seed():
     torch.manual_seed(3)
-    first = kept(torch.Size((100,)), 0.5)
-    second = kept(torch.Size((100,)), 0.5)
+    first = keep_mask(torch.Size((100,)), 0.5)
+    second = keep_mask(torch.Size((100,)), 0.5)
     torch.manual_seed(3)
-    assert torch.equal(kept(torch.Size((100,)), 0.5), first) and not torch.equal(first, second)
+    assert torch.equal(keep_mask(torch.Size((100,)), 0.5), first) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -87,7 +87,7 @@ def test_a_closed_pipe_ends_a_script_quietly(lines):
     script = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE)
     script.stdout.close()
-    assert script.stderr.read() == b"" and script.wait() == cli.PIPE_CLOSED
+    assert script.stderr.read() == b"" and script.wait() == cli.SIGPIPE_STATUS
     script.stderr.close()
 
 

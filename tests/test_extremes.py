@@ -43,7 +43,7 @@ def refused(monkeypatch, capsys, main, argv):
     (train, f"--max_iters=-{10**400}", "--max_iters is too large"),
     (train, "--learning_rate=nan", "--learning_rate must be a number, got 'nan'"),
     (train, "--device=xpu", "--device=xpu is not supported; use auto, cpu"),
-    (train, "--backend=foo", "--backend=foo: use auto, nccl or gloo"),
+    (train, "--backend=foo", "--backend=foo is not supported; use auto, nccl or gloo"),
     (train, "--out_dir=", "--out_dir is empty"),
     (evaluate, "--device=meta", "--device=meta is not supported"),
     (sample, "--num_samples=1000000000", "must be at least 1 and at most 65536"),

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 import torch
-from conftest import PAD, START, hf_model, hf_tensors, save_odd, tiny_gpt
+from conftest import PAD, START, hf_model, hf_tensors, save_tokenizer, tiny_gpt
 from huggingface_hub import constants
 
 from model import GPT, GPTConfig
@@ -431,7 +431,7 @@ def test_a_model_is_loaded_from_the_hub_and_then_from_the_cache(hub, file, write
 @pytest.mark.parametrize("kind", ["added", "old"])
 def test_a_tokenizer_is_loaded_from_the_hub(hub, kind, tmp_path):
     """With all of its files: names of special tokens and added tokens too."""
-    save_odd(tmp_path / "odd", kind)
+    save_tokenizer(tmp_path / "odd", kind)
     (tmp_path / "odd" / "config.json").write_text("{}")
     hub.repos["someone/odd"] = tmp_path / "odd"
     found, ours = tokenizer_of_source("someone/odd"), tokenizer_of_folder(tmp_path / "odd")
@@ -458,7 +458,7 @@ def test_a_local_folder_named_gpt2_is_preferred_to_the_hub(write_hf, tmp_path, m
     """Its config, weights and tokenizer are used; a note says so."""
     theirs = hf_model()
     folder = write_hf(theirs, name="gpt2")
-    save_odd(folder, "words")
+    save_tokenizer(folder, "words")
     monkeypatch.chdir(tmp_path)
     assert checkpoint.model_config("gpt2").n_layer == theirs.config.n_layer == 2
     model, tokenizer = checkpoint.load_model("gpt2")

@@ -1,7 +1,7 @@
 """The rules of the code: which module may import which, and how long files may be.
 
 Imports point one way, also those inside functions: scripts -> the rest of the package -> models ->
-the ground. There are no cycles, and no script imports a script. A prepare.py imports only fetch.
+the base. There are no cycles, and no script imports a script. A prepare.py imports only fetch.
 """
 import ast
 from pathlib import Path
@@ -11,13 +11,13 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train", "sample", "serve", "evaluate", "export", "runs", "bench"}
 MODELS = {"model", "t5"}
-GROUND = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", "nanotune.files",
-          "nanotune.attention", "nanotune.head", "nanotune.torch_private",
-          "nanotune.text.tokenizer", "nanotune.text.tokenizer_files", "nanotune.text.read",
-          "nanotune.text.loader", "nanotune.text.bin_files", "nanotune.text.arrays",
-          "nanotune.text.documents", "nanotune.text.chat",
-          "nanotune.formats.hub", "nanotune.formats.hf", "nanotune.formats.hf_config",
-          "nanotune.formats.checks", "nanotune.generation.generate"}
+BASE = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", "nanotune.files",
+        "nanotune.attention", "nanotune.head", "nanotune.torch_private",
+        "nanotune.text.tokenizer", "nanotune.text.tokenizer_files", "nanotune.text.read",
+        "nanotune.text.loader", "nanotune.text.bin_files", "nanotune.text.arrays",
+        "nanotune.text.documents", "nanotune.text.chat",
+        "nanotune.formats.hub", "nanotune.formats.hf", "nanotune.formats.hf_config",
+        "nanotune.formats.checks", "nanotune.generation.generate"}
 # modules that the data scripts may import: without torch and models
 FOR_DATA = {"fetch", "nanotune.errors", "nanotune.cli", "nanotune.text.read",
             "nanotune.text.documents", "nanotune.text.chat", "nanotune.text.tokenizer",
@@ -51,10 +51,10 @@ IMPORTS = {name: imported(path, KNOWN.keys()) for name, path in KNOWN.items()}
 
 
 def layer(name):
-    """0 the ground, 1 models, 2 the rest of the package, 3 scripts."""
+    """0 the base, 1 models, 2 the rest of the package, 3 scripts."""
     if name in SCRIPTS:
         return 3
-    return 0 if name in GROUND else 1 if name in MODELS else 2
+    return 0 if name in BASE else 1 if name in MODELS else 2
 
 
 def forbidden(imports):
@@ -83,7 +83,7 @@ def import_cycle(imports):
 def test_every_file_has_a_layer():
     root = {path.stem for path in REPO.glob("*.py")}
     assert root == SCRIPTS | MODELS | {"configurator"}
-    assert KNOWN.keys() >= GROUND | MODELS | SCRIPTS
+    assert KNOWN.keys() >= BASE | MODELS | SCRIPTS
     assert all(path.read_text() == "" for path in REPO.glob("nanotune/**/__init__.py"))
 
 

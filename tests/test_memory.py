@@ -182,8 +182,8 @@ def test_a_resume_refuses_another_optimizer_or_dtype_of_weights(dataset, tmp_pat
 
 
 @pytest.mark.parametrize("fields, said", [
-    (dict(weights="float16"), "--weights=float16: use float32 or bfloat16"),
-    (dict(optimizer="sgd"), "--optimizer=sgd: use adamw, adamw8bit or adafactor"),
+    (dict(weights="float16"), "--weights=float16 is not supported; use float32 or bfloat16"),
+    (dict(optimizer="sgd"), "--optimizer=sgd is not supported; use adamw, adamw8bit or adafactor"),
 ], ids=str)
 def test_unknown_weights_and_optimizers_are_refused(dataset, tmp_path, monkeypatch, capsys, fields,
                                                     said):
@@ -347,7 +347,7 @@ def test_each_advised_option_saves_the_bytes_that_the_advice_says(monkeypatch):
                 continue
             fields = dict(word.strip("-").split("=") for word in line.split() if "--" in word)
             cfg = replace(cfg, **{k: type(getattr(cfg, k))(v) for k, v in fields.items()})
-            assert f"saves {plan.spell_bytes(before - total(XL, cfg))}: " in line
+            assert f"saves {plan.format_bytes(before - total(XL, cfg))}: " in line
             before = total(XL, cfg)
     monkeypatch.setattr(plan, "device_memory", lambda device: 80 * GB)
     lines, fits = plan.describe_memory(XL, ONE, world(), torch.bfloat16)

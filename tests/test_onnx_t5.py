@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import save_odd
+from conftest import save_tokenizer
 from serving import ask, complete, served
 from tiny import REPO, run_script, write_pairs
 
@@ -188,7 +188,7 @@ def test_quantized_graphs_equal_the_t5_with_dequantized_weights(make_onnx, quant
 def exported(tmp_path_factory):
     """(a run of a tiny T5 with a tokenizer, {quantize: its exported folder})."""
     base = tmp_path_factory.mktemp("exported")
-    save_odd(base / "tokenizer", "unigram")
+    save_tokenizer(base / "tokenizer", "unigram")
     tokenizer = tokenizer_of_folder(base / "tokenizer")
     (base / "out").mkdir()
     files.save(base / "out" / "ckpt.pt", checkpoint.model_data(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import save_odd
+from conftest import save_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import REPO, write_pairs
@@ -135,7 +135,7 @@ def test_bad_files_are_refused(tmp_path):
 @pytest.fixture
 def prepare(tmp_path):
     """prepare(content, *argv) runs the script on a file with that content; returns its out_dir."""
-    save_odd(tmp_path / "t5", "unigram")
+    save_tokenizer(tmp_path / "t5", "unigram")
     main = runpy.run_path(str(REPO / "data" / "pairs" / "prepare.py"))["main"]
 
     def run(content, *argv, name="pairs.csv"):
@@ -207,7 +207,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(prepare, tmp_path):
 
 def test_tweets_can_be_prepared_as_pairs(tmp_path, capsys):
     """The tweets and the split are those of the GPT's data; the prompts have T5's form."""
-    save_odd(tmp_path / "t5", "unigram")
+    save_tokenizer(tmp_path / "t5", "unigram")
     main = runpy.run_path(str(REPO / "data" / "twitter_sentiment" / "prepare.py"))["main"]
     (tmp_path / "tweets.csv").write_text("".join(
         f'"{4 * (i % 2)}","{i}","date","query","user","a tweet {i}"\n' for i in range(80)))

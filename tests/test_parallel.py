@@ -244,7 +244,7 @@ def test_untested_pairs_of_options_are_refused():
     mps = distributed.World(0, 2, torch.device("mps"))
     with pytest.raises(UserError, match="device=mps and processes=many"):
         run.check_config(cfg, mps, torch.float32)
-    with pytest.raises(UserError, match="--parallel=zero3: use ddp or fsdp"):
+    with pytest.raises(UserError, match="--parallel=zero3 is not supported; use ddp or fsdp"):
         configure(train.Config, ["--parallel=zero3"])
 
 

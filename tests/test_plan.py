@@ -7,7 +7,7 @@ from model import GPT, GPTConfig
 from nanotune.device import matmul_peak
 from nanotune.training import plan
 from nanotune.training.distributed import World
-from nanotune.training.plan import describe_saves, plan_lines, spell_bytes
+from nanotune.training.plan import describe_saves, format_bytes, plan_lines
 from train import Config
 
 XL = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600)
@@ -17,7 +17,7 @@ FOUR = World(rank=0, size=4, device=CPU)
 
 
 def test_bytes_are_printed_with_a_unit_and_at_most_three_digits():
-    assert [spell_bytes(n) for n in (0, 999, 1000, 27_400, 999_400_000, 1_494_000_000)] == [
+    assert [format_bytes(n) for n in (0, 999, 1000, 27_400, 999_400_000, 1_494_000_000)] == [
         "0 bytes", "999 bytes", "1 kB", "27 kB", "999 MB", "1.49 GB"]
 
 

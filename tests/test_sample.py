@@ -331,8 +331,9 @@ def test_a_prompt_may_fill_the_context(chars, samples):
     ("--temperature=-0.1", "--temperature=-0.1 must be at least 0"),
     ("--top_k=-1", "--top_k=-1 must be at least 0"), ("--seed=-1", "--seed=-1 must be at least 0"),
     ("--top_p=0", r"--top_p=0.0 must be in \(0, 1\]"), ("--top_p=1.1", "--top_p=1.1 must be in"),
-    ("--dtype=int8", "--dtype=int8: use auto"), ("--device=tpu9", "--device=tpu9: use auto"),
-    ("--compile=fast", "--compile=fast: use auto, True or False"),
+    ("--dtype=int8", "--dtype=int8 is not supported; use auto"),
+    ("--device=tpu9", "--device=tpu9 is not supported; use auto"),
+    ("--compile=fast", "--compile=fast is not supported; use auto, True or False"),
 ])
 def test_bad_options_are_refused(chars, arg, message):
     refuse(chars, message, arg)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import hf_t5, save_odd
+from conftest import hf_t5, save_tokenizer
 
 import t5
 from nanotune.errors import UserError
@@ -306,7 +306,7 @@ def test_options_that_a_t5_excludes_are_refused(make_t5):
 def test_an_exported_tokenizer_appends_the_end_token(tmp_path, monkeypatch):
     """As T5's own does. A folder with only spiece.model needs further packages."""
     import transformers
-    save_odd(tmp_path / "t5", "unigram")
+    save_tokenizer(tmp_path / "t5", "unigram")
     tokenizer = tokenizer_of_folder(tmp_path / "t5")
     (tmp_path / "out").mkdir()
     hf.write_tokenizer(tmp_path / "out", tokenizer, 512, ends_prompts=True)

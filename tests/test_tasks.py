@@ -300,8 +300,10 @@ def test_a_missing_test_file_or_another_tokenizer_is_refused(task, make_dataset)
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--task=bleu"], "--task=bleu: use perplexity, classify, generate or lambada"),
-    (["--task=classify", "--method=beam"], "--method=beam: use generate or likelihood"),
+    (["--task=bleu"],
+     "--task=bleu is not supported; use perplexity, classify, generate or lambada"),
+    (["--task=classify", "--method=beam"],
+     "--method=beam is not supported; use generate or likelihood"),
     (["--task=lambada"], "--task=lambada needs --input=FILE"),
     (["--detokenize=True"], "--detokenize needs a text file"),
     (["--input=gone.txt"], "--input=gone.txt: no such file"),

@@ -4,7 +4,7 @@ import pickle
 import shutil
 
 import pytest
-from conftest import PAD, START, TEXT, save_odd, tiny_json, write_tokenizer
+from conftest import PAD, START, TEXT, save_tokenizer, tiny_json, write_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -144,7 +144,7 @@ N = JSON.n_vocab  # the id of START; that of PAD is N + 1
 def odd(request, tmp_path_factory):
     """(kind, folder, its tokenizer)."""
     folder = tmp_path_factory.mktemp(request.param)
-    save_odd(folder, request.param)
+    save_tokenizer(folder, request.param)
     return request.param, folder, tokenizer_of_folder(folder)
 
 
@@ -186,7 +186,7 @@ def test_a_dataset_and_a_checkpoint_keep_the_tokenizer(odd, tmp_path):
 
 @pytest.mark.parametrize("kind", ["added", "truncated", "old"])
 def test_added_tokens_have_the_ids_after_the_vocabulary(kind, tmp_path):
-    save_odd(tmp_path, kind)
+    save_tokenizer(tmp_path, kind)
     tokenizer = tokenizer_of_folder(tmp_path)
     line = tokenizer.encode("Line")
     assert tokenizer.encode(f"{START}Line{PAD}") == [N, *line, N + 1]
@@ -197,7 +197,7 @@ def test_added_tokens_have_the_ids_after_the_vocabulary(kind, tmp_path):
     ("tokenizer_config.json", "eos_token"), ("special_tokens_map.json", "eos_token"),
     ("generation_config.json", "eos_token_id"), ("config.json", "eos_token_id")])
 def test_any_file_may_name_end_of_text(file, key, tmp_path):
-    save_odd(tmp_path, "added")
+    save_tokenizer(tmp_path, "added")
     (tmp_path / "tokenizer_config.json").unlink()
     assert tokenizer_of_folder(tmp_path).special == {"eos_token": EOT}
     for value in ((N, [N, 0]) if key.endswith("id") else (
@@ -208,7 +208,7 @@ def test_any_file_may_name_end_of_text(file, key, tmp_path):
 
 
 def test_an_added_token_with_another_id_is_refused(tmp_path):
-    save_odd(tmp_path, "old")
+    save_tokenizer(tmp_path, "old")
     (tmp_path / "added_tokens.json").write_text(json.dumps({START: N + 5}))
     with pytest.raises(UserError, match=r"'<\|startoftext\|>' has the id \d+, but the next free"):
         tokenizer_of_folder(tmp_path)
@@ -216,7 +216,7 @@ def test_an_added_token_with_another_id_is_refused(tmp_path):
 
 def test_a_token_beyond_the_rows_of_the_model_is_refused_when_it_is_used(tmp_path):
     """Tokens such as [PAD] are often added to a tokenizer whose model has no rows for them."""
-    save_odd(tmp_path, "added")
+    save_tokenizer(tmp_path, "added")
     tokenizer = tokenizer_of_folder(tmp_path)
     limit_rows(tokenizer, N + 2, "out")
     assert tokenizer.encode(PAD) == [N + 1]
@@ -263,7 +263,7 @@ def test_a_special_token_that_is_not_listed_as_added_is_found(tmp_path):
 @pytest.mark.parametrize("kind", ["old", "base"])
 def test_files_next_to_the_vocabulary_add_tokens_with_flags(kind, flag, tmp_path):
     from transformers import AutoTokenizer
-    save_odd(tmp_path, "old" if kind == "old" else "added")
+    save_tokenizer(tmp_path, "old" if kind == "old" else "added")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     token = {"content": "<X>", "lstrip": False, "rstrip": False, "single_word": False,
              "normalized": False, "special": True, flag: True}
@@ -288,7 +288,7 @@ def test_an_incomplete_tokenizer_is_refused_and_not_replaced_by_gpt2s(name, tmp_
 
 
 def test_numbers_that_are_not_ids_are_ignored(tmp_path):
-    save_odd(tmp_path, "added")
+    save_tokenizer(tmp_path, "added")
     (tmp_path / "config.json").write_text('{"pad_token_id": -1, "eos_token_id": 99999999999}')
     assert tokenizer_of_folder(tmp_path).special["pad_token"] == PAD
 
@@ -358,7 +358,7 @@ def test_a_panic_of_the_library_is_a_one_line_error():
     ("added_tokens.json", '{"a": "x"}'),
 ], ids=lambda text: text[:40])
 def test_damaged_files_next_to_the_vocabulary_are_refused(name, content, tmp_path):
-    save_odd(tmp_path, "old")
+    save_tokenizer(tmp_path, "old")
     assert tokenizer_of_folder(tmp_path).n_vocab == N + 2
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match="damaged"):

@@ -410,9 +410,9 @@ def test_a_compile_failure_falls_back_with_one_warning(tmp_path, dataset, monkey
     monkeypatch.setattr(torch, "compile", broken)
     assert run_train(dataset, tmp_path / "fallen", compile=True) == 0
     printed, err = capsys.readouterr()
-    assert err.splitlines() == ["warning: torch.compile failed (no C++ compiler); going on "
-                                "without it: slower, with the same results; --compile=False turns "
-                                "off this warning"]
+    assert err.splitlines() == ["warning: torch.compile failed (no C++ compiler); "
+                                "continuing without it: slower, same results; --compile=False "
+                                "turns off this warning"]
     assert "compiled" not in printed
     assert losses(tmp_path / "fallen") == losses(tmp_path / "eager")
 
@@ -752,11 +752,11 @@ def no_such_device(tmp_path):
 
 
 def no_such_dtype(tmp_path):
-    return {"dtype": "int8"}, r"--dtype=int8: use auto, float32"
+    return {"dtype": "int8"}, r"--dtype=int8 is not supported; use auto, float32"
 
 
 def compile_maybe(tmp_path):
-    return {"compile": "maybe"}, r"--compile=maybe: use auto, True or False"
+    return {"compile": "maybe"}, r"--compile=maybe is not supported; use auto, True or False"
 
 
 def out_dir_below_a_file(tmp_path):

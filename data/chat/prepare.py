@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.input}: {len(chats)} conversations leave none for training; add "
                         "more")
     counts = write_chats(args, splits, tokenizer)
-    fetch.print_next("finetune_chat", args.out_dir, counts, fetch.model_option(args.tokenizer))
+    fetch.print_next("finetune_chat", args.out_dir, counts, fetch.init_from_option(args.tokenizer))
 
 
 if __name__ == "__main__":

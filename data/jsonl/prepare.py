@@ -85,7 +85,8 @@ def to_examples(where: str, fields: dict, tokenizer: fetch.AnyTokenizer,
 
 def read_hub(name: str) -> Iterator[tuple[str, dict]]:
     """Yields ('NAME, row N', fields) of a dataset of the hub."""
-    rows = fetch.from_datasets(name, lambda datasets: datasets.load_dataset(name, split="train"))
+    rows = fetch.load_with_datasets(
+        name, lambda datasets: datasets.load_dataset(name, split="train"))
     for number, fields in enumerate(rows, 1):
         yield f"{name}, row {number}", fields
 
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     if not splits["train"]:
         raise UserError(f"{source}: {len(examples)} examples leave none for training; add more")
     counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
-    fetch.print_next("finetune_task", args.out_dir, counts, fetch.model_option(args.tokenizer),
+    fetch.print_next("finetune_task", args.out_dir, counts, fetch.init_from_option(args.tokenizer),
                      "--epochs=3")
 
 

@@ -37,7 +37,7 @@ def load_documents(source: Path | None, num_proc: int):
         def load(datasets):
             kind, files = find_files(source)
             return datasets.load_dataset(kind, data_files=files, split="train")
-    documents = fetch.from_datasets(source or HUB_ID, load)
+    documents = fetch.load_with_datasets(source or HUB_ID, load)
     if "text" not in documents.column_names:
         raise UserError(f'{source or HUB_ID} has no column "text", only {documents.column_names}')
     return documents.select_columns("text")

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.input}: {len(pairs)} pairs leave none for training; add more")
     counts = fetch.write_pairs(args.out_dir, splits, tokenizer,
                                (args.source_length, args.target_length))
-    fetch.print_next("finetune_t5", args.out_dir, counts, fetch.model_option(args.tokenizer),
+    fetch.print_next("finetune_t5", args.out_dir, counts, fetch.init_from_option(args.tokenizer),
                      context=0)
 
 

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     train, val = fetch.split_text(fetch.shakespeare(args.input, args.out_dir))
     counts = fetch.encode_dataset(args.out_dir, train, val, fetch.choose_tokenizer(args.tokenizer))
     fetch.print_next("finetune_shakespeare", args.out_dir, counts,
-                     fetch.model_option(args.tokenizer))
+                     fetch.init_from_option(args.tokenizer))
 
 
 if __name__ == "__main__":

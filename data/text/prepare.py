@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         fetch.print_next("quickstart_pretrain", args.out_dir, counts, out_dir, context=128)
     else:
         fetch.print_next(fetch.finetuning_config(counts[0]), args.out_dir, counts, out_dir,
-                         fetch.model_option(args.tokenizer))
+                         fetch.init_from_option(args.tokenizer))
 
 
 if __name__ == "__main__":

@@ -149,11 +149,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.pairs:
         counts = fetch.write_pairs(args.out_dir, splits, tokenizer, (512, 512))
         fetch.print_next("finetune_t5_sentiment", args.out_dir, counts,
-                         fetch.model_option(args.tokenizer), context=0)
+                         fetch.init_from_option(args.tokenizer), context=0)
         return
     counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
     fetch.print_next("finetune_twitter_sentiment", args.out_dir, counts,
-                     fetch.model_option(args.tokenizer), context=512)
+                     fetch.init_from_option(args.tokenizer), context=512)
 
 
 if __name__ == "__main__":

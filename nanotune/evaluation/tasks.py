@@ -222,7 +222,7 @@ def read_last_turns(path: Path, tokenizer: AnyTokenizer, block_size: int,
     return prompts, targets, shortened
 
 
-def holds_chats(path: Path) -> bool:
+def has_chats(path: Path) -> bool:
     """Returns whether the first line of a .jsonl file is a conversation."""
     return any("messages" in fields for _, fields in itertools.islice(read_jsonl(path), 1))
 

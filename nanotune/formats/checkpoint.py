@@ -52,7 +52,7 @@ class Family:
     model: type
     config: type
     model_types: tuple[str, ...]  # the model_types of config.json that it reads
-    lacking: dict[str, object]    # values of the fields that a checkpoint lacks
+    defaults: dict[str, object]    # values of the fields that a checkpoint lacks
     float16: bool                 # whether the model computes in float16 without overflow
 
 
@@ -96,7 +96,7 @@ def config_from_args(args: dict, path: str | Path) -> AnyConfig:
     family, unknown = FAMILIES[at], args.keys() - names[at]
     if unknown:
         raise UserError(f"{path}: model_args has unknown fields: {', '.join(sorted(unknown))}")
-    args = family.lacking | args
+    args = family.defaults | args
     check_fields(args, f"{path}: model_args")
     return family.config(**args)
 

@@ -21,7 +21,7 @@ FLAGS = ("bias", "qkv_bias", "tied_head", "gated", "scale_head")
 OPTIONAL = ("n_inner", "local_window", "doc_end", "attn_scale", "qkv_bias")  # may be None
 
 
-def brief(value: object) -> str:
+def short_repr(value: object) -> str:
     """Returns a value's repr for a message, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -43,16 +43,16 @@ def check_fields(fields: dict, where: str | Path, names: dict[str, str] | None =
         else:
             continue
         if not right:
-            raise UserError(f"{where} has {(names or {}).get(field, field)}={brief(value)}, which "
-                            f"must be {wanted}; use another copy of it")
+            raise UserError(f"{where} has {(names or {}).get(field, field)}={short_repr(value)}, "
+                            f"which must be {wanted}; use another copy of it")
 
 
 def check_weight(value: object, name: str, where: str | Path) -> None:
     """Raises UserError unless `value`, the entry `name` of the file `where`, is a dense tensor of
     finite floating-point numbers. Reads each number once."""
     if not isinstance(value, torch.Tensor):
-        raise UserError(f"{where}: {name} must be a tensor, got {brief(value)}; use another copy "
-                        "of it")
+        raise UserError(f"{where}: {name} must be a tensor, got {short_repr(value)}; use another "
+                        "copy of it")
     if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
         raise UserError(f"{where}: {name} is not dense and floating-point ({value.dtype}, "
                         f"{value.layout}, {value.device}); use the model's original weights, not "

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 
 from nanotune.errors import UserError
-from nanotune.formats.checks import brief, check_fields
+from nanotune.formats.checks import check_fields, short_repr
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # options that change the numerics: {key: the supported values, the default first}
@@ -151,14 +151,14 @@ def config_from_hf(hf: dict, name: str) -> dict:
     """
     kind, where = hf.get("model_type"), f"{name}: its config.json"
     if kind not in tuple(LAYOUTS):  # a tuple: the value may be a list
-        raise UserError(f"{name} is a {brief(kind)} model; nanotune supports model_type "
+        raise UserError(f"{name} is a {short_repr(kind)} model; nanotune supports model_type "
                         f"{', '.join(LAYOUTS)}")
     layout = LAYOUTS[kind]
     hf = layout.defaults | hf | {key: hf[other] for other, key in layout.other_names.items()
                                  if other in hf}
     for key, supported in SUPPORTED.items():
         if hf.get(key, supported[0]) not in supported:
-            raise UserError(f"{where} has {key}={brief(hf[key])}; nanotune supports "
+            raise UserError(f"{where} has {key}={short_repr(hf[key])}; nanotune supports "
                             f"{', '.join(map(str, supported))}")
     if kind == "t5":
         return t5_fields(hf, where)
@@ -179,7 +179,7 @@ def t5_fields(hf, where):
     """
     heads = hf.get("architectures") or [T5_HEADS[0]]
     if not set(heads) & set(T5_HEADS):
-        raise UserError(f"{where} has architectures={brief(heads)}; nanotune supports "
+        raise UserError(f"{where} has architectures={short_repr(heads)}; nanotune supports "
                         f"{T5_HEADS[0]}, which has a head")
     hf = {"scale_decoder_outputs": hf["tie_word_embeddings"] is not False} | hf
     for key, other in (("num_decoder_layers", "num_layers"),
@@ -203,7 +203,7 @@ def check_alternates(hf, n_layer, where):
         except (TypeError, ValueError):  # not a list of [pattern, times]
             layers = None
     if layers != (["global", "local"] * n_layer)[:n_layer]:
-        raise UserError(f"{where} has {key}={brief(hf[key])} for {n_layer} layers; nanotune "
+        raise UserError(f"{where} has {key}={short_repr(hf[key])} for {n_layer} layers; nanotune "
                         "supports only alternating global and local layers")
 
 

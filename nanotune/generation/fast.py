@@ -205,7 +205,7 @@ class Decoder:
                  compiled: bool = False) -> None:
         self.model, self.config = model, model.config
         self.capture, self.compiled = capture, compiled
-        self.keys, self.play = None, None  # keys of the recorded step's cache; its replay
+        self.keys, self.replay = None, None  # keys of the recorded step's cache; its replay
 
     @property
     def device(self) -> torch.device:
@@ -223,8 +223,8 @@ class Decoder:
         if idx.size(1) > 1:
             return self.model.step(idx, cache)
         if self.keys is not cache.k:  # reordering a cache for more rows makes new keys
-            self.keys, self.play = cache.k, self.record(idx, cache)
-        logits = self.play(idx)
+            self.keys, self.replay = cache.k, self.record(idx, cache)
+        logits = self.replay(idx)
         cache.advance(1)
         return logits
 

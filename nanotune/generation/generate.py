@@ -159,7 +159,7 @@ class TextPieces:
         self.tokenizer, self.stops, self.done = tokenizer, stops, False
         self.window = list(prompt_ids)[-self.CONTEXT:]  # tokens to decode next
         self.shown = len(self.window)                   # how many of them were decoded before
-        self.held = ""                                  # decoded, may be the beginning of a stop
+        self.pending = ""                                  # decoded, may be the beginning of a stop
 
     def add(self, token: int) -> str:
         """Returns the text that is ready after this token; "" after the end."""
@@ -179,13 +179,13 @@ class TextPieces:
 
     def before_stop(self, new):
         """The text held back and `new`, up to a stop or to what may be the beginning of one."""
-        text = self.held + new
+        text = self.pending + new
         found = self.find_stop(text)
         self.done = found is not None
         keep = 0 if self.done else max((
             n for stop in self.stops for n in range(min(len(text) + 1, len(stop)))
             if text.endswith(stop[:n])), default=0)
-        ready, self.held = text[:found][:len(text) - keep], text[len(text) - keep:]
+        ready, self.pending = text[:found][:len(text) - keep], text[len(text) - keep:]
         return ready
 
     def find_stop(self, text):
@@ -194,5 +194,5 @@ class TextPieces:
     def rest(self) -> str:
         """Returns the text held back, without an incomplete character at its end; call it after the
         last token."""
-        text = self.held + self.decode_new().rstrip("\ufffd")
+        text = self.pending + self.decode_new().rstrip("\ufffd")
         return text[:self.find_stop(text)]

@@ -30,8 +30,8 @@ NUMBERS = {
 OTHERS = {"model": str, "echo": bool, "stream": bool, "prompt": str | list, "stop": str | list}
 KNOWN = NUMBERS | {key: (kind, None) for key, kind in OTHERS.items()}
 # {unsupported field of OpenAI's: its default}; only the default and null are allowed
-NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1, "logit_bias": {},
-           "suffix": None, "stream_options": None, "user": None}
+UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1, "logit_bias": {},
+               "suffix": None, "stream_options": None, "user": None}
 MOST_STOPS, LONGEST_STOP = 4, 200
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error",
          500: "server_error", 503: "server_error"}
@@ -68,7 +68,7 @@ class Completion:
 
 def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -> Completion:
     """Checks a request's body, parsed from JSON. Raises ApiError, which names the field."""
-    given = check_fields(body, KNOWN, NEUTRAL)
+    given = check_fields(body, KNOWN, UNSUPPORTED)
     engine, n = pick_engine(given, engines), given.pop("n", 1)
     check_max_tokens(given.setdefault("max_tokens", min(16, limits.max_tokens)), limits)
     prompts = strings("prompt", given.pop("prompt", ""))
@@ -90,8 +90,8 @@ def parse_completion(body: Any, engines: Mapping[str, Engine], limits: Limits) -
 
 def check_fields(body: Any, known: Mapping[str, tuple], neutral: Mapping[str, Any]) -> dict:
     """Returns {field: value} of a request's body, without null and neutral fields. `known` has the
-    type of each field and the Interval of numbers; `neutral` is as NEUTRAL. Raises ApiError for an
-    unknown field, a wrong type or a number out of bounds."""
+    type of each field and the Interval of numbers; `neutral` is as UNSUPPORTED. Raises ApiError
+    for an unknown field, a wrong type or a number out of bounds."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     given = {key: check_field(key, value, known, neutral) for key, value in body.items()}

@@ -133,7 +133,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def share(world: World, value: Any) -> Any:
+def broadcast(world: World, value: Any) -> Any:
     """Returns rank 0's value, which must be picklable, on all ranks. All ranks must call this."""
     held = [value]
     if world.size > 1:

@@ -18,7 +18,7 @@ from nanotune.training.lora import adapters, add_lora
 from nanotune.training.optimizer import moment_shape, moments_per_scale
 
 
-def spell_bytes(n: float) -> str:
+def format_bytes(n: float) -> str:
     """Returns a number of bytes as text, such as 1.49 GB."""
     for unit in ("bytes", "kB", "MB"):
         if n < 1000:
@@ -71,18 +71,18 @@ def describe_saves(model: torch.nn.Module, cfg: Any, world: World) -> list[str]:
     # a hard link, as best.pt may be, takes no disk
     held = sum({path.stat().st_ino: path.stat().st_size for path in out_dir.glob("*.pt")}.values())
     best = "ckpt.pt, and as much for best.pt" if models == 2 else "ckpt.pt"
-    lines = [f"a save takes {spell_bytes(model_bytes)} ({best}) + {spell_bytes(state_bytes)} "
+    lines = [f"a save takes {format_bytes(model_bytes)} ({best}) + {format_bytes(state_bytes)} "
              f"(state.pt); with keep_states={cfg.keep_states} {out_dir} needs up to "
-             f"{spell_bytes(most)}, of which it holds {spell_bytes(held)}; "
-             f"{spell_bytes(free)} are free"]
+             f"{format_bytes(most)}, of which it holds {format_bytes(held)}; "
+             f"{format_bytes(free)} are free"]
     if shares_of(cfg, world) > 1:
-        share = spell_bytes(4 * model_bytes / world.size)
+        share = format_bytes(4 * model_bytes / world.size)
         lines.append(f"fsdp: each process holds {share} of weights, gradients and moments, "
                      f"1/{world.size} of the whole; at a save rank 0 gathers "
-                     f"{spell_bytes(state_bytes)} in its CPU memory")
+                     f"{format_bytes(state_bytes)} in its CPU memory")
     if most - held > free:
         lines.append(f"warning: the disk of {out_dir} is too small for that: free "
-                     f"{spell_bytes(most - held - free)}, lower --keep_states, or choose another "
+                     f"{format_bytes(most - held - free)}, lower --keep_states, or choose another "
                      "--out_dir")
     return lines
 
@@ -190,13 +190,13 @@ def describe_memory(config: Any, cfg: Any, world: World,
     parts = memory(config, cfg, world, dtype)
     peak, whole = sum(parts.values()), device_memory(device)
     kind = "of the process" if device.type == "cpu" else "allocated"
-    listed = ", ".join(f"{name} {spell_bytes(n)}" for name, n in parts.items() if n)
-    line = f"peak memory {kind}: {spell_bytes(peak)} ({listed})"
+    listed = ", ".join(f"{name} {format_bytes(n)}" for name, n in parts.items() if n)
+    line = f"peak memory {kind}: {format_bytes(peak)} ({listed})"
     if whole is None:
         return [line], True
     on = device if ranks == 1 else f"{device} for each of {ranks} processes"
     share = whole / ranks if device.type == "cpu" else whole
-    lines = [f"{line}; {on} has {spell_bytes(share)}"]
+    lines = [f"{line}; {on} has {format_bytes(share)}"]
     if peak <= share * USABLE:
         return lines, True
     return lines + advise(config, cfg, world, dtype, share * USABLE, peak), False
@@ -216,7 +216,7 @@ def check_memory(cfg: Any, config: Any, world: World, dtype: torch.dtype) -> Non
 
 def advise(config, cfg, world, dtype, usable, peak):
     """Lines that name fields to change, each in addition to the ones before, until the run fits."""
-    lines = [f"that does not fit: {spell_bytes(peak)} are needed, {spell_bytes(usable)} can be "
+    lines = [f"that does not fit: {format_bytes(peak)} are needed, {format_bytes(usable)} can be "
              "used"]
     for change in changes(config, cfg, world):
         tried = replace(cfg, **change)
@@ -228,7 +228,7 @@ def advise(config, cfg, world, dtype, usable, peak):
         fields = " ".join(f"--{name}={value}" for name, value in change.items())
         saved, peak = peak - left, left
         fits = peak <= usable
-        lines.append(f"  {fields} saves {spell_bytes(saved)}: {spell_bytes(peak)}"
+        lines.append(f"  {fields} saves {format_bytes(saved)}: {format_bytes(peak)}"
                      + (", which fits" if fits else ""))
         cfg, config = tried, with_config
         if fits:

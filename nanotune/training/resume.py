@@ -26,7 +26,7 @@ from nanotune.formats.checkpoint import BEST_FILE, MODEL_FILE, STATE_FILE
 from nanotune.text.loader import PairBin, TokenBin
 from nanotune.text.tokenizer import AnyTokenizer
 from nanotune.training import logbook, lora, state_dicts
-from nanotune.training.distributed import World, share
+from nanotune.training.distributed import World, broadcast
 
 RUN_FILE = "run.json"
 # files that a run rewrites as a whole, other than its states
@@ -70,7 +70,7 @@ class Start:
     data: dict = field(default_factory=dict)  # {split: TokenBin.fingerprint}; {}: not known
     lora: dict | None = None       # of a LoRA run: the rank, the base and its hash
     ours: bool = True              # False: nanoGPT's, which has no run id
-    passed_over: tuple = ()        # paths of newer states that cannot be used
+    skipped_states: tuple = ()     # paths of newer states that cannot be used
     warnings: tuple = ()           # lines to print
 
 
@@ -90,7 +90,7 @@ def state_files(out_dir: str | Path) -> list[Path]:
     return [path for path in (Path(out_dir) / STATE_FILE, *numbered) if path.is_file()]
 
 
-def barely_begun(out_dir: str | Path) -> bool:
+def is_at_step_0(out_dir: str | Path) -> bool:
     """Returns whether ckpt.pt is of step 0. If there is no state either, the run was killed before
     its first save, and nothing is lost."""
     try:
@@ -123,7 +123,7 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
     else:
         raise UserError(reasons[0] if paths[0].name == MODEL_FILE
                         else nothing_left(out_dir, reasons))
-    start.passed_over = tuple(paths[:len(reasons)])
+    start.skipped_states = tuple(paths[:len(reasons)])
     start.warnings = (*resume_warnings(start, reasons, last, reached_step(out_dir)),
                       *check_best_file(start.progress, best_file_of(out_dir, start)))
     return start
@@ -183,13 +183,13 @@ def check_same_data(cfg: Any, start: Start,
                             "the old files back, or give --force_resume=True to use the new ones")
 
 
-def spread(start: Start | None, world: World, dtype: torch.dtype = torch.float32) -> Start:
+def broadcast_start(start: Start | None, world: World, dtype: torch.dtype = torch.float32) -> Start:
     """Returns rank 0's Start on all ranks; the other ranks pass None. All ranks must call this.
 
     The other ranks get an uninitialized model and no optimizer state, which parallelize and
     state_dicts.load_optimizer_state fill.
     """
-    facts = share(world, start and replace(
+    facts = broadcast(world, start and replace(
         start, model=start.model.config, optimizer={}, tokenizer=None))
     if start is None:
         model = checkpoint.model_class(facts.model).empty(facts.model, dtype=dtype)
@@ -324,7 +324,7 @@ def begin(out_dir: str | Path, start: Start, best: str) -> None:
         files.link(best_file_of(out_dir, start), Path(out_dir) / best)
         if best == MODEL_FILE:  # else best.pt would stay as an old best
             (Path(out_dir) / BEST_FILE).unlink()
-    for path in start.passed_over:  # else later saves would delete a good state before these
+    for path in start.skipped_states:  # else later saves would delete a good state before these
         os.replace(path, path.with_suffix(".refused"))
     for name in (STATE_FILE, *REWRITTEN):
         # left by an interrupted save

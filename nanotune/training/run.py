@@ -117,7 +117,7 @@ def check_no_run_is_lost(cfg, out_dir):
     held = [f.name for f in (*models, *resume.state_files(out_dir))
             if f.exists()]
     if held and not resume.resumes(cfg) and not cfg.overwrite and not (
-            cfg.auto_resume and resume.barely_begun(out_dir)):
+            cfg.auto_resume and resume.is_at_step_0(out_dir)):
         raise UserError(f"{out_dir} already holds a run ({', '.join(held)}): resume it with "
                         "--init_from=resume, replace it with --overwrite=True, or choose another "
                         "--out_dir")
@@ -234,7 +234,7 @@ def read_config(cls: type, argv: list[str]) -> tuple[Any, list[str]]:
         checkpoint.pick_source(cfg.out_dir, "resume")
     world = read_world(cfg.device)
     distributed.join(world, cfg.backend, cfg.timeout)
-    config = distributed.share(world, settings.read_run_config(cfg.out_dir)
+    config = distributed.broadcast(world, settings.read_run_config(cfg.out_dir)
                                if world.is_main and resume.resumes(cfg) else None)
     if not config:
         return cfg, []
@@ -283,7 +283,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
 
     distributed.join(world, cfg.backend, cfg.timeout)
     check_same_arguments(cfg, dtype, world)
-    start = resume.spread(start, world, DTYPES[cfg.weights])
+    start = resume.broadcast_start(start, world, DTYPES[cfg.weights])
     model, progress = start.model, start.progress
     limit_rows(tokenizer, model.config.vocab_size, folder)
     checkpoint.check_dtype(model, dtype)

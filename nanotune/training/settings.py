@@ -19,7 +19,7 @@ from nanotune.training import resume
 
 SETTINGS_FILE, VERSION = "settings.json", 1
 # fields that belong to one start of the program: a resume does not restore them
-OF_ONE_START = ("out_dir", "overwrite", "auto_resume", "force_resume", "eval_only", "dry_run",
+NOT_RESUMED = ("out_dir", "overwrite", "auto_resume", "force_resume", "eval_only", "dry_run",
                 "device", "backend", "timeout")
 # fields that a resume cannot change: the weights or the optimizer's state depend on them. The
 # dtype of the weights can change with force_resume; the results then differ
@@ -50,7 +50,7 @@ def remembered(cls: type, config: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a run that a resume keeps, as a source for build()."""
     kept = {}
     for name, kind in hints_of(cls).items():
-        if name in config and name not in OF_ONE_START:
+        if name in config and name not in NOT_RESUMED:
             try:
                 kept[name] = check_type(kind, config[name], name)
             except UserError:  # nanoGPT's field may have another type
@@ -80,7 +80,7 @@ def configure_resume(cls: type, argv: list[str], out_dir: str,
     cfg = build(cls, [then, *sources])
     before = config | then
     changes = [f"{name}: {before[name]} -> {getattr(cfg, name)}" for name in given
-               if name in before and name not in (*OF_ONE_START, "init_from")
+               if name in before and name not in (*NOT_RESUMED, "init_from")
                and getattr(cfg, name) != before[name]]
     cfg.init_from = "resume"
     return cfg, changes

@@ -11,7 +11,7 @@ import torch.nn as nn
 from nanotune.errors import UserError
 from nanotune.formats.checkpoint import plain_key, saved_weights
 from nanotune.training import optimizer as optimizers
-from nanotune.training.distributed import World, is_sharded, share
+from nanotune.training.distributed import World, broadcast, is_sharded
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ def fill_optimizer(params, optimizer, state, path, world):
     """load_optimizer_state for the optimizers that are not torch.optim.AdamW: one parameter at a
     time, so that no rank has two copies of the state in memory."""
     for name, param in params.items():
-        held = share(world, state.get(name))
+        held = broadcast(world, state.get(name))
         try:
             optimizers.fill_state(optimizer, param, held)
         except UserError as e:
