@@ -99,18 +99,18 @@ class KVCache:
         return [views[layer] for views in self.whole]
 
 
-def attention_mask(row, S, seen=None, to_the_end=True, window=None):
-    """Returns the mask of tokens in columns `row` (T,): (T, S) bool, True if a token may attend to
-    a column; combined with `seen` (B, 1, T, S) bool, if given. None if is_causal does the same.
-    `to_the_end`: `row` is the last T of S columns. `window`: attend to this many last tokens."""
-    T = len(row)
+def attention_mask(query, S, seen=None, to_the_end=True, window=None):
+    """Returns a mask (T, S) bool, True if the token in column query[t] may attend to column s; None
+    if the causal mask of attention() is enough. `seen` (B, 1, T, S) bool: also apply it.
+    `to_the_end`: `query` is the last T columns. `window`: attend to this many last tokens."""
+    T = len(query)
     if window is not None and window >= S:
         window = None
     if to_the_end and window is None and (T == 1 or (T == S and seen is None)):
         return seen
-    column = torch.arange(S, device=row.device)
-    mask = column <= row[:, None]
-    mask = mask if window is None else mask & (column > row[:, None] - window)
+    key = torch.arange(S, device=query.device)
+    mask = key <= query[:, None]
+    mask = mask if window is None else mask & (key > query[:, None] - window)
     return mask if seen is None else mask & seen
 
 
@@ -119,18 +119,18 @@ def additive(mask, dtype):
     return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), -torch.inf)
 
 
-def after_padding(pad, row, S):
-    """(Positions (B, T), mask (B, 1, T, S)) of columns `row` (T,) after left-padding pad (B,)."""
-    column = torch.arange(S, device=pad.device)
-    seen = (column >= pad[:, None])[:, None, None]
-    # padding attends to itself: a softmax over no column is NaN
-    seen = seen | (column == row[:, None])
-    return (row - pad[:, None]).clamp(min=0), seen
+def after_padding(pad, query, S):
+    """Returns (positions (B, T), mask (B, 1, T, S) bool) of the tokens in columns `query` (T,), if
+    the first pad[b] columns of row b are padding."""
+    key = torch.arange(S, device=pad.device)
+    seen = (key >= pad[:, None])[:, None, None]
+    seen = seen | (key == query[:, None])  # padding sees itself: a softmax over no column is NaN
+    return (query - pad[:, None]).clamp(min=0), seen
 
 
 def within_documents(idx, end):
-    """(Positions (B, T), mask (B, 1, T, T) bool) of packed rows idx (B, T), in which tokens attend
-    only to their own document; `end` is the last token of a document."""
+    """Returns (positions (B, T), mask (B, 1, T, T) bool) of packed rows idx (B, T). Tokens
+    attend only to their own document; `end` is the last token of each document."""
     ends = idx == end
     document = ends.cumsum(1) - ends.long()
     column = torch.arange(idx.size(1), device=idx.device)
@@ -255,7 +255,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     def init_weights(self, module):
-        """N(0, 0.02); projections to the residual stream are scaled by depth (GPT-2, 2.3)."""
+        """N(0, 0.02); projections to the residual stream are scaled by depth (GPT-2, sec. 2.3)."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -285,18 +285,18 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """idx (B, T) -> the input of the head, (B, T, C); appends to the cache, if given."""
         T = idx.size(1)
-        row, S = (torch.arange(T, device=idx.device), T) if cache is None else cache.columns(T)
-        pos, seen = row, None
+        query, S = (torch.arange(T, device=idx.device), T) if cache is None else cache.columns(T)
+        pos, seen = query, None
         if cache is not None and cache.pad is not None:
-            pos, seen = after_padding(cache.pad, row, S)
+            pos, seen = after_padding(cache.pad, query, S)
         elif cache is None and self.config.doc_end is not None:
             pos, seen = within_documents(idx, self.config.doc_end)
         to_the_end, local = cache is None or cache.to_the_end, self.config.local_window
         dtype = self.compute_dtype if cache is None else cache.k.dtype
 
         def mask_for(window=None):
-            mask = attention_mask(row, S, seen, to_the_end, window)
-            # from a bool mask each layer would create an additive one, and keep it in training
+            mask = attention_mask(query, S, seen, to_the_end, window)
+            # each layer would convert a bool mask, and keep the result for the backward pass
             return None if mask is None else additive(mask, dtype)
 
         whole = mask_for()
@@ -340,9 +340,9 @@ class GPT(nn.Module):
         """Returns (bytes that the forward pass keeps for the backward, bytes of temporaries).
 
         Per token and block it keeps: the inputs of two norms, in float32; their outputs, q, k, v
-        and attention's output; the MLP's inner layer before and after the activation. Dropout adds
-        masks, attention on a CPU its weights, autocast the cast matrices. With recompute it keeps
-        only the inputs of the blocks.
+        and attention's output; the MLP's inner layer before and after the activation. It also keeps
+        dropout's masks, attention's weights on a CPU, and the matrices that autocast converted.
+        With recompute it keeps only the inputs of the blocks.
         """
         c, e = self.config, dtype.itemsize
         inner, tokens = c.n_inner or 4 * c.n_embd, batch_size * c.block_size
@@ -438,9 +438,9 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str, dropout: float = 0.0, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32) -> "GPT":
-        """Returns a GPT of a hub id ('gpt2', 'EleutherAI/gpt-neo-125m', ...) or a Hugging Face
-        folder, in training mode, its matrices in `dtype`. Raises UserError if the files are not
-        found, are of another architecture or do not fit."""
+        """Loads a hub id ('gpt2', 'EleutherAI/gpt-neo-125m', ...) or a Hugging Face folder. Returns
+        a GPT in training mode, its matrices in `dtype`. Raises UserError if the files are missing,
+        damaged or of another architecture."""
         config_file, weight_files = hub.find_pretrained(name)
         fields = hf_config.config_from_hf(hub.read_json(config_file), name)
         fields["tied_head"] = hf.head_is_tied(weight_files, fields["tied_head"])

@@ -61,9 +61,9 @@ class T5Cache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.pos = 0
-        self.source, self.mask = None, None             # (B, S, C); (B, 1, 1, S), as encode()
+        self.source, self.mask = None, None  # from encode(): (B, S, C); (B, 1, 1, S)
         self.source_kv = [None] * config.n_decoder_layer  # (k, v) per layer, from the first step on
-        self.prompt = torch.arange(batch_size, device=device)  # row i belongs to source prompt[i]
+        self.prompt = torch.arange(batch_size, device=device)  # each row's prompt number
 
     full, rewind, columns = KVCache.full, KVCache.rewind, KVCache.columns
     append, advance = KVCache.append, KVCache.advance
@@ -80,9 +80,10 @@ class T5Cache:
 
 def bucket_of(distance: torch.Tensor, n_buckets: int, max_distance: int,
               both_ways: bool) -> torch.Tensor:
-    """Returns the bucket of each distance, the key's position minus the query's: one for each
-    distance below half of the buckets, then logarithmically wider ones up to max_distance. With
-    `both_ways` (the encoder), half of them are for keys after the query; else those have bucket 0.
+    """Returns the bucket of each distance, which is the key's position minus the query's. The first
+    half of the buckets have one distance each; the others widen logarithmically up to max_distance.
+    With `both_ways` (the encoder) there are two such series, for keys before the query and after;
+    else all keys after the query have bucket 0.
     """
     first = torch.zeros_like(distance)
     if both_ways:
@@ -92,8 +93,8 @@ def bucket_of(distance: torch.Tensor, n_buckets: int, max_distance: int,
     else:
         far = (-distance).clamp(min=0)
     half = n_buckets // 2
-    octave = (far.clamp(min=half) / half).log() / math.log(max_distance / half)
-    wide = (half + (octave * (n_buckets - half)).long()).clamp(max=n_buckets - 1)
+    ratio = (far.clamp(min=half) / half).log() / math.log(max_distance / half)  # 1: max_distance
+    wide = (half + (ratio * (n_buckets - half)).long()).clamp(max=n_buckets - 1)
     return first + torch.where(far < half, far, wide)
 
 
@@ -111,7 +112,7 @@ class RMSNorm(nn.Module):
 
 def attend(q, k, v, mask, dropout):
     """(B, T, nh hs) x heads (B, nh, S, hs) -> (B, T, nh hs). T5 does not scale the products: the
-    initial weights of q are smaller instead. The additive `mask` has the bias (self-attention)."""
+    initial weights of q are smaller instead. In self-attention, `mask` includes the bias."""
     B, T, _ = q.size()
     q = q.view(B, T, k.size(1), -1).transpose(1, 2).to(k.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
@@ -119,7 +120,7 @@ def attend(q, k, v, mask, dropout):
 
 
 def split_heads(x, n_head):
-    """k and v of x (B, S, 2 nh hs), each (B, nh, S, hs)."""
+    """Returns k and v of x (B, S, 2 nh hs), each (B, nh, S, hs)."""
     return (t.view(*t.shape[:2], n_head, -1).transpose(1, 2) for t in x.chunk(2, dim=2))
 
 
@@ -209,9 +210,10 @@ class Stack(nn.Module):
         self.buckets = dict(n_buckets=config.n_buckets, max_distance=config.max_distance,
                             both_ways=not cross)
 
-    def position_bias(self, row, S):
-        """The bias (nh, T, S) of attention from columns `row` (T,) to columns 0 to S - 1."""
-        distance = torch.arange(S, device=row.device) - row[:, None]
+    def position_bias(self, query, S):
+        """Returns the bias (nh, T, S) of attention from columns `query` (T,) to columns 0 to S - 1.
+        """
+        distance = torch.arange(S, device=query.device) - query[:, None]
         return self.bias(bucket_of(distance, **self.buckets)).permute(2, 0, 1)
 
     def forward(self, x, *others):
@@ -227,7 +229,7 @@ class Stack(nn.Module):
 
 
 def shift_right(y: torch.Tensor, config: T5Config) -> torch.Tensor:
-    """y (B, T), targets padded with -1 -> the token before each, (B, T)."""
+    """y (B, T), targets padded with -1 -> the decoder's input, the token before each, (B, T)."""
     before = F.pad(y[:, :-1], (1, 0), value=config.start_id)
     return before.masked_fill(before == IGNORED, config.pad_id)
 
@@ -281,8 +283,8 @@ class T5(nn.Module):
             self.lm_head.weight = self.shared.weight
 
     def init_weights(self, module):
-        """Normal, with std 1 for embedding and head, and 1 / sqrt(inputs) for a matrix, times
-        1 / sqrt(hs) for that of the queries, since attention does not scale."""
+        """Normal, with std 1 for embedding and head, 1 / sqrt(inputs) for a matrix, and
+        1 / sqrt(inputs * hs) for the matrix of the queries, since attention does not scale."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
         if isinstance(module, SelfAttention | CrossAttention):
@@ -307,14 +309,14 @@ class T5(nn.Module):
         return self.decode(target, *self.encode_embedded(source, x != IGNORED))
 
     def embed(self, *ids):
-        """The embeddings (B, T, C) of each tensor of ids (B, T). One lookup for all: the gradient
-        of each lookup is as large as the table."""
+        """Returns the embeddings (B, T, C) of each tensor of ids (B, T), with one lookup: the
+        gradient of each lookup is as large as the table."""
         x = self.shared(torch.cat([i.flatten() for i in ids])).to(self.stream_dtype)
         return [part.view(*i.shape, -1) for part, i in zip(x.split([i.numel() for i in ids]), ids)]
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, S) sources padded with -1 -> the encoder's output, (B, S, C), and the mask that
-        attention to it adds, (B, 1, 1, S): 0, or -inf for padding."""
+        """x (B, S) sources padded with -1 -> the encoder's output, (B, S, C), and the additive mask
+        of cross-attention, (B, 1, 1, S): 0, or -inf for padding."""
         return self.encode_embedded(*self.embed(x.clamp(min=0)), x != IGNORED)
 
     def encode_embedded(self, x, seen):
@@ -328,9 +330,9 @@ class T5(nn.Module):
         """x (B, T, C), the embeddings of the tokens before each target -> the input of the head,
         (B, T, C)."""
         T = x.size(1)
-        row, P = (torch.arange(T, device=x.device), T) if cache is None else cache.columns(T)
-        mask = additive(torch.arange(P, device=x.device) <= row[:, None], self.stream_dtype)
-        mask = (self.decoder.position_bias(row, P) + mask)[None]  # (1, nh, T, P)
+        query, P = (torch.arange(T, device=x.device), T) if cache is None else cache.columns(T)
+        mask = additive(torch.arange(P, device=x.device) <= query[:, None], self.stream_dtype)
+        mask = (self.decoder.position_bias(query, P) + mask)[None]  # (1, nh, T, P)
         x = self.decoder(x, mask.to(source_mask.dtype), source, source_mask, cache)
         if cache is not None:
             cache.advance(T)
@@ -358,8 +360,8 @@ class T5(nn.Module):
 
     def flops_per_token(self, counted: float = 1.0) -> float:
         """Returns the FLOPs of forward and backward per source or target token: 6 N, where N is
-        half of the weights, since a token passes only the encoder or the decoder; 4 N for frozen
-        weights. The head counts for the `counted` share of tokens, the targets. Attention's
+        half of the weights, since a token passes only through the encoder or the decoder; 4 N for
+        frozen weights. The head counts for the `counted` share of tokens, the targets. Attention's
         products are left out: pairs are short."""
         head = self.lm_head.weight
         params = [p for p in self.parameters() if p is not head and p is not self.shared.weight]
@@ -372,9 +374,9 @@ class T5(nn.Module):
         batch of pairs of source_length and target_length tokens.
 
         A norm keeps its input and the normalized input, both in float32, and its output. Attention
-        whose bias needs a gradient keeps q, k, v and its weights for all pairs of tokens, all in
-        float32; with dropout, the weights three times. Dropout keeps a mask, autocast the cast
-        matrices. With recompute only the inputs of the blocks are kept.
+        with a bias that needs a gradient keeps q, k, v and the weights of all pairs of tokens, all
+        in float32; with dropout, three copies of the weights. Dropout keeps a mask, autocast the
+        matrices that it converted. With recompute only the inputs of the blocks are kept.
         """
         c, e, drop = self.config, dtype.itemsize, 3 if self.config.dropout else 1
         S, T, width, pairs = c.source_length, c.target_length, c.n_head * c.head_size, 4 * c.n_head
@@ -399,7 +401,7 @@ class T5(nn.Module):
         return head_bytes(self.lm_head.weight, rows, device_type, dtype)
 
     def crop_block_size(self, block_size: int) -> None:
-        """Raises UserError: there are no positions to crop."""
+        """Raises UserError: T5 has no position embeddings to crop."""
         raise UserError(f"--block_size={block_size} is for models of plain text; T5 takes "
                         "--source_length and --target_length")
 
@@ -423,12 +425,12 @@ class T5(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str, dropout: float = 0.0, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32) -> "T5":
-        """Returns a T5 of a hub id ('google-t5/t5-small', 'google/flan-t5-base', ...) or a Hugging
-        Face folder, in training mode, its matrices in `dtype`. Raises UserError if the files are
-        not found, are of another architecture or do not fit."""
+        """Loads a hub id ('google-t5/t5-small', 'google/flan-t5-base', ...) or a Hugging Face
+        folder. Returns a T5 in training mode, its matrices in `dtype`. Raises UserError if the
+        files are missing, damaged or of another architecture."""
         config_file, weight_files = hub.find_pretrained(name)
         fields = hf_config.config_from_hf(hub.read_json(config_file), name)
-        fields["tied_head"] = hf.head_is_tied(weight_files, tied=True)  # whatever the config says
+        fields["tied_head"] = hf.head_is_tied(weight_files, tied=True)  # the weights decide
         config = T5Config(**fields | {"dropout": dropout})
         model = cls.empty(config, device, dtype)
         hf.fill_parameters(dict(model.named_parameters()), asdict(config), weight_files)
