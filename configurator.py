@@ -118,7 +118,7 @@ def read_sources(cls: type, argv: list[str]) -> list[dict[str, Any]]:
 
 
 def build(cls: type[T], sources: list[dict[str, Any]]) -> T:
-    """Returns cls() with the values of `sources`; the later one wins. Fields in one tuple of
+    """Returns cls() with the values of `sources`; later ones win. Fields in one tuple of
     cls.ONE_OF, such as ("epochs", "max_iters"), replace each other. Raises UserError if one source
     sets two of them, or a value is out of bounds."""
     values = {}
@@ -176,7 +176,7 @@ def run_config_file(path):
 def field_type(hints, name, where):
     if name not in hints:
         raise UserError(f"{where}: there is no such field" + nearest(name, hints)
-                        + "; --help lists them all")
+                        + "; --help lists all fields")
     return hints[name]
 
 
@@ -206,7 +206,7 @@ OTHER_NAMES = {
 
 
 def nearest(name, names):
-    """' (did you mean X?)' with the field or file of `names` closest to `name`, or ''."""
+    """Returns ' (did you mean X?)' with the field or file of `names` closest to `name`, or ''."""
     plain = name.rpartition(".")[2].replace("-", "_").lower()  # litgpt's --train.max_steps
     meant = [ours for ours, others in OTHER_NAMES.items()
              if ours in names and (plain == ours or plain in others.split())]

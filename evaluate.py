@@ -8,7 +8,7 @@
 
 perplexity   of a dataset's split or a text file; the loss is computed as in train.py
 classify     a dataset's test.jsonl: generates labels, or with --method=likelihood picks the most
-             likely; prints accuracy, macro F1 and a confusion matrix
+             likely label; prints accuracy, macro F1 and a confusion matrix
 generate     a dataset's test.jsonl: generates answers (of a conversation, the last one); prints
              exact match, F1 of words, and ROUGE if rouge-score is installed
 lambada      predicts the last word of each line {"text": "..."}; prints accuracy, with and without
@@ -86,11 +86,11 @@ def check_config(cfg, world):
     if cfg.task == "classify":
         tasks.check_sklearn()
     if cfg.task != "perplexity" and world.size > 1:
-        raise UserError(f"--task={cfg.task} runs in one process: leave torchrun out")
+        raise UserError(f"--task={cfg.task} runs in one process: use python, not torchrun")
 
 
 def dataset_of(source):
-    """The dataset that a run was trained on. Raises UserError if the source is not a run."""
+    """Returns the dataset that a run was trained on. Raises UserError if `source` is no run."""
     dataset = (history_of(source).get("config") or {}).get("dataset")
     if dataset is None:
         raise UserError(f"no text to evaluate on: {source} is not a run with a dataset; "
@@ -99,7 +99,7 @@ def dataset_of(source):
 
 
 def read_input(cfg, tokenizer):
-    """(ids, number of words) of the --input file; words are separated by whitespace."""
+    """Returns (ids, number of words) of the --input file; words are separated by whitespace."""
     text = read_text(cfg.input)
     words = len(text.split())
     text = perplexity.detokenize_wikitext(text) if cfg.detokenize else text
@@ -213,7 +213,7 @@ def run_generate(cfg, model, tokenizer, source, world):
     path, wanted, end = test_file(cfg), cfg.max_new_tokens or 128, ()
     if tasks.has_chats(path):
         if cfg.num_beams is not None:
-            raise UserError(f"{path} holds conversations; beam search does not stop at the "
+            raise UserError(f"{path} contains conversations; beam search does not stop at the "
                             "end of a turn: leave --num_beams out")
         prompts, targets, shortened = tasks.read_last_turns(
             path, tokenizer, model.config.block_size, wanted)
@@ -254,7 +254,7 @@ def print_rouge(rows):
 
 def run_lambada(cfg, model, tokenizer, source, world):
     if model.config.takes_pairs:
-        raise UserError("--task=lambada predicts the next word of a text, which T5 does not; give "
+        raise UserError("--task=lambada predicts the next word of a text, which T5 cannot do; use "
                         "a GPT")
     pairs = []
     for where, fields in tasks.read_lines(Path(cfg.input), "text"):
@@ -286,7 +286,7 @@ def main(argv: list[str]) -> None:
     check_config(cfg, world)
     dtype = pick_dtype(cfg.dtype, world.device)
     source = pick_source(cfg.out_dir, cfg.init_from)
-    if cfg.input is None:  # missing data is an error before the model is downloaded
+    if cfg.input is None:  # report missing data before the model is downloaded
         cfg.dataset = cfg.dataset or dataset_of(source)
         folder = dataset_folder(cfg.dataset)
         if cfg.task == "perplexity":

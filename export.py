@@ -70,7 +70,7 @@ def check_config(cfg):
 
 def cut_padding(model, tokenizer):
     """Drops the rows with which train.py pads GPT-2's vocabulary: another program may sample them.
-    Keeps other rows without a token: one may be an added token's. Prints the result."""
+    Keeps other rows without a token, which may belong to added tokens. Prints the result."""
     tokens, rows = tokenizer.n_vocab, model.config.vocab_size
     if (tokens, rows) == GPT2_VOCAB_SIZES:
         model.crop_vocab(tokens)
@@ -139,13 +139,13 @@ def check_inputs(config):
 # PEFT
 
 def write_adapters(folder, model, source, tokenizer):
-    """Writes the adapters of a LoRA run; returns the name of their base in transformers. Prints
-    the command that exports the base, if transformers cannot load it."""
+    """Writes the adapters of a LoRA run; returns the name of their base model in transformers.
+    Prints the command that exports the base model, if transformers cannot load it."""
     spec, adapters = read_adapters(source)
     write_peft(folder, asdict(model.config), adapters, spec, tokenizer)
     base, name = spec["base"], name_of_base(spec["base"])
     if needs_export(base):
-        print("transformers also needs the base of these adapters: python export.py "
+        print("transformers also needs the base model of these adapters: python export.py "
               f"--init_from={base} --format=hf --export_dir={name}")
     return name
 

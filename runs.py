@@ -18,7 +18,7 @@ from nanotune.training import resume, settings
 from nanotune.training.curves import best_of, draw_runs
 from nanotune.training.logbook import read_entries
 
-# fields that differ between any two runs, or say nothing about the result
+# fields that do not affect the result, and init_from and dataset, which are columns of the table
 NOT_COMPARED = ("out_dir", "wandb_run_name", "settings_version", "overwrite", "auto_resume",
                 "force_resume", "eval_only", "dry_run", "init_from", "dataset")
 
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def best(self) -> tuple[float, int] | None:
-        """(Lowest validation loss, its step), or None before the first evaluation."""
+        """Returns (lowest validation loss, its step), or None before the first evaluation."""
         best = best_of(self.entries)
         return (best["val_loss"], best["step"]) if best else None
 

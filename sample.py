@@ -61,11 +61,11 @@ class Config:
     chat: bool = False  # talk to a model finetuned with config/finetune_chat.py
     system: EscapedText = ""          # chat: the system message, which comes first
     num_samples: UpTo65536 | None = None  # samples per prompt, in one batch; None: 10 (beams: 1)
-    batch_size: UpTo65536 = 16        # LINES: samples or beams per batch; at least one prompt's
+    batch_size: UpTo65536 = 16      # LINES: samples or beams per batch; more if one prompt has more
     max_new_tokens: AtLeast1 = 500    # maximum new tokens per sample
     temperature: Temperature = 0.8    # 0: the most likely token; below 1 less random, above 1 more
     top_k: AtLeast0 = 200             # keep only the k most likely tokens; 0: all
-    top_p: Probability = 1.0          # keep the fewest tokens with this total probability
+    top_p: Probability = 1.0          # keep the most likely tokens up to this total probability
     repetition_penalty: Penalty = 1.0  # above 1: make tokens already in the text less likely
     num_beams: Beams | None = None    # beam search with this many beams; None: sampling
     length_penalty: LengthPenalty = 1.0  # beams: divide log p by tokens ** this; higher: longer
@@ -97,8 +97,8 @@ def check_beams(cfg):
         raise UserError(f"--num_beams finds one answer per prompt: leave --num_samples="
                         f"{cfg.num_samples} out")
     if cfg.num_beams is not None and cfg.chat:
-        raise UserError("--chat stops at the end of a turn, which beam search does not: leave "
-                        "--num_beams out")
+        raise UserError("beam search does not stop at the end of a turn: leave --num_beams out "
+                        "of --chat")
     cfg.num_samples = cfg.num_samples or (1 if cfg.num_beams else 10)
 
 
@@ -147,8 +147,9 @@ class Sampler:
         return torch.Generator(self.device).manual_seed(self.cfg.seed)
 
     def stream(self, prompts, generator):
-        """Yields (new texts, whether they have ended), two lists with an item per prompt, after
-        each token, and at last the text that was held back. Prompts are lists of ids."""
+        """Yields (new texts, whether each text has ended), two lists with an item per prompt, after
+        each token. The last pair has the text that TextPieces kept back. `prompts` are lists of
+        ids."""
         cfg, tokenizer = self.cfg, self.tokenizer
         pieces = [TextPieces(tokenizer, text_before(self.model, ids), self.stops)
                   for ids in prompts]
@@ -182,11 +183,11 @@ class Sampler:
 
 
 def print_samples(sampler, prompt, where="--start"):
-    """Prints the samples of one prompt in order, each when it has ended; several show a progress
-    bar. A single sample on a terminal is printed token by token."""
+    """Prints the samples of one prompt in order, each when it has ended, with a progress bar if
+    there are several. A single sample on a terminal is printed token by token."""
     n, ids = sampler.cfg.num_samples, sampler.encode(prompt, where)
     live = n == 1 and sys.stdout.isatty()
-    # not the end-of-text that an empty prompt became
+    # an empty prompt became end-of-text, which is not printed
     shown = sampler.tokenizer.decode(text_before(sampler.model, ids) if prompt else [])
     texts, printed = [[shown] for _ in range(n)], 0
     if live:
@@ -247,8 +248,8 @@ def answer_terminal(sampler):
 def chat_in_terminal(sampler):
     """Reads the user's messages, one per line, until the end of the input or Ctrl-C, and prints the
     model's answers. If the input is not a terminal, prints the messages too."""
-    greet("one message per line; /reset starts a new conversation; Ctrl-C ends an answer, or at "
-          "the prompt the session")
+    greet("one message per line; /reset starts a new conversation; Ctrl-C ends an answer; at "
+          "the prompt it ends the session")
     generator, first = sampler.generator(), sampler.cfg.system.strip()
     system = [Message("system", first)] if first else []
     history = []

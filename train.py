@@ -57,7 +57,7 @@ from nanotune.training.run import (
 )
 
 MAX_SKIPPED = 10  # the run stops if the float16 scaler skips this many steps in a row
-# not cuDNN: its plan for each new cache length takes longer than a token
+# without cuDNN: its plan for each new cache length takes longer than a token
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -93,7 +93,7 @@ class Config:
     separate_documents: bool = False  # tokens attend only to their own document
     source_length: AtLeast1 | None = None  # pairs: max tokens of a source; None: the model's, 512
     target_length: AtLeast1 | None = None  # pairs: max tokens of a target; None: the model's, 512
-    # model (from scratch; a pretrained model only takes dropout)
+    # model (from scratch; a pretrained model takes only dropout)
     n_layer: UpTo1000 = 12
     n_head: UpTo65536 = 12
     n_embd: UpTo65536 = 768
@@ -110,7 +110,7 @@ class Config:
     patience: AtLeast0 = 0  # stop after this many evaluations without improvement; 0: never
     # memory
     weights: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half the memory
-    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"  # moments: 8, 2 or 0 bytes
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"  # moments: 8, 2, 0 bytes/weight
     recompute: bool = False  # recompute activations: saves memory, takes 4/3 of the time
     lora_rank: Rank = 0  # train only adapters of this rank; 0: train all weights
     # learning rate
@@ -158,7 +158,7 @@ def count_targets(r: Run, step: int) -> int:
 
 def forward_backward(r: Run, step: int) -> torch.Tensor:
     """Accumulates the gradients of this rank's micro-batches. Returns their summed loss divided by
-    the targets of the *global* batch: the sum over ranks is the mean loss, in nats per token."""
+    the *global* number of targets: the sum over ranks is the mean loss, in nats per token."""
     cfg, world = r.cfg, r.world
     micro_steps = cfg.gradient_accumulation_steps
     first = step * micro_steps * cfg.batch_size
@@ -412,7 +412,7 @@ def main(argv: list[str]) -> None:
 
 
 def run_on(r: Run, changes: list[str]) -> None:
-    """Evaluates or trains, and ends the process; `changes` are lines to print first."""
+    """Evaluates, or trains and exits; `changes` are lines to print before training."""
     cfg, p, main_rank = r.cfg, r.progress, r.world.is_main
     if cfg.eval_only:
         train_loss, val_loss = evaluate_splits(r)

@@ -521,6 +521,6 @@ def test_a_test_conversation_that_ends_with_a_question_is_refused(tmp_path, make
 def test_beam_search_on_conversations_is_refused(tmp_path, make_run):
     folder = prepare(tmp_path, "--test_fraction=0.1", lines=MANY)
     out_dir, _ = make_run(JsonTokenizer(tiny_json()), block_size=256)
-    with pytest.raises(UserError, match=r"holds conversations.*leave --num_beams out"):
+    with pytest.raises(UserError, match=r"contains conversations.*leave --num_beams out"):
         evaluate.main(["--task=generate", f"--out_dir={out_dir}", f"--dataset={folder}",
                        "--num_beams=2", "--device=cpu"])

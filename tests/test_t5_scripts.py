@@ -127,7 +127,7 @@ def test_an_exported_t5_works_in_transformers_and_loads_again(trained, script, t
     (evaluate, dict(stride=4), "--stride=4 is for windows of plain text"),
     (evaluate, dict(input=__file__), "holds plain text, but T5 takes pairs"),
     (evaluate, dict(block_size=4), "T5 takes --source_length and --target_length"),
-    (evaluate, dict(task="lambada", input="lambada.jsonl"), "which T5 does not; give a GPT"),
+    (evaluate, dict(task="lambada", input="lambada.jsonl"), "which T5 cannot do; use a GPT"),
 ])
 def test_options_that_a_t5_excludes_are_refused(trained, script, tmp_path, monkeypatch, module,
                                                 fields, said):
