@@ -5,16 +5,16 @@
     python bench.py sample --num_samples=10
     python bench.py sample --against=PATH_OF_LLAMA_BENCH    # or ctranslate2
     python bench.py sample --exported=True       # PyTorch, and ONNX in float32, int8, int4
-    python bench.py load --model=gpt2-xl         # a Hugging Face folder into a model
-    python bench.py memory --model=gpt2-large    # peaks, and what --dry_run=True predicts
+    python bench.py load --model=gpt2-xl         # loading a Hugging Face folder
+    python bench.py memory --model=gpt2-large    # peak memory, and --dry_run=True's prediction
 
 nanotune's cases run train.py and sample.py themselves. Each case runs in its own process, with a
-warm-up. The cases alternate, so that a machine whose speed drifts favors none. Weights are random,
+warm-up. The cases alternate: a change of the machine's speed affects all. Weights are random,
 in the real shapes: nothing is downloaded. Prints a table of medians; writes all to bench.json.
 
-tok/s     tokens per second, trained or generated, after the warm-up: of sample.py's tokens only
-          the second half counts; "from the start" counts all, with the time in which kernels are
-          loaded, recorded and compiled
+tok/s     tokens per second, trained or generated, after the warm-up. For sample.py this is the
+          speed of the second half of the tokens; "from the start" is the speed of all, including
+          the time to load, record and compile kernels
 memory    peak: resident memory of the process on a CPU, memory allocated by torch on a GPU
 MFU       (6 N + 12 L C T) * tok/s / peak; the peak is the measured speed of a matrix product
 MBU       bytes of weights * steps/s / bandwidth; the bandwidth is measured by reading 1 GiB
@@ -68,7 +68,7 @@ class Config:
     dataset: str | None = None        # sample --exported: measure perplexity on this
     exported: bool = False  # sample: compare PyTorch in two dtypes with the ONNX formats
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # nanotune's; others: all native dtypes
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of nanotune; others: all native ones
     compiled: bool = True             # train: also run each case compiled, a minute more each
     out: str = "bench.json"           # the file to write
 
@@ -105,7 +105,7 @@ def run_process(argv, until=None, cwd=None):
 
 def run_worker(task, **options):
     """Runs one of WORKERS, or of TASKS in experiments/rivals.py, in a new process. Returns its
-    result with its memory: the process's, unless the worker measured a GPU's."""
+    result and its peak memory: the process's, unless the worker measured a GPU's."""
     file = ["bench.py", "worker"] if task in WORKERS else ["experiments/rivals.py"]
     text, _, rss = run_process([sys.executable, ROOT / file[0], *file[1:], task,
                                 json.dumps(options, default=str)])
@@ -413,7 +413,7 @@ SETTINGS = {
 
 
 def memory_cases(cfg, found, folder):
-    cfg = replace(cfg, steps=0)  # the second step has gradients, moments and activations in memory
+    cfg = replace(cfg, steps=0)  # the warm-up's second step has gradients, moments, activations
 
     def measure(fields):
         fields = fields | dict(gradient_accumulation_steps=2)
@@ -465,7 +465,8 @@ def spell(column, values):
 
 
 def ratio(results, name, column):
-    """How many times better the first case, nanotune by default, is in a column, by medians."""
+    """The factor by which the median of the first case (usually nanotune) is better than that of
+    the case `name`."""
     ours, theirs = (statistics.median(results[n][column]) for n in (next(iter(results)), name))
     return ours / theirs if column == "tok/s" else theirs / ours
 

@@ -8,7 +8,8 @@
 train      pairs per second and peak memory of t5-base's shape: nanotune; transformers in a plain
            loop, padded to the longest row of a batch; the same padded to 300 + 200, as in SimpleT5
 generate   about 500 predictions of t5-small's shape, in batches and one at a time
-f1         macro F1 of a small T5 from scratch, by train.py and by a transformers loop, three splits
+f1         macro F1 of a small T5 trained from scratch by train.py and by a transformers loop; three
+           splits
 export     ONNX in float32, int8 and int4: size and greedy speed of t5-base's shape compared with
            PyTorch in float32; F1 of the small T5 from scratch, trained here unless f1 has run
 
@@ -199,8 +200,8 @@ def generate(args):
 
 
 def loop_f1(folder, split, steps, seed):
-    """Returns macro F1 of transformers' model after a plain loop. The validation loss chooses the
-    weights, every sixth of the steps."""
+    """Returns macro F1 of transformers' model after a plain loop. Uses the weights with the
+    lowest validation loss, computed after every sixth of the steps."""
     from transformers import AutoModelForSeq2SeqLM
     torch.manual_seed(seed)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dropout_rate=0.1)

@@ -79,8 +79,8 @@ def command(script, *options):
 
 
 def prepare(args, seed, model=None):
-    """Returns the folder of a split. Prepares it if it is not there; with a `model`, the same
-    tweets as pairs for its tokenizer."""
+    """Returns the folder of a split. Prepares the split if it is not there. With a `model`, it has
+    the same tweets as pairs for the model's tokenizer."""
     name = f"split-{seed}" + (f"-{short_name(model)}" if model else "")
     folder = args.out_dir.resolve() / name
     form = [f"--tokenizer={source_of(model)}", "--pairs"] if model else []
