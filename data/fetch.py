@@ -7,7 +7,7 @@ train.mask.bin and val.mask.bin have one byte per token: 1 if it counts, else 0.
 
 A dataset of pairs, for T5, has train.pairs.bin and val.pairs.bin: two little-endian uint32 per
 pair, the numbers of source tokens and of target tokens. In the .bin file each source is followed by
-its target. Both end with the end token, which is counted.
+its target. Both end with the end token, which the numbers include.
 """
 import argparse
 import contextlib
@@ -161,7 +161,7 @@ def receive(url: str, part: Path, size: int | None, timeout: float) -> None:
                                          unit_scale=True, disable=None) as bar:
             while block := answer.read(1 << 16):
                 bar.update(f.write(block))
-    # to http.client a connection that closes early is the end of the file
+    # http.client takes a connection that closes early for the end of the file
     if promised and (received := part.stat().st_size) != promised:
         raise UserError(f"received {received:,} of {promised:,} bytes")
 
@@ -213,8 +213,9 @@ def split_documents(documents: Sequence[str | Document], val_fraction: float = 0
                     seed: int = 1337) -> tuple[Pieces, Pieces]:
     """Returns (train, val). val gets random whole documents, up to val_fraction of the characters.
 
-    If these make less than half of that (one document, or a few long ones), val also gets the end
-    of the longest training document. Raises UserError if val_fraction is not between 0 and 1.
+    If they have less than half as many characters (one document, or a few long ones), val also gets
+    the end of the longest training document. Raises UserError if val_fraction is not between 0 and
+    1.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: must be between 0 and 1")
@@ -354,8 +355,9 @@ PAIRS = (("prompt", "completion"), ("source_text", "target_text"), ("question", 
 
 def add_example_options(p: argparse.ArgumentParser) -> None:
     """Adds the options that name the columns and divide the examples."""
-    p.add_argument("--prompt_column", metavar="NAME", help="(default: see above)")
-    p.add_argument("--completion_column", metavar="NAME", help="(default: see above)")
+    p.add_argument("--prompt_column", metavar="NAME", help="column of the prompt (see above)")
+    p.add_argument("--completion_column", metavar="NAME",
+                   help="column of the completion (see above)")
     add_split_options(p)
 
 

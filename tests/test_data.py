@@ -359,7 +359,7 @@ def test_text_reads_the_documents_of_a_folder(gpt2, folder, tmp_path, capsys):
     assert train.count(50256) + val.count(50256) == 4
     assert names(tmp_path / "mine") == ["train.bin", "val.bin"]
     out = capsys.readouterr().out
-    assert "documents 4," in out and "skipped 1 files with other endings (.py 1)" in out
+    assert "documents 4," in out and "skipped 1 files with other extensions (.py 1)" in out
     cfg = next_config(out)
     assert (cfg.dataset, cfg.init_from, cfg.out_dir) == (
         str(tmp_path / "mine"), "gpt2", "out-mine")
@@ -567,7 +567,7 @@ def test_a_python_without_sources_or_topics_is_refused(library, monkeypatch, tmp
     with pytest.raises(UserError, match=r"only 0 docstrings in .*gone"):
         library.main([f"--out_dir={tmp_path}"])
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(UserError, match=r"without pydoc_data\.topics; install"):
+    with pytest.raises(UserError, match=r"no pydoc_data\.topics; install"):
         library.main([f"--out_dir={tmp_path}"])
 
 

@@ -81,7 +81,7 @@ def test_tweets_are_split_mixed_and_balanced(gpt2, tweets, tmp_path, capsys):
     test = [json.loads(line) for line in (out / "test.jsonl").open(encoding="utf-8")]
     train, val = documents(out, gpt2), documents(out, gpt2, "val")
     assert (len(train), len(val), len(test)) == (256, 14, 30)
-    assert "300 tweets taken, 150 of each label\n" in capsys.readouterr().out
+    assert "300 tweets drawn, 150 of each label\n" in capsys.readouterr().out
     texts = train + val + [row["prompt"] + row["completion"] for row in test]
     assert len(set(texts)) == 300
     for part in (train, val, texts[270:]):
@@ -125,7 +125,7 @@ def test_rows_that_are_left_out_are_counted(gpt2, tmp_path, capsys):
     prepare("twitter_sentiment", input=path, out_dir=tmp_path / "out")
     out = capsys.readouterr().out
     assert "115 rows; left out: 3 without a label or text, 22 duplicates" in out
-    assert ("80 tweets taken, 40 of each label, fewer than --samples=10000: only 40 distinct "
+    assert ("80 tweets drawn, 40 of each label, fewer than --samples=10000: only 40 distinct "
             "tweets are negative") in out
     texts = documents(tmp_path / "out", gpt2) + documents(tmp_path / "out", gpt2, "val")
     texts += [json.loads(line)["prompt"] for line in (tmp_path / "out/test.jsonl").open()]
@@ -172,7 +172,7 @@ def test_too_few_samples_are_refused(tmp_path):
 def test_the_real_tweets_have_the_known_counts(gpt2, shared, tmp_path, capsys):
     path = shared("data/sentiment140/tweets.csv")
     prepare("twitter_sentiment", input=path, out_dir=tmp_path)
-    assert "9,924 tweets taken, 4,962 of each label, fewer than" in capsys.readouterr().out
+    assert "9,924 tweets drawn, 4,962 of each label, fewer than" in capsys.readouterr().out
     assert tokens(tmp_path).max() == 50256 and (mask(tmp_path).sum() == 2 * 8956)
 
 

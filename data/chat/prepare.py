@@ -16,7 +16,7 @@ nanotune/text/chat.py shows the template. End-of-text follows the conversation, 
 
 The first message may be a system message; the next is a user's. White space around a text is
 removed, and so is text after the last answer. A conversation longer than --block_size is cut after
-an answer. If its first answer does not fit, it is left out. Both are counted.
+an answer. If its first answer does not fit, the conversation is left out. Both are counted.
 
 These are errors: another role, an empty text, an assistant's message before the first user's, and a
 text that holds the end of a turn or end-of-text. --skip_bad leaves such conversations out and
@@ -136,8 +136,8 @@ def encode_whole(chats: list[Chat], tokenizer: fetch.AnyTokenizer,
 
 def encode_chats(chats: list[Chat], tokenizer: fetch.AnyTokenizer, most: int,
                  name: str) -> tuple[np.ndarray, np.ndarray, list[Chat], int]:
-    """Returns (ids, mask, the conversations that were kept, how many of these were cut). One with
-    more than `most` ids is cut to the turns that fit, up to an assistant's."""
+    """Returns (ids, mask, the conversations that were kept, how many of these were cut). A
+    conversation with more than `most` ids is cut after the last answer that fits."""
     end, ids, mask, kept, cut = fetch.document_end(tokenizer), array("H"), array("B"), [], 0
     for chat, whole in zip(chats, encode_whole(chats, tokenizer, name), strict=True):
         ends = np.cumsum([len(turn) for turn, _ in whole]) + len(end)

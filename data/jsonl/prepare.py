@@ -115,7 +115,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--loss_on", default="all", choices=["all", "completion"],
                    help="tokens that the loss counts (default: all)")
     p.add_argument("--block_size", type=int, default=1024,
-                   help="longer examples are counted (default: 1024, GPT-2's context)")
+                   help="print how many examples have more tokens (default: 1024)")
     args = p.parse_args(argv)
     if (args.input is None) == (args.hub is None):
         raise UserError("pass either --input=FILE or --hub=OWNER/NAME")

@@ -49,7 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     fetch.add_example_options(p)
     for name in ("source", "target"):
         p.add_argument(f"--{name}_length", type=int, default=512, metavar="TOKENS",
-                       help=f"longer {name}s are counted (default: 512)")
+                       help=f"print how many {name}s have more tokens (default: 512)")
     args = p.parse_args(argv)
     if args.input is None:
         raise UserError("no pairs are given; pass --input=FILE")

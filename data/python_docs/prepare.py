@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fetch
 from fetch import UserError
 
-# tests, third-party packages, generated tables, and the topics
+# folders to skip: tests, third-party packages, generated tables, and the topics
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DOCUMENTED = (ast.Module, ast.ClassDef, *FUNCTIONS)
@@ -73,7 +73,7 @@ def read_topics() -> list[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError("this Python is without pydoc_data.topics; install all of its standard "
+        raise UserError("this Python has no pydoc_data.topics; install all of its standard "
                         "library (Debian: apt install libpython3-stdlib), or use one from "
                         "python.org") from None
     return [topics[name].strip() for name in sorted(topics)]

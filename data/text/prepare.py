@@ -42,10 +42,10 @@ def find_files(source: Path, extensions: str) -> list[Path]:
         if path.suffix.lower() in wanted:
             found[inside.as_posix()] = path
         else:
-            skipped[path.suffix.lower() or "no ending"] += 1
+            skipped[path.suffix.lower() or "no extension"] += 1
     if skipped:
-        kinds = ", ".join(f"{ending} {count:,}" for ending, count in skipped.most_common(5))
-        print(f"{source}: skipped {sum(skipped.values()):,} files with other endings ({kinds}"
+        kinds = ", ".join(f"{extension} {count:,}" for extension, count in skipped.most_common(5))
+        print(f"{source}: skipped {sum(skipped.values()):,} files with other extensions ({kinds}"
               f"{', ...' if len(skipped) > 5 else ''})")
     if not found:
         raise UserError(f"--input={source}: no {' '.join(sorted(wanted))} files in that folder; "
@@ -81,7 +81,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--vocab_size", type=int, default=8000,
                    help="tokens of --tokenizer=train (default: 8000)")
     p.add_argument("--ext", default=".txt,.md",
-                   help="endings of the files to read in a folder (default: .txt,.md)")
+                   help="extensions of the files to read in a folder (default: .txt,.md)")
     p.add_argument("--split_on", metavar="TEXT",
                    help="mark between documents of a file (default: end-of-text, <|endoftext|>)")
     args = p.parse_args(argv)

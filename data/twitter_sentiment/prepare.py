@@ -7,8 +7,8 @@ r"""Tweets and their sentiment: Sentiment140 (Go, Bhayani and Huang 2009) as pro
 --pairs --tokenizer=google-t5/t5-base writes pairs for config/finetune_t5_sentiment.py.
 
 The prompt is "Tweet: ...\nSentiment:", the completion " positive" or " negative". --seed draws the
-same number of each, without duplicates. A twentieth is for the test (test.jsonl) and a twentieth of
-the rest for validation, so the test never chooses a checkpoint.
+same number of tweets with each label, without duplicates. A twentieth is for the test (test.jsonl)
+and a twentieth of the rest for validation, so the test set never chooses a checkpoint.
 
 Downloads 81 MB (1.6 million tweets), or reads --input: the .zip, or its CSV in latin-1 or UTF-8.
 The CSV has six columns without a header: target (0 negative, 4 positive), id, date, query, user,
@@ -88,7 +88,7 @@ def read_tweets(path: Path, tokenizer: fetch.AnyTokenizer) -> list[tuple[str, st
 def split(tweets: list[tuple[str, str]], samples: int, test_fraction: float, val_fraction: float,
           seed: int, pairs: bool = False) -> dict[str, list[fetch.Example]]:
     """Returns shuffled splits, each with the same number of examples of both labels. Prints how
-    many tweets were taken."""
+    many tweets were drawn."""
     rng = random.Random(seed)
     by_label = {label: sorted(text for text, found in tweets if found == label)
                 for label in LABELS.values()}
@@ -97,7 +97,7 @@ def split(tweets: list[tuple[str, str]], samples: int, test_fraction: float, val
         raise UserError(f"no tweet is {fewest}, and both labels are needed; give the whole CSV, "
                         "which is sorted by label")
     each = min(samples // len(LABELS), len(by_label[fewest]))
-    print(f"{each * len(LABELS):,} tweets taken, {each:,} of each label"
+    print(f"{each * len(LABELS):,} tweets drawn, {each:,} of each label"
           + (f", fewer than --samples={samples}: only {each:,} distinct tweets are {fewest}"
              if each < samples // len(LABELS) else ""))
     splits = {"train": [], "val": [], "test": []}
@@ -131,7 +131,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--loss_on", default="completion", choices=["all", "completion"],
                    help="tokens that the loss counts (default: completion)")
     p.add_argument("--block_size", type=int, default=1024,
-                   help="longer examples are counted (default: 1024, GPT-2's context)")
+                   help="print how many examples have more tokens (default: 1024)")
     args = p.parse_args(argv)
     if args.samples < 6:
         raise UserError(f"--samples={args.samples}: must be at least 6, one per label and split")
