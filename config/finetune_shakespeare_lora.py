@@ -1,9 +1,9 @@
 # finetune gpt2-xl (1558M) with LoRA on a GPU with 6 GB
 # To print the plan without a download: --dry_run=True
 #
-# The weights are frozen, 2 bytes each (3.1 GB). Only 20M adapter weights are trained, 1.3 % as
-# many: 0.3 GB with gradients and moments. ckpt.pt is 80 MB: the adapters, and the name and hash of
-# gpt2-xl, which is needed to use them. sample.py and evaluate.py merge the two.
+# The weights are frozen, 2 bytes each (3.1 GB). Only 20M adapter weights are trained, 1.3 % of
+# 1558M: 0.3 GB with gradients and moments. ckpt.pt is 80 MB: the adapters, and the name and hash of
+# gpt2-xl. sample.py and evaluate.py load gpt2-xl and merge the adapters into it.
 #
 # A T4 (no native bfloat16) also stores the weights in bfloat16; it computes in float16
 # (--dtype=auto).
