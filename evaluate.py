@@ -150,17 +150,17 @@ def exp(x):
 
 
 def test_file(cfg):
-    """The path of the dataset's test.jsonl."""
+    """Returns the path of the dataset's test.jsonl."""
     path = dataset_folder(cfg.dataset) / "test.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist; prepare the dataset with --test_fraction=0.05")
     return path
 
 
-def generate_answers(cfg, model, tokenizer, prompts, wanted, end=()):
-    """([the answer to each prompt], [whether it was cut]). An answer is cut after `wanted` tokens
-    or when the context is full; it ends before end-of-text or the ids `end`."""
-    new, cut = tasks.answer(model, prompts, wanted, tokenizer.eot, tokenizer.n_vocab,
+def generate_answers(cfg, model, tokenizer, prompts, limit, end=()):
+    """Returns ([answer to each prompt], [whether it was cut]). An answer is cut after
+    `limit` tokens or when the context is full. It ends before end-of-text or the ids `end`."""
+    new, cut = tasks.answer(model, prompts, limit, tokenizer.eot, tokenizer.n_vocab,
                             cfg.batch_size or 32, end, cfg.num_beams, cfg.length_penalty)
     return [tokenizer.decode(ids) for ids in new], cut
 
@@ -184,8 +184,8 @@ def run_classify(cfg, model, tokenizer, source, world):
                                     cfg.batch_size or 32)
         predicted = answers = [names[i] for i in scores.argmax(1).tolist()]
     else:
-        wanted = cfg.max_new_tokens or max(map(len, labels.values())) + 1
-        answers, _ = generate_answers(cfg, model, tokenizer, prompts, wanted)
+        limit = cfg.max_new_tokens or max(map(len, labels.values())) + 1
+        answers, _ = generate_answers(cfg, model, tokenizer, prompts, limit)
         predicted = [tasks.parse_label(text, names) for text in answers]
     seconds = time.perf_counter() - began
     r = tasks.classification_scores(truth, predicted, names)
@@ -210,13 +210,13 @@ def print_confusion(names, confusion):
 
 
 def run_generate(cfg, model, tokenizer, source, world):
-    path, wanted, end = test_file(cfg), cfg.max_new_tokens or 128, ()
+    path, limit, end = test_file(cfg), cfg.max_new_tokens or 128, ()
     if tasks.has_chats(path):
         if cfg.num_beams is not None:
             raise UserError(f"{path} contains conversations; beam search does not stop at the "
                             "end of a turn: leave --num_beams out")
         prompts, targets, shortened = tasks.read_last_turns(
-            path, tokenizer, model.config.block_size, wanted)
+            path, tokenizer, model.config.block_size, limit)
         end = tokenizer.encode(tokenizer.chat.end)
         if shortened:
             print(f"note: {shortened:,} of {len(prompts):,} conversations were read without their "
@@ -224,7 +224,7 @@ def run_generate(cfg, model, tokenizer, source, world):
     else:
         prompts, targets = tasks.read_targets(path, tokenizer, model.config.block_size)
     began = time.perf_counter()
-    answers, cut = generate_answers(cfg, model, tokenizer, prompts, wanted, end)
+    answers, cut = generate_answers(cfg, model, tokenizer, prompts, limit, end)
     seconds = time.perf_counter() - began
     scores = list(map(tasks.answer_scores, targets, answers))
     rouge = tasks.rouge_scores(targets, answers)

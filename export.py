@@ -108,15 +108,15 @@ def check_onnx(path, model, quantize):
     past. Raises UserError if it is too large; for a quantized model, if it is not finite."""
     read, _ = open_onnx(path)
     prompts, new, x, y = check_inputs(model.config)
-    wanted, whole = (torch.cat(list(m.logits_at(x, y))) for m in (model, read))
+    expected, whole = (torch.cat(list(m.logits_at(x, y))) for m in (model, read))
     cache, last = read.start(prompts, new.size(1) + 1)
     if new.size(1):
         last = read.step(new, cache)
-    apart = max(float((whole - wanted).abs().max()),
-                float((last - wanted.view(2, -1, wanted.size(1))[:, -1]).abs().max()))
-    largest = float(wanted.abs().max())
-    print(f"logits differ from PyTorch's by at most {apart:.2g}, the largest is {largest:.1f}")
-    if not apart < (max(1e-3, 1e-5 * largest) if quantize == "none" else math.inf):
+    difference = max(float((whole - expected).abs().max()),
+                     float((last - expected.view(2, -1, expected.size(1))[:, -1]).abs().max()))
+    largest = float(expected.abs().max())
+    print(f"logits differ from PyTorch's by at most {difference:.2g}, the largest is {largest:.1f}")
+    if not difference < (max(1e-3, 1e-5 * largest) if quantize == "none" else math.inf):
         raise UserError(f"{Path(path).name} does not compute the model's logits; try another "
                         "onnxruntime: pip install -U onnxruntime")
 

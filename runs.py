@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--picture={args.picture} must be a .png, .pdf or .svg file in a folder "
                         "that exists")
     rows = [read_run(folder) for folder in args.runs or find_runs()]
-    header = ["run", "base", "dataset", "steps", "tokens", "best validation loss", "tokens/s"]
+    header = ["run", "init_from", "dataset", "steps", "tokens", "best validation loss", "tokens/s"]
     print_table([header, *map(summary, rows)])
     differ = differences(rows)
     if len(differ) > 1:

@@ -243,7 +243,7 @@ def evaluate_and_save(r: Run) -> None:
         saved = save(r, checkpoint.MODEL_FILE, improved and cfg.always_save_checkpoint)
         if improved and not saved:  # the best on disk is still the previous one
             vars(p).update(vars(before) | {"evaluated": p.step})
-    if cfg.save_interval is None:  # after ckpt.pt: if killed between, a resume evaluates again
+    if cfg.save_interval is None:  # last: a run killed before this save repeats the evaluation
         save(r, checkpoint.STATE_FILE)
     evaluations = p.step // cfg.eval_interval
     if cfg.sample_interval and evaluations % cfg.sample_interval == 0:

@@ -20,7 +20,7 @@ def test_the_table_lists_runs_and_the_options_in_which_they_differ(folder, monke
     monkeypatch.chdir(folder)
     runs.main([])
     header, a, b, blank, *fields = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["run", "base", "dataset", "steps"] and blank == ""
+    assert header.split()[:4] == ["run", "init_from", "dataset", "steps"] and blank == ""
     run_a = runs.read_run(folder / "out-a")
     assert a.split()[:5] == ["out-a", "scratch", str(folder / "words"), "3",
                              str(3 * run_a.tokens_per_step)]
