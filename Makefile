@@ -38,7 +38,7 @@ chat: .venv/.runs
 	@echo "--- 2. finetune it on conversations about the library's classes and functions"
 	$(PY) data/chat/prepare.py --input=$(TALKS)/train.jsonl --val_input=$(TALKS)/val.jsonl --test_input=$(TALKS)/test.jsonl --out_dir=data/python_docs/chat --tokenizer=data/python_docs/docstrings --block_size=128 --user=Q: --assistant=A: --end='\n--\n'
 	$(PY) train.py config/quickstart_chat.py --overwrite=True
-	@echo "--- 3. evaluate: the loss of the answers before and after; last answers of test conversations"
+	@echo "--- 3. evaluate: the loss of the answers before and after finetuning; last answers of test conversations"
 	@$(PY) evaluate.py --out_dir=out-quickstart-base --dataset=python_docs/chat
 	@$(PY) evaluate.py --out_dir=out-quickstart-chat --dataset=python_docs/chat
 	@$(PY) evaluate.py --task=generate --out_dir=out-quickstart-chat --dataset=python_docs/chat

@@ -4,7 +4,7 @@ r"""Your own conversations as a dataset, to finetune a model that chats.
     python train.py config/finetune_chat.py --dataset=mine
     python sample.py --out_dir=out-chat --chat
 
-FILE is .jsonl with one conversation per line, or a .json array of them:
+FILE is .jsonl with one conversation per line, or a .json array of conversations. Their fields:
 
 messages                     [{"role": "system", "user" or "assistant", "content": "..."}, ...]
 conversations                ShareGPT's: [{"from": "human" or "gpt", "value": "..."}, ...]

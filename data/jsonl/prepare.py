@@ -8,7 +8,7 @@ FILE is .jsonl, with one example per line, or a .csv or .tsv whose first row nam
 
 prompt, completion           also source_text, target_text, or question, answer
 instruction, input, output   Alpaca's, written as Alpaca's prompt; input is optional
-text                         a plain text; the only column of a table may have another name
+text                         a plain text; if a table has one column, its name does not matter
 
 --prompt_column= and --completion_column= name other columns. Numbers are used as text.
 --hub=OWNER/NAME reads a dataset of the Hugging Face hub; it needs `pip install datasets`.

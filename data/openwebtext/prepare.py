@@ -76,7 +76,7 @@ def arrays(tokenized, name: str) -> Iterator[np.ndarray]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = fetch.parser(__doc__, Path(__file__).parent, "read these instead of a download")
+    p = fetch.parser(__doc__, Path(__file__).parent, "read this path instead of a download")
     p.add_argument("--num_proc", type=int, default=os.cpu_count(),
                    help="processes that tokenize (default: one per core)")
     args = p.parse_args(argv)

@@ -8,7 +8,7 @@ topics/         Python's language reference, as help("if") shows it, for finetun
 conversations/  train.jsonl, val.jsonl and test.jsonl for data/chat/prepare.py: questions about
                 classes and functions, with answers from their docstrings; about 2,800 to train on
 
-No network is needed. Both datasets use one byte-level BPE, trained on the training docstrings.
+No network is needed. Both datasets use the same byte-level BPE, trained on the training docstrings.
 Documents that mostly repeat others are left out, so that no text is in two splits. Conversations in
 val.jsonl and test.jsonl are about validation docstrings. Token counts differ a little between
 versions of Python.
@@ -110,7 +110,7 @@ def find_named(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
 def find_subjects(library: dict[str, ast.Module],
                   splits: dict[str, set[str]]) -> Iterator[tuple[str, tuple]]:
     """Yields (split, (module, name, node, answer)) of each public class or function with a short
-    docstring. `split` is the docstring's, `answer` is its first paragraph."""
+    docstring. `split` has the docstring, and `answer` is the docstring's first paragraph."""
     for path, tree in library.items():
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         if any(part.startswith("_") for part in module.split(".")):
@@ -144,7 +144,8 @@ def ask_about(module: str, name: str, node: ast.AST, answer: str,
 
 def make_chats(library: dict[str, ast.Module], splits: dict[str, set[str]]) -> dict[str, list]:
     """Returns {"train", "val", "test": conversations}. A conversation is a list of messages about
-    one subject or two adjacent ones. Every second one about validation docstrings is in "test"."""
+    one subject or two adjacent ones. Every second conversation about validation docstrings is in
+    "test"."""
     draw, subjects, chats = random.Random(1337), {"train": [], "val": []}, {}
     for split, subject in find_subjects(library, splits):
         subjects[split].append(subject)

@@ -12,8 +12,8 @@ few. Text must be UTF-8. A byte order mark is removed, and Windows line ends bec
 
 --tokenizer=gpt2        GPT-2's, to finetune a pretrained model (the default)
 --tokenizer=char        characters, for a small model from scratch
---tokenizer=train       a byte-level BPE of --vocab_size tokens, trained on this text; for a model
-                        from scratch too
+--tokenizer=train       a byte-level BPE of --vocab_size tokens, trained on this text; also for
+                        a model from scratch
 --tokenizer=NAME        another model's: a tokenizer.json, a folder or a hub id
 """
 import argparse
