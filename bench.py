@@ -506,7 +506,7 @@ def check_config(mode, cfg):
                         "executable")
     package = {"llama.cpp": "gguf", "ctranslate2": "ctranslate2"}.get(rival)
     if package and mode != "sample":
-        raise UserError(f"--against={cfg.against} is for `bench.py sample`; {rival} does not train")
+        raise UserError(f"--against={cfg.against} works only with `bench.py sample`")
     if rival == "llama.cpp" and cfg.num_samples > 1:
         raise UserError("llama-bench generates one sample at a time: use --num_samples=1")
     if package and importlib.util.find_spec(package) is None:

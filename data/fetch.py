@@ -533,7 +533,7 @@ def encode_dataset(out_dir: Path, train: Pieces, val: Pieces,
 def write_dataset(out_dir: Path, train: Iterable[np.ndarray], val: Iterable[np.ndarray],
                   files: dict[str, bytes]) -> tuple[int, int]:
     """Writes train.bin, val.bin and `files` ({name: content}). Returns the numbers of tokens in
-    train.bin and val.bin. Raises UserError if a split has less than MIN_TOKENS tokens.
+    train.bin and val.bin. Raises UserError if a split has fewer than MIN_TOKENS tokens.
 
     All files are first written and fsynced as NAME.part, so an error leaves the old files. Then the
     old files, COMPANIONS included, are deleted and the new ones renamed; an error then leaves no

@@ -87,8 +87,8 @@ def find_messages(where: str, fields: dict) -> list:
 
 
 def to_chat(where: str, fields: dict, tokenizer: fetch.AnyTokenizer) -> Chat:
-    """Returns the conversation of a line up to its last answer. Raises UserError if it is not a
-    valid one."""
+    """Returns the conversation of a line up to its last answer. Raises UserError if the
+    conversation is invalid."""
     messages = fetch.read_messages(find_messages(where, fields), where)
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
     if last < 0:

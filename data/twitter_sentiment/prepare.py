@@ -38,7 +38,7 @@ FORMS = {False: ("Tweet: {}\nSentiment:", " {}"), True: ("sst2 sentence: {}", "{
 
 
 def read_content(path: Path) -> str:
-    """Returns the text of the CSV, also of one in the .zip. Tries UTF-8 first, because latin-1
+    """Returns the text of the CSV, or of the CSV in the .zip. Tries UTF-8 first, because latin-1
     decodes anything."""
     if not path.is_file():
         raise UserError(f"--input={path}: no such file")
