@@ -10,7 +10,7 @@ from nanotune.errors import UserError
 
 def encode_in_threads(encode: Callable[[str], np.ndarray], texts: Sequence[str],
                       ) -> list[np.ndarray]:
-    """Returns encode(text) of each text; `encode` must release the GIL. Short texts share a task.
+    """Returns encode(text) for each text; `encode` must release the GIL. Short texts share a task.
     """
     threads = os.cpu_count() or 1
     size = len(texts) // (64 * threads) + 1
