@@ -3,7 +3,7 @@
     logits = head(x)                             # Head is a matrix without bias
     loss = head_loss(x, head, targets, dtype)    # summed over the targets that are not -1
 
-head_loss() never has the logits of all rows in memory, by far the largest tensor of a small model.
+head_loss() never has all logits in memory: they are by far the largest tensor of a small model.
 Letters in the shape comments: N rows, C channels, V vocabulary, n rows of a chunk.
 """
 from collections.abc import Iterator

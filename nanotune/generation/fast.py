@@ -179,7 +179,7 @@ class FixedCache:
         self.pad = None if cache.pad is None else cache.pad.clone()
 
     def place(self, cache):
-        """Copies the cache's next column and its padding."""
+        """Copies the position and the padding of the cache."""
         self.column.fill_(cache.pos)
         if self.pad is not None:
             self.pad.copy_(cache.pad) if cache.pad is not None else self.pad.zero_()

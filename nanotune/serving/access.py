@@ -48,7 +48,8 @@ class Access:
                            "with --allow_host=NAME")
         site = origin and origin.lower().removeprefix("https://").removeprefix("http://")
         if site not in (None, host.lower()) and hostname(site) not in self.names:
-            raise ApiError(403, f"pages of {origin[:99]!r} may not use this server")
+            raise ApiError(403, f"pages of {origin[:99]!r} may not use this server; if it is "
+                           "behind a proxy, start it with --allow_host=NAME")
 
     def knows(self, name):
         """Whether a name or address from a Host header is this server's. If the server is bound to

@@ -107,7 +107,7 @@ def pick_engine(given: dict, engines: Mapping[str, Engine]) -> Engine:
 
 
 def check_max_tokens(max_tokens: int, limits: Limits) -> None:
-    """Raises ApiError above the server's limit."""
+    """Raises ApiError if max_tokens is above the server's limit."""
     if max_tokens > limits.max_tokens:
         raise ApiError(400, f"max_tokens is {max_tokens}; this server generates at most "
                        f"{limits.max_tokens}", "max_tokens")

@@ -321,7 +321,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data if isinstance(data, bytes) else data.encode())
 
     def log_error(self, format, *args):
-        """Prints nothing: log_request() prints the status, and no request at all is no error."""
+        """Prints nothing: log_request() prints the status; a client may close without a request."""
 
     def log_request(self, code="-", size="-"):
         if self.path != "/health":  # the page asks for it every 2 s
