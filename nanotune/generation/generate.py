@@ -45,7 +45,7 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
     When the context is full, its later half is read again as a prompt. So the model always sees at
     least half a context. The cost is one prompt every block_size / 2 tokens.
 
-    With with_logits, yields (token, logits): the model's logits (B, n_vocab), without the penalty.
+    If with_logits, yields (token, logits): the model's logits (B, n_vocab), without the penalty.
     """
     cache, logits = model.start(prompts, max_new_tokens)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)

@@ -31,5 +31,5 @@ def encode_characters(stoi: dict[str, int], texts: Sequence[str]) -> list[np.nda
         found.append(table[np.minimum(points, len(table) - 1)])
         if len(text) and found[-1].min() < 0:
             raise UserError(f"the character {text[found[-1].argmin()]!r} is not in the model's "
-                            f"vocabulary of {len(stoi)}: {''.join(stoi)!r}")
+                            f"vocabulary of {len(stoi)}; use only these: {''.join(stoi)!r}")
     return found

@@ -157,7 +157,7 @@ class JsonTokenizer:
             vocab = self.tokenizer.get_vocab()
             self.is_byte_level = "ByteLevel" in str(json.loads(text).get("decoder"))
         if not vocab:
-            raise UserError(f"{where} has an empty vocabulary")
+            raise UserError(f"{where} has an empty vocabulary; use another copy of it")
         self.n_vocab = self.rows = max(vocab.values()) + 1
         self.special = self.known(special, vocab)
         self.special_ids = {key: vocab[token] for key, token in self.special.items()}
