@@ -1,12 +1,12 @@
-"""Attention and dropout: torch's, or faster versions of the same for training on a CPU.
+"""Attention and dropout: torch's, or a faster version for training on a CPU.
 
     y = attention(q, k, v, mask, scale, dropout)    # q (B, nh, T, hs), k and v (B, nh, S, hs)
     x = dropout(x, p, training)
 
 On a CPU torch computes attention with dropout in float32 and keeps three tensors of all pairs of
-tokens in memory. Without dropout it spends as much time on masked pairs as on others. The version
-here multiplies a few rows at a time and skips most pairs above the diagonal. Its random numbers for
-dropout take a sixth of the time.
+tokens in memory. Without dropout torch spends as much time on masked pairs as on others. The
+version here multiplies a few rows at a time and skips most pairs above the diagonal. It draws the
+random numbers for dropout in a sixth of torch's time.
 """
 import math
 
@@ -18,9 +18,10 @@ ROWS = 128  # rows per block: few enough to skip most masked pairs, enough for f
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
               scale: float | None, dropout: float = 0.0) -> torch.Tensor:
-    """q (B, nh, T, hs), k, v (B, nh, S, hs) -> (B, nh, T, hs). `mask`, (T, S) or (B, 1, T, S), is
-    added to the scores and must mask all later tokens. None masks only those; T must then be S or
-    1. `scale` None means 1 / sqrt(hs). `dropout` is the rate for the attention weights."""
+    """Causal attention: q (B, nh, T, hs), k, v (B, nh, S, hs) -> (B, nh, T, hs). `mask`, (T, S) or
+    (B, 1, T, S), is added to the scores and must mask all later tokens. If it is None, only later
+    tokens are masked, and T must be S or 1. `scale` None means 1 / sqrt(hs). `dropout` is the rate
+    for the attention weights."""
     T, S = q.size(2), k.size(2)
     if (q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and T == S
             and q.dtype != torch.float16 and not torch.compiler.is_compiling()):
@@ -82,13 +83,14 @@ def blocks(T):
 
 
 def attention_bytes(n_head: int, block_size: int, dtype: torch.dtype) -> int:
-    """Returns the bytes of weights that attention() keeps per row of a batch, training on a CPU."""
+    """Returns the bytes of attention weights that attention() keeps for one sequence of a batch, in
+    training on a CPU."""
     return n_head * dtype.itemsize * sum((end - begin) * end for begin, end in blocks(block_size))
 
 
 def keep_mask(shape: torch.Size, p: float) -> torch.Tensor:
     """A bool mask of this shape on the CPU, True with probability 1 - p, rounded to 1 / 65536. Each
-    64-bit random number is used for four elements: a sixth of bernoulli_()'s time."""
+    64-bit random number is used for four elements, so this takes a sixth of bernoulli_()'s time."""
     numel, dropped = shape.numel(), min(round(p * 65536), 65535)  # fits in int16 below
     drawn = torch.empty(numel // 4 + 1, dtype=torch.int64).random_(-2**63, None)
     return (drawn.view(torch.int16)[:numel] >= dropped - 32768).view(shape)

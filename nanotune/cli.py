@@ -1,4 +1,4 @@
-"""Ends a script: with one line for an error that a user can fix, with a traceback for a bug.
+"""Runs a script's main(): prints one line for an error that a user can fix, a traceback for a bug.
 
     if __name__ == "__main__":
         run(main)
@@ -25,11 +25,11 @@ SIGPIPE_STATUS = 128 + 13  # a shell's status for a process that SIGPIPE ended
 def run(main: Callable[[list[str]], object]) -> None:
     """Calls main(argv) and ends the process.
 
-    On a UserError, lack of memory, a refused path or a lost rank, prints one line on stderr and
-    exits with status 1. Any other exception is a bug and keeps its traceback. If the reader of
-    stdout is gone (`| head`), the script ends without a message. Under torchrun rank 0 prints a
-    UserError; the others print it after 5 s, unless rank 0 has ended the job by then. If torchrun
-    is gone, all ranks stop as after SIGTERM.
+    If main() raises a UserError, runs out of memory, uses a path that the system refuses, or loses
+    another rank, prints one line on stderr and exits with status 1. Any other exception is a bug
+    and keeps its traceback. If the reader of stdout is gone (`| head`), the script ends
+    without a message. Under torchrun rank 0 prints a UserError; the other ranks print it after 5 s,
+    unless rank 0 has ended the job by then. If torchrun is gone, all ranks stop as after SIGTERM.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
@@ -82,7 +82,7 @@ def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
 
 
 def silence(stream):
-    """Redirects a stream to os.devnull; else Python prints an error when it flushes it at exit."""
+    """Redirects a stream to os.devnull, so that Python's flush at exit does not print an error."""
     with contextlib.suppress(OSError, ValueError):  # a stream without a file, in tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -93,17 +93,17 @@ def in_process_group() -> bool:
 
 
 def end_now(status: int) -> None:
-    """Ends a process of a group without running destructors: DDP's, in torch 2.13 with gloo, can
-    wait forever for a thread that waits for the GIL. After an error it does not wait for other
-    ranks either."""
+    """Ends a process of a process group without running destructors: in torch 2.13 with gloo, DDP's
+    destructor can wait forever for a thread that waits for the GIL. After an error, also does not
+    wait for the other ranks."""
     if status == 0:
         sys.modules["torch.distributed"].destroy_process_group()
     os._exit(status)
 
 
 def last_line(e: Exception) -> str | None:
-    """The line to print, or None for a bug. With a UserError the other ranks wait for rank 0 to
-    print first."""
+    """The line to print, or None for a bug. On a UserError, ranks other than 0 wait 5 s here, since
+    rank 0 prints the same line."""
     if not isinstance(e, UserError):
         return out_of_memory(e) or bad_path(e) or lost_rank(e)
     if int(os.environ.get("RANK", 0)) != 0:
@@ -135,14 +135,14 @@ def lost_rank(e: Exception) -> str | None:
     rank, size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
     return (f"process {rank} of {size}: another process is gone or did not answer in time "
             f"({text[text.index(sign):][:80]}); see the message of that process, above or in its "
-            "terminal. The states on disk are good: start the job again with --auto_resume=True")
+            "terminal. The saved states are intact: start the job again with --auto_resume=True")
 
 
 class StopSignals:
     """A context in which Ctrl-C, SIGTERM and SIGHUP request a stop at the end of the step:
-    `received` is the signal's number, or 0. A closed terminal sends SIGHUP; under nohup it stays
-    ignored. A second Ctrl-C stops at once, except under torchrun, which sends another signal after
-    the terminal's."""
+    `received` is the signal's number, or 0. A closed terminal sends SIGHUP; under nohup SIGHUP
+    stays ignored. A second Ctrl-C stops at once, but not under torchrun, which sends a second
+    signal itself."""
     def __enter__(self) -> "StopSignals":
         self.received = 0
         stops = [signal.SIGINT, signal.SIGTERM]

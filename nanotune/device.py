@@ -21,8 +21,8 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 def autocast(device: torch.device, dtype: torch.dtype, cache: bool = False) -> torch.autocast:
     """Returns a context in which matrix products run in `dtype`; float32 disables it.
 
-    `cache` keeps each cast matrix until the context ends. This saves time over many passes; for a
-    single pass it only takes memory, most with recompute.
+    `cache` keeps each cast matrix until the context ends. This saves time if the context has many
+    passes; with a single pass it only takes memory, most of all with recompute.
     """
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 
@@ -85,12 +85,12 @@ def pick_compile(choice: str | bool, device: torch.device, sharded: bool = False
     """Returns whether to call torch.compile; `choice` is auto, True or False, and `weights` the
     dtype of the parameters.
 
-    'auto' compiles if that is known to work: on a GPU of capability 7 and up, with Triton, not
-    sharded, and not bfloat16 weights on a GPU that lacks it.
+    'auto' compiles if that is known to work: on a GPU of capability 7 and up, with Triton, if the
+    model is not sharded, and not for bfloat16 weights on a GPU that lacks bfloat16.
     """
     if choice != "auto":
         return choice
-    if weights == torch.bfloat16 and lacks_bfloat16(device):  # fails after minutes
+    if weights == torch.bfloat16 and lacks_bfloat16(device):  # would fail after minutes
         return False
     return (not sharded and device.type == "cuda"
             and torch.cuda.get_device_capability(device)[0] >= 7
@@ -113,10 +113,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def tune_malloc() -> None:
     """Makes glibc keep freed memory, which the next micro-step uses again.
 
-    By default glibc returns large blocks to the system, which clears the pages of each new block:
-    a tenth of a step's time. Returning all of them saves 8 % of the memory of a run with recompute,
-    but takes 1.7 times as long (GPT-2 124M, 1 x 1024 tokens). Does nothing with other C libraries,
-    which have no such option.
+    By default glibc returns large blocks to the system, and the system clears the pages of each new
+    block. That takes a tenth of a step. Returning every block would save 8 % of the memory of a run
+    with recompute, but a step would take 1.7 times as long (GPT-2 124M, 1 x 1024 tokens). Does
+    nothing with other C libraries, which have no such option.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -138,10 +138,10 @@ def device_memory(device: torch.device) -> int | None:
     if not hasattr(os, "sysconf"):  # Windows
         return None
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [Path("/sys/fs/cgroup/memory.max"),
-              Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    held = [path.read_text().strip() for path in limits if path.is_file()]
-    return min([whole, *(int(text) for text in held if text.isdigit())])
+    files = [Path("/sys/fs/cgroup/memory.max"),
+             Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    limits = [path.read_text().strip() for path in files if path.is_file()]
+    return min([whole, *(int(text) for text in limits if text.isdigit())])
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -20,7 +20,7 @@ def out_of_memory(e: BaseException) -> str | None:
     else None. Host allocations fail as MemoryError (Python, numpy), RuntimeError (torch) or ENOMEM
     (mmap)."""
     text = str(e)
-    device = type(e).__name__ == "OutOfMemoryError" or (  # RuntimeError: Metal, some of CUDA's
+    device = type(e).__name__ == "OutOfMemoryError" or (  # RuntimeError: Metal, parts of CUDA
         isinstance(e, RuntimeError) and "out of memory" in text)
     host = (isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM
             or "allocate memory" in text or "bad_alloc" in text)

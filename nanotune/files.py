@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-MOST_UNPACKED = 100  # times its size: a checkpoint that unpacks to more is refused
+MOST_UNPACKED = 100  # a checkpoint that unpacks to more than this many times its size is refused
 
 LOCK_FILE = ".lock"
 RETRY = 30.0  # seconds to wait for a lock: a run that is ending may still hold it
@@ -72,7 +72,7 @@ def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object], keep: i
 def make_older(path, keep):
     """Renames NAME.1.pt to NAME.2.pt and so on, and makes NAME.1.pt a hard link to `path`.
 
-    Links it rather than renames it, so that there is always a file at `path`.
+    A link, not a rename, so that there is always a file at `path`.
     """
     def aged(age):
         return path.with_suffix(f".{age}{path.suffix}")
@@ -116,7 +116,8 @@ def write_folder(path: str | Path, write: Callable[[Path], object], replaceable:
 
     A folder at `path` that is not empty is replaced only with `overwrite`, and only if it has only
     plain files whose names match a pattern of `replaceable` (fnmatch's). A link is never followed.
-    Raises UserError if the folder must not be replaced or writing fails; it is then intact.
+    Raises UserError if the folder must not be replaced or writing fails; the old folder is then
+    intact.
     """
     path = Path(path)
     check_replaceable(path, replaceable, overwrite)
@@ -154,11 +155,11 @@ def check_replaceable(path: Path, replaceable: Sequence[str], overwrite: bool) -
         return
     if not path.is_dir():
         raise UserError(f"{path} is a file; give a folder that does not exist yet")
-    held = sorted(path.iterdir())
-    foreign = [p.name for p in held if p.is_symlink() or not p.is_file()
+    present = sorted(path.iterdir())
+    foreign = [p.name for p in present if p.is_symlink() or not p.is_file()
                or not any(fnmatch(p.name, pattern) for pattern in replaceable)]
-    if held and not overwrite:
-        raise UserError(f"{path} is not empty ({held[0].name}{', ...' if held[1:] else ''}); "
+    if present and not overwrite:
+        raise UserError(f"{path} is not empty ({present[0].name}{', ...' if present[1:] else ''}); "
                         "choose another folder, or replace it with --overwrite=True")
     if foreign:
         raise UserError(f"{path} holds {foreign[0]}, which is not from an export: --overwrite=True "
@@ -177,7 +178,7 @@ def lock(folder: str | Path) -> Iterator[None]:
     # NFS needs a file that is open for writing; opening it does not change its age
     with open(Path(folder, LOCK_FILE), "a+", errors="replace") as f:
         end = time.monotonic() + RETRY
-        while not take(f):
+        while not try_lock(f):
             if time.monotonic() > end:
                 f.seek(0)
                 raise UserError(f"{folder} is in use: {f.read(200) or 'a process'} is running; "
@@ -187,7 +188,7 @@ def lock(folder: str | Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk: then the lock names no process
             f.truncate(0)
             os.write(f.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-        threading.Thread(target=beat, args=(f.name, ended), daemon=True).start()
+        threading.Thread(target=touch_until, args=(f.name, ended), daemon=True).start()
         try:
             yield
         finally:
@@ -196,8 +197,8 @@ def lock(folder: str | Path) -> Iterator[None]:
                 f.truncate(0)
 
 
-def take(f):
-    """Tries to lock an open file and returns whether that worked. Without flock, returns whether
+def try_lock(f):
+    """Locks an open file if it is free; returns whether that worked. Without flock, returns whether
     the file is empty or older than STALE."""
     if fcntl is not None:
         try:
@@ -207,11 +208,11 @@ def take(f):
             return False
         except OSError:  # a file system without locks
             pass
-    held = os.fstat(f.fileno())
-    return held.st_size == 0 or time.time() - held.st_mtime > STALE
+    info = os.fstat(f.fileno())
+    return info.st_size == 0 or time.time() - info.st_mtime > STALE
 
 
-def beat(path, ended):
+def touch_until(path, ended):
     while not ended.wait(STALE / 6):
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -243,8 +244,8 @@ def load(path: str | Path) -> dict:
             if damaged is None:
                 data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} contains code or objects other than plain data; it was refused "
-                        "and not run") from None
+        raise UserError(f"{path} contains code or objects other than plain data, which were not "
+                        "run; use a checkpoint without them") from None
     except Exception as e:  # a damaged archive or pickle can raise nearly anything
         if out_of_memory(e) or isinstance(e, UserError):
             raise

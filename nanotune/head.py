@@ -1,9 +1,9 @@
-"""The head of a language model: its logits, and its loss, a few rows of logits at a time.
+"""The head of a language model: its logits, and the loss computed from a few rows at a time.
 
     logits = head(x)                             # Head is a matrix without bias
     loss = head_loss(x, head, targets, dtype)    # summed over the targets that are not -1
 
-The logits of all rows, by far the largest tensor of a small model, are never in memory at once.
+head_loss() never has all logits in memory: they are by far the largest tensor of a small model.
 Letters in the shape comments: N rows, C channels, V vocabulary, n rows of a chunk.
 """
 from collections.abc import Iterator
@@ -21,8 +21,9 @@ class Head(nn.Linear):
     """A linear layer without bias from C channels to the logits of V ids.
 
     In half precision it multiplies by its weights minus their mean row. This subtracts the same
-    number from all logits of a row, which is added back in float32. The logits of the released
-    GPT-2 are near -100, where two bfloat16 numbers are 0.5 apart; minus their mean they are small.
+    number from all logits of a row; that number is added back in float32. The logits of the
+    released GPT-2 are near -100, where neighboring bfloat16 numbers are 0.5 apart. Minus their mean
+    they are small.
     """
     def __init__(self, n_embd: int, n_vocab: int) -> None:
         super().__init__(n_embd, n_vocab, bias=False)
@@ -112,8 +113,8 @@ def head_loss(x: torch.Tensor, head: Head, targets: torch.Tensor,
     In half precision the logits are computed from the centred weights. This changes neither the
     softmax nor the gradient of x, since the gradients of a row of logits sum to zero."""
     device = x.device.type
-    # skips rows that do not count, 9 of 10 in a prompt with a short answer; not on a GPU, where
-    # indexing synchronizes, and not if compiled, which needs fixed shapes
+    # skips rows without a target: 9 of 10 for a prompt with a short answer. Not on a GPU, where
+    # indexing synchronizes, and not in compiled code, which needs fixed shapes
     if device == "cpu" and not torch.compiler.is_compiling():
         counts = targets != IGNORED
         x, targets = x[counts], targets[counts]
@@ -126,11 +127,11 @@ class HeadLoss(torch.autograd.Function):
     """head_loss() without the selection of rows.
 
     The forward pass also computes the gradients, from p - 1[target] of each chunk of logits, so no
-    softmax is computed twice. From Liger Kernel, Hsu et al. 2024.
+    softmax is computed twice. As in Liger Kernel, Hsu et al. 2024.
     """
     @staticmethod
     def forward(ctx, x, weight, w, targets, dtype, with_grad):
-        # x (N, C), weight (V, C), targets (N,); w (V, C) in `dtype` is used instead, if given
+        # x (N, C), weight (V, C), targets (N,); w (V, C), weight in `dtype` and centred, or None
         size = head_chunk(x.device.type, dtype)
         if w is None:
             # weights of a smaller dtype are cast in parts, again for each chunk of rows
@@ -180,8 +181,8 @@ def cross_entropy_(logits, targets, with_grad):
 
 
 def times_head(x, w, span):
-    """x (n, C) @ w.T -> (n, V), in the dtype of x, `span` ids at a time: so w (V, C) of another
-    dtype is not cast as a whole, and MKL is faster."""
+    """x (n, C) @ w.T -> (n, V), in the dtype of x, `span` ids at a time: a w (V, C) of another
+    dtype is then not cast as a whole, and MKL is faster."""
     if len(w) <= span:
         return x @ w.t()
     out = x.new_empty(len(x), len(w))
@@ -212,9 +213,9 @@ def add_product(dw, p, x, span):
 def head_bytes(weight: torch.Tensor, n_rows: int, device_type: str,
                dtype: torch.dtype) -> tuple[int, int]:
     """Returns (bytes while the loss is computed, bytes at the end of the backward pass) of a head
-    (V, C) and a batch of n_rows. First: a chunk of logits, the cast head, its gradient in float32.
-    At the end: its gradient and the embedding's, before they are added. A frozen head keeps its
-    cast copy."""
+    (V, C) and a batch of n_rows. In the loss: a chunk of logits, the cast head, the head's gradient
+    in float32. At the end: the gradients of the head and of the embedding, before they are added.
+    A frozen head keeps its cast copy."""
     (V, C), e = weight.shape, dtype.itemsize
     size = head_chunk(device_type, dtype)
     rows, ids = min(size.rows, n_rows), min(size.ids, V)

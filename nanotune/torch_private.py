@@ -1,7 +1,7 @@
 """The private names of torch that the project uses, each with its fallback.
 
-Two more are hooks that a subclass overrides, in training/optimizer.py: GradScaler's
-_unscale_grads_ and the _new_buffer of torchao's AdamW8bit.
+Subclasses in training/optimizer.py override two more: _unscale_grads_ of GradScaler and
+_new_buffer of torchao's AdamW8bit.
 """
 import contextlib
 import inspect
@@ -32,7 +32,7 @@ def pack_linear(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
-# {name of an activation: _linear_pointwise's names of it}
+# {activation: its (name, algorithm) in _linear_pointwise}
 FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
@@ -54,8 +54,8 @@ def undo_compile(model: nn.Module) -> None:
 
 
 def no_recompile_limit() -> contextlib.AbstractContextManager:
-    """A context in which a function may be compiled for any number of shapes; without it torch runs
-    the function eagerly from the ninth shape on."""
+    """A context in which a function may be compiled for any number of shapes. Outside it, torch
+    runs the function eagerly from the ninth shape on."""
     limit = getattr(torch._dynamo.utils, "disable_cache_limit", None)
     return limit() if limit else contextlib.nullcontext()
 

@@ -1,8 +1,8 @@
 """Computes the loss of a text: for train.py's evaluation and evaluate.py's perplexity.
 
     evaluate_loss(model, data, windows, ...)    the mean loss
-    perplexity_sums(model, data, windows, ...)  sums for perplexity_of_sums(), which also returns
-                                                the standard error and bits per byte
+    perplexity_sums(model, data, windows, ...)  sums for perplexity_of_sums(), which returns the
+                                                loss, its standard error and bits per byte
     detokenize_wikitext(text)                   undoes WikiText's tokenization
 
 The windows are those of TokenBin.windows; ranks split them and add up their sums.

@@ -95,9 +95,9 @@ def batches_by_length(rows, batch_size):
 def answer(model: GPT | OnnxGPT, prompts: list[list[int]], max_new_tokens: int, eot: int | None,
            n_vocab: int, batch_size: int, end: Sequence[int] = (), num_beams: int | None = None,
            length_penalty: float = 1.0) -> tuple[list[list[int]], list[bool]]:
-    """Returns (ids of each prompt's continuation, greedy or from beam_search, whether each was
-    cut). A continuation ends before `eot` or the ids `end`, if given. It is cut after
-    max_new_tokens, or where the batch's longest fills the context."""
+    """Returns (ids of each prompt's continuation, whether each was cut). Decodes greedily, or with
+    beam_search if num_beams is given. A continuation ends before `eot` or the ids `end`, if given.
+    It is cut after max_new_tokens, or where the longest row of its batch fills the context."""
     answers, cut = [None] * len(prompts), [False] * len(prompts)
     for batch in batches_by_length(prompts, batch_size):
         # + 1: the model does not read the last new token
@@ -120,12 +120,12 @@ def until(tokens, end):
     if not end:
         yield from tokens
         return
-    ended, wanted, last = False, torch.tensor(end), deque(maxlen=len(end))
+    ended, pattern, last = False, torch.tensor(end), deque(maxlen=len(end))
     for token in tokens:
         yield token
         last.append(token.cpu())
         if len(last) == len(end):
-            ended = ended | (torch.stack(list(last), 1) == wanted).all(1)  # (B,)
+            ended = ended | (torch.stack(list(last), 1) == pattern).all(1)  # (B,)
             if bool(ended.all()):
                 return
 
@@ -133,8 +133,8 @@ def until(tokens, end):
 @torch.no_grad()
 def score_labels(model: GPT | OnnxGPT, prompts: list[list[int]], labels: list[list[int]],
                  eot: int | None, batch_size: int) -> torch.Tensor:
-    """Returns log p in nats of each label after each prompt, (N, labels) float32. If one label is
-    the beginning of another, it would always win; then `eot` is appended to all labels."""
+    """Returns log p in nats of each label after each prompt, (N, labels) float32. A label
+    that is the beginning of another would always win; in that case `eot` is appended to all."""
     begins = any(a != b and b[:len(a)] == a for a in labels for b in labels)
     if begins and eot is not None:
         labels = [[*label, eot] for label in labels]
@@ -203,8 +203,8 @@ def read_targets(path: Path, tokenizer: AnyTokenizer,
 def read_last_turns(path: Path, tokenizer: AnyTokenizer, block_size: int,
                     max_new_tokens: int) -> tuple[list[list[int]], list[str], int]:
     """Returns (ids of each conversation up to its last answer, each last answer, the number of
-    conversations without their oldest turns) of a test.jsonl of {"messages"}. Raises UserError if a
-    line is not a conversation that ends with an answer, or its last question does not fit."""
+    conversations whose oldest turns were dropped) of a test.jsonl of {"messages"}. Raises UserError
+    if a line is not a conversation that ends with an answer, or its last question does not fit."""
     check_template(tokenizer, str(path))
     prompts, targets, shortened = [], [], 0
     most = block_size - room_for_answer(block_size, max_new_tokens)
@@ -228,12 +228,12 @@ def has_chats(path: Path) -> bool:
 
 
 def answer_scores(target: str, answer: str) -> tuple[float, float]:
-    """Returns (exact match, F1 of words), 0 to 1, of an answer. White space is ignored. F1 is
-    SQuAD's (Rajpurkar et al. 2016), over the words in common, counted with repetitions."""
-    wanted, given = target.split(), answer.split()
-    common = sum((Counter(wanted) & Counter(given)).values())
-    f1 = 2 * common / (len(wanted) + len(given)) if wanted or given else 1.0
-    return float(wanted == given), f1
+    """Returns (exact match, F1 of words), 0 to 1, of an answer. Differences in white space are
+    ignored. F1 is SQuAD's (Rajpurkar et al. 2016), with repeated words counted."""
+    expected, given = target.split(), answer.split()
+    common = sum((Counter(expected) & Counter(given)).values())
+    f1 = 2 * common / (len(expected) + len(given)) if expected or given else 1.0
+    return float(expected == given), f1
 
 
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeLsum": "ROUGE-Lsum"}
@@ -261,7 +261,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 # LAMBADA
 
 def split_last_word(text: str, tokenizer: AnyTokenizer) -> tuple[list[int], list[int]] | None:
-    """Returns (ids of the context, ids of the last word with its space); None without a context."""
+    """Returns (ids of the context, ids of " WORD", the last word); None without a context."""
     context, space, word = without_end(text, tokenizer).rstrip().rpartition(" ")
     if not context.strip() or not space:
         return None

@@ -206,7 +206,7 @@ def check_can_be_pretrained(source):
 def model_from(data: dict, path: str | Path, dropout: float = 0.0,
                dtype: torch.dtype = torch.float32) -> AnyModel:
     """Returns the model of a loaded checkpoint, also of nanoGPT's. LoRA adapters are not merged.
-    Tensors that have `dtype` are not copied. Raises UserError if they do not fit model_args."""
+    Tensors that have `dtype` are not copied. Raises UserError if tensors do not fit model_args."""
     if data.get("lora"):
         return adapted_from(data, path, dropout, dtype)
     config = replace(config_from_args(data["model_args"], path), dropout=dropout)
@@ -270,7 +270,7 @@ def adapted_from(data, path, dropout, dtype):
                         f"{e}") from None
     if changed:
         raise UserError(f"{path} holds LoRA adapters of {spec['base']}, which has changed since "
-                        "they were trained (its hash differs); restore the old one")
+                        "they were trained (its hash differs); restore the old base")
     # load in the dtype of training, so that the weights are rounded as they were then
     model, _ = load_model(spec["base"], data["model_args"].get("block_size"), dropout,
                           dtype=DTYPES[spec["weights"]])

@@ -30,21 +30,21 @@ def short_repr(value: object) -> str:
 def check_fields(fields: dict, where: str | Path, names: dict[str, str] | None = None,
                  optional: tuple[str, ...] = OPTIONAL) -> None:
     """Raises UserError if a config field has a wrong type, is out of range, or is None and not
-    `optional`. `where` is the file, for messages; `names` are its names of the fields."""
+    `optional`. `where` is the file, for messages; `names` maps fields to the file's names."""
     for field, value in fields.items():
         if value is None and field in optional:
             continue
         if field in FLAGS:
-            right, wanted = type(value) is bool, "true or false"
+            right, allowed = type(value) is bool, "true or false"
         elif field in NUMBERS:
             kind, least, most = NUMBERS[field]
             right = type(value) in (int, kind) and least <= value <= most  # no bool, no NaN
-            wanted = f"{'an integer' if kind is int else 'a number'} from {least} to {most}"
+            allowed = f"{'an integer' if kind is int else 'a number'} from {least} to {most}"
         else:
             continue
         if not right:
             raise UserError(f"{where} has {(names or {}).get(field, field)}={short_repr(value)}, "
-                            f"which must be {wanted}; use another copy of it")
+                            f"which must be {allowed}; use another copy of it")
 
 
 def check_weight(value: object, name: str, where: str | Path) -> None:

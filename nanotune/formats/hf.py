@@ -76,19 +76,19 @@ def read_tensors(file: str, only: tuple[str, ...] = ("",)) -> Iterator[tuple[str
     memory in addition to the model. Raises UserError if the file is damaged, carries code, or holds
     something other than finite floating-point weights.
     """
-    def wanted(keys):
+    def selected(keys):
         return [key for key in keys if key.endswith(only) and not BUFFERS.search(key)]
 
     if file.endswith(".safetensors"):
         with open_safetensors(file) as f:
-            keys = wanted(f.keys())
+            keys = selected(f.keys())
 
         def read(key):
             with open_safetensors(file) as f:
                 return f.get_tensor(key)
     else:
         state = load_torch_bin(file)
-        keys, read = wanted(state), state.get
+        keys, read = selected(state), state.get
     for key in keys:
         tensor = read(key)
         check_weight(tensor, key, file)

@@ -31,16 +31,16 @@ class Layout:
     fields: dict[str, str]             # {our field: key in config.json}
     defaults: dict[str, object]        # {key: transformers' value if config.json lacks it}
     other_names: dict[str, str]        # {another name of a key, which has precedence: the key}
-    modules: dict[str, tuple[str, ...]]  # {our module: theirs, stacked by rows if several}
+    modules: dict[str, tuple[str, ...]]  # {our module: transformers', stacked by rows if several}
     transposed: tuple[str, ...]        # modules whose weights are stored as (in, out)
-    prefix: str = "transformer."       # which some files leave out
+    prefix: str = "transformer."       # of the keys; some files leave it out
     copies: tuple[str, ...] = ()       # keys of the embedding; files have one or several of them
     biases: bool = True                # whether transformers' modules have biases
     ends_prompts: bool = False         # whether a prompt ends with the end token
 
 
 def t5_modules(gated):
-    """{our module: theirs} of T5."""
+    """{our module: transformers' modules} of T5."""
     table = {}
     for stack, mlp in (("encoder", 1), ("decoder", 2)):
         ours, theirs = f"{stack}.h.*", f"{stack}.block.*.layer"

@@ -37,7 +37,7 @@ CLIPPED = (1, 0.95, 0.9, 0.85, 0.8)  # fractions of a 4-bit block's range to try
 
 class Tensors:
     """A graph's constants, by name. They are saved in the graph or, from 1 KiB on, in the open
-    `file`. Constants that `before`, another graph's, saved in the same file are reused."""
+    `file`. Constants that `before`, another graph's Tensors, wrote to the same file are reused."""
     def __init__(self, file: IO[bytes] | None = None, before: "Tensors | None" = None) -> None:
         self.protos, self.file = {}, file
         self.before = {name: proto for name, proto in (before.protos if before else {}).items()

@@ -143,7 +143,7 @@ class OnnxGPT:
         return logits
 
     def crop_block_size(self, block_size: int) -> None:
-        """Raises UserError if block_size is more than the model's."""
+        """Lowers block_size. Raises UserError if it is more than the model's."""
         if block_size > self.config.block_size:
             raise UserError(f"block_size={block_size} is more than the {self.config.block_size} "
                             "positions that the model was trained with; lower --block_size")
@@ -256,9 +256,9 @@ def check_opset(path):
                         "again")
 
 
-def fields_of(f, wanted):
+def fields_of(f, only):
     """Yields (number, value) of each field of a protobuf message; values are integers or bytes. If
-    `wanted` is not None, skips the bytes of all fields except that number."""
+    `only` is not None, skips the bytes of all fields except the one of that number."""
     def integer(byte):
         value = bits = 0
         while byte[0] > 127:
@@ -269,7 +269,7 @@ def fields_of(f, wanted):
         number, kind = divmod(integer(byte), 8)
         value = integer(f.read(1))
         if kind == 2:  # bytes, after their length
-            skip = wanted not in (None, number)
+            skip = only not in (None, number)
             value = f.seek(value, io.SEEK_CUR) if skip else f.read(value)
         yield number, value
 
@@ -301,13 +301,13 @@ def check_graph(model, path):
     c, inputs = model.config, model.session.get_inputs()
     layers, hs = ((c.n_decoder_layer, c.head_size) if c.takes_pairs
                   else (c.n_layer, c.n_embd // c.n_head))
-    wanted = {f"{name}.{layer}.{kind}": ["B", c.n_head, length, hs]
-              for name, length in (("past_key_values", "P"), ("cross", "S"))
-              for layer in range(layers) for kind in ("key", "value")
-              if name != "cross" or c.takes_pairs}
+    expected = {f"{name}.{layer}.{kind}": ["B", c.n_head, length, hs]
+                for name, length in (("past_key_values", "P"), ("cross", "S"))
+                for layer in range(layers) for kind in ("key", "value")
+                if name != "cross" or c.takes_pairs}
     found = {i.name: i.shape for i in inputs if i.name.startswith(("past_", "cross."))}
     logits = next(o.shape for o in model.session.get_outputs() if o.name == "logits")
     outside = c.takes_pairs and max(c.start_id, c.pad_id, c.end_id) >= c.vocab_size
-    if found != wanted or logits[2] != c.vocab_size or outside:
+    if found != expected or logits[2] != c.vocab_size or outside:
         raise UserError(f"{path}: the config in its metadata does not fit the graph; export it "
                         "again")

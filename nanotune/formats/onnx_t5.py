@@ -12,8 +12,8 @@
                       present.N.key and .value (B, nh, P + T, hs): the past of the next call
 
 B, S, T and P are dynamic. onnx_graph.py has the operators. Attention has scale 1. Its mask includes
-the relative position bias, read from a table with one row per distance up to max_distance; farther
-tokens have the same bias.
+the relative position bias, read from a table with one row per distance up to max_distance. Tokens
+farther away have the bias of max_distance.
 """
 import hashlib
 from dataclasses import asdict

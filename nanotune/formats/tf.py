@@ -21,7 +21,7 @@ from nanotune.formats.hub import read_json
 
 HPARAMS = {"n_vocab": "vocab_size", "n_ctx": "block_size", "n_embd": "n_embd", "n_head": "n_head",
            "n_layer": "n_layer"}
-# variables other than weights: the optimizer's slots and beta powers, the step
+# variables other than weights: the optimizer's slots and powers of beta, the step
 SLOT = re.compile(r"(.*)/(Adam|Adam_1|AdamW|AdamW_1|Momentum|Adagrad|RMSProp|RMSProp_1)")
 COUNTER = re.compile(r"(.*/)?(beta[12]_power|global_step)(_\d+)?")
 
@@ -69,8 +69,8 @@ def find_prefix(folder):
     prefix = indexes[0]
     shards = sorted(p.name for p in folder.glob(f"{prefix.name}.data-*-of-*"))
     total = int(shards[0].rpartition("-of-")[2]) if shards else 1
-    wanted = [f"{prefix.name}.data-{i:05}-of-{total:05}" for i in range(total)]
-    missing = [name for name in [f"{prefix.name}.index", *wanted]
+    expected = [f"{prefix.name}.data-{i:05}-of-{total:05}" for i in range(total)]
+    missing = [name for name in [f"{prefix.name}.index", *expected]
                if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}; copy the whole folder again")
@@ -86,14 +86,14 @@ def tf_name(ours):
     return f"{theirs}/{'b' if kind == 'bias' else 'g' if 'ln_' in module else 'w'}"
 
 
-def check_names(found, wanted, prefix):
+def check_names(found, expected, prefix):
     """Raises UserError if a variable is missing, or is neither the model's nor the optimizer's."""
-    foreign = sorted(name for name in found - wanted if not COUNTER.fullmatch(name)
-                     and not ((slot := SLOT.fullmatch(name)) and slot[1] in wanted))
+    foreign = sorted(name for name in found - expected if not COUNTER.fullmatch(name)
+                     and not ((slot := SLOT.fullmatch(name)) and slot[1] in expected))
     if foreign:
         raise UserError(f"{prefix} holds variables that are not GPT-2's: {', '.join(foreign[:3])}"
                         + (f" and {len(foreign) - 3} more" if foreign[3:] else ""))
-    missing = sorted(wanted - found)
+    missing = sorted(expected - found)
     if missing:
         raise UserError(f"{prefix} lacks {', '.join(missing[:3])}"
                         + (f" and {len(missing) - 3} more" if missing[3:] else "")

@@ -14,30 +14,30 @@ NEVER = -1e9  # the score of a beam that must not be chosen
 
 
 class Search:
-    """The beams of one prompt: the active ones, and the best of those that ended."""
+    """The beams of one prompt: the active beams, and the best of the ended ones."""
     def __init__(self, num_beams: int, length_penalty: float, stop_token: int | None) -> None:
         self.n, self.penalty, self.stop_token = num_beams, length_penalty, stop_token
         self.beams = [[] for _ in range(num_beams)]   # the new tokens of each
-        self.scores = [0.0] + [NEVER] * (num_beams - 1)  # log p; they start equal, so one counts
+        self.scores = [0.0] + [NEVER] * (num_beams - 1)  # log p; the others are copies
         self.rows = list(range(num_beams))  # the beam of the previous step that each continues
         self.ended, self.done = [], False   # [(score, tokens)], best first
 
     def add(self, scores: list[float], rows: list[int], tokens: list[int], last: bool) -> None:
-        """Adds the best continuations, best first: log p, beam and next token of each. One that
-        ends counts only if it is among the first n. With `last` all of them end."""
+        """Adds the best continuations, best first: log p, beam and next token of each. A
+        continuation that ends counts only if it is among the first n. With `last` all end."""
         live, length = [], len(self.beams[0]) + 1
         for rank, (score, row, token) in enumerate(zip(scores, rows, tokens)):
             if not last and token != self.stop_token:
                 live.append((score, row, [*self.beams[row], token]))
             elif rank < self.n:
-                self.ended.append((self.divided(score, length), [*self.beams[row], token]))
+                self.ended.append((self.normalized(score, length), [*self.beams[row], token]))
         self.ended = sorted(self.ended, key=lambda pair: -pair[0])[:self.n]
-        best = self.divided(live[0][0], length) if live else NEVER
+        best = self.normalized(live[0][0], length) if live else NEVER
         self.done = not live or (len(self.ended) == self.n and best <= self.ended[-1][0])
         if not self.done:  # otherwise the beams are no longer used
             self.scores, self.rows, self.beams = map(list, zip(*live[:self.n]))
 
-    def divided(self, score, length):
+    def normalized(self, score, length):
         return score / length ** self.penalty
 
 
@@ -45,11 +45,11 @@ class Search:
 def beam_search(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, num_beams: int,
                 length_penalty: float = 1.0, stop_token: int | None = None,
                 n_vocab: int | None = None) -> list[list[int]]:
-    """Returns the ids of the best of num_beams answers to each of B prompts. It has the highest
-    log p / number of tokens ** length_penalty, and ends with stop_token or after max_new_tokens.
+    """Returns the ids of the best of num_beams answers to each of B prompts. An answer's score is
+    log p / number of tokens ** length_penalty; it ends with stop_token or after max_new_tokens.
 
-    A prompt's search ends when num_beams answers have ended and the best active beam's score, with
-    its present length, is not above the worst of theirs. Ids of n_vocab and above are never chosen.
+    A prompt's search ends when num_beams answers have ended and no active beam, at its present
+    length, scores higher than the worst of them. Ids of n_vocab and above are never chosen.
     When a GPT's context is full, its later half is read again, as in stream().
     """
     n = num_beams

@@ -5,10 +5,10 @@
     pack(model, device, dtype)                                      # the matrices only
 
 Packing: a generated token multiplies each matrix by one row per sample, so most time goes into
-reading the weights. In half precision they are cast once, which halves the bytes. On an x86 CPU
-oneDNN stores them in its own order, in float32 and, if the CPU supports it, bfloat16. It reads them
-at nearly the memory bandwidth. In float32 torch's default, MKL, reached half of that on an AMD
-Zen 3, and a sixth for 10 samples.
+reading the weights. In half precision the weights are cast once, which halves the bytes. On an x86
+CPU oneDNN stores them in its own order, in float32 and, if the CPU supports it, bfloat16. oneDNN
+reads them at nearly the memory bandwidth. On an AMD Zen 3, MKL, torch's default for float32,
+reached half of that for one sample, and a sixth for 10 samples.
 
 Graphs: a step of one token has hundreds of kernels of a few microseconds each, which a GPU runs
 faster than Python launches them. The step is recorded once as a CUDA graph and then launched as a
@@ -100,7 +100,7 @@ class CastLinear(nn.Module):
 
 
 class PackedHead(nn.Module):
-    """A Head in half precision; `linear_type` is the class of the layer of its centred weights."""
+    """A Head in half precision; `linear_type` is the class of the layer that multiplies."""
     def __init__(self, head, dtype, linear_type):
         super().__init__()
         weight, self.mean = head.centred(dtype)
@@ -179,7 +179,7 @@ class FixedCache:
         self.pad = None if cache.pad is None else cache.pad.clone()
 
     def place(self, cache):
-        """Sets the column of the next token to the cache's next one."""
+        """Copies the position and the padding of the cache."""
         self.column.fill_(cache.pos)
         if self.pad is not None:
             self.pad.copy_(cache.pad) if cache.pad is not None else self.pad.zero_()
@@ -191,7 +191,8 @@ class FixedCache:
         """Does nothing: Decoder.step advances the cache itself, outside the graph."""
 
     def append(self, layer, k, v):
-        """Writes k, v (B, nh, 1, hs) into the column; returns the layer's, (B, nh, S, hs) each."""
+        """Writes k, v (B, nh, 1, hs) into the column; returns all keys and values of the layer,
+        (B, nh, S, hs) each."""
         for whole, new in zip(self.layers[layer], (k, v)):
             whole.index_copy_(2, self.column, new.to(whole.dtype))
         return self.layers[layer]
@@ -205,7 +206,7 @@ class Decoder:
                  compiled: bool = False) -> None:
         self.model, self.config = model, model.config
         self.capture, self.compiled = capture, compiled
-        self.keys, self.replay = None, None  # keys of the recorded step's cache; its replay
+        self.keys, self.replay = None, None  # the recorded step: its cache's keys, its replay
 
     @property
     def device(self) -> torch.device:
@@ -222,7 +223,7 @@ class Decoder:
         """As GPT.step: idx (B, T) -> the logits after the last token, (B, V) float32."""
         if idx.size(1) > 1:
             return self.model.step(idx, cache)
-        if self.keys is not cache.k:  # reordering a cache for more rows makes new keys
+        if self.keys is not cache.k:  # reordering to more rows creates new keys
             self.keys, self.replay = cache.k, self.record(idx, cache)
         logits = self.replay(idx)
         cache.advance(1)
@@ -249,8 +250,8 @@ class Decoder:
 
 
 def compiled_or_plain(step, token, cache):
-    """Compiles `step` and runs it once. The column that this writes is overwritten by the next
-    step. If compiling fails, warns and returns `step`."""
+    """Returns `step` compiled, after one run. The next step overwrites the column that this run
+    writes. If compiling fails, warns and returns `step`."""
     compiled = torch.compile(step)
     failed = compile_error(lambda: compiled(token, cache))
     if failed:
@@ -269,7 +270,7 @@ def cuda_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     If recording fails, warns and returns `step`."""
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warms up: libraries allocate at the first calls
+    with torch.cuda.stream(side):  # warms up: libraries allocate memory in the first calls
         for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(side)

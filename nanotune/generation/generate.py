@@ -15,8 +15,8 @@ from nanotune.text.tokenizer import AnyTokenizer
 
 def encode_prompt(tokenizer: AnyTokenizer, text: str, block_size: int, where: str) -> list[int]:
     """Returns the prompt's ids; an empty prompt becomes end-of-text, after which a document begins.
-    Raises UserError if the prompt does not fit or cannot be encoded; the message calls it `where`.
-    """
+    Raises UserError if the prompt does not fit or cannot be encoded; `where` is the prompt's name
+    in the message."""
     ids = tokenizer.encode(text)
     if not ids and tokenizer.eot is None:
         raise UserError(f"{where} is empty, and the model's vocabulary has no end-of-text to begin "
@@ -39,10 +39,11 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
 
     Sampling is as in sample_token(). repetition_penalty above 1 makes tokens that are already in
     the row less likely (Keskar et al. 2019, "CTRL"). A row that drew stop_token repeats it; when
-    all rows have, the stream ends. Ids of n_vocab and above, a vocabulary's padding, are not drawn.
+    all rows have drawn it, the stream ends. Ids of n_vocab and above, the padding of a vocabulary,
+    are not drawn.
 
     When the context is full, its later half is read again as a prompt. So the model always sees at
-    least half a context, at the cost of one prompt every block_size / 2 tokens.
+    least half a context. The cost is one prompt every block_size / 2 tokens.
 
     If with_logits, yields (token, logits): the model's logits (B, n_vocab), without the penalty.
     """
@@ -54,8 +55,8 @@ def stream(model: Any, prompts: Sequence[list[int]], max_new_tokens: int,
     for left in range(max_new_tokens, 0, -1):
         if new and cache.full:
             half = max(1, model.config.block_size // 2)
-            rows = [[*ids, *ours][-half:]
-                    for ids, ours in zip(prompts, torch.stack(new, 1).tolist())]
+            rows = [[*ids, *added][-half:]
+                    for ids, added in zip(prompts, torch.stack(new, 1).tolist())]
             cache, logits = model.start(rows, left, cache)
         elif new:
             logits = model.step(new[-1][:, None], cache)
@@ -77,7 +78,7 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
                  generator: torch.Generator | None = None) -> torch.Tensor:
     """logits (B, V) -> ids (B,) drawn from their softmax at this temperature; 0 takes the most
     likely. top_k keeps the k most likely tokens, top_p the fewest with this total probability. Each
-    row uses one uniform number, by inverting the cumulative probabilities."""
+    row uses one uniform random number, to invert the cumulative probabilities."""
     if temperature < 1e-5:  # the quotient below could overflow; 1e-5 gives the same token as 0
         return logits.argmax(-1)
     ids = None
@@ -93,7 +94,7 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
         p = p.masked_fill(enough, 0.0)
         upto = p.cumsum(-1)
     draw = torch.rand(len(p), 1, device=p.device, generator=generator)
-    # stays below the sum after rounding, so a token of probability 0 is never drawn
+    # below the sum even after rounding, so a token of probability 0 is never drawn
     draw = draw * (upto[:, -1:] * (1 - 2**-23))
     column = torch.searchsorted(upto, draw, right=True)
     return (column if ids is None else ids.gather(-1, column)).squeeze(-1)
@@ -150,7 +151,7 @@ class TextPieces:
         print(pieces.rest())
 
     The text ends before the first of `stops` or the tokenizer's eot; `done` is then True. A piece
-    has only whole characters. Text that may be the beginning of a stop is held back.
+    has only whole characters. Text that may be the beginning of a stop waits for the next token.
     """
     CONTEXT = 8  # previous tokens to decode with the new ones: the text may depend on them
 
@@ -159,7 +160,7 @@ class TextPieces:
         self.tokenizer, self.stops, self.done = tokenizer, stops, False
         self.window = list(prompt_ids)[-self.CONTEXT:]  # tokens to decode next
         self.shown = len(self.window)                   # how many of them were decoded before
-        self.pending = ""                                  # decoded, may be the beginning of a stop
+        self.pending = ""                               # decoded, may be the beginning of a stop
 
     def add(self, token: int) -> str:
         """Returns the text that is ready after this token; "" after the end."""
@@ -178,7 +179,7 @@ class TextPieces:
         return self.tokenizer.decode(self.window)[len(before):]
 
     def before_stop(self, new):
-        """The text held back and `new`, up to a stop or to what may be the beginning of one."""
+        """The pending text and `new`, up to a stop or to a possible beginning of one."""
         text = self.pending + new
         found = self.find_stop(text)
         self.done = found is not None
@@ -192,7 +193,7 @@ class TextPieces:
         return min((text.find(stop) for stop in self.stops if stop in text), default=None)
 
     def rest(self) -> str:
-        """Returns the text held back, without an incomplete character at its end; call it after the
+        """Returns the pending text, without an incomplete character at its end; call it after the
         last token."""
         text = self.pending + self.decode_new().rstrip("\ufffd")
         return text[:self.find_stop(text)]

@@ -5,8 +5,8 @@
     access.check_token(headers)
 
 Pages of other sites must not use a server on the machine of the browser. With DNS rebinding, a site
-resolves its own name to this machine; its requests then have that name as Host. Requests of a
-site's scripts and forms have the site's address as Origin.
+resolves its own name to this machine; requests from its pages then have that name as Host. Requests
+of a site's scripts and forms have the site's address as Origin.
 """
 import hmac
 import ipaddress
@@ -48,11 +48,12 @@ class Access:
                            "with --allow_host=NAME")
         site = origin and origin.lower().removeprefix("https://").removeprefix("http://")
         if site not in (None, host.lower()) and hostname(site) not in self.names:
-            raise ApiError(403, f"pages of {origin[:99]!r} may not use this server")
+            raise ApiError(403, f"pages of {origin[:99]!r} may not use this server; if it is "
+                           "behind a proxy, start it with --allow_host=NAME")
 
     def knows(self, name):
-        """Whether a name or address from a Host header is this server's. If it is bound to all
-        addresses, every IP address is: DNS rebinding needs a name."""
+        """Whether a name or address from a Host header is this server's. If the server is bound to
+        all addresses, accepts every IP address: DNS rebinding needs a name."""
         bound = address_of(self.host)
         to_all = bound is not None and bound.is_unspecified
         return (name in (self.host, *self.names) or (to_all and address_of(name) is not None)

@@ -3,7 +3,7 @@
     completion = parse_completion(body, engines, limits)    # raises ApiError
     answer = Answer(completion)
     answer.chunk(piece)         # one event of a stream
-    answer.whole(results)       # all of it at once
+    answer.whole(results)       # the whole answer at once
 
 Additions to OpenAI's fields: top_k and repetition_penalty. Log-probabilities are at temperature 1
 without the penalty. chat.py does the same for conversations, with the checks of this file.
@@ -99,7 +99,7 @@ def check_fields(body: Any, known: Mapping[str, tuple], neutral: Mapping[str, An
 
 
 def pick_engine(given: dict, engines: Mapping[str, Engine]) -> Engine:
-    """Takes the field model out of `given` and returns its engine, by default the first."""
+    """Removes the field model from `given` and returns its engine, by default the first."""
     name = given.pop("model", next(iter(engines)))
     if name not in engines:
         raise ApiError(404, f"there is no model {shown(name)}; GET /v1/models lists them", "model")
@@ -107,7 +107,7 @@ def pick_engine(given: dict, engines: Mapping[str, Engine]) -> Engine:
 
 
 def check_max_tokens(max_tokens: int, limits: Limits) -> None:
-    """Raises ApiError above the server's limit."""
+    """Raises ApiError if max_tokens is above the server's limit."""
     if max_tokens > limits.max_tokens:
         raise ApiError(400, f"max_tokens is {max_tokens}; this server generates at most "
                        f"{limits.max_tokens}", "max_tokens")

@@ -52,7 +52,7 @@ async function answer(talk, signal) {
     }
     tell(dropped ? `the ${dropped} oldest messages no longer fit into the context` : "", false);
   } catch (error) {
-    const lost = error instanceof TypeError;  // what fetch throws if there is no connection
+    const lost = error instanceof TypeError;  // fetch throws it if there is no connection
     if (lost && !signal.aborted) showGone(true);
     tell(signal.aborted ? "stopped" : lost ? "connection lost" : error.message, false,
       !signal.aborted);
@@ -91,13 +91,13 @@ function draw(talk) {
     })]));
 }
 
-// replaces a message with a text field; sending it drops the exchanges from there on
+// replaces a message with a text field; sending it replaces this exchange and all later ones
 function edit(talk, item, at) {
   const field = element("textarea", {value: talk.exchanges[at].user, rows: 3, ariaLabel: "Message"});
   const button = (label, act) => {
-    const made = element("button", {type: "button", textContent: label});
-    made.addEventListener("click", act);
-    return made;
+    const node = element("button", {type: "button", textContent: label});
+    node.addEventListener("click", act);
+    return node;
   };
   item.replaceChildren(field, button("Send", () => send(field.value, at)), button("Cancel", () => draw(talk)));
   field.focus();

@@ -3,7 +3,7 @@
     completion = parse_chat(body, engines, limits)    # raises ApiError
     answer = ChatAnswer(completion)
     answer.chunk(piece)         # one event of a stream
-    answer.whole(results)       # all of it at once
+    answer.whole(results)       # the whole answer at once
 
 Fields are those of /v1/completions, with messages instead of prompt, and without echo and logprobs.
 If a conversation is longer than the context, its oldest messages are dropped; dropped_messages, an
@@ -103,15 +103,15 @@ class ChatAnswer:
     """The answer to a conversation. White space at the beginning of its texts is removed."""
     def __init__(self, completion: Completion) -> None:
         self.prompt_tokens = completion.prompt_tokens
-        self.begun = [False] * len(completion.request.prompts)
-        self.role_sent = list(self.begun)
+        self.has_text = [False] * len(completion.request.prompts)
+        self.role_sent = list(self.has_text)
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
                      "model": completion.engine.name, "dropped_messages": completion.dropped}
 
     def text(self, piece):
         """The text of a piece, without white space at the beginning of the whole text."""
-        text = piece.text if self.begun[piece.row] else piece.text.lstrip()
-        self.begun[piece.row] |= bool(text)
+        text = piece.text if self.has_text[piece.row] else piece.text.lstrip()
+        self.has_text[piece.row] |= bool(text)
         return text
 
     def chunk(self, piece: Piece) -> dict:
@@ -124,7 +124,7 @@ class ChatAnswer:
 
     def whole(self, results: Iterable[list[Piece]]) -> dict:
         """Returns the answer with the whole text of each sample."""
-        texts, finish, generated = [""] * len(self.begun), [None] * len(self.begun), 0
+        texts, finish, generated = [""] * len(self.has_text), [None] * len(self.has_text), 0
         for pieces in results:
             for piece in pieces:
                 texts[piece.row] += self.text(piece)

@@ -3,7 +3,7 @@
     engine = Engine("out-mine", open_model("out-mine", device, dtype), max_queue=16)
     job = engine.submit(request)        # raises Busy if too many wait
     while (pieces := job.results.get()) is not None: ...
-    engine.cancel(job)                  # ends it within a token, or takes it out of the queue
+    engine.cancel(job)                  # ends it within a token, or removes it from the queue
 
 One thread does all work on a model: requests are answered in order of arrival, and CUDA graphs and
 OpenMP's workers, which belong to a thread, are created once. A client that reads slowly does not

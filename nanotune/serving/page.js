@@ -9,9 +9,9 @@ export const models = Promise.withResolvers();  // the list of /v1/models, once 
 let columns = [], running = null, token = sessionStorage.getItem("token") ?? "";
 
 export function element(name, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(name), properties);
+  node.append(...children);
+  return node;
 }
 
 export function ask(path, options = {}) {
@@ -52,7 +52,7 @@ async function run(column, signal) {
   const samples = Array.from({length: body.n}, () => element("div",
     {className: "sample", tabIndex: 0, dir: "auto"}, element("b", {textContent: body.prompt})));
   const say = (text, busy = true, bad = false) => {
-    if (column.signal !== signal) return;  // another run has begun
+    if (column.signal !== signal) return;  // another run has started
     state.textContent = text;
     state.classList.toggle("bad", bad);
     root.ariaBusy = busy;
@@ -73,7 +73,7 @@ async function run(column, signal) {
     }
     say(`${count} tokens${rate}, seed ${body.seed}`, false);
   } catch (error) {
-    const lost = error instanceof TypeError;  // what fetch throws if there is no connection
+    const lost = error instanceof TypeError;  // fetch throws it if there is no connection
     if (lost && !signal.aborted) showGone(true);
     say(signal.aborted ? `stopped after ${count} tokens`
       : lost ? `connection lost after ${count} tokens` : error.message, false, !signal.aborted);
@@ -178,10 +178,10 @@ async function showRun(root, id) {
 function curve(series) {
   const [W, H, left, right, bottom] = [420, 200, 32, 62, 22];
   const svg = (name, attributes, ...children) => {
-    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    made.append(...children);
-    return made;
+    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    node.append(...children);
+    return node;
   };
   const all = Object.values(series).flat().filter(([, y]) => y !== null);
   if (!all.length) return "Nothing is logged yet.";
@@ -189,11 +189,11 @@ function curve(series) {
   const low = Math.min(...all.map(([, y]) => y)), high = Math.max(...all.map(([, y]) => y));
   const X = x => left + x / top * (W - left - right);
   const Y = y => 8 + (high - y) / (high - low || 1) * (H - bottom - 16);
-  const made = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img",
+  const chart = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img",
     "aria-label": `Loss from step 0 to ${top}, between ${low.toFixed(2)} and ${high.toFixed(2)}`});
   for (const part of [0, 1 / 3, 2 / 3, 1]) {
     const loss = high - part * (high - low);
-    made.append(svg("path", {class: "grid", d: `M${left} ${Y(loss)}H${W - right}`}),
+    chart.append(svg("path", {class: "grid", d: `M${left} ${Y(loss)}H${W - right}`}),
       svg("text", {x: left - 6, y: Y(loss) + 4, "text-anchor": "end"}, loss.toFixed(2)),
       svg("text", {x: X(top * part), y: H - 4, "text-anchor": "middle"}, `${Math.round(top * part)}`));
   }
@@ -201,15 +201,15 @@ function curve(series) {
   for (const [name, points] of Object.entries(series)) {
     const known = points.filter(([, y]) => y !== null);
     if (!known.length) continue;
-    made.append(svg("path", {class: name, d: "M" + known.map(([x, y]) => `${X(x)} ${Y(y)}`).join("L")}));
+    chart.append(svg("path", {class: name, d: "M" + known.map(([x, y]) => `${X(x)} ${Y(y)}`).join("L")}));
     if (name === "batch") continue;
-    made.append(...known.map(([x, y]) => svg("circle", {class: name, cx: X(x), cy: Y(y), r: 2.5},
+    chart.append(...known.map(([x, y]) => svg("circle", {class: name, cx: X(x), cy: Y(y), r: 2.5},
       svg("title", {}, `step ${x}: ${name} loss ${y.toFixed(4)}`))));
     const [x, y] = known.at(-1), at = Math.abs(Y(y) - last) < 13 ? last + 13 : Y(y);
-    made.append(svg("text", {class: name, x: X(x) + 8, y: at + 4}, `${name} ${y.toFixed(2)}`));
+    chart.append(svg("text", {class: name, x: X(x) + 8, y: at + 4}, `${name} ${y.toFixed(2)}`));
     last = at;
   }
-  return made;
+  return chart;
 }
 
 // ---------------------------------------------------------------------------
@@ -279,7 +279,7 @@ $("#again").addEventListener("click", () => {
 });
 $("#copy").addEventListener("click", event => {
   getSelection().selectAllChildren($("#curl"));
-  document.execCommand("copy");  // navigator.clipboard needs https where the host is not local
+  document.execCommand("copy");  // navigator.clipboard needs https, unless the host is local
   event.target.textContent = "Copied";
   setTimeout(() => { event.target.textContent = "Copy"; }, 1500);
 });

@@ -39,7 +39,7 @@ from nanotune.serving.engine import Busy, Engine
 MAX_CONNECTIONS = 512             # each has a thread; more are closed at once
 HEADER_BYTES, BODY_BYTES = 16 * 1024, 256 * 1024
 READ_SECONDS, WRITE_SECONDS = 10, 30  # for the headers and again for the body; for each write
-DRAIN_BYTES, DRAIN_SECONDS = 16 * 1024**2, 2  # limits of reading the rest after an error
+DRAIN_BYTES, DRAIN_SECONDS = 16 * 1024**2, 2  # to read the rest of a request after an error
 POLL_SECONDS = 0.25               # how often to check whether a waiting client has disconnected
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),
         "/page.js": ("page.js", "text/javascript"), "/chat.js": ("chat.js", "text/javascript")}
@@ -172,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self):
         """Answers the request, errors included."""
-        self.close_connection = True  # one request each, even if nothing is sent
+        self.close_connection = True  # one request per connection, even if no answer is sent
         self.unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         try:
             self.server.access.check(self.headers)
@@ -224,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
     def results(self, job):
         """Yields the job's lists of pieces while the client is connected."""
         while True:
-            if self.has_gone():
+            if self.has_disconnected():
                 raise ConnectionAbortedError
             try:
                 pieces = job.results.get(timeout=POLL_SECONDS)
@@ -240,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
             yield pieces
 
-    def has_gone(self):
+    def has_disconnected(self):
         """Whether the client has closed the connection."""
         self.connection.setblocking(False)
         try:
@@ -292,7 +292,7 @@ class Handler(BaseHTTPRequestHandler):
         self.write(body)
 
     def send_failure(self, error):
-        """Sends an error; if a stream has begun, as an event."""
+        """Sends an error, as an event if a stream has started."""
         with suppress(OSError):
             if self.sent:
                 self.write(f"data: {dump(error.body())}\n\n")
@@ -300,7 +300,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_json(error.status, error.body())
 
     def send_error(self, code, message=None, explain=None):
-        """Sends an error that http.server found, in the form of all errors."""
+        """Sends an error that http.server found, in the same form as other errors."""
         self.unread = True
         self.send_json(code, ApiError(code, message or self.responses[code][0]).body())
 
@@ -317,11 +317,11 @@ class Handler(BaseHTTPRequestHandler):
         self.sent = True
 
     def write(self, data):
-        self.connection.settimeout(WRITE_SECONDS)  # has_gone() made the socket non-blocking
+        self.connection.settimeout(WRITE_SECONDS)  # has_disconnected() made it non-blocking
         self.wfile.write(data if isinstance(data, bytes) else data.encode())
 
     def log_error(self, format, *args):
-        """Prints nothing: log_request() prints the status, and a silent connection is no error."""
+        """Prints nothing: log_request() prints the status; a client may close without a request."""
 
     def log_request(self, code="-", size="-"):
         if self.path != "/health":  # the page asks for it every 2 s

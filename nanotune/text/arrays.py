@@ -10,7 +10,7 @@ from nanotune.errors import UserError
 
 def encode_in_threads(encode: Callable[[str], np.ndarray], texts: Sequence[str],
                       ) -> list[np.ndarray]:
-    """Returns encode(text) of each text; `encode` must release the GIL. Short texts share a task.
+    """Returns encode(text) for each text; `encode` must release the GIL. Short texts share a task.
     """
     threads = os.cpu_count() or 1
     size = len(texts) // (64 * threads) + 1
@@ -31,5 +31,5 @@ def encode_characters(stoi: dict[str, int], texts: Sequence[str]) -> list[np.nda
         found.append(table[np.minimum(points, len(table) - 1)])
         if len(text) and found[-1].min() < 0:
             raise UserError(f"the character {text[found[-1].argmin()]!r} is not in the model's "
-                            f"vocabulary of {len(stoi)}: {''.join(stoi)!r}")
+                            f"vocabulary of {len(stoi)}; use only these: {''.join(stoi)!r}")
     return found

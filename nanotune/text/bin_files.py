@@ -1,7 +1,7 @@
 """Opens the files of a dataset, and checks them.
 
-NAME.bin has the tokens, NAME.mask.bin a 1 for each target among them, NAME.pairs.bin the lengths of
-pairs. A UserError names the file and what to do.
+NAME.bin has the tokens, NAME.mask.bin a byte per token (1: a target), NAME.pairs.bin the lengths of
+pairs. A UserError says which file is wrong and what to do.
 """
 import shlex
 import zlib
@@ -11,7 +11,7 @@ import numpy as np
 
 from nanotune.errors import UserError
 
-PIECE, PIECES = 2**19, 40  # of a large file, checksum() reads PIECES pieces of PIECE tokens
+PIECE, PIECES = 2**19, 40  # checksum() reads about PIECES pieces of PIECE tokens of a large file
 
 
 def open_tokens(path: Path, block_size: int) -> np.ndarray:
@@ -69,7 +69,7 @@ def check_length(path: Path, *arrays: np.ndarray | None) -> None:
     """Raises UserError if a memory-mapped file was cut short: reading it would end in SIGBUS."""
     for array in arrays:
         if isinstance(array, np.memmap) and array.base.size() < array.nbytes:
-            raise UserError(f"{path} or its mask was cut short while it was in use: put "
+            raise UserError(f"{path} or its mask was cut short while it was in use; put "
                             "the old files back and resume")
 
 

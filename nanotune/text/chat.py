@@ -61,7 +61,7 @@ class Template:
                        for role, content in messages)
 
     def jinja(self) -> str:
-        """Returns the chat_template for transformers; it refuses the texts that check_text() does.
+        """Returns the chat_template for transformers; it refuses the same texts as check_text().
         """
         roles = "".join(f"{'el' if i else ''}if message['role'] == {role!r} %}}"
                         f"{{{{ {getattr(self, role)!r} }}}}{{% " for i, role in enumerate(ROLES))
@@ -97,7 +97,7 @@ def template_of_folder(folder: str | Path) -> Template | None:
 
 
 def attach(tokenizer: Any, template: Template | None) -> Any:
-    """Returns the tokenizer with this template, also in its `spec`; unchanged if one is None."""
+    """Returns the tokenizer with this template, also in its `spec`; unchanged if either is None."""
     if tokenizer is not None and template is not None:
         tokenizer.chat, tokenizer.spec = template, tokenizer.spec | {"chat": template.spec()}
     return tokenizer
@@ -190,9 +190,9 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message],
                 most: int) -> tuple[list[int], int]:
     """Returns (ids of a conversation up to the assistant's next text, number of messages left out).
 
-    Leaves out the oldest messages, so that at most `most` ids remain. A system's message is kept;
-    the next one that is kept is a user's. Raises UserError if the last message does not fit, or as
-    check_text() does."""
+    Leaves out the oldest messages, so that at most `most` ids remain. A system message is always
+    kept; the first message kept after it is a user's. Raises UserError if the last message does not
+    fit, or as check_text() does."""
     turns = [ids for ids, _ in encode_turns(tokenizer, messages)]
     answer = tokenizer.encode(tokenizer.chat.assistant)
     first = int(messages[0].role == "system")

@@ -24,7 +24,7 @@ from nanotune.text.tokenizer import AnyTokenizer
 TOKEN = np.dtype("<u2")     # of a .bin file
 SLICE = 1 << 16             # characters of a long text that one core encodes at once
 BATCH = 1 << 22             # characters that all cores together encode at once
-EDGE = 1 << 12              # characters kept of both ends of a document, to trim them
+EDGE = 1 << 12              # characters kept of each end of a document, to trim it
 WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
@@ -51,8 +51,8 @@ Pieces = list[tuple[str | Document, bool]]      # (text, whether a document ends
 
 def find_documents(file: Path, mark: str | None, end: str | None = None) -> Iterator[Document]:
     """Yields the documents of a file, separated by a mark such as <|endoftext|>, except blank ones.
-    Newlines around a mark belong to it. The text `end`, with white space after it, is dropped at
-    the end of a document. Raises UserError as stream_text() does."""
+    Newlines around a mark are dropped with it. At the end of a document, the text `end` and white
+    space after it are dropped. Raises UserError as stream_text() does."""
     start = at = 0          # where the document begins, and where the next part begins
     head = tail = ""        # the document's text; of a long document only both ends
     marked = False
@@ -80,17 +80,18 @@ def find_documents(file: Path, mark: str | None, end: str | None = None) -> Iter
 
 
 def split_parts(parts: Iterable[str], mark: str | None) -> Iterator[tuple[str, str | None]]:
-    """Splits a text in parts: yields (text, the mark if it follows, "" at the end, else None)."""
-    held = ""
+    """Splits a text at the marks: yields (text, separator). The separator is the mark if the mark
+    follows, "" at the end of the text, and None where the next pair continues this document."""
+    rest = ""
     for part in parts:
-        held += part
+        rest += part
         if mark:
-            *whole, held = held.split(mark)
+            *whole, rest = rest.split(mark)
             yield from ((text, mark) for text in whole)
-        cut = max(0, len(held) - len(mark or "") + 1)    # `held` may end with part of a mark
-        yield held[:cut], None
-        held = held[cut:]
-    yield held, ""
+        cut = max(0, len(rest) - len(mark or "") + 1)    # `rest` may end with part of a mark
+        yield rest[:cut], None
+        rest = rest[cut:]
+    yield rest, ""
 
 
 class Reader:
@@ -111,8 +112,8 @@ class Reader:
 
 
 def read_pieces(pieces: Pieces) -> Iterator[tuple[Iterator[str], bool]]:
-    """Yields (the parts of its text, whether a document ends after it) for each piece. Consume all
-    parts of a piece before the next one. Reads a file once if its documents are in order."""
+    """Yields (the parts of a piece's text, whether a document ends after the piece). Consume all
+    parts of a piece before the next piece. Reads a file once if its documents are in order."""
     reader = None
     for document, ends in pieces:
         if isinstance(document, str):
@@ -129,17 +130,17 @@ def read_pieces(pieces: Pieces) -> Iterator[tuple[Iterator[str], bool]]:
 def slices(parts: Iterable[str], length: int = SLICE) -> Iterator[str]:
     """Yields a text in slices of `length` characters or more, cut after a word and before a space
     or a newline: GPT-2's pattern never joins a word to the white space after it."""
-    held, seen = "", 0      # held[:seen] was searched and has no place for a cut
+    rest, seen = "", 0      # rest[:seen] was searched and has no place for a cut
     for part in parts:
         for start in range(0, len(part), length):
-            if len(held) >= length:
-                if cut := WORD_END.match(held, seen):
-                    yield held[:cut.end()]
-                    held, seen = held[cut.end():], 0
+            if len(rest) >= length:
+                if cut := WORD_END.match(rest, seen):
+                    yield rest[:cut.end()]
+                    rest, seen = rest[cut.end():], 0
                 else:
-                    seen = len(held) - 1
-            held += part[start:start + length]
-    yield held
+                    seen = len(rest) - 1
+            rest += part[start:start + length]
+    yield rest
 
 
 def read_texts(pieces: Pieces, sliceable: bool) -> Iterator[tuple[str, bool]]:

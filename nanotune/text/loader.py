@@ -7,7 +7,7 @@ pairs for T5; it has two uint32 per pair, the number of tokens of the source and
 Sample n belongs to epoch n // N. Each epoch cuts the file into N blocks of T tokens, from a random
 offset on (the phase), and shuffles them; both depend on the seed. So each token is a target once
 per epoch, except for less than two blocks at the edges. A resumed run needs only its step. A global
-batch is the same for any number of ranks and micro-steps. Each pair also comes once per epoch.
+batch is the same for any number of ranks and micro-steps. Each pair comes once per epoch.
 """
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -28,7 +28,7 @@ from nanotune.text.bin_files import (
     open_tokens,
 )
 
-IGNORED = -1         # the target that the loss does not count
+IGNORED = -1         # a target that does not count in the loss
 SPLITS = ("train", "val")
 SCAN_LIMIT = 2**28   # tokens: a file up to this size is checked when it is opened (0.2 s)
 SORTED = 32          # global batches of pairs that are sorted by length together
@@ -70,7 +70,7 @@ class TokenBin:
         return self.block_size
 
     def largest(self, config: Any) -> Any:
-        """Returns the model's config for the largest batch: unchanged, all have the same length."""
+        """Returns the model's config for the largest batch: unchanged, all have the same shape."""
         return config
 
     def epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
@@ -207,7 +207,7 @@ class PairBin:
         return order
 
     def pairs(self, first: int, size: int) -> list[int]:
-        """The pairs that are samples first to first + size - 1."""
+        """The numbers of the pairs that are samples first to first + size - 1."""
         n = len(self.lengths)
         return [int(self.epoch_order(i // n)[i % n]) for i in range(first, first + size)]
 
@@ -220,8 +220,8 @@ class PairBin:
         return int(self.read_lengths[self.pairs(first, size), 1].sum())
 
     def windows(self, count: int = 0, stride: int | None = None) -> list[int]:
-        """Returns `count` pairs, evenly spaced in the file, or all if count is 0 or too large. The
-        longest come first, for little padding. `stride` is not used."""
+        """Returns the numbers of `count` pairs, evenly spaced in the file, or of all if count is 0
+        or too large. The longest come first, for little padding. `stride` is not used."""
         n = len(self.lengths)
         chosen = np.arange(n)
         if 0 < count < n:

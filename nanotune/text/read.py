@@ -13,8 +13,8 @@ from pathlib import Path
 
 from nanotune.errors import UserError
 
-BLOCK = 1 << 18  # bytes that are read at once
-SAMPLE = 4096  # bytes that are searched for signs of UTF-16
+BLOCK = 1 << 18  # bytes to read at once
+SAMPLE = 4096  # bytes to search for signs of UTF-16
 # {byte order mark: iconv's name of the encoding}; UTF-32 comes first: its mark begins with UTF-16's
 BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
                     b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -27,8 +27,8 @@ def read_text(path: str | Path) -> str:
 
 
 def stream_text(path: str | Path) -> Iterator[str]:
-    """Yields the text of read_text() in parts of at most BLOCK characters. Raises UserError as
-    read_text() does, but for too many NUL characters only at the end."""
+    """Yields the text of read_text() in parts of at most BLOCK + 1 characters. Raises UserError as
+    read_text() does; for too many NUL characters, only after the last part."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -49,11 +49,11 @@ def stream_text(path: str | Path) -> Iterator[str]:
 
 def decode(f, path):
     r"""Yields the text of an open file in parts, which do not end between \r and \n."""
-    decoder, held = codecs.getincrementaldecoder("utf-8-sig")(), ""
+    decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
     while True:
         block = f.read(BLOCK)
         try:
-            text = held + decoder.decode(block, final=not block)
+            text = rest + decoder.decode(block, final=not block)
         except UnicodeDecodeError as e:  # e.object ends where the block does
             raise UserError(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} at offset "
                             f"{f.tell() - len(e.object) + e.start:,}; if it is Western European "
@@ -61,14 +61,14 @@ def decode(f, path):
         if not block:
             yield text
             return
-        held = "\r" if text.endswith("\r") else ""
+        rest = "\r" if text.endswith("\r") else ""
         yield text.removesuffix("\r")
 
 
 def wide_encoding(content):
     """The name of the UTF-16 or UTF-32 encoding of these bytes, or None.
 
-    UTF-16 without a byte order mark is recognized by NUL, the high byte of an ASCII character.
+    UTF-16 without a byte order mark is recognized by NUL bytes, the high bytes of ASCII characters.
     """
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if content.startswith(mark):
@@ -90,7 +90,7 @@ def convert(encoding, path):
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yields ('FILE, line N', fields) for each line of a .jsonl file that is not blank. Raises
-    UserError if a line is not a JSON object, or a string in it has half of a surrogate pair."""
+    UserError if a line is not a JSON object, or a field has half of a surrogate pair."""
     for number, line in enumerate(split_lines(stream_text(path)), 1):
         if not line.strip():
             continue
@@ -111,11 +111,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 def split_lines(parts):
     """Yields the lines of a text in parts, without their ends."""
-    held = ""
+    rest = ""
     for part in parts:
-        *lines, held = (held + part).split("\n")
+        *lines, rest = (rest + part).split("\n")
         yield from lines
-    yield held
+    yield rest
 
 
 def check_surrogates(text: str, where: str) -> None:

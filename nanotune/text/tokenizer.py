@@ -9,7 +9,7 @@ Three classes with one interface, AnyTokenizer, used for data, prompts and evalu
     identity      a hash of the vocabulary, to compare tokenizers
     encode(text)  -> list of ids; special tokens such as <|endoftext|> become their one id
     encode_batch(texts) -> list of arrays of ids, on all cores; texts must have no surrogates
-    sliceable     whether a text cut between a word and a space or line end has the same ids
+    sliceable     whether a text gives the same ids if cut between a word and a space or newline
     decode(ids)   -> text
     n_bytes(ids)  -> the UTF-8 bytes of text that the ids decode to; end-of-text counts 0
     files         {name: content} to keep in a dataset's folder; tokenizer_of_dataset() reads it
@@ -54,7 +54,7 @@ from nanotune.text.tokenizer_files import (
 GPT2_VOCAB_SIZES = (50257, 50304)  # plain, and padded to a multiple of 64
 # sha256 of canonical() of GPT-2's vocabulary
 GPT2_IDENTITY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
-# other ids show that a tokenizer.json with GPT-2's vocabulary has another normalizer,
+# a tokenizer.json with GPT-2's vocabulary that gives other ids for PROBE has another normalizer,
 # pre-tokenizer, merges or flags of end-of-text
 PROBE = "Hi it's 1234\n  E\u0301a <|endoftext|> x"
 PROBE_IDS = [17250, 340, 338, 1105, 2682, 198, 220, 412, 136, 223, 64, 220, 50256, 2124]
@@ -138,9 +138,8 @@ class CharTokenizer:
 
 class JsonTokenizer:
     """A tokenizer.json of the `tokenizers` library, given as text. Truncation, padding and dropout,
-    which the file may ask for, are switched off. `special` has the (key, token or id) that
-    special_tokens() returns. Raises UserError, with `where` as the file's name, if the text is not
-    a tokenizer.json."""
+    which the file may contain, are switched off. `special` is the result of special_tokens().
+    Raises UserError, with `where` as the file's name, if the text is not a tokenizer.json."""
     name, chat = "a tokenizer.json", None
 
     def __init__(self, text: str, where: str | Path = "tokenizer.json",
@@ -158,7 +157,7 @@ class JsonTokenizer:
             vocab = self.tokenizer.get_vocab()
             self.is_byte_level = "ByteLevel" in str(json.loads(text).get("decoder"))
         if not vocab:
-            raise UserError(f"{where} has an empty vocabulary")
+            raise UserError(f"{where} has an empty vocabulary; use another copy of it")
         self.n_vocab = self.rows = max(vocab.values()) + 1
         self.special = self.known(special, vocab)
         self.special_ids = {key: vocab[token] for key, token in self.special.items()}
@@ -173,8 +172,8 @@ class JsonTokenizer:
                       for id, token in self.tokenizer.get_added_tokens_decoder().items()}
 
     def add_named(self, text):
-        """Marks special tokens that only other files name, so that encode() finds them; returns the
-        new tokenizer.json."""
+        """Marks as special the tokens that only other files name, so that encode() finds them;
+        returns the new tokenizer.json."""
         from tokenizers import AddedToken
         marked = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
         missing = [token for token in self.special.values() if token not in marked]

@@ -1,8 +1,8 @@
-"""Reads and writes the tokenizer files of Hugging Face folders; converts all to tokenizer.json.
+"""Reads the tokenizer files of Hugging Face folders, and converts vocabularies to tokenizer.json.
 
-Reads vocab.json with merges.txt (with tokens added in added_tokens.json or tokenizer_config.json),
-the names of special tokens, and nanoGPT's meta.pkl. Writes GPT-2's vocabulary and character
-vocabularies.
+Converts vocab.json with merges.txt (with tokens added in added_tokens.json or
+tokenizer_config.json), a T5's spiece.model, GPT-2's vocabulary and character vocabularies. Also
+reads the names of special tokens, and nanoGPT's meta.pkl.
 """
 import hashlib
 import json
@@ -19,11 +19,12 @@ from nanotune.formats.hub import read_json
 
 EOT = "<|endoftext|>"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-# files that name special tokens, all optional; for each key the first file that has it counts
+# files that name special tokens, all optional; the first file that has a key is used for it
 NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
             "config.json")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
-# tokenizer files that cannot be read alone; a folder with one does not have GPT-2's vocabulary
+# tokenizer files that cannot be read alone; a folder without others is refused: its vocabulary is
+# not GPT-2's
 UNREADABLE = ("vocab.json", "merges.txt", "encoder.json", "vocab.txt", "tokenizer.model",
               "sentencepiece.bpe.model")
 # file names of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's
@@ -82,8 +83,8 @@ def special_tokens(folder: Path) -> list[tuple[str, Any]]:
 
 
 def added_tokens(folder: Path) -> dict[str, tuple[int | None, dict[str, bool]]]:
-    """Returns {token: (id or None, flags)} of the tokens that a folder's files add to the
-    vocabulary or name. Raises UserError if a file is damaged."""
+    """Returns {token: (id or None, flags)} of the special and added tokens in a folder's files.
+    Raises UserError if a file is damaged."""
     config = read_optional(folder / "tokenizer_config.json")
     found = {token: (None, {}) for _, token in special_tokens(folder) if isinstance(token, str)}
     try:
@@ -118,17 +119,17 @@ def add_tokens(tokenizer: Any, added: dict[str, tuple[int | None, dict[str, bool
 
 
 def with_added_tokens(text: str, folder: Path) -> str:
-    """Returns a tokenizer.json with the tokens that other files of its folder add; a damaged one is
-    returned unchanged. Raises UserError as add_tokens() does."""
+    """Returns a tokenizer.json with the tokens that other files of its folder add; a damaged
+    tokenizer.json is returned unchanged. Raises UserError as add_tokens() does."""
     from tokenizers import Tokenizer
-    added = {token: held for token, held in added_tokens(folder).items() if held[0] is not None}
+    added = {token: entry for token, entry in added_tokens(folder).items() if entry[0] is not None}
     if not added:
         return text
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception:  # JsonTokenizer says what is wrong
         return text
-    missing = {token: held for token, held in added.items() if tokenizer.token_to_id(token) is None}
+    missing = {token: added[token] for token in added if tokenizer.token_to_id(token) is None}
     add_tokens(tokenizer, missing, folder)
     return tokenizer.to_str() if missing else text
 
@@ -181,7 +182,7 @@ def json_of_sentencepiece(folder: Path) -> str:
 
 def merges_as_strings(text: str) -> str:
     """Returns a tokenizer.json with its merges as "a b", which every version of the tokenizers
-    library reads; before 0.20 it did not read ["a", "b"]. Keeps pairs if a token holds a space."""
+    library reads; ["a", "b"] needs 0.20. Keeps pairs if a token contains a space."""
     data = json.loads(text)
     merges = data["model"].get("merges") or []
     if any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
@@ -192,8 +193,8 @@ def merges_as_strings(text: str) -> str:
 
 def keeps_words_apart(parts: dict) -> bool:
     """Returns whether a tokenizer.json, as a dict, gives the same ids if a text is cut between a
-    word and a space or a line end: if it splits words as GPT-2's does, and no added token contains
-    white space or strips what follows it."""
+    word and a space or newline. It does if it splits words as GPT-2's does, and no added token
+    contains white space or strips the white space after it."""
     splits = parts.get("pre_tokenizer") or {}
     return (splits.get("type") == "ByteLevel" and splits.get("use_regex", True)
             and not splits.get("add_prefix_space") and parts.get("normalizer") is None
@@ -202,8 +203,8 @@ def keeps_words_apart(parts: dict) -> bool:
 
 
 def with_end_appended(text: str, end: str, id: int) -> str:
-    """Returns a tokenizer.json that appends the token `end` to a text, as T5's does. If it has a
-    post-processor, keeps it instead."""
+    """Returns a tokenizer.json that appends the token `end` to a text, as T5's does. An existing
+    post-processor is kept instead."""
     data = json.loads(text)
     if data.get("post_processor") is None:
         parts = [{"Sequence": {"id": "A", "type_id": 0}},
@@ -216,7 +217,7 @@ def with_end_appended(text: str, end: str, id: int) -> str:
 
 def gpt2_json(encoding: Any) -> str:
     """Returns GPT-2's tokenizer.json from its tiktoken.Encoding, in which the ids are the ranks of
-    the merges. A token's merge joins the two parts that earlier merges make of its bytes."""
+    the merges. The merge of a token joins the two parts that earlier merges form from its bytes."""
     from tokenizers import AddedToken, ByteLevelBPETokenizer
     letters = byte_letters()
     ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
@@ -229,7 +230,7 @@ def gpt2_json(encoding: Any) -> str:
 
 
 def byte_letters():
-    """{byte: the character for it in GPT-2's vocabulary}: printable bytes stay as they are, the
+    """{byte: the character for it in GPT-2's vocabulary}: printable bytes are themselves, the
     others are the code points from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]

@@ -50,8 +50,8 @@ def best_of(entries: list[dict]) -> dict | None:
 
 
 def limits(entries: list[dict]) -> tuple[float, float] | None:
-    """Returns the (lowest, highest) loss to show, or None for all. Of the first quarter of the
-    evaluations only the best counts: a first loss of 10.9 would flatten the rest."""
+    """Returns the (lowest, highest) loss to show, or None for all. Leaves out the first quarter of
+    the evaluations, except the best: a first loss of 10.9 would flatten the rest."""
     evaluations = [entry for entry in entries if "step" in entry]
     later = evaluations[max(1, len(evaluations) // 4):]
     if not later:

@@ -1,6 +1,6 @@
 """Runs training on many processes: torchrun's environment, DDP or FSDP2, sums over the ranks.
 
-One process runs the same code; the sums and barriers below then do nothing.
+A single process runs the same code; the sums and barriers below then do nothing.
 """
 import datetime
 import os
@@ -58,9 +58,9 @@ def read_world(device: str = "auto") -> World:
 
     `device` is as in pick_device. Raises UserError if this machine has no such device.
     """
-    own_card = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun() else None
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun() else None
     return World(rank=int(os.environ.get("RANK", 0)), size=int(os.environ.get("WORLD_SIZE", 1)),
-                 device=pick_device(device, own_card))
+                 device=pick_device(device, local_rank))
 
 
 def under_torchrun():
@@ -135,18 +135,18 @@ def barrier() -> None:
 
 def broadcast(world: World, value: Any) -> Any:
     """Returns rank 0's value, which must be picklable, on all ranks. All ranks must call this."""
-    held = [value]
+    values = [value]
     if world.size > 1:
-        dist.broadcast_object_list(held, device=world.device)
-    return held[0]
+        dist.broadcast_object_list(values, device=world.device)
+    return values[0]
 
 
 def gather(world: World, value: Any) -> list[Any]:
     """Returns all ranks' values, which must be picklable. All ranks must call this."""
-    held = [value] * world.size
+    values = [value] * world.size
     if world.size > 1:
-        dist.all_gather_object(held, value)
-    return held
+        dist.all_gather_object(values, value)
+    return values
 
 
 def check_same_fields(world: World, fields: dict[str, object]) -> None:
@@ -229,7 +229,8 @@ def shard(model, world, dtype):
 def compile_or_fall_back(model, batch, world, dtype):
     """Compiles the model in place and tries it; returns whether that worked on all ranks.
 
-    If not, the model stays eager. A sharded model may be broken then, so that raises UserError.
+    If not, the model stays eager. Raises UserError if the model is sharded, since it may then be
+    broken.
     """
     model.compile()
     x, y = (t.to(world.device) for t in batch)
@@ -268,6 +269,6 @@ def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 def total_norm(grads: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Returns the L2 norm of all gradients together, (), of all shards and equal on all ranks."""
+    """Returns the L2 norm of all gradients together, (), over all shards; the same on all ranks."""
     norm = torch.nn.utils.get_total_norm(grads)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -90,7 +90,7 @@ class Logbook:
                           "and loss.png are incomplete from here on")
 
     def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
-        """Logs an evaluation, losses in nats per token, and draws loss.png again, but not for the
+        """Logs an evaluation (losses in nats per token) and draws loss.png again, except after the
         first entry, so that the first step does not wait for matplotlib."""
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.record({"step": step, "train_loss": train_loss, "val_loss": val_loss}, step)
@@ -200,8 +200,8 @@ def check_tensorboard() -> None:
 
 
 def start_tensorboard(out_dir: str, start: int) -> Any:
-    """Returns a SummaryWriter for out_dir/tensorboard, which hides earlier points from step `start`
-    on. View them with tensorboard --logdir=OUT_DIR."""
+    """Returns a SummaryWriter for out_dir/tensorboard. TensorBoard hides the points from step
+    `start` on that earlier processes wrote. View the curves with tensorboard --logdir=OUT_DIR."""
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=start)
 

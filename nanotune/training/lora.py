@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): adds small trainable matrices to a model and freezes the others.
+"""LoRA (Hu et al. 2021): adds small trainable matrices to a model and freezes its weights.
 
     add_lora(model, rank=16)     # replaces the layers; model.py does not change
     ...                          # train: only the adapters have gradients and moments

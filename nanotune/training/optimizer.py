@@ -35,7 +35,7 @@ def make_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float,
     no betas, on these parameter groups.
 
     `name` is one of NAMES; for adamw8bit call check_8bit first. The dtype of the weights selects
-    the implementation, see the top of this file.
+    the implementation: see the table at the top of this file.
     """
     if name == "adamw8bit":
         return make_8bit(groups, lr, betas, in_float32=lacks_bfloat16(device))
@@ -116,7 +116,7 @@ def put(weights, new):
 
 
 class LossScaler(torch.amp.GradScaler):
-    """GradScaler that also unscales bfloat16 gradients, for which torch's has no CUDA kernel
+    """GradScaler that also unscales bfloat16 gradients, for which torch has no CUDA kernel
     (pytorch issue 127176)."""
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]
@@ -134,7 +134,7 @@ class LossScaler(torch.amp.GradScaler):
 
 def check_8bit(device: torch.device) -> None:
     """Raises UserError if torchao or the compiler that its update needs is missing."""
-    # hides warnings: GPU kernels that a CPU cannot load, torchao's use of deprecated torch APIs
+    # hides warnings about GPU kernels that a CPU cannot load, and deprecated torch APIs in torchao
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -236,15 +236,15 @@ def fill_state(optimizer: torch.optim.Optimizer, p: torch.Tensor,
     eight_bit = hasattr(optimizer, "_new_buffer")
     names = {name.removesuffix(".codes") for name in plain if not name.endswith(".scale")}
     factored = isinstance(optimizer, torch.optim.Adafactor)
-    wanted = {"exp_avg", "exp_avg_sq"} if not factored else (
+    moments = {"exp_avg", "exp_avg_sq"} if not factored else (
         {"row_var", "col_var"} if p.dim() > 1 else {"variance"})
-    if names != wanted | {"step"}:
+    if names != moments | {"step"}:
         raise UserError(f"the optimizer state holds {', '.join(sorted(names))}, which is not "
                         f"{'Adafactor' if factored else 'AdamW'}'s")
     if factored:
         optimizer.state[p] = {"step": plain["step"].clone()} | {
             name: torch.empty(moment_shape(name, p.shape), device=p.device).copy_(plain[name])
-            for name in wanted}
+            for name in moments}
         return
     state = {"step": plain["step"].clone()}
     for name in ("exp_avg", "exp_avg_sq"):

@@ -68,21 +68,21 @@ def describe_saves(model: torch.nn.Module, cfg: Any, world: World) -> list[str]:
     # the new state is written before an old one is deleted
     models = 2 if cfg.always_save_checkpoint else 1
     most = models * model_bytes + state_bytes * (cfg.keep_states + 1)
-    # a hard link, as best.pt may be, takes no disk
-    held = sum({path.stat().st_ino: path.stat().st_size for path in out_dir.glob("*.pt")}.values())
+    # a hard link, as best.pt may be, takes no space
+    used = sum({path.stat().st_ino: path.stat().st_size for path in out_dir.glob("*.pt")}.values())
     best = "ckpt.pt, and as much for best.pt" if models == 2 else "ckpt.pt"
     lines = [f"a save takes {format_bytes(model_bytes)} ({best}) + {format_bytes(state_bytes)} "
              f"(state.pt); with keep_states={cfg.keep_states} {out_dir} needs up to "
-             f"{format_bytes(most)}, of which it holds {format_bytes(held)}; "
+             f"{format_bytes(most)}, of which it holds {format_bytes(used)}; "
              f"{format_bytes(free)} are free"]
     if shares_of(cfg, world) > 1:
         share = format_bytes(4 * model_bytes / world.size)
         lines.append(f"fsdp: each process holds {share} of weights, gradients and moments, "
                      f"1/{world.size} of the whole; at a save rank 0 gathers "
                      f"{format_bytes(state_bytes)} in its CPU memory")
-    if most - held > free:
+    if most - used > free:
         lines.append(f"warning: the disk of {out_dir} is too small for that: free "
-                     f"{format_bytes(most - held - free)}, lower --keep_states, or choose another "
+                     f"{format_bytes(most - used - free)}, lower --keep_states, or choose another "
                      "--out_dir")
     return lines
 
@@ -143,9 +143,9 @@ def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str,
         slack, together = HEAP[config.takes_pairs]
         kept *= 1 + slack * (not cfg.recompute)
         whole = whole or together
-    moments = [{"gradients": gradients * whole, "activations": kept + block, "logits": during},
-               {"gradients": gradients, "activations": block, "logits": after}]
-    return parts | max(moments, key=lambda moment: sum(moment.values()))
+    phases = [{"gradients": gradients * whole, "activations": kept + block, "logits": during},
+              {"gradients": gradients, "activations": block, "logits": after}]
+    return parts | max(phases, key=lambda phase: sum(phase.values()))
 
 
 def meta_model(config: Any, cfg: Any) -> torch.nn.Module:
@@ -209,7 +209,8 @@ def check_memory(cfg: Any, config: Any, world: World, dtype: torch.dtype) -> Non
     if fits or cfg.eval_only:  # the prediction is for training
         return
     if sum(memory(config, cfg, world, dtype).values()) > 10 * device_memory(world.device):
-        raise UserError(f"{lines[0]}: that does not fit; use a smaller model or --batch_size")
+        raise UserError(f"{lines[0]}: that does not fit; use a smaller model or a lower "
+                        "--batch_size")
     say("\n".join([*lines, "warning: the memory may be too small (see above): the system may kill "
                            "the run"]))
 

@@ -58,7 +58,7 @@ def new_progress() -> Progress:
 @dataclass
 class Start:
     """The model and state that a run begins with. Only rank 0 reads them from disk."""
-    model: object                  # its config while it is sent to the other ranks
+    model: object                  # only its config while sent to the other ranks
     progress: Progress = field(default_factory=new_progress)
     stepped: bool = False          # whether there is an optimizer state
     optimizer: dict = field(default_factory=dict)  # {parameter name: {"exp_avg": ..., ...}}
@@ -68,7 +68,7 @@ class Start:
     config: dict = field(default_factory=dict)  # the run's config when it was saved
     tokenizer: AnyTokenizer | None = None
     data: dict = field(default_factory=dict)  # {split: TokenBin.fingerprint}; {}: not known
-    lora: dict | None = None       # of a LoRA run: the rank, the base and its hash
+    lora: dict | None = None       # of a LoRA run: the rank; the base, its hash and its dtype
     ours: bool = True              # False: nanoGPT's, which has no run id
     skipped_states: tuple = ()     # paths of newer states that cannot be used
     warnings: tuple = ()           # lines to print
@@ -161,7 +161,7 @@ def config_of(saved):
 
 def check_same_run(cfg: Any, start: Start) -> None:
     """Raises UserError if a train.Config has another seed, dataset, LENGTHS or global batch than
-    the run of `start`, since these change the data, unless cfg.force_resume is set."""
+    the run of `start`: these change the data. cfg.force_resume allows it."""
     then = start.config
     now = asdict(cfg) | {name: getattr(cfg, name) or then[name] for name in LENGTHS} | {
                          "global batch": cfg.batch_size * cfg.gradient_accumulation_steps}
@@ -322,7 +322,7 @@ def begin(out_dir: str | Path, start: Start, best: str) -> None:
         clear(out_dir)
     elif best_file_of(out_dir, start).name != best and best_file_of(out_dir, start).is_file():
         files.link(best_file_of(out_dir, start), Path(out_dir) / best)
-        if best == MODEL_FILE:  # else best.pt would stay as an old best
+        if best == MODEL_FILE:  # else an outdated best.pt would stay
             (Path(out_dir) / BEST_FILE).unlink()
     for path in start.skipped_states:  # else later saves would delete a good state before these
         os.replace(path, path.with_suffix(".refused"))

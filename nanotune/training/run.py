@@ -80,8 +80,8 @@ def check_config(cfg: Any, world: World, dtype: torch.dtype) -> None:
     base = checkpoint.run_file(cfg.init_from) or Path(cfg.init_from, checkpoint.MODEL_FILE)
     if cfg.lora_rank and cfg.init_from != "resume" and (
             base.parent.resolve() == Path(cfg.out_dir).resolve()):
-        raise UserError(f"--out_dir={cfg.out_dir} is also the base of this LoRA run, and its "
-                        "adapters would replace that; choose another --out_dir")
+        raise UserError(f"--out_dir={cfg.out_dir} is also the base of this LoRA run: the adapters "
+                        "would replace the base model; choose another --out_dir")
     distributed.check_combination(world, parallel=cfg.parallel, dtype=dtype, weights=cfg.weights,
                             optimizer=cfg.optimizer, lora="yes" if cfg.lora_rank else "no")
     if cfg.optimizer == "adamw8bit" and not cfg.dry_run:
@@ -114,11 +114,10 @@ def out_dir_lock(cfg: Any, world: World) -> Iterator[None]:
 
 def check_no_run_is_lost(cfg, out_dir):
     models = (out_dir / name for name in (checkpoint.MODEL_FILE, checkpoint.BEST_FILE))
-    held = [f.name for f in (*models, *resume.state_files(out_dir))
-            if f.exists()]
-    if held and not resume.resumes(cfg) and not cfg.overwrite and not (
+    found = [f.name for f in (*models, *resume.state_files(out_dir)) if f.exists()]
+    if found and not resume.resumes(cfg) and not cfg.overwrite and not (
             cfg.auto_resume and resume.is_at_step_0(out_dir)):
-        raise UserError(f"{out_dir} already holds a run ({', '.join(held)}): resume it with "
+        raise UserError(f"{out_dir} already holds a run ({', '.join(found)}): resume it with "
                         "--init_from=resume, replace it with --overwrite=True, or choose another "
                         "--out_dir")
 
@@ -144,8 +143,9 @@ def load_start(cfg, tokenizer, folder, check_memory):
         model = GPT(config)
         model.set_dtype(weights)
         return resume.Start(model)
-    model, held = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout, dtype=weights)
-    check_same_tokenizer(held, tokenizer, cfg.init_from, folder)
+    model, model_tokenizer = checkpoint.load_model(cfg.init_from, cfg.block_size, cfg.dropout,
+                                                   dtype=weights)
+    check_same_tokenizer(model_tokenizer, tokenizer, cfg.init_from, folder)
     check_memory(model.config)
     if not cfg.lora_rank:
         return resume.Start(model)
@@ -172,8 +172,8 @@ def run_config(cfg, config, tokenizer):
     for name, value in options.items():
         if value is not None and name not in known:
             option = "separate_documents" if name == "doc_end" else name
-            takers = "plain text" if config.takes_pairs else "pairs, such as T5"
-            raise UserError(f"--{option} is for models of {takers}; leave it out")
+            kind = "plain text" if config.takes_pairs else "pairs, such as T5"
+            raise UserError(f"--{option} is for models of {kind}; leave it out")
     return replace(config, **{name: value for name, value in options.items() if name in known
                               and (value is not None or name == "doc_end")})
 
@@ -207,9 +207,9 @@ def check_same_arguments(cfg, dtype, world):
 def check_same_data(data, world):
     """Raises UserError if the files of a rank differ from those of rank 0."""
     for split in data.values():
-        held = gather(world, (str(split.path.absolute()), split.fingerprint))
-        for rank, (path, fingerprint) in enumerate(held):
-            if fingerprint != held[0][1]:
+        files_of_ranks = gather(world, (str(split.path.absolute()), split.fingerprint))
+        for rank, (path, fingerprint) in enumerate(files_of_ranks):
+            if fingerprint != files_of_ranks[0][1]:
                 raise UserError(f"{path} of process {rank} differs from that of process 0: copy "
                                 "the folder to each machine")
 
@@ -225,8 +225,8 @@ def print_choices() -> None:
 
 
 def read_config(cls: type, argv: list[str]) -> tuple[Any, list[str]]:
-    """Returns (the train.Config of a command line, a line for each field that it changes of the
-    resumed run). A resumed run keeps the fields that it was trained with, which rank 0 reads."""
+    """Returns (the train.Config of a command line, a line for each field of the resumed run that
+    it changes). A resumed run keeps the fields that it was trained with; rank 0 reads them."""
     cfg = configure(cls, argv)
     if cfg.init_from != "resume" and not cfg.auto_resume:
         return cfg, []
@@ -274,7 +274,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
         tune_malloc()
     tokenizer = tokenizer_of_dataset(folder)
     if cfg.sample_interval and not tokenizer.encode(cfg.sample_start):
-        raise UserError("--sample_start has no tokens in this vocabulary; give it a character")
+        raise UserError("--sample_start has no tokens in this vocabulary; give other text")
     if cfg.separate_documents and tokenizer.eot is None:
         raise UserError("--separate_documents needs end-of-text between the documents, but "
                         f"{folder} with {tokenizer.name} has none; leave it out")
@@ -306,7 +306,7 @@ def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     scaler = optimizers.LossScaler(world.device.type, enabled=dtype == torch.float16)
     if start.scaler:
         scaler.load_state_dict(start.scaler)
-    start.model = start.optimizer = None  # frees the whole model: a sharded run keeps its shard
+    start.model = start.optimizer = None  # frees the whole model; a sharded run keeps its shards
     return Run(
         cfg=cfg, argv=argv, world=world, dtype=dtype, compiled=compiled, model=model,
         forward=forward, optimizer=optimizer, scaler=scaler, tokenizer=tokenizer, data=data,

@@ -40,7 +40,7 @@ def read_run_config(out_dir: str | Path) -> dict[str, Any]:
             continue
         if "settings_version" not in config:  # of the first edition, or nanoGPT's
             config["eval_iters"] = config.get("eval_iters", 0) * config.get("batch_size", 1)
-        if config.get("init_from") == "resume":  # the first value is not known
+        if config.get("init_from") == "resume":  # the value of the first start is not known
             del config["init_from"]
         return config
     return {}
@@ -55,7 +55,7 @@ def remembered(cls: type, config: dict[str, Any]) -> dict[str, Any]:
                 kept[name] = check_type(kind, config[name], name)
             except UserError:  # nanoGPT's field may have another type
                 continue
-    for names in cls.ONE_OF:  # epochs has set max_iters: keep epochs
+    for names in cls.ONE_OF:  # epochs sets max_iters: keep only epochs
         given = [name for name in names if kept.get(name) is not None]
         for name in given[1:]:
             del kept[name]

@@ -1,7 +1,7 @@
 """Converts weights and optimizer state to and from the layout of a checkpoint.
 
 A checkpoint holds whole tensors by parameter name. One process, DDP, FSDP2 and nanoGPT's files
-each have another layout.
+each have a different layout.
 """
 from pathlib import Path
 
@@ -67,9 +67,9 @@ def checked_optimizer_state(model: nn.Module, state: dict,
     if state and state.keys() != params.keys():
         wrong = sorted(state.keys() ^ params.keys())
         raise UserError(f"{path}: its optimizer state has other parameters ({wrong[0]}, ...)")
-    for name, held in state.items():
+    for name, moments in state.items():
         p = params[name]
-        shapes = [(v.shape, optimizers.moment_shape(key, p.shape)) for key, v in held.items()
+        shapes = [(v.shape, optimizers.moment_shape(key, p.shape)) for key, v in moments.items()
                   if v.dim() and not key.endswith(".scale")]
         if any(have[1:] != need[1:] or have[0] < need[0] for have, need in shapes):
             raise UserError(f"{path}: its optimizer state does not fit {name}, {tuple(p.shape)}")
@@ -87,7 +87,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if world.is_main:
         state = state if is_sharded(model) else checked_optimizer_state(model, state, path)
-        state = {name: cropped(held, params[name]) for name, held in state.items()}
+        state = {name: cropped(moments, params[name]) for name, moments in state.items()}
     if not isinstance(optimizer, torch.optim.AdamW):
         return fill_optimizer(params, optimizer, state, path, world)
     names = {p: name for name, p in params.items()}
@@ -116,16 +116,16 @@ def fill_optimizer(params, optimizer, state, path, world):
     """load_optimizer_state for the optimizers that are not torch.optim.AdamW: one parameter at a
     time, so that no rank has two copies of the state in memory."""
     for name, param in params.items():
-        held = broadcast(world, state.get(name))
+        moments = broadcast(world, state.get(name))
         try:
-            optimizers.fill_state(optimizer, param, held)
+            optimizers.fill_state(optimizer, param, moments)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
 
 
 def by_name(model, state, path):
-    """nanoGPT's state by name: it numbers first the matrices in the model's order, then the
-    vectors."""
+    """The state of a nanoGPT file by parameter name. nanoGPT numbers the matrices first, in the
+    model's order, then the vectors."""
     named = list(model.named_parameters())
     names = [n for n, p in named if p.dim() >= 2] + [n for n, p in named if p.dim() < 2]
     if len(state["state"]) != len(names):
