@@ -378,18 +378,19 @@ class T5(nn.Module):
         in float32; with dropout, three copies of the weights. Dropout keeps a mask, autocast the
         matrices that it converted. With recompute only the inputs of the blocks are kept.
         """
-        c, e, drop = self.config, dtype.itemsize, 3 if self.config.dropout else 1
-        S, T, width, pairs = c.source_length, c.target_length, c.n_head * c.head_size, 4 * c.n_head
-        mlp = e * c.n_inner * ((4 if c.gated else 1) + (drop > 1) * (1 if c.gated else 2))
-        part = 8 * c.n_embd + e * c.n_embd * (1 + (drop > 1)) + (4 + e) * width  # per sublayer
-        encoder = S * (2 * part - (4 + e) * width + mlp + 8 * width + pairs * S * drop)
-        decoder = (T * (3 * part - (4 + e) * width + mlp + 8 * width + pairs * (S + T) * drop)
-                   + S * 8 * width)
+        c, e, drops = self.config, dtype.itemsize, bool(self.config.dropout)
+        S, T, width = c.source_length, c.target_length, c.n_head * c.head_size
+        # bytes per token of a norm and its dropout, a query with its output, a key with its value
+        norm, query, key = (8 + e + e * drops) * c.n_embd, (4 + e) * width, 8 * width
+        pair = 4 * c.n_head * (3 if drops else 1)  # per pair of tokens: attention weights
+        mlp = e * c.n_inner * ((4 + drops) if c.gated else (1 + 2 * drops))
+        encoder = S * (2 * norm + query + key + pair * S + mlp)
+        decoder = T * (3 * norm + 2 * query + key + pair * (S + T) + mlp) + S * key
         cast = [sum(p.numel() * e for p in stack.h[0].parameters()
                     if p.dim() >= 2 and p.dtype != dtype) for stack in (self.encoder, self.decoder)]
         kept = [batch_size * encoder + cast[0], batch_size * decoder + cast[1]]
         backward = batch_size * max(S, T) * (2 * e * c.n_inner * (1 + c.gated) + 8 * c.n_embd
-                                             + 3 * pairs * S)
+                                             + 12 * c.n_head * S)
         if self.recompute:
             inputs = 4 * c.n_embd * batch_size * (c.n_layer * S + c.n_decoder_layer * T)
             return inputs, max(kept) + backward

@@ -377,8 +377,7 @@ def check_example_options(args: argparse.Namespace) -> None:
     """Raises UserError if an option of add_example_options() needs another or is out of range."""
     if args.prompt_column and not args.completion_column:
         raise UserError(f"--prompt_column={args.prompt_column} needs --completion_column too")
-    check_fraction("val_fraction", args.val_fraction)
-    check_fraction("test_fraction", args.test_fraction)
+    check_fractions(args)
 
 
 def pick_columns(where: str, fields: dict, args: argparse.Namespace,
@@ -424,10 +423,12 @@ def split_examples(examples: list[Example], val: list[Example], val_fraction: fl
             "train": distinct[n_test + n_val:]}
 
 
-def check_fraction(name: str, value: float) -> None:
-    """Raises UserError if value is not in [0, 1)."""
-    if not 0 <= value < 1:
-        raise UserError(f"--{name}={value}: must be at least 0 and below 1")
+def check_fractions(args: argparse.Namespace) -> None:
+    """Raises UserError if --val_fraction is not in (0, 1) or --test_fraction not in [0, 1)."""
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f"--val_fraction={args.val_fraction}: must be between 0 and 1")
+    if not 0 <= args.test_fraction < 1:
+        raise UserError(f"--test_fraction={args.test_fraction}: must be at least 0 and below 1")
 
 
 def check_no_end(where: str, name: str, text: str, tokenizer: AnyTokenizer) -> None:

@@ -431,7 +431,9 @@ def test_bad_examples_are_refused(name, content, message, tmp_path):
 
 def test_bad_arguments_are_refused(tmp_path):
     for fields, message in (({}, "pass either --input=FILE or --hub="),
-                            ({"val_fraction": 1.5}, "--val_fraction=1.5: must be at least 0"),
+                            ({"val_fraction": 1.5}, "--val_fraction=1.5: must be between 0 and 1"),
+                            ({"val_fraction": 0}, "--val_fraction=0.0: must be between 0 and 1"),
+                            ({"test_fraction": 1}, "--test_fraction=1.0: must be at least 0"),
                             ({"tokenizer": "x.json"}, "--tokenizer=x.json: x.json: no such")):
         with pytest.raises(UserError, match=message):
             prepare("jsonl", **({"input": "f.jsonl"} if fields else {}), **fields)

@@ -14,7 +14,7 @@ MODELS = {"model", "t5"}
 BASE = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", "nanotune.files",
         "nanotune.attention", "nanotune.head", "nanotune.torch_private",
         "nanotune.text.tokenizer", "nanotune.text.tokenizer_files", "nanotune.text.read",
-        "nanotune.text.loader", "nanotune.text.bin_files", "nanotune.text.arrays",
+        "nanotune.text.loader", "nanotune.text.bin_files", "nanotune.text.encode",
         "nanotune.text.documents", "nanotune.text.chat",
         "nanotune.formats.hub", "nanotune.formats.hf", "nanotune.formats.hf_config",
         "nanotune.formats.checks", "nanotune.generation.generate"}

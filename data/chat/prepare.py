@@ -203,8 +203,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("no conversations are given; pass --input=FILE")
     if args.test_input and args.test_fraction:
         raise UserError("--test_input and --test_fraction contradict each other: pass one of them")
-    for name in ("val_fraction", "test_fraction"):
-        fetch.check_fraction(name, getattr(args, name))
+    fetch.check_fractions(args)
     args.end = args.end.replace("\\n", "\n")
     for part in (*fetch.ROLES, "end"):
         fetch.check_surrogates(getattr(args, part), f"--{part}")

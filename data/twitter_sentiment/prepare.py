@@ -135,8 +135,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.samples < 6:
         raise UserError(f"--samples={args.samples}: must be at least 6, one per label and split")
-    for name in ("test_fraction", "val_fraction"):
-        fetch.check_fraction(name, getattr(args, name))
+    fetch.check_fractions(args)
     return args
 
 

@@ -53,11 +53,11 @@ def find_documents(file: Path, mark: str | None, end: str | None = None) -> Iter
     """Yields the documents of a file, separated by a mark such as <|endoftext|>, except blank ones.
     Newlines around a mark are dropped with it. At the end of a document, the text `end` and white
     space after it are dropped. Raises UserError as stream_text() does."""
-    start = at = 0          # where the document begins, and where the next part begins
-    head = tail = ""        # the document's text; of a long document only both ends
+    start = length = 0      # the current document, in characters
+    head = tail = ""        # its text; of a long document only both ends
     marked = False
     for part, separator in split_parts(stream_text(file), mark):
-        at += len(part)
+        length += len(part)
         if len(head) < EDGE or head.isspace():
             head += part
         else:
@@ -66,17 +66,24 @@ def find_documents(file: Path, mark: str | None, end: str | None = None) -> Iter
         if separator is None:
             continue
         marked = marked or separator != ""
-        edges = head + tail
-        left_out = at - start - len(edges)
-        if marked:
-            start += len(edges) - len(edges.lstrip("\n"))
-            edges = edges.strip("\n")
-        if end and edges.rstrip().endswith(end):
-            edges = edges.rstrip().removesuffix(end)
-        if edges.strip():
-            yield Document(file, start, start + len(edges) + left_out)
-        start = at = at + len(separator)
-        head = tail = ""
+        before, text = trim(head + tail, marked, end)
+        between = length - len(head + tail)
+        if text.strip():
+            yield Document(file, start + before, start + before + len(text) + between)
+        start += length + len(separator)
+        length, head, tail = 0, "", ""
+
+
+def trim(text, marked, end):
+    """(Number of characters dropped at the start of a document, its text without what
+    find_documents() drops). Newlines are dropped only if the file has marks."""
+    before = 0
+    if marked:
+        before = len(text) - len(text.lstrip("\n"))
+        text = text.strip("\n")
+    if end and text.rstrip().endswith(end):
+        text = text.rstrip().removesuffix(end)
+    return before, text
 
 
 def split_parts(parts: Iterable[str], mark: str | None) -> Iterator[tuple[str, str | None]]:

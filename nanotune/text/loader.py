@@ -196,15 +196,15 @@ class PairBin:
         rng = np.random.RandomState([self.seed, epoch])
         n, size = len(self.lengths), self.global_batch
         order = rng.permutation(n)
-        begin = min(-epoch * n % size, n)
-        batches = order[begin:begin + (n - begin) // size * size]  # a view
-        for start in range(0, len(batches), SORTED * size):
-            window = batches[start:start + SORTED * size]
-            source, target = self.read_lengths[window].T
-            window[:] = window[np.lexsort((target, source))]
-        shuffled = batches.reshape(-1, size)[rng.permutation(len(batches) // size)]
-        batches[:] = shuffled.ravel()
-        return order
+        begin = min(-epoch * n % size, n)  # pairs that fill the previous epoch's last batch
+        end = begin + (n - begin) // size * size
+        batches = order[begin:end].copy()
+        for group in np.split(batches, range(SORTED * size, len(batches), SORTED * size)):
+            source, target = self.read_lengths[group].T
+            group[:] = group[np.lexsort((target, source))]
+        batches = batches.reshape(-1, size)
+        batches = batches[rng.permutation(len(batches))]
+        return np.concatenate([order[:begin], batches.ravel(), order[end:]])
 
     def pairs(self, first: int, size: int) -> list[int]:
         """The numbers of the pairs that are samples first to first + size - 1."""

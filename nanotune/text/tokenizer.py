@@ -30,7 +30,7 @@ import numpy as np
 from nanotune.errors import UserError
 from nanotune.formats import hub
 from nanotune.text import chat
-from nanotune.text.arrays import encode_characters, encode_in_threads
+from nanotune.text.encode import encode_characters, encode_in_threads
 from nanotune.text.tokenizer_files import (
     EOT,
     NAMED_IN,

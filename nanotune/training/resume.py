@@ -124,8 +124,11 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
         raise UserError(reasons[0] if paths[0].name == MODEL_FILE
                         else nothing_left(out_dir, reasons))
     start.skipped_states = tuple(paths[:len(reasons)])
-    start.warnings = (*resume_warnings(start, reasons, last, reached_step(out_dir)),
-                      *check_best_file(start.progress, best_file_of(out_dir, start)))
+    start.warnings = tuple(resume_warnings(start, reasons, last, reached_step(out_dir)))
+    best = best_file_of(out_dir, start)
+    if problem := best_file_problem(best, start.progress.run_id):
+        start.progress.best_val_loss = start.progress.best_train_loss = math.inf
+        start.warnings += (f"{best} {problem}: the next evaluation writes it, as the best so far",)
     return start
 
 
@@ -231,18 +234,13 @@ def best_file_of(out_dir, start):
         has_best and start.config.get("always_save_checkpoint", True))
 
 
-def check_best_file(progress, path):
-    """If the best model is missing, damaged or of another run, resets the best loss, so that the
-    next evaluation counts as the best, and yields a warning. Reads no weights."""
+def best_file_problem(path, run_id):
+    """What is wrong with the file of the best model, or "". Reads no weights."""
     try:
-        run_id = files.peek(path).get("run_id")
-        if run_id in (None, progress.run_id):
-            return
-        wrong = f"is of run {run_id}"
+        found = files.peek(path).get("run_id")
     except Exception as e:  # torch.load raises many kinds
-        wrong = "is missing" if not path.exists() else f"is damaged ({first_line(e)})"
-    progress.best_val_loss = progress.best_train_loss = math.inf
-    yield f"{path} {wrong}: the next evaluation writes it, as the best so far"
+        return "is missing" if not path.exists() else f"is damaged ({first_line(e)})"
+    return "" if found in (None, run_id) else f"is of run {found}"
 
 
 def nothing_left(out_dir, reasons):
