@@ -115,8 +115,8 @@ def test_a_full_context_is_read_again():
     model = tiny_gpt(9)
     with torch.no_grad():
         model.lm_head.weight *= 30
-    wanted = torch.stack(list(stream(model, PROMPTS[:1], 40, temperature=0)), 1)[0].tolist()
-    assert model.config.block_size < 40 and beam_search(model, [[5, 6, 7, 8]], 40, 2)[0] == wanted
+    expected = torch.stack(list(stream(model, PROMPTS[:1], 40, temperature=0)), 1)[0].tolist()
+    assert model.config.block_size < 40 and beam_search(model, [[5, 6, 7, 8]], 40, 2)[0] == expected
 
 
 def test_recorded_steps_give_the_same_answers(monkeypatch):

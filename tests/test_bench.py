@@ -42,11 +42,11 @@ def test_flops_per_token_equal_the_models():
 
 def test_both_ways_of_loading_give_equal_weights(folder, monkeypatch):
     pytest.importorskip("transformers")
-    made = []
-    monkeypatch.setattr(bench, "timed_load", lambda load: made.append(load()))
+    loaded = []
+    monkeypatch.setattr(bench, "timed_load", lambda load: loaded.append(load()))
     bench.load_ours(str(folder))
     bench.load_by_copy(str(folder))
-    ours, copied = made[0][0].state_dict(), made[1].state_dict()
+    ours, copied = loaded[0][0].state_dict(), loaded[1].state_dict()
     assert all(torch.equal(tensor, copied[name]) for name, tensor in ours.items())
 
 

@@ -314,8 +314,8 @@ def test_the_program_in_the_model_card_runs_without_torch(make_run, tmp_path):
     done = subprocess.run([sys.executable, "-c", blocked + program], cwd=tmp_path, check=True,
                           capture_output=True, text=True)
     idx = torch.tensor([JSON.encode("what's")])
-    wanted = model.generate(idx, 20, temperature=0)[0].tolist()
-    assert done.stdout == JSON.tokenizer.decode(wanted) + "\n"
+    expected = model.generate(idx, 20, temperature=0)[0].tolist()
+    assert done.stdout == JSON.tokenizer.decode(expected) + "\n"
     assert not done.stderr
 
 

@@ -52,8 +52,8 @@ def test_an_offset_costs_the_loss_and_its_gradients_no_precision(dtype):
             loss.backward()
             found.append((loss.detach().double(), x.grad.double(), head.weight.grad.double()))
         errors[offset] = [float((a - b).norm() / a.norm()) for a, b in zip(*found)]
-    for without, within in zip(errors[0.0], errors[OFFSET]):
-        assert within < 2 * without + 1e-4
+    for plain, shifted in zip(errors[0.0], errors[OFFSET]):
+        assert shifted < 2 * plain + 1e-4
     assert errors[OFFSET][0] < 1e-3 and errors[OFFSET][1] < 0.02
 
 
@@ -121,8 +121,8 @@ def test_a_model_with_an_offset_is_as_close_to_float32_as_one_without(dtype):
                 step = model.step(idx, cache).log_softmax(-1)
             errors.append([float((a - b).abs().max()) for a, b in zip(expected, found)]
                           + [float((step - expected[1].view(2, 12, -1)[:, -1]).abs().max())])
-    for without, within in zip(*errors):
-        assert within < 3 * without + 1e-3, errors
+    for plain, shifted in zip(*errors):
+        assert shifted < 3 * plain + 1e-3, errors
 
 
 def test_a_repetition_penalty_gets_logits_that_include_the_offset():

@@ -56,8 +56,8 @@ def test_a_second_run_in_a_folder_is_refused(dataset, tmp_path, monkeypatch, cap
     with files.lock(out):
         for fields in (dict(overwrite=True), dict(auto_resume=True), dict(init_from="resume")):
             argv = arguments(dataset, out, max_iters=8, **fields)
-            status, said, err = run_script(monkeypatch, capsys, train.main, argv)
-            assert (status, said, err.count("\n")) == (1, "", 1)
+            status, output, err = run_script(monkeypatch, capsys, train.main, argv)
+            assert (status, output, err.count("\n")) == (1, "", 1)
             assert f"{out} is in use: process {os.getpid()} on {socket.gethostname()} is" in err
             assert content(out) == before
     assert run_train(dataset, out, max_iters=8, init_from="resume") == 0

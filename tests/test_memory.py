@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import greedy_reference, tiny_gpt
-from ranks import run_ranks, server
+from ranks import fork_context, run_ranks
 from test_resume import FIELDS, assert_same_run
 from tiny import arguments, losses, run_script, run_train, write_dataset
 
@@ -152,9 +152,9 @@ def test_two_ranks_stopped_and_resumed_equal_one_process(dataset, tmp_path, torc
     fields = FIELDS | LEAN | dict(n_embd=64)
     assert run_train(dataset, tmp_path / "one", **fields) == 0
     for changes in (dict(max_iters=3), dict(init_from="resume")):
-        statuses, said = run_ranks(2, arguments(dataset, tmp_path / "two", **fields | changes),
-                                   tmp_path / "logs", uncompiled)
-        assert statuses == [0, 0], said
+        statuses, output = run_ranks(2, arguments(dataset, tmp_path / "two", **fields | changes),
+                                     tmp_path / "logs", uncompiled)
+        assert statuses == [0, 0], output
     assert_same_run(tmp_path / "one", tmp_path / "two", rel=1e-6)
 
 
@@ -181,15 +181,15 @@ def test_a_resume_refuses_another_optimizer_or_dtype_of_weights(dataset, tmp_pat
     assert status == 1 and "was started with optimizer=adamw, which a resume cannot change" in error
 
 
-@pytest.mark.parametrize("fields, said", [
+@pytest.mark.parametrize("fields, message", [
     (dict(weights="float16"), "--weights=float16 is not supported; use float32 or bfloat16"),
     (dict(optimizer="sgd"), "--optimizer=sgd is not supported; use adamw, adamw8bit or adafactor"),
 ], ids=str)
 def test_unknown_weights_and_optimizers_are_refused(dataset, tmp_path, monkeypatch, capsys, fields,
-                                                    said):
+                                                    message):
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", **fields))
-    assert status == 1 and said in error
+    assert status == 1 and message in error
 
 
 @pytest.mark.parametrize("fields", [
@@ -257,7 +257,7 @@ def which_blocks_are_returned(pipe):
 def test_tune_malloc_keeps_freed_memory_in_the_process():
     """By default glibc keeps blocks of 3 MB and returns blocks of 40 MB. Runs in a new process."""
     here, there = multiprocessing.Pipe()
-    process = server().Process(target=which_blocks_are_returned, args=(there,))
+    process = fork_context().Process(target=which_blocks_are_returned, args=(there,))
     process.start()
     process.join(60)
     assert process.exitcode == 0
@@ -301,8 +301,8 @@ def test_predicted_moments_are_those_that_the_optimizer_keeps(torchao):
             p.grad = torch.ones_like(p)
         optimizer.step()
         for p in params:
-            held = optimizers.plain_state(optimizer.state[p])
-            real = sum(t.numel() * t.element_size() for key, t in held.items() if key != "step")
+            state = optimizers.plain_state(optimizer.state[p])
+            real = sum(t.numel() * t.element_size() for key, t in state.items() if key != "step")
             assert plan.moment_bytes(p.shape, name) == real
 
 
@@ -371,10 +371,10 @@ def test_a_dry_run_of_each_lean_config_prints_the_plan_and_writes_nothing(tmp_pa
     for name, part in (("16gb", "optimizer 3.17 GB"), ("lora", "19.66M parameters are trained")):
         train.main([f"config/finetune_shakespeare_{name}.py", f"--dataset={dataset}",
                     f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--dry_run=True"])
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         for each in (part, "tokens per iteration: 32,768", "a save takes", "epochs", "peak memory",
                      "weights 3.1" if name == "16gb" else "weights 3.2"):
-            assert each in said
+            assert each in output
     assert not (tmp_path / "out").exists()
 
 
@@ -389,5 +389,5 @@ def test_a_dry_run_works_with_any_init_from(dataset, tmp_path, capsys):
 def test_a_run_that_may_not_fit_prints_a_warning(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "device_memory", lambda device: 1e8)
     assert run_train(dataset, tmp_path / "out", max_iters=1) == 0
-    said = capsys.readouterr().out
-    assert "warning: the memory may be too small" in said and "that does not fit" in said
+    output = capsys.readouterr().out
+    assert "warning: the memory may be too small" in output and "that does not fit" in output

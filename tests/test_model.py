@@ -342,11 +342,11 @@ def reference_distribution(logits, temperature, top_k, top_p):
     weights = {i: math.exp(v / temperature) for i, v in enumerate(logits)}
     ranked = sorted(weights, key=weights.get, reverse=True)[:top_k]
     total = sum(weights[i] for i in ranked)
-    kept, held = [], 0.0
+    kept, covered = [], 0.0
     for i in ranked:
         kept.append(i)
-        held += weights[i] / total
-        if held >= (1 if top_p is None else top_p):
+        covered += weights[i] / total
+        if covered >= (1 if top_p is None else top_p):
             break
     total = sum(weights[i] for i in kept)
     return torch.tensor([weights[i] / total if i in kept else 0.0 for i in range(len(logits))])

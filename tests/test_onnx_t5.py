@@ -76,9 +76,9 @@ def pairs(B=3, S=150, T=140, vocab_size=61):
 def test_logits_and_loss_equal_those_of_the_t5(make_onnx, fields):
     model, onnx_model, _ = make_onnx(**fields)
     x, y = pairs()
-    wanted, found = (torch.cat(list(m.logits_at(x, y))) for m in (model, onnx_model))
-    assert wanted.abs().max() > 1
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    expected, found = (torch.cat(list(m.logits_at(x, y))) for m in (model, onnx_model))
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(onnx_model(x, y), model(x, y))
     y[:] = IGNORED
     assert onnx_model(x, y) == 0
@@ -95,8 +95,8 @@ def test_steps_with_a_cache_equal_those_of_the_t5(make_onnx):
     torch.testing.assert_close(first[1], first[0], atol=1e-4, rtol=0)
 
     def step(ids):
-        wanted, found = (m.step(ids, cache) for m, cache in zip((model, onnx_model), caches))
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+        expected, found = (m.step(ids, cache) for m, cache in zip((model, onnx_model), caches))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
         assert caches[0].pos == caches[1].pos
 
     for piece in y.split([1, 1, 65, 3], dim=1):
@@ -140,11 +140,12 @@ def test_the_loss_of_a_dataset_equals_that_of_the_t5(make_onnx, tmp_path):
 
 def references(path):
     """{constant of a graph: (offset, length) in the file of weights}."""
-    held = {t.name: {e.key: e.value for e in t.external_data}
-            for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data}
-    assert {place["location"] for place in held.values()} == {
+    graph = onnx.load(path, load_external_data=False).graph
+    places = {t.name: {e.key: e.value for e in t.external_data}
+              for t in graph.initializer if t.external_data}
+    assert {place["location"] for place in places.values()} == {
         re.sub("^decoder|^encoder", "model", path.name) + ".data"}
-    return {name: (place["offset"], place["length"]) for name, place in held.items()}
+    return {name: (place["offset"], place["length"]) for name, place in places.items()}
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
@@ -177,8 +178,8 @@ def test_quantized_graphs_equal_the_t5_with_dequantized_weights(make_onnx, quant
             codes = codes.reshape(len(param), -1, block).astype(np.float32) - 2 ** (bits - 1)
             param.copy_(torch.from_numpy((codes * scales[..., None]).reshape(param.shape)))
     x, y = pairs(S=40, T=20)
-    wanted, found = (torch.cat(list(m.logits_at(x, y))) for m in (model, onnx_model))
-    assert 0 < (found - wanted).std() < 0.1 * wanted.std()
+    expected, found = (torch.cat(list(m.logits_at(x, y))) for m in (model, onnx_model))
+    assert 0 < (found - expected).std() < 0.1 * expected.std()
 
 
 # -----------------------------------------------------------------------------
@@ -306,8 +307,8 @@ def folder(exported, tmp_path):
 def test_a_graph_without_its_partner_is_refused(refused, folder, part, other):
     (folder / f"{other}.onnx").unlink()
     for source in (folder, folder / f"{part}.onnx"):
-        said = refused(source)
-        assert f"is the {part} of a T5 and needs {other}.onnx in the same folder" in said
+        error = refused(source)
+        assert f"is the {part} of a T5 and needs {other}.onnx in the same folder" in error
     shutil.copy(folder / f"{part}.onnx", folder / f"{other}.onnx")
     assert "export" in refused(folder / f"{part}.onnx") or "copy of it" in refused(folder)
 
@@ -358,7 +359,7 @@ def change_metadata(path, change):
     dict(part="encoder"), dict(digest="0"), dict(data="nowhere"), dict(data=None), dict(config={}),
     dict(part=None, partner=None), dict(tokenizer=5), dict(tokenizer=None)], ids=str)
 def test_damaged_metadata_is_refused(refused, folder, fields):
-    change_metadata(folder / "decoder.onnx", lambda held: held | fields)
+    change_metadata(folder / "decoder.onnx", lambda meta: meta | fields)
     refused(folder / "decoder.onnx")
     if "partner" not in fields:  # the encoder still names the right partner
         refused(folder / "encoder.onnx")
@@ -369,8 +370,8 @@ def test_damaged_metadata_is_refused(refused, folder, fields):
     dict(unknown=1), dict(end_id=99), dict(start_id=-1), dict(n_embd="x")], ids=str)
 def test_a_config_that_does_not_fit_the_graph_is_refused(refused, folder, fields):
     for name in ("encoder", "decoder"):
-        change_metadata(folder / f"{name}.onnx", lambda held: held | {
-            "config": held["config"] | fields})
+        change_metadata(folder / f"{name}.onnx", lambda meta: meta | {
+            "config": meta["config"] | fields})
     refused(folder / "decoder.onnx")
 
 

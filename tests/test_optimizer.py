@@ -183,9 +183,9 @@ def test_a_gpu_without_bfloat16_compiles_the_update_in_float32(torchao, monkeypa
         found.append((params, optimizer))
     (ours, one), (theirs, other) = found
     for p, q in zip(ours, theirs):
-        held, expected = plain_state(one.state[p]), plain_state(other.state[q])
-        assert held.keys() == expected.keys()
-        assert all(torch.equal(held[key], expected[key]) for key in held)
+        state, expected = plain_state(one.state[p]), plain_state(other.state[q])
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in state)
         assert p.dtype == q.dtype
         difference = (p.float() - q.float()).detach()
         assert difference.abs().mean() < 0.01 and abs(difference.mean().item()) < 1e-3

@@ -78,8 +78,8 @@ def saved(out):
     (closed_terminal, 129, (4, "stopped"))])
 def test_a_print_that_fails_does_not_end_a_run(dataset, tmp_path, hook, status, ended):
     out = tmp_path / "out"
-    statuses, said = run_ranks(1, arguments(dataset, out), tmp_path / "log", hook)
-    assert statuses == [status], said
+    statuses, output = run_ranks(1, arguments(dataset, out), tmp_path / "log", hook)
+    assert statuses == [status], output
     assert saved(out) == ended
 
 
@@ -89,9 +89,9 @@ def nobody_reads_rank_0(rank):
 
 
 def test_a_print_that_fails_on_rank_0_ends_no_rank(dataset, tmp_path):
-    statuses, said = run_ranks(2, arguments(dataset, tmp_path / "out"), tmp_path / "log",
-                               nobody_reads_rank_0)
-    assert (statuses, saved(tmp_path / "out")) == ([0, 0], (6, "done")), said
+    statuses, output = run_ranks(2, arguments(dataset, tmp_path / "out"), tmp_path / "log",
+                                 nobody_reads_rank_0)
+    assert (statuses, saved(tmp_path / "out")) == ([0, 0], (6, "done")), output
 
 
 def test_the_state_is_saved_before_the_stop_is_printed(dataset, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def command(line):
     return shlex.split(line, comments=True)
 
 
-def made_by(words):
+def runs_of_make(words):
     """The [(script, arguments)] that make runs for these words. Raises if a target is unknown."""
     printed = subprocess.run(["make", "-n", *words], cwd=REPO, check=True, capture_output=True,
                              text=True).stdout
@@ -111,7 +111,7 @@ def runs_of(line):
     if words is None:
         return []
     if words[0] == "make":
-        made = made_by(words[1:]) if shutil.which("make") else []
+        made = runs_of_make(words[1:]) if shutil.which("make") else []
         # other targets run tests, or are tested elsewhere
         return made if words[1] in ("quickstart", "chat") else []
     if words[0] == "torchrun":
@@ -227,7 +227,7 @@ def test_make_runs_the_commands_that_are_shown_without_make(target, name, title)
     typed = [run for language, code in shown(section) if language == "shell"
              and not code.startswith("make") for run in runs_of(code)]
     made = [(script, [a for a in arguments if a != "--overwrite=True"])
-            for script, arguments in made_by([target])]
+            for script, arguments in runs_of_make([target])]
     at = 2 if target == "chat" else 0  # make chat begins with two of the quickstart
     assert list(dict.fromkeys(map(str, made[at:]))) == list(map(str, typed))
 

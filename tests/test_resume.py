@@ -246,7 +246,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, out, capsys):
 # -----------------------------------------------------------------------------
 # a resume with other options or data
 
-@pytest.mark.parametrize("changed, told", [
+@pytest.mark.parametrize("changed, message", [
     ({"seed": 5}, r"seed was 1337, now 5"),
     ({"block_size": 8}, r"block_size was 16, now 8"),
     ({"batch_size": 3}, r"global batch was 4, now 6"),
@@ -254,7 +254,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, out, capsys):
      r"seed was 1337, now 7; global batch was 4, now 2"),
 ], ids=str)
 def test_a_resume_with_another_seed_or_batch_is_refused_unless_forced(whole, out, monkeypatch,
-                                                                      capsys, changed, told):
+                                                                      capsys, changed, message):
     dataset, expected = whole
     out.mkdir()
     (out / "state.pt").write_bytes((expected / "state.pt").read_bytes())
@@ -262,7 +262,7 @@ def test_a_resume_with_another_seed_or_batch_is_refused_unless_forced(whole, out
     status, _, err = run_script(monkeypatch, capsys, train.main, argv)
     assert status == 1
     assert err.startswith("error: ") and err.count("\n") == 1
-    assert re.search(told, err) and "--force_resume=True" in err
+    assert re.search(message, err) and "--force_resume=True" in err
     assert run_train(dataset, out, init_from="resume", force_resume=True, max_iters=8,
                      **changed) == 0
     state = files.load(out / "state.pt")
@@ -339,10 +339,11 @@ def cut_data_short(rank):
 @pytest.mark.skipif(os.name == "nt", reason="Windows cuts no mapped file")
 def test_data_cut_short_during_a_run_is_a_one_line_error(tmp_path):
     dataset = write_dataset(tmp_path / "words", n_train=200_000)
-    statuses, said = run_ranks(1, arguments(dataset, tmp_path / "out"), tmp_path / "log",
-                               cut_data_short)
-    assert statuses == [1], said
-    assert "error: " in said and "train.bin or its mask was cut short while it was in use" in said
+    statuses, output = run_ranks(1, arguments(dataset, tmp_path / "out"), tmp_path / "log",
+                                 cut_data_short)
+    assert statuses == [1], output
+    assert "error: " in output
+    assert "train.bin or its mask was cut short while it was in use" in output
     assert files.load(tmp_path / "out/state.pt")["iter_num"] == 3
 
 
@@ -379,14 +380,14 @@ def test_a_damaged_state_is_a_one_line_error(whole, out, monkeypatch, capsys):
 def test_a_nanogpt_run_is_resumed_with_its_moments(whole, out, bias, compiled):
     """One step from its ckpt.pt equals one of AdamW with nanoGPT's moments, matched by name."""
     dataset, _ = whole
-    held, order = nanogpt_checkpoint(bias=bias, compiled=compiled, dataset=dataset)
+    stored, order = nanogpt_checkpoint(bias=bias, compiled=compiled, dataset=dataset)
     out.mkdir()
-    torch.save(held, out / "ckpt.pt")
+    torch.save(stored, out / "ckpt.pt")
     model, _ = checkpoint.load_model(str(out))
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW([{"params": [params[n] for n in order if params[n].dim() > 1]},
                                    {"params": [params[n] for n in order if params[n].dim() < 2]}])
-    optimizer.load_state_dict(held["optimizer"])  # the file's decay and betas: 0.1, 0.0
+    optimizer.load_state_dict(stored["optimizer"])  # the file's decay and betas: 0.1, 0.0
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     x, y = TokenBin(dataset / "train.bin", 16, 18, seed=1337).batch(4 * 4, 4)

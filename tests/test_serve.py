@@ -145,8 +145,8 @@ def test_a_sample_ends_before_the_first_stop_text(server):
 def test_end_of_text_stops_a_sample_and_is_counted(server, monkeypatch):
     """It adds no text. Text held back as the start of a stop text is sent first."""
     engine = server.engines["json"]
-    held, = engine.model.tokenizer.encode("L")
-    drawn = [[held, held], [held, engine.model.tokenizer.eot]]
+    letter, = engine.model.tokenizer.encode("L")
+    drawn = [[letter, letter], [letter, engine.model.tokenizer.eot]]
 
     def stream(*args, **options):
         for ids in drawn:
@@ -331,11 +331,11 @@ def test_the_thread_of_a_model_sets_its_gpu(monkeypatch):
 
 def test_two_models_generate_at_the_same_time():
     with served({"a": tiny_model(seconds=0.01), "b": tiny_model()}) as server:
-        held = start_request(server, model="a", max_tokens=2000)
+        running = start_request(server, model="a", max_tokens=2000)
         wait_until(lambda: server.engines["a"].running)
         assert texts(complete(server, model="b", prompt="L"))
         assert server.engines["a"].running
-        held.close()
+        running.close()
 
 
 @pytest.mark.parametrize("failure, status, message", [

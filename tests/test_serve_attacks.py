@@ -247,11 +247,11 @@ def test_connections_beyond_the_limit_are_closed(server, monkeypatch):
     wait_until(lambda: not handler_threads())  # else one of them releases a new slot
     monkeypatch.setattr(server_module, "READ_SECONDS", 60)
     monkeypatch.setattr(server, "slots", threading.BoundedSemaphore(2))
-    held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+    connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
     wait_until(lambda: len(handler_threads()) == 2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as third:
         assert third.recv(1) == b""
-    for connection in held:
+    for connection in connections:
         connection.close()
     wait_until(lambda: not handler_threads())
 

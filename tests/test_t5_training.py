@@ -28,9 +28,9 @@ def fields(t5_folders):
 
 def on_ranks(size, out, **fields):
     argv = arguments(fields.pop("dataset"), out, **fields)
-    statuses, said = run_ranks(size, argv, out.with_suffix(f".log{size}"))
-    assert statuses == [0] * size, said
-    return said
+    statuses, output = run_ranks(size, argv, out.with_suffix(f".log{size}"))
+    assert statuses == [0] * size, output
+    return output
 
 
 def weights_of(out):
@@ -58,10 +58,10 @@ def test_twenty_steps_equal_those_of_a_loop_with_transformers(t5_folders, fields
         lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
     for step, loss in enumerate(ours):
         x, y = pairs.batch(8 * step, 8)
-        wanted = theirs(input_ids=x.clamp(min=0), attention_mask=(x >= 0).long(),
-                        labels=y.masked_fill(y < 0, -100)).loss
-        assert loss == pytest.approx(wanted.item(), rel=1e-4)
-        wanted.backward()
+        expected = theirs(input_ids=x.clamp(min=0), attention_mask=(x >= 0).long(),
+                          labels=y.masked_fill(y < 0, -100)).loss
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
+        expected.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -167,7 +167,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(fields, tmp_path, capsys):
     assert "7.5 iterations" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     (dict(dtype="float16"), "T5 overflows in float16; use --dtype=bfloat16"),
     (dict(block_size=16), "T5 takes --source_length and --target_length"),
     (dict(separate_documents=True), "--separate_documents is for models of plain text"),
@@ -177,10 +177,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(fields, tmp_path, capsys):
     (dict(target_length=0), "--target_length=0 must be at least 1"),
 ], ids=str)
 def test_options_that_a_t5_excludes_are_refused(fields, tmp_path, monkeypatch, capsys, options,
-                                                said):
+                                                message):
     argv = arguments(fields.pop("dataset"), tmp_path / "out", **fields | options)
     status, _, err = run_script(monkeypatch, capsys, train.main, argv)
-    assert status == 1 and said in err and err.count("\n") == 1, err
+    assert status == 1 and message in err and err.count("\n") == 1, err
 
 
 def test_t5_refuses_plain_text_and_a_gpt_refuses_options_of_pairs(t5_folders, fields, tmp_path,

@@ -479,8 +479,8 @@ def test_evaluate_prints_rouge_if_it_is_installed(make_dataset, make_run, monkey
                    "--max_new_tokens=5", "--device=cpu", "--dtype=float32"])
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in (out_dir / "predictions.jsonl").read_text().splitlines()]
-    wanted = {"rouge1", "rouge2", "rougeLsum"}
-    assert (wanted <= rows[0].keys()) == installed
+    expected = {"rouge1", "rouge2", "rougeLsum"}
+    assert (expected <= rows[0].keys()) == installed
     if installed:
         mean, error = tasks.mean_and_error([row["rouge2"] for row in rows])
         assert f"ROUGE-2 {mean:.2%} (standard error {error:.2%}), ROUGE-Lsum" in out

@@ -259,8 +259,8 @@ def test_a_better_evaluation_resets_the_count_of_patience(dataset, out, monkeypa
 def test_always_save_checkpoint_keeps_the_latest(dataset, out, monkeypatch):
     script_losses(monkeypatch, [(3, 3), (2, 2), (3, 3)])
     run_train(dataset, out)
-    held = files.load(out / "ckpt.pt")
-    assert (held["iter_num"], held["best_val_loss"]) == (6, 2)
+    latest = files.load(out / "ckpt.pt")
+    assert (latest["iter_num"], latest["best_val_loss"]) == (6, 2)
 
 
 @pytest.mark.parametrize("pairs", [
@@ -488,8 +488,8 @@ def test_a_new_run_can_start_from_the_weights_of_another_run(tmp_path, dataset, 
 
 def test_a_new_run_can_start_from_the_weights_of_nanogpt(tmp_path, dataset, out):
     (tmp_path / "theirs").mkdir()
-    held, _ = nanogpt_checkpoint(bias=True, compiled=True, dataset=dataset)
-    torch.save(held, tmp_path / "theirs" / "ckpt.pt")
+    stored, _ = nanogpt_checkpoint(bias=True, compiled=True, dataset=dataset)
+    torch.save(stored, tmp_path / "theirs" / "ckpt.pt")
     r = set_up(dataset, out, init_from=tmp_path / "theirs", dropout=0.2)
     assert r.model.config.activation == "gelu" and r.model.config.dropout == 0.2
     assert run_train(dataset, out, init_from=tmp_path / "theirs", max_iters=1) == 0
@@ -810,7 +810,7 @@ def test_bad_input_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys, 
     monkeypatch.setitem(sys.modules, "wandb", None)
     dataset = write_dataset(tmp_path / "chars")
     run_train(dataset, tmp_path / "run", max_iters=1)
-    held = {f: f.read_bytes() for f in (tmp_path / "run").iterdir()}
+    before = {f: f.read_bytes() for f in (tmp_path / "run").iterdir()}
     fields, message = case(tmp_path)
     # even --overwrite=True deletes nothing until the new run has passed all checks
     fields = {"out_dir": tmp_path / "run", "overwrite": True} | fields
@@ -819,7 +819,7 @@ def test_bad_input_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys, 
     assert status == 1
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert re.search(message, err), err
-    assert {f: f.read_bytes() for f in (tmp_path / "run").iterdir()} == held
+    assert {f: f.read_bytes() for f in (tmp_path / "run").iterdir()} == before
     assert not (tmp_path / "ran").exists()
 
 
@@ -838,12 +838,12 @@ def test_arguments_that_are_not_options_or_config_files_are_refused(tmp_path, da
 
 def test_a_new_run_in_the_folder_of_another_is_refused(dataset, out, monkeypatch, capsys):
     run_train(dataset, out, max_iters=1)
-    held = {f: f.read_bytes() for f in out.iterdir()}
+    before = {f: f.read_bytes() for f in out.iterdir()}
     status, _, err = run_script(monkeypatch, capsys, train.main, arguments(dataset, out))
     assert status == 1 and err.count("\n") == 1
     assert "already holds a run" in err
     assert "--init_from=resume" in err and "--overwrite=True" in err
-    assert {f: f.read_bytes() for f in out.iterdir()} == held
+    assert {f: f.read_bytes() for f in out.iterdir()} == before
 
 
 def test_without_a_network_the_command_to_download_elsewhere_is_printed(dataset, out, monkeypatch,
