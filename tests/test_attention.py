@@ -74,7 +74,7 @@ def test_bfloat16_is_close_to_float32(p):
         assert b.dtype == torch.bfloat16 and (a - b).norm() < 0.02 * a.norm()
 
 
-def test_torchs_attention_is_used_for_inference_with_a_cache_in_float16_and_compiled(monkeypatch):
+def test_inference_float16_and_compiled_code_use_torchs_attention(monkeypatch):
     monkeypatch.setattr(BlockAttention, "apply", lambda *args: pytest.fail("not torch's"))
     q, k, v = qkv(T=5, dtype=torch.float32)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_dropout_scales_the_values_that_it_keeps(dtype):
     assert torch.equal(x.grad, y.detach())
 
 
-def test_dropout_changes_nothing_at_rate_0_or_in_evaluation_and_drops_all_at_rate_1():
+def test_dropout_keeps_all_at_rate_0_and_in_evaluation_and_drops_all_at_rate_1():
     x = torch.ones(10)
     assert dropout(x, 0.0, True) is x or torch.equal(dropout(x, 0.0, True), x)
     assert torch.equal(dropout(x, 0.5, False), x) and not dropout(x, 1.0, True).any()

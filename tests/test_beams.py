@@ -79,7 +79,7 @@ def test_a_search_stops_when_the_best_answers_have_ended(both):
     assert min(counts) < 20 and max(counts) <= 36
 
 
-def test_without_an_end_token_answers_reach_the_limit_and_ids_stay_below_n_vocab(both):
+def test_without_an_end_token_answers_are_full_length_with_ids_below_n_vocab(both):
     ours, _, _ = both
     assert [len(ids) for ids in beam_search(ours, PROMPTS, 7, 3)] == [7] * 4
     found = beam_search(ours, PROMPTS, 7, 3, n_vocab=30)
@@ -109,7 +109,7 @@ def test_enough_beams_find_the_most_likely_answer():
     assert beam_search(model, [[1, 2]], 4, 5 ** 3) == [best_by_hand(model, [1, 2], 4)]
 
 
-def test_a_full_context_is_read_again():
+def test_beams_continue_after_the_context_is_full():
     """As in stream(). Large weights make one token much more likely than the others: the search is
     greedy."""
     model = tiny_gpt(9)

@@ -39,6 +39,6 @@ def test_ranks_end_when_their_torchrun_is_killed(tmp_path):
     assert count == {"orphaned jobs that ended": 1, "bitwise equal to the undisturbed run": 1}
 
 
-def test_random_fields_end_in_one_line_of_error_or_in_valid_output(tmp_path):
+def test_random_fields_give_a_one_line_error_or_valid_output(tmp_path):
     count = attacks.fuzz(10, tmp_path, write_dataset(tmp_path / "words"), random.Random(3))
     assert not chaos.has_failure(count) and sum(count.values()) == 10, count

@@ -367,7 +367,7 @@ def test_bad_files_and_options_are_refused(tmp_path):
         script("chat").main([])
 
 
-def test_conversations_are_made_from_docstrings(monkeypatch):
+def test_docstrings_become_conversations(monkeypatch):
     """A conversation is in the split of its docstring; follow-ups are about the same function."""
     import ast
     module = script("python_docs")

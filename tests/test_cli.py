@@ -64,7 +64,7 @@ def test_an_error_that_is_a_bug_keeps_its_traceback(monkeypatch, capsys, error):
     (OSError(12, "Cannot allocate memory"), "error: out of memory on this machine ("),
     (torch.distributed.DistNetworkError("Connection reset by peer"), "error: process 0 of 1: ano"),
 ], ids=["user error", "non-finite loss", "MemoryError", "GPU memory", "ENOMEM", "lost process"])
-def test_user_errors_no_memory_and_lost_processes_are_one_line(monkeypatch, capsys, error, line):
+def test_user_memory_and_lost_process_errors_are_one_line(monkeypatch, capsys, error, line):
     def main(argv):
         raise error
 

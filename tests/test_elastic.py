@@ -207,7 +207,7 @@ def test_torchrun_restarts_and_resumes(dataset, tmp_path, parallel, size, atol):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_sigterm_to_torchrun_saves_in_time(dataset, tmp_path):
+def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(dataset, tmp_path):
     """Slurm sends SIGTERM before the time limit. The same command resumes the run."""
     out = tmp_path / "out"
     fields = FIELDS | dict(max_iters=10**6, eval_interval=10**6, parallel="fsdp", auto_resume=True)

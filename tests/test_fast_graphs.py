@@ -162,7 +162,7 @@ def test_an_error_of_the_step_itself_is_raised(no_gpu):
         cuda_graph(step)
 
 
-def test_for_generation_picks_the_form_for_device_and_dtype(monkeypatch):
+def test_for_generation_adapts_the_model_to_device_and_dtype(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     (cpu, gpu), f32 = map(torch.device, ("cpu", "cuda:0")), torch.float32
     bf16 = torch.bfloat16
@@ -177,7 +177,7 @@ def test_for_generation_picks_the_form_for_device_and_dtype(monkeypatch):
     assert model.model.lm_head.product.weight.dtype == bf16
 
 
-def test_without_a_compiler_generation_goes_on_uncompiled(monkeypatch, capsys):
+def test_without_a_compiler_generation_continues_uncompiled(monkeypatch, capsys):
     def fails(*args, **kwargs):
         raise RuntimeError("no working C++ compiler\nlong story")
 

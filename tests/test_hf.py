@@ -491,7 +491,7 @@ def test_a_repo_of_the_hub_without_a_model_is_refused(hub, write_hf):
 
 
 @pytest.mark.parametrize("how", ["offline", "down", "server error"])
-def test_an_unreachable_hub_is_one_line_with_a_download_command(hub, how, monkeypatch):
+def test_an_unreachable_hub_is_a_one_line_error_with_a_download_command(hub, how, monkeypatch):
     if how == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif how == "down":
@@ -505,7 +505,7 @@ def test_an_unreachable_hub_is_one_line_with_a_download_command(hub, how, monkey
     assert "\n" not in str(error.value)
 
 
-def test_an_interrupted_download_is_one_line(hub, write_hf):
+def test_an_interrupted_download_is_a_one_line_error(hub, write_hf):
     hub.repos["someone/gpt"] = write_hf(hf_model())
     hub.cut["model.safetensors"] = 100
     with pytest.raises(UserError, match="hub cannot be reached for someone/gpt") as error:

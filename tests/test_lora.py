@@ -51,7 +51,7 @@ def test_adding_or_merging_adapters_does_not_change_the_logits(idx, fields):
     torch.testing.assert_close(model.logits(idx), after, atol=1e-4, rtol=1e-4)
 
 
-def test_an_adapter_adds_scale_b_a():
+def test_an_adapter_adds_scale_times_b_times_a():
     layer = LoRALinear(torch.nn.Linear(5, 4), 2)
     torch.nn.init.normal_(layer.lora_a)
     torch.nn.init.normal_(layer.lora_b)

@@ -84,7 +84,7 @@ def test_logits_equal_those_of_the_gpt_with_and_without_a_cache(make_onnx, field
 
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 1)], ids=["equal", "unequal"])
 @torch.no_grad()
-def test_tasks_score_the_graph_as_they_score_the_gpt(make_onnx, lengths):
+def test_tasks_give_the_graph_the_same_scores_as_the_gpt(make_onnx, lengths):
     """Labels of several tokens rewind the cache; prompts may have unequal lengths; answers may be
     longer than the context."""
     model, onnx_model, _ = make_onnx()

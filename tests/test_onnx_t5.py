@@ -242,7 +242,7 @@ def test_sample_and_evaluate_print_the_same_for_an_export(exported, tmp_path, ca
     assert outputs[0] == outputs[1] and "exact match" in outputs[0] and "loss" in outputs[0]
 
 
-def test_serve_answers_with_the_graphs_as_with_the_run(exported):
+def test_serve_gives_the_same_answers_with_the_graphs_as_with_the_run(exported):
     """The tokens and their log-probabilities."""
     out_dir, folders = exported
     models = {name: open_model(str(source), torch.device("cpu"), torch.float32)

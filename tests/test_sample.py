@@ -78,7 +78,7 @@ def test_a_sample_can_be_longer_than_the_context(chars, samples):
     assert len(text) == 54
 
 
-def test_init_from_takes_the_place_of_out_dir(chars, samples):
+def test_init_from_is_used_instead_of_out_dir(chars, samples):
     assert samples("nothing", init_from=chars, start="L") == samples(chars, start="L")
 
 
@@ -134,7 +134,7 @@ def test_a_sample_is_printed_when_it_ends(json_run, monkeypatch, capsys):
     assert capsys.readouterr().out == "Line" + tokenizer.decode([6, 7]) + RULE
 
 
-def test_an_empty_prompt_stands_for_end_of_text(json_run, samples):
+def test_an_empty_prompt_means_end_of_text(json_run, samples):
     started = samples(json_run, start="", num_samples=2, temperature=0)
     assert all(text and EOT not in text for text in started)
     assert samples(json_run, start=EOT, num_samples=2, temperature=0) == [

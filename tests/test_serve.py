@@ -237,7 +237,7 @@ def test_the_official_client_works(server):
         client.completions.create(**options | {"model": "gpt-4"})
 
 
-def test_an_onnx_file_answers_as_the_run_it_was_exported_from(tmp_path, make_run):
+def test_an_onnx_file_gives_the_answers_of_the_exported_run(tmp_path, make_run):
     pytest.importorskip("onnxruntime")
     import export
     out_dir, _ = make_run(CharTokenizer(sorted(set(TEXT))))

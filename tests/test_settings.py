@@ -228,7 +228,7 @@ def test_without_always_save_checkpoint_the_best_model_is_ckpt_pt(dataset, tmp_p
     assert not (tmp_path / "out/best.pt").exists()
 
 
-def test_a_best_model_that_is_the_latest_takes_no_disk(out):
+def test_a_best_model_that_is_the_latest_takes_no_disk_space(out):
     assert os.path.samefile(out / "best.pt", out / "ckpt.pt")
 
 

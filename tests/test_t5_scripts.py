@@ -68,7 +68,7 @@ def test_a_t5_classifies(trained, script, method):
     assert len(rows) == 24 and {row["answer"] for row in rows} == {"bad", "a cab"}
 
 
-def test_a_t5_answers_and_cut_answers_are_marked(trained, script):
+def test_answers_of_a_t5_are_scored_and_cut_ones_are_marked(trained, script):
     """Batched answers equal those of one prompt at a time."""
     out_dir, data = trained
     files = []

@@ -208,8 +208,8 @@ def test_a_resume_with_other_lengths_is_refused(fields, tmp_path, monkeypatch, c
     (8, torch.float32, 0.1, 4.745), (32, torch.float32, 0.1, 6.962),
     (16, torch.float32, 0.0, 4.795), (32, torch.bfloat16, 0.1, 6.194)],
     ids=str)
-def test_the_predicted_memory_of_t5_base_is_within_10_percent_of_the_measured(batch_size, dtype,
-                                                                              dropout, measured):
+def test_the_predicted_memory_of_t5_base_is_within_10_percent(batch_size, dtype,
+                                                              dropout, measured):
     """Peak GB of train.py on a CPU, for pairs of 64 + 8 tokens and one micro-step."""
     config = T5Config(n_layer=12, n_decoder_layer=12, n_head=12, n_embd=768, n_inner=3072,
                       source_length=64, target_length=8)

@@ -168,7 +168,7 @@ def test_the_bytes_of_gpt2s_tokens_add_up_to_those_of_the_text(gpt2_vocabulary):
 
 @pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
-def test_batched_answers_equal_those_of_one_prompt(fields, batch_size):
+def test_batched_answers_equal_those_of_single_prompts(fields, batch_size):
     model = tiny_gpt(61, block_size=24, **fields)
     prompts = [ids(n, seed=n).tolist() for n in [3, 17, 9, 3, 1, 12, 8]]
     alone = []

@@ -80,7 +80,7 @@ def test_cosine_falls_from_the_highest_rate_to_min_lr():
     assert learning_rate_at(cfg, 49) == pytest.approx(0.1)
 
 
-def test_min_lr_and_lr_decay_iters_follow_learning_rate_and_max_iters():
+def test_the_rate_falls_by_default_to_a_tenth_at_max_iters():
     cfg = Config(learning_rate=3.0, warmup_iters=0, max_iters=20)
     assert learning_rate_at(cfg, 0) == 3.0
     assert learning_rate_at(cfg, 20) == pytest.approx(0.3)
@@ -207,7 +207,7 @@ def test_a_run_takes_max_iters_steps_and_saves_at_each_evaluation(dataset, out, 
     assert all(s["step"] == max_iters for s in state["optimizer"].values())
 
 
-def test_every_log_interval_th_step_is_logged(dataset, out):
+def test_steps_are_logged_every_log_interval(dataset, out):
     run_train(dataset, out, log_interval=4)
     assert [entry["iter"] for entry in read_metrics(out) if "iter" in entry] == [0, 4]
 
@@ -512,7 +512,7 @@ def test_overwrite_starts_again_at_step_0(dataset, out):
 # -----------------------------------------------------------------------------
 # files and training output
 
-def test_a_run_writes_these_files_and_prints_these_lines(dataset, out, capsys):
+def test_a_run_writes_and_prints_the_expected_files_and_lines(dataset, out, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(arguments(dataset, out, max_iters=4))
     assert not end.value.code
@@ -804,7 +804,7 @@ def empty_sample_start(tmp_path):
     out_dir_in_proc, resume_without_a_checkpoint, resume_from_a_model_alone, wandb_missing,
     sample_start_outside_the_vocabulary, empty_sample_start,
 ], ids=lambda case: case.__name__)
-def test_bad_input_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys, case):
+def test_bad_input_is_a_one_line_error_and_changes_no_file(tmp_path, monkeypatch, capsys, case):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "wandb", None)
