@@ -41,7 +41,8 @@ def wait_briefly_for_the_lock(rank):
 
 
 def two_writers(looks, folder, dataset):
-    """Repeatedly start a second run in a run's folder, and meanwhile load its states."""
+    """Repeatedly start a second run in the folder of a running one, and load the first run's states
+    meanwhile."""
     count, copy, out = Counter(), folder / "look.pt", folder / "two-writers"
     argv = arguments(dataset, out, **ENDLESS, auto_resume=True)
     first, second = Job(1, argv, folder / "first"), None
@@ -113,7 +114,8 @@ def is_alive(pid):
 
 
 def orphans(times, folder, dataset, same):
-    """Kill torchrun alone `times` times and restart the job at once; then let it finish."""
+    """Kill only torchrun, `times` times, and restart the job at once each time; then let the job
+    finish."""
     count, out, whole = Counter(), folder / "orphans", folder / "orphans-whole"
     fields = dict(max_iters=60 * (times + 1), eval_interval=50, save_interval=5,
                   lr_decay_iters=1000, timeout=60)
@@ -182,7 +184,7 @@ def is_valid(script, folder, output):
     if script == "evaluate":
         found = re.search(r"loss (\S+) nats|accuracy", output)
         return bool(found) and (found[1] is None or math.isfinite(float(found[1])))
-    if script == "sample":  # beam search prints no rate, only its answer and a line
+    if script == "sample":  # beam search prints the answer and dashes, but no speed
         return " tokens in " in output or "-" * 15 in output
     return "wrote " in output
 

@@ -98,8 +98,8 @@ def corrupt_newest(out, rng):
 
 
 def campaign(parallel, kills, folder, dataset, rng):
-    """Kill a run `kills` times and let it end; return the counts, and whether it is bitwise equal
-    to an undisturbed run."""
+    """Kill a run `kills` times and let it end; return the counts, and whether the run is bitwise
+    equal to an undisturbed one."""
     fields = dict(parallel=parallel, max_iters=6 * kills + 20, eval_interval=20, save_interval=2,
                   n_embd=32, timeout=60, lr_decay_iters=6 * kills + 20)
     whole, out = folder / f"{parallel}-whole", folder / f"{parallel}-killed"
@@ -210,7 +210,7 @@ def altered(rng, data, others, trap):
 
 
 def resumed(argv):
-    """Run train.py --eval_only: (exit status, stderr, the run's namespace or None)."""
+    """Run train.py --eval_only; return (exit status, stderr, the run's namespace or None)."""
     found, err = [], io.StringIO()
     with (mock.patch.object(train, "evaluate_splits", lambda r: found.append(r) or [1.0, 1.0]),
           mock.patch.object(sys, "argv", ["train.py", *argv]),
@@ -277,8 +277,8 @@ def alterations(times, folder, dataset, rng):
 
 
 def load_altered(out, references, others):
-    """load_model on an altered ckpt.pt must return the run's weights. `others`: the file may be a
-    valid ckpt.pt of another run, which load_model cannot detect."""
+    """The outcome of load_model on an altered ckpt.pt, which must be an error or the run's weights.
+    `others`: the file may be a valid ckpt.pt of another run, which load_model cannot detect."""
     try:
         model, _ = checkpoint.load_model(str(out))
     except UserError:

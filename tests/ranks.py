@@ -103,6 +103,6 @@ def work(rank, size, port, script, argv, log, hook):
 
 
 def run_ranks(size, argv, folder, hook=None, seconds=120):
-    """(exit statuses, the output of all ranks)."""
+    """Run a Job; return (exit statuses, the output of all ranks)."""
     job = Job(size, argv, folder, hook)
     return job.wait(seconds), job.output()

@@ -507,7 +507,8 @@ def test_evaluate_answers_held_out_last_turns(tmp_path, make_run, monkeypatch, c
     rows = list(map(json.loads, (out_dir / "predictions.jsonl").read_text().splitlines()))
     assert [row["answer"] for row in rows] == [" It ends here.", " It ends."] * 2
     assert not any(row["cut"] for row in rows)
-    assert len(read) == len(tokenizer.encode(f" It ends here.{END}"))  # all answers have ended then
+    # nothing is read after the longest answer has ended
+    assert len(read) == len(tokenizer.encode(f" It ends here.{END}"))
     assert [row["f1"] for row in rows] == pytest.approx([1, 0.4] * 2)
 
 

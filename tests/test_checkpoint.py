@@ -1,5 +1,5 @@
-"""Checkpoints: written whole or not at all, refused if damaged or if they contain code, and those
-of nanoGPT."""
+"""Checkpoints are written whole or not at all, and refused if they are damaged or contain code;
+those of nanoGPT are read."""
 import errno
 import io
 import os
@@ -27,7 +27,7 @@ ALONE = read_world("cpu")
 
 
 class PowerCut(BaseException):
-    """Stands for the end of the process: the code under test does not catch it."""
+    """Simulates the end of the process: the code under test does not catch it."""
 
 
 class Trap:
@@ -239,7 +239,7 @@ def test_code_is_refused_and_not_run(tmp_path, write):
 
 @pytest.mark.parametrize("pickled", [
     b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.",      # a call
-    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",          # an allowed one, wrong arguments
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",          # an allowed call, bad arguments
     b"\x80\x02}X\x01\x00\x00\x00aX\x01\x00\x00\x00bs",        # without STOP
     b"\x80\x02h\x07.", b"\x80\x02].", b"\x80\x02N.", b"", b"R.", b"\x80\x02(u."])
 def test_a_hostile_pickle_in_a_valid_archive_is_a_one_line_error(tmp_path, saved_bytes, pickled):

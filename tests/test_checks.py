@@ -1,4 +1,4 @@
-"""Model files with impossible values: each script ends with one line."""
+"""Model files with impossible values: each script prints a one-line error."""
 import json
 import shutil
 
@@ -158,7 +158,7 @@ def test_tensor_names_that_are_not_strings_are_refused(write_hf):
 
 
 def test_masks_may_be_of_any_type(write_hf):
-    """Masks are not read. These are boolean and -inf."""
+    """Masks are not read. Here one is boolean and the other is -inf."""
     tensors = hf_tensors(hf_model())
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.bool)
     tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-INF)

@@ -1,4 +1,4 @@
-"""Arguments and config files set the fields of a dataclass; each mistake is one line."""
+"""Arguments and config files set the fields of a dataclass; each mistake is a one-line error."""
 import dataclasses
 import math
 import typing

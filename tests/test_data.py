@@ -239,7 +239,7 @@ def test_write_dataset_that_fails_while_renaming_leaves_no_dataset(old, monkeypa
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_dataset_or_none(old, monkeypatch):
-    """After each file operation: with a train.bin or a new val.bin, all other files are new."""
+    """After each file operation: if train.bin or a new val.bin exists, all other files are new."""
     (old / "tokenizer.json").write_bytes(b"old")
     seen = []
 
@@ -491,6 +491,7 @@ def test_text_refuses_bad_input(tmp_path, monkeypatch, arguments, message):
 
 
 def test_without_end_of_text_a_newline_separates_documents():
+    """If the vocabulary has no newline either, nothing separates them."""
     lines = fetch.char_tokenizer([("ab\n", True)])
     assert fetch.document_end(lines) == lines.encode("\n") == [0]
     assert fetch.document_end(fetch.char_tokenizer([("ab", True)])) == []

@@ -19,7 +19,7 @@ TEXTS = st.lists(st.sampled_from([*LETTERS, EOT, "==", "a b", "\n" * 9]), max_si
 
 @pytest.fixture(scope="module")
 def small():
-    """Blocks, edges and batches of a few characters."""
+    """Set the sizes of blocks, edges and batches to a few characters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "BLOCK", 7)
         patch.setattr(documents, "EDGE", 16)

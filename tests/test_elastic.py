@@ -119,7 +119,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_can_be_resumed(dataset, tmp_pa
 
 
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout(dataset, tmp_path):
-    """A stopped process stands for a machine without network: its connections stay open."""
+    """A process stopped by SIGSTOP is like a machine without network: its connections stay open."""
     out = tmp_path / "out"
     job = Job(2, arguments(dataset, out, **FIELDS, max_iters=10**6, eval_interval=10**6,
                            timeout=3), tmp_path / "log")
@@ -194,7 +194,7 @@ def test_torchrun_restarts_and_resumes(dataset, tmp_path, parallel, size, atol):
                 time.sleep(0.01)
             assert launcher.poll() is None, (tmp_path / "torchrun.log").read_text()
             os.kill(ranks_of(launcher)[kill % size], signal.SIGKILL)
-            time.sleep(1)  # metrics.jsonl goes back to the state's step when the run resumes
+            time.sleep(1)  # metrics.jsonl is cut back to the state's step when the run resumes
         assert launcher.wait(300) == 0, (tmp_path / "torchrun.log").read_text()
     finally:
         launcher.kill()

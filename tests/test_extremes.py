@@ -1,4 +1,4 @@
-"""Extreme values, files and paths: one line of error, before anything is allocated."""
+"""Extreme values, files and paths: a one-line error before anything is allocated."""
 import errno
 import zipfile
 
@@ -27,7 +27,7 @@ def out(dataset, tmp_path_factory):
 
 
 def refused(monkeypatch, capsys, main, argv):
-    """Run a script that must fail; return its one line of error."""
+    """Run a script that must fail; return the one-line error."""
     status, output, err = run_script(monkeypatch, capsys, main, argv)
     assert (status, err.count("\n")) == (1, 1) and err.startswith("error: "), output + err
     return err
@@ -121,7 +121,7 @@ def test_files_named_almost_like_a_state_are_not_touched(dataset, out, tmp_path)
 
 
 def test_a_checkpoint_that_unpacks_to_much_more_is_refused(out, tmp_path, monkeypatch):
-    """Its index has the size: nothing is unpacked."""
+    """The zip's index has the size, so nothing is unpacked."""
     path = tmp_path / "ckpt.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**7))

@@ -25,7 +25,7 @@ def freeze(step):
 
 
 class Frozen(Decoder):
-    """A Decoder that records with freeze() and counts its records."""
+    """A Decoder that records with freeze() and counts its recordings."""
     def __init__(self, model):
         super().__init__(model, freeze)
         self.records = 0
@@ -193,7 +193,7 @@ def test_without_a_compiler_generation_continues_uncompiled(monkeypatch, capsys)
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
 def test_a_compiled_step_draws_the_same_tokens(fields):
-    """It is compiled once for all columns, even if the context slides, and copies no keys."""
+    """The step is compiled once for all columns, even if the context slides, and copies no keys."""
     model = tiny_gpt(61, **fields)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):

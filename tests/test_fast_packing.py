@@ -54,7 +54,8 @@ def test_packing_in_half_precision_computes_the_same_as_autocast(fields, dtype):
 def test_a_fused_activation_computes_the_same(activation):
     model, idx = tiny_gpt(61, activation=activation), torch.arange(12).view(1, 12)
     with torch.no_grad():
-        for block in model.transformer.h:  # large inputs: the two must differ by more than atol
+        # large inputs, so that the two activations differ by more than atol
+        for block in model.transformer.h:
             block.mlp.c_fc.weight.normal_(std=1.0)
         expected = model.logits(idx)
         fast.pack(model, CPU, torch.float32)

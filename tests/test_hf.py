@@ -324,7 +324,7 @@ def as_transformers_reads(config):
 
 @pytest.mark.parametrize("neo", [False, True], ids=["gpt2", "neo"])
 def test_a_missing_key_means_transformers_default(neo):
-    """Without each key of config.json in turn, without all, and with other names of the sizes."""
+    """Configs without each key in turn, without all keys, and with other names of the sizes."""
     whole = dict(layer_norm_epsilon=1e-3, activation_function="gelu", tie_word_embeddings=False)
     whole |= dict(num_layers=24, attention_types=None, window_size=7, intermediate_size=40) if neo \
         else dict(scale_attn_weights=False, n_inner=40)
@@ -430,7 +430,7 @@ def test_a_model_is_loaded_from_the_hub_and_then_from_the_cache(hub, file, write
 
 @pytest.mark.parametrize("kind", ["added", "old"])
 def test_a_tokenizer_is_loaded_from_the_hub(hub, kind, tmp_path):
-    """With all of its files: names of special tokens and added tokens too."""
+    """With all of its files, also those with the names of special tokens and with added tokens."""
     save_tokenizer(tmp_path / "odd", kind)
     (tmp_path / "odd" / "config.json").write_text("{}")
     hub.repos["someone/odd"] = tmp_path / "odd"

@@ -90,7 +90,7 @@ def test_a_new_run_waits_for_one_that_is_about_to_end(tmp_path, monkeypatch):
 
 
 def test_without_flock_a_heartbeat_keeps_the_lock(dataset, tmp_path, monkeypatch):
-    """A running process keeps its lock for any time; the lock of a killed one expires."""
+    """A process keeps its lock as long as it runs; the lock of a killed process expires."""
     monkeypatch.setattr(files, "fcntl", None)
     with monkeypatch.context() as patch:
         patch.setattr(files, "STALE", 0.6)

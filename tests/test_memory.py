@@ -1,4 +1,4 @@
-"""Training in less memory (bfloat16 weights, 8-bit moments, recompute), and the plan of memory."""
+"""Training in less memory (bfloat16 weights, 8-bit moments, recompute), and the memory plan."""
 import multiprocessing
 import os
 import platform
@@ -61,7 +61,7 @@ def test_set_dtype_changes_matrices_and_not_vectors():
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 def test_bfloat16_weights_train_as_the_same_values_in_float32(autocast):
-    """The losses agree within 1e-6. A gradient differs by its rounding to bfloat16, 2^-9 of it."""
+    """The losses agree within 1e-6. Gradients differ by rounding to bfloat16, a relative 2^-9."""
     idx = torch.arange(24).view(2, 12) % 7
     lean, full = tiny_gpt(7), tiny_gpt(7)
     lean.set_dtype(torch.bfloat16)
@@ -246,7 +246,7 @@ def returned_when_freed(size):
 
 
 def which_blocks_are_returned(pipe):
-    torch.ones(7 * 2**20)  # 28 MB: once freed, glibc keeps freed blocks of up to that size
+    torch.ones(7 * 2**20)  # 28 MB: after its release, glibc keeps freed blocks of up to that size
     for tuned in (False, True):
         if tuned:
             devices.tune_malloc()
@@ -332,11 +332,11 @@ def test_gradients_add_to_the_peak_only_with_several_micro_batches_or_ddp():
     assert gradients == 4 * sum(p.numel() for p in plan.meta_model(GPT2, many).parameters())
     assert total(GPT2, one, dtype=torch.float32) < total(GPT2, many, dtype=torch.float32)
     ranks = replace(ONE, gradient_accumulation_steps=2)
-    assert total(GPT2, ranks, ranks=2) == total(GPT2, ranks)  # DDP's buckets keep them throughout
+    assert total(GPT2, ranks, ranks=2) == total(GPT2, ranks)  # DDP's buckets keep gradients anyway
 
 
 def test_each_advised_option_saves_the_bytes_that_the_advice_says(monkeypatch):
-    """Options are advised one after another until the run fits 20 GB, or 11; in 3 it never fits."""
+    """Options are advised one by one until the run fits in 20 or 11 GB; in 3 GB it never fits."""
     for usable, last in ((20, "which fits"), (11, "which fits"), (3, "a larger device")):
         monkeypatch.setattr(plan, "device_memory", lambda device, n=usable: n * GB / plan.USABLE)
         lines, fits = plan.describe_memory(XL, ONE, world(), torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The GPT: logits as transformers', loss as PyTorch's, cached generation as uncached, sampling."""
+"""The GPT compared with transformers and PyTorch: logits, loss, cached generation, sampling."""
 import math
 
 import pytest
@@ -262,7 +262,7 @@ def test_loss_under_bf16_autocast_is_as_exact_as_pytorchs(rows, monkeypatch):
 
 
 def test_float16_products_do_not_overflow():
-    """Products come before the GradScaler's factor, which cannot undo an overflow."""
+    """The GradScaler's factor is applied after these products, so it cannot prevent an overflow."""
     dw = torch.zeros(3, 2)
     head.add_product(dw, -torch.ones(512, 3).half(), 200 * torch.ones(512, 2).half(), 2)
     assert torch.equal(dw, torch.full((3, 2), -512 * 200.0))
@@ -470,7 +470,7 @@ def test_a_stream_with_logits_yields_the_models_unchanged_logits():
 @pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 4)], ids=["equal", "unequal"])
 @torch.no_grad()
 def test_a_cache_can_be_rewound_and_reordered(lengths):
-    """Beam search reorders rows: each continues another row. Scoring labels rewinds."""
+    """Beam search reorders the rows; scoring labels rewinds the cache."""
     model = tiny_gpt(61)
     prompts = [row[:n] for row, n in zip(ids(3, 6).tolist(), lengths)]
     cache, _ = model.start(prompts, 4)

@@ -1,4 +1,4 @@
-"""A GPT exported to ONNX: results as the GPT's, quantized weights, the scripts, errors."""
+"""A GPT exported to ONNX: the same results, quantized weights, the scripts, errors."""
 import json
 import math
 import re
@@ -56,7 +56,7 @@ def random_ids(B, T, vocab_size=61):
 
 
 # -----------------------------------------------------------------------------
-# what the graph computes
+# results of the graph
 
 @pytest.mark.parametrize("fields", [
     dict(), dict(bias=False), dict(tied_head=False, activation="gelu", n_inner=40),
@@ -272,11 +272,11 @@ def test_the_file_contains_its_tokenizer(make_run, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# refused input
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """refused(file) runs sample.py on it, which must fail; returns the one line of error."""
+    """refused(file) runs sample.py on it, which must fail; returns the one-line error."""
     def run(file):
         status, _, err = run_script(monkeypatch, capsys, sample.main, [f"--init_from={file}"])
         assert status == 1 and err.count("\n") == 1
@@ -299,7 +299,7 @@ def test_foreign_cut_and_missing_files_are_refused(refused, make_onnx, tmp_path)
 
 
 def changed(**fields):
-    """A function that changes these fields of the config in the metadata."""
+    """Return a function that sets these fields of the config in the metadata."""
     def change(meta):
         return meta | {"config": meta["config"] | fields}
     change.__name__ = str(fields)  # the id of the test

@@ -1,4 +1,4 @@
-"""A T5 exported to two ONNX graphs: results as the T5's, shared weights, the scripts, errors."""
+"""A T5 exported to two ONNX graphs: the same results, shared weights, the scripts, errors."""
 import json
 import re
 import shutil
@@ -68,7 +68,7 @@ def pairs(B=3, S=150, T=140, vocab_size=61):
 
 
 # -----------------------------------------------------------------------------
-# what the graphs compute
+# results of the graphs
 
 @pytest.mark.parametrize("fields", [dict(), GATED, dict(n_buckets=8, max_distance=20, n_layer=3)],
                          ids=["t5", "v1.1", "other buckets"])
@@ -243,7 +243,7 @@ def test_sample_and_evaluate_print_the_same_for_an_export(exported, tmp_path, ca
 
 
 def test_serve_gives_the_same_answers_with_the_graphs_as_with_the_run(exported):
-    """The tokens and their log-probabilities."""
+    """The same tokens and log-probabilities."""
     out_dir, folders = exported
     models = {name: open_model(str(source), torch.device("cpu"), torch.float32)
               for name, source in (("run", out_dir), ("onnx", folders["none"] / "decoder.onnx"))}
@@ -284,11 +284,11 @@ def test_the_docs_show_the_program_of_the_model_card():
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# refused input
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """refused(file, ...) runs sample.py on it, which must fail; returns the one line of error."""
+    """refused(file, ...) runs sample.py on it, which must fail; returns the one-line error."""
     def run(file, *more):
         status, _, err = run_script(monkeypatch, capsys, sample.main,
                                     [f"--init_from={file}", "--start=Line a", *more])

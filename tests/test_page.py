@@ -44,7 +44,7 @@ def server():
 @pytest.fixture
 def open_page(browser):
     """open_page(server, **options) opens the page in a new browser profile. Checks at the end that
-    no request left this machine, and that the page raised no error and kept to its CSP."""
+    no request left this machine, and that the page raised no error and obeyed its CSP."""
     contexts, hosts, faults = [], set(), []
 
     def open_(server, **options):

@@ -48,7 +48,7 @@ def test_batches_of_similar_lengths_may_span_two_epochs(n, size, epoch):
                            read_lengths=rng.randint(1, 100, (n, 2)))
     order = PairBin.epoch_order(data, epoch)
     assert sorted(order) == list(range(n))
-    first = -epoch * n % size  # this many pairs complete the batch of the epoch before
+    first = -epoch * n % size  # this many pairs complete the last batch of the previous epoch
     batches = [data.read_lengths[order[i:i + size], 0] for i in range(first, n - size + 1, size)]
     spans = sorted((batch.min(), batch.max()) for batch in batches)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 give the run of one process, also if resumed on more or fewer processes."""
+"""DDP and FSDP2 compute the same as one process, also if resumed on more or fewer processes."""
 import math
 from functools import partial
 
@@ -115,7 +115,7 @@ def test_a_resume_on_the_same_processes_is_bitwise_exact(make, size, parallel, d
 
 @pytest.mark.slow
 def test_a_sharded_state_of_step_0_resumes_bitwise(make):
-    """It has no moments yet, and reading them must not create any."""
+    """The state has no moments yet, and reading it must not create any."""
     fields = dict(parallel="fsdp", lr_decay_iters=6)
     whole = make("fsdp-from-0", 2, **fields)
     make("fsdp-at-0", 2, **fields, max_iters=0)
@@ -142,7 +142,8 @@ def print_bytes(rank):
     dict(n_embd=32), pytest.param(dict(n_layer=12, n_head=12, n_embd=768), marks=pytest.mark.slow)],
     ids=["tiny", "gpt2"])
 def test_fsdp_shares_the_state_out_evenly(tmp_path, dataset, fields):
-    """Within 45 to 55 % for each of two ranks: odd sizes do not halve, and steps are not shared."""
+    """Each of two ranks has 45 to 55 % of the bytes: odd sizes do not halve, and step counts are
+    not sharded."""
     argv = arguments(dataset, tmp_path / "out", **FIELDS | dict(
         parallel="fsdp", max_iters=1) | fields)
     statuses, output = run_ranks(2, argv, tmp_path / "log", print_bytes, seconds=250)
@@ -231,7 +232,7 @@ def test_separate_documents_work_with_compile_fsdp_and_ddp(make, tmp_path, size,
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# refused input
 
 def test_untested_pairs_of_options_are_refused():
     def world(size):

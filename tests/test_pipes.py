@@ -28,7 +28,7 @@ def at_step(step, act):
 
 
 def redirect(handle):
-    """Redirect stdout and stderr to this file. sys.stdout is new: the old one expects to seek."""
+    """Redirect stdout and stderr to a file descriptor. The old sys.stdout expects to seek."""
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
@@ -100,9 +100,9 @@ def test_the_state_is_saved_before_the_stop_is_printed(dataset, tmp_path, monkey
     monkeypatch.setattr(files, "save", lambda path, *args: (order.append(path.name),
                                                             real(path, *args)))
     monkeypatch.setattr(train.logbook, "say", lambda text: order.append(text))
-    at = train.forward_backward
+    forward_backward = train.forward_backward
     monkeypatch.setattr(train, "forward_backward", lambda r, step: (
-        signal.raise_signal(signal.SIGTERM), at(r, step))[1])
+        signal.raise_signal(signal.SIGTERM), forward_backward(r, step))[1])
     assert run_train(dataset, tmp_path / "out") == 143
     assert order[-2] == "state.pt" and order[-1].startswith("stopped by a signal after step 0")
 

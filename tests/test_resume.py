@@ -31,7 +31,7 @@ from nanotune.text.loader import TokenBin
 
 # with the same number of threads, sums are bitwise the same
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-# the schedule of learning rates does not depend on the step of the stop
+# the learning rates do not depend on the step at which a run stops
 FIELDS = dict(lr_decay_iters=6, warmup_iters=2, min_lr=1e-3, dropout=0.2)
 
 
@@ -54,8 +54,8 @@ def out(tmp_path):
 
 
 def assert_same_run(a, b, rel=0.0):
-    """Compare weights, moments, scaler and progress bitwise, and losses within `rel`: above 0 if
-    their sums are in another order."""
+    """Compare weights, moments, scaler and progress bitwise, and losses within `rel`. It is above 0
+    if sums are in another order."""
     for name in ("ckpt.pt", "state.pt"):
         one, other = files.load(a / name), files.load(b / name)
         assert one.keys() == other.keys()
@@ -86,7 +86,7 @@ def at_step(monkeypatch, step, act):
 
 
 # -----------------------------------------------------------------------------
-# exact
+# exact resumes
 
 @pytest.mark.parametrize("fields", [{}, {"always_save_checkpoint": False}], ids=str)
 def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(whole, out, fields):
@@ -151,8 +151,8 @@ def test_a_second_ctrl_c_stops_at_once(whole, out, monkeypatch, capsys):
 
 @pytest.mark.parametrize("at", [0, 1, 3, 4, 6, 7, 11])
 def test_a_run_that_crashed_during_a_save_resumes_or_starts_again(whole, out, monkeypatch, at):
-    """The crash is before rename number `at`. The renames are of run.json, settings.json, then at
-    each of steps 0, 3 and 6 of ckpt.pt, best.pt, state.pt and run.json."""
+    """The crash is just before rename number `at`, counted from 0. The renamed files are run.json,
+    settings.json, and at each of steps 0, 3 and 6 ckpt.pt, best.pt, state.pt and run.json."""
     dataset, expected = whole
     renames = []
     real = os.replace
@@ -327,7 +327,7 @@ def test_a_resume_with_changed_data_is_refused_unless_forced(tmp_path, whole, mo
 
 
 def cut_data_short(rank):
-    """At step 3, as by a script that overwrites train.bin."""
+    """Cut train.bin short at step 3, as a script that overwrites the file would."""
     def forward_backward(r, step):
         if step == 3:
             os.truncate(r.data["train"].path, 2)
@@ -336,7 +336,7 @@ def cut_data_short(rank):
     real, train.forward_backward = train.forward_backward, forward_backward
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cuts no mapped file")
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not truncate a mapped file")
 def test_data_cut_short_during_a_run_is_a_one_line_error(tmp_path):
     dataset = write_dataset(tmp_path / "words", n_train=200_000)
     statuses, output = run_ranks(1, arguments(dataset, tmp_path / "out"), tmp_path / "log",
@@ -387,7 +387,7 @@ def test_a_nanogpt_run_is_resumed_with_its_moments(whole, out, bias, compiled):
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW([{"params": [params[n] for n in order if params[n].dim() > 1]},
                                    {"params": [params[n] for n in order if params[n].dim() < 2]}])
-    optimizer.load_state_dict(stored["optimizer"])  # the file's decay and betas: 0.1, 0.0
+    optimizer.load_state_dict(stored["optimizer"])  # sets the weight decay (0.1, 0.0) and betas
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     x, y = TokenBin(dataset / "train.bin", 16, 18, seed=1337).batch(4 * 4, 4)
@@ -397,7 +397,7 @@ def test_a_nanogpt_run_is_resumed_with_its_moments(whole, out, bias, compiled):
 
     assert run_train(dataset, out, init_from="resume", max_iters=5, dropout=0.0, eval_interval=4,
                      learning_rate=1e-3, decay_lr=False, always_save_checkpoint=False,
-                     compile=False) == 0  # nanoGPT's settings compile: half a minute
+                     compile=False) == 0  # nanoGPT's settings would compile: half a minute
     state = files.load(out / "state.pt")
     assert state["iter_num"] == 5
     for name, p in params.items():
@@ -420,7 +420,7 @@ def test_a_nanogpt_run_with_another_batch_is_refused(whole, out, monkeypatch, ca
 
 
 # -----------------------------------------------------------------------------
-# in a new process, as a user runs it
+# the script in a new process
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -35,7 +35,7 @@ def out(whole, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """Drawing loss.png takes a quarter of a second, and is tested elsewhere."""
+    """Do not draw loss.png, which takes half a second and is tested elsewhere."""
     monkeypatch.setattr(logbook, "draw", lambda *args: None)
 
 
@@ -72,7 +72,7 @@ def cut(path):
 
 
 # -----------------------------------------------------------------------------
-# which state is resumed
+# the choice of the state
 
 def test_the_last_two_states_are_kept(whole):
     assert (step_of(whole / "state.pt"), step_of(whole / "state.1.pt")) == (6, 3)
@@ -168,7 +168,7 @@ def make_infinite(path):
 
 
 def test_weights_that_are_not_finite_replace_no_good_state(dataset, out, monkeypatch, capsys):
-    """The update overflows; its loss and its gradient are finite."""
+    """The update overflows, although the loss and the gradient are finite."""
     status, output = resume_run(monkeypatch, capsys, dataset, out, max_iters=9, save_interval=1,
                                 learning_rate=1e38, decay_lr=False)
     assert status == 1
@@ -198,7 +198,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_works(dataset, out, tmp_p
 
 
 # -----------------------------------------------------------------------------
-# to which run a state belongs
+# states of another run
 
 def test_a_state_of_another_run_is_not_used(whole, dataset, out, tmp_path, monkeypatch, capsys):
     run_train(dataset, tmp_path / "other")
@@ -298,7 +298,7 @@ def test_auto_resume_with_overwrite_is_refused(dataset, out, monkeypatch, capsys
 
 
 # -----------------------------------------------------------------------------
-# when states are written
+# writing states
 
 def test_states_are_saved_every_save_interval_steps(whole, dataset, tmp_path, monkeypatch):
     saved, real = [], files.save
@@ -311,7 +311,7 @@ def test_states_are_saved_every_save_interval_steps(whole, dataset, tmp_path, mo
 
 
 def fail_writes(monkeypatch, name, steps, error):
-    """At these saves of `name`, counted from 0, writing fails with this error."""
+    """Make these writes of the file `name`, counted from 0, fail with this error."""
     count, real = [-1], files.write_atomic
 
     def write_atomic(path, write, keep=1):
@@ -393,7 +393,7 @@ def test_a_best_model_that_was_not_written_is_not_the_best(dataset, tmp_path, mo
 
 
 def no_file_above_60_kb(rank):
-    """state.pt has 100 kB, ckpt.pt 40 kB."""
+    """Limit files to 60 kB: state.pt has 100 kB, ckpt.pt 40 kB."""
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
@@ -436,7 +436,7 @@ def test_a_save_makes_no_copy_of_the_tensors(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# how the last process ended
+# the end of the last process
 
 def wait_for(job, out, step):
     """Wait until metrics.jsonl has that step."""

@@ -143,7 +143,7 @@ def test_a_sample_ends_before_the_first_stop_text(server):
 
 
 def test_end_of_text_stops_a_sample_and_is_counted(server, monkeypatch):
-    """It adds no text. Text held back as the start of a stop text is sent first."""
+    """It adds no text. Text that might have begun a stop text is sent first."""
     engine = server.engines["json"]
     letter, = engine.model.tokenizer.encode("L")
     drawn = [[letter, letter], [letter, engine.model.tokenizer.eot]]
@@ -361,7 +361,7 @@ def test_a_server_that_is_closed_ends_its_generations():
     with served({"slow": model}) as server:
         answer = start_request(server, max_tokens=2000, stream=True).getresponse()
         wait_until(lambda: model.fast.steps > 2)
-    assert b"[DONE]" not in answer.read()  # so the client knows that it is incomplete
+    assert b"[DONE]" not in answer.read()  # so the client knows that the answer is incomplete
     assert model.fast.steps < 1000
     assert not any(thread.name.startswith("engine slow") for thread in threading.enumerate())
 
@@ -382,7 +382,7 @@ def test_the_models_are_listed_with_their_facts(make_run, tmp_path):
 
 
 def test_the_losses_of_a_run_are_served(make_run):
-    """Read again for each request, as the run may be training. Incomplete lines are skipped."""
+    """The file is read for each request: the run may be training. Incomplete lines are skipped."""
     out_dir, _ = make_run(CharTokenizer(sorted(set(TEXT))))
     log = out_dir / "metrics.jsonl"
     log.write_text('{"step": 0, "train_loss": 3.0, "val_loss": 3.2}\n{"iter": 0, "loss": 3.1}\n'

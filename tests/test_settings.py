@@ -191,7 +191,7 @@ def test_the_last_line_names_the_run_if_ckpt_is_the_best(dataset, tmp_path, monk
 @pytest.mark.parametrize("first", [True, False])
 def test_the_best_model_is_kept_if_always_save_checkpoint_changes(dataset, tmp_path, monkeypatch,
                                                                   first):
-    """It is moved to the file in which the resumed run keeps the best model."""
+    """The best model is moved to the file in which the resumed run keeps it."""
     best_at_step_3(monkeypatch)
     out = tmp_path / "out"
     assert run_train(dataset, out, max_iters=6, always_save_checkpoint=first) == 0
@@ -275,7 +275,7 @@ def test_tensorboard_that_is_not_installed_is_refused(monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# other users of the settings
+# settings in other scripts
 
 def test_evaluation_does_not_depend_on_the_batch_size(dataset, tmp_path, monkeypatch, capsys):
     losses = []
@@ -324,11 +324,11 @@ def test_flops_for_mfu_count_only_what_is_computed():
 
 
 def test_mfu_is_left_out_if_the_measured_peak_is_too_low(dataset, tmp_path, monkeypatch, capsys):
-    for peak, there in ((1.0, False), (1e15, True)):
+    for peak, shown in ((1.0, False), (1e15, True)):
         monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, peak=peak: peak)
         _, output, _ = run_script(monkeypatch, capsys, train.main, arguments(
             dataset, tmp_path / "out", max_iters=1, overwrite=True))
-        assert (", mfu " in output) == there
+        assert (", mfu " in output) == shown
 
 
 def test_the_first_line_says_that_its_loss_has_dropout(dataset, tmp_path, monkeypatch, capsys):

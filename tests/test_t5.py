@@ -56,7 +56,7 @@ def reference(theirs, x, y):
 
 
 def test_buckets_of_distances_are_those_of_the_paper():
-    """The smallest distance of each bucket."""
+    """Compare the smallest distance of each bucket."""
     back = bucket_of(-torch.arange(200), 32, 128, both_ways=False)
     first = [int((back == bucket).nonzero()[0]) for bucket in range(32)]
     assert first == [*range(16), 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
@@ -122,7 +122,7 @@ PROMPTS = [[5, 9, 33, 1], [7, 8], [*range(2, 40), 1]]  # the second gets its end
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_those_of_transformers(shape, make_t5):
-    """Alone and batched. transformers' cache fails if the decoder has another number of layers."""
+    """Alone and batched. transformers' cache fails if the decoder has more layers."""
     theirs, ours = make_t5(shape)
     batched = greedy(ours, PROMPTS)
     for ids, together in zip(PROMPTS, batched):
@@ -304,7 +304,7 @@ def test_options_that_a_t5_excludes_are_refused(make_t5):
 
 
 def test_an_exported_tokenizer_appends_the_end_token(tmp_path, monkeypatch):
-    """As T5's own does. A folder with only spiece.model needs further packages."""
+    """As T5's own tokenizer does. A folder with only spiece.model needs further packages."""
     import transformers
     save_tokenizer(tmp_path / "t5", "unigram")
     tokenizer = tokenizer_of_folder(tmp_path / "t5")

@@ -22,7 +22,7 @@ LINES = "prompt,completion\n" + "".join(
 
 @pytest.fixture(scope="module")
 def trained(t5_folders, tmp_path_factory):
-    """(out_dir, dataset): the answer to "Line a ..." is "bad", to "Line b ..." "a cab"."""
+    """(out_dir, dataset): the answer to "Line a ..." is "bad", to "Line b ..." it is "a cab"."""
     base = tmp_path_factory.mktemp("trained")
     (base / "lines.csv").write_text(LINES)
     runpy.run_path(str(REPO / "data" / "pairs" / "prepare.py"))["main"]([

@@ -86,7 +86,7 @@ def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(fields, tmp_path, monk
 
 
 def assert_same_run(a, b):
-    """Within rounding errors, as sums are in another order."""
+    """Compare losses and weights within rounding errors, as sums are in another order."""
     for ours, theirs in zip(losses(a), losses(b), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
     for key, tensor in weights_of(b).items():
@@ -112,7 +112,7 @@ def test_two_ranks_with_adafactor_resume_bitwise(fields, tmp_path):
 
 def test_two_ranks_equal_one_process_and_resume_bitwise(fields, tmp_path):
     """With DDP, also stopped and resumed, and with FSDP, also with samples. Dropout is on; it
-    depends on the micro-step."""
+    depends on the micro-step, not on the rank."""
     alone = {name: value for name, value in fields.items() if name != "dataset"}
     run_train(fields["dataset"], tmp_path / "one", **alone)
     on_ranks(2, tmp_path / "ddp", **fields)

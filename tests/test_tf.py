@@ -19,7 +19,7 @@ HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
 
 @pytest.fixture(scope="session")
 def tf():
-    """TensorFlow, or a skip: it is large, and only this file needs it."""
+    """TensorFlow; without it the tests are skipped. It is large, and only this file needs it."""
     return pytest.importorskip("tensorflow", reason="needs requirements-tf.txt")
 
 
@@ -130,7 +130,7 @@ def test_a_folder_that_was_moved_is_read(write_tf):
 
 
 def test_a_checkpoint_can_be_exported_planned_and_trained(write_tf, tmp_path, capsys):
-    """All weights are trained, or adapters. The plan needs no TensorFlow."""
+    """Trained once with all weights and once with adapters. The plan needs no TensorFlow."""
     arrays = variables(HPARAMS)
     folder = write_tf(arrays)
     tokenizer = write_vocabulary(folder)
@@ -158,11 +158,11 @@ def test_a_checkpoint_can_be_exported_planned_and_trained(write_tf, tmp_path, ca
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# refused input
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
-    """refused(folder) runs export.py on it, which must fail; returns the one line of error."""
+    """refused(folder) runs export.py on it, which must fail; returns the one-line error."""
     def run(folder):
         argv = [f"--init_from={folder}", "--format=hf", f"--export_dir={tmp_path / 'refused'}"]
         status, _, err = run_script(monkeypatch, capsys, export.main, argv)

@@ -142,7 +142,7 @@ def test_the_logged_loss_is_the_mean_over_targets_that_count(dataset, out):
 
 
 def test_a_step_equals_one_of_adamw_on_the_mean_loss(dataset, out):
-    """In a plain torch loop: clipping, weight decay on matrices only, the rates of the schedule."""
+    """The loop in plain torch has clipping, weight decay on matrices only, and scheduled rates."""
     fields = dict(dropout=0.0, max_iters=3, grad_clip=0.5, warmup_iters=1, weight_decay=0.5,
                   bias=True)
     model = set_up(dataset, out, **fields).model
