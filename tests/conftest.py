@@ -32,6 +32,11 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
+def pytest_make_parametrize_id(val):
+    """Use the values of dicts, lists, tuples and dtypes in test ids; pytest would number them."""
+    return ascii(val)[:100] if isinstance(val, dict | list | tuple | torch.dtype) else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Use one thread: a second one does not speed up tiny tensors, and sums are the same on any

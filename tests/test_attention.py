@@ -86,7 +86,7 @@ def test_inference_float16_and_compiled_code_use_torchs_attention(monkeypatch):
     torch.compile(lambda *t: attention.attention(*t, None, None), backend="eager")(q, k, v)
 
 
-@pytest.mark.parametrize("fields", [{}, dict(local_window=4), dict(doc_end=3)], ids=str)
+@pytest.mark.parametrize("fields", [{}, dict(local_window=4), dict(doc_end=3)])
 def test_a_models_loss_and_gradients_equal_those_with_torchs_attention(fields, monkeypatch):
     found, idx = [], torch.arange(32).view(2, 16) % 61
     for ours in (True, False):
@@ -150,7 +150,7 @@ def test_dropout_depends_only_on_torchs_seed():
     assert torch.equal(keep_mask(torch.Size((100,)), 0.5), first) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_scales_the_values_that_it_keeps(dtype):
     torch.manual_seed(0)
     x = torch.ones(1000, dtype=dtype, requires_grad=True)

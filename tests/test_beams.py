@@ -49,7 +49,7 @@ def their_beams(model, prompt, new, end, **options):
 
 @pytest.mark.parametrize("options", [
     dict(num_beams=4), dict(num_beams=2, length_penalty=0.0),
-    dict(num_beams=5, length_penalty=2.5), dict(num_beams=3, length_penalty=-1.0)], ids=str)
+    dict(num_beams=5, length_penalty=2.5), dict(num_beams=3, length_penalty=-1.0)])
 def test_answers_equal_those_of_transformers(both, options):
     ours, theirs, end = both
     found = beam_search(ours, PROMPTS, 12, stop_token=end, **options)

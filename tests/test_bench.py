@@ -149,8 +149,7 @@ def test_each_mode_prints_a_table_and_writes_its_results(mode, tmp_path, monkeyp
     (["sample", "--against=nowhere"], "--against=nowhere"),
     (["sample", "--init_from=gpt2"], "--exported=True"),
     (["train", "--against=ctranslate2"], "ctranslate2 does not train"),
-    (["sample", f"--against={sys.executable}", "--num_samples=2"], "llama-bench")],
-    ids=str)
+    (["sample", f"--against={sys.executable}", "--num_samples=2"], "llama-bench")])
 def test_bad_arguments_are_a_one_line_error(argv, message, monkeypatch, capsys):
     status, _, err = run_script(monkeypatch, capsys, bench.main, argv)
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and message in err

@@ -251,7 +251,7 @@ def test_a_hostile_pickle_in_a_valid_archive_is_a_one_line_error(tmp_path, saved
     refused(path)
 
 
-@pytest.mark.parametrize("content", [{"weights": 1}, {"model": {}}, [1, 2], "text"], ids=str)
+@pytest.mark.parametrize("content", [{"weights": 1}, {"model": {}}, [1, 2], "text"])
 def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "ckpt.pt")
     assert "not a checkpoint" in refused(tmp_path / "ckpt.pt")

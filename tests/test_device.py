@@ -47,7 +47,7 @@ def test_a_gpu_that_does_not_exist_is_refused(cards):
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16),
-                                               ((9, 0), torch.bfloat16)], ids=str)
+                                               ((9, 0), torch.bfloat16)])
 def test_auto_dtype_is_bfloat16_only_on_a_gpu_that_does_not_emulate_it(
         cards, monkeypatch, capability, dtype):
     cards(1, capability)

@@ -115,7 +115,7 @@ def test_a_text_is_sliced_only_after_whole_words():
 @pytest.mark.parametrize("change", [
     {"normalizer": {"type": "NFC"}}, {"pre_tokenizer": {"add_prefix_space": True}},
     {"pre_tokenizer": {"use_regex": False}}, {"pre_tokenizer": {"type": "Whitespace"}},
-    {"token": {"rstrip": True}}, {"token": {"content": "a b"}}], ids=str)
+    {"token": {"rstrip": True}}, {"token": {"content": "a b"}}])
 def test_a_tokenizer_that_may_join_slices_is_not_sliceable(change):
     assert JsonTokenizer(tiny_json()).sliceable
     assert not JsonTokenizer(changed(**change)).sliceable

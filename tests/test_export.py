@@ -81,7 +81,7 @@ def test_an_exported_folder_is_loaded_and_exported_again_unchanged(make_run, tmp
         tmp_path / "hf" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_are_exported_in_the_given_dtype(make_run, tmp_path, dtype):
     out_dir, model = make_run(CHARS)
     folder = export_hf(out_dir, tmp_path / "hf", dtype=str(dtype).removeprefix("torch."))

@@ -91,7 +91,7 @@ def test_a_path_that_the_system_refuses_is_a_one_line_error():
 
 
 @pytest.mark.parametrize("options", [dict(temperature=1e-45), dict(temperature=1e-320),
-                                     dict(top_p=1e-320), dict(top_p=1e-320, top_k=2)], ids=str)
+                                     dict(top_p=1e-320), dict(top_p=1e-320, top_k=2)])
 def test_a_tiny_temperature_or_top_p_takes_the_most_likely_token(options):
     logits = torch.tensor([[3.0, -1.0, 2.9], [-5.0, 1.0, 0.0]])
     assert sample_token(logits, **options).tolist() == [0, 1]

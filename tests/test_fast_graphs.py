@@ -42,7 +42,7 @@ def drawn(model, idx=PROMPTS, new=9, pad=(0, 0, 0), **options):
 
 
 @pytest.mark.parametrize("fields, new", [  # 9 fit in the context of 16; 40 slide it 3 times
-    ({}, 40), (dict(bias=False), 9), (dict(tied_head=False), 9), (NEO, 9), (NEO, 40)], ids=str)
+    ({}, 40), (dict(bias=False), 9), (dict(tied_head=False), 9), (NEO, 9), (NEO, 40)])
 def test_recorded_steps_draw_the_same_tokens(fields, new):
     model = tiny_gpt(61, **fields)
     decoder = Frozen(model)

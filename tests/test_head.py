@@ -13,7 +13,7 @@ from t5 import T5, T5Config
 
 CPU = torch.device("cpu")
 OFFSET = -100.0
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def inputs(n=64, C=32, V=500, seed=0):
@@ -71,7 +71,7 @@ def test_logits_are_float32_and_include_the_offset(dtype):
     assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_in_full_precision_the_head_is_bitwise_equal_to_a_linear_layer(dtype):
     head, (x, _) = a_head(OFFSET).to(dtype), inputs()
     assert torch.equal(head(x.to(dtype)), F.linear(x.to(dtype), head.weight))
@@ -195,7 +195,7 @@ def test_the_copy_is_neither_saved_nor_a_parameter():
         assert set(model.state_dict()) == names
 
 
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_the_memory_plan_counts_the_copy(weights):
     V, C, rows = 50000, 8, 4
     weight = torch.nn.Parameter(torch.empty(V, C, dtype=weights, device="meta"), False)

@@ -348,7 +348,7 @@ NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5)
 @pytest.mark.parametrize("fields", [
     dict(), dict(n_inner=40, norm_eps=1e-3), dict(activation="gelu"), dict(attn_scale=1.0),
     dict(tied_head=False), NEO, NEO | dict(n_layer=3, n_inner=24), NEO | dict(n_layer=1),
-], ids=str)
+])
 def test_configs_are_the_same_after_a_round_trip_through_transformers(fields):
     from transformers import AutoConfig
     config = tiny_gpt(61, **fields).config

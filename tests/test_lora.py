@@ -86,7 +86,7 @@ def _with_lora(seed):
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_those_of_the_merged_matrices(idx, dtype):
     """dL/dB = SCALE dL/dW A^T, with frozen weights of either dtype."""
     model = tiny_gpt(7)
@@ -153,7 +153,7 @@ def test_sample_and_evaluate_load_a_lora_run(base, monkeypatch, capsys):
     assert status == 0 and "perplexity" in output
 
 
-@pytest.mark.parametrize("fields", [{}, dict(weights="bfloat16", recompute=True)], ids=str)
+@pytest.mark.parametrize("fields", [{}, dict(weights="bfloat16", recompute=True)])
 def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(base, tmp_path, fields):
     dataset, model_dir, whole = base
     fields = lora_fields(model_dir, **fields)

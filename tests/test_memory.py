@@ -59,7 +59,7 @@ def test_set_dtype_changes_matrices_and_not_vectors():
     assert [p.dtype for p in empty.parameters()] == [p.dtype for p in model.parameters()]
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_bfloat16_weights_train_as_the_same_values_in_float32(autocast):
     """The losses agree within 1e-6. Gradients differ by rounding to bfloat16, a relative 2^-9."""
     idx = torch.arange(24).view(2, 12) % 7
@@ -78,7 +78,7 @@ def test_bfloat16_weights_train_as_the_same_values_in_float32(autocast):
         torch.testing.assert_close(p.grad.float(), q.grad, atol=2e-2, rtol=2**-6, msg=name)
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_recompute_is_bitwise_the_same_also_with_dropout(compute):
     idx = torch.arange(24).view(2, 12) % 7
     found = []
@@ -125,7 +125,7 @@ def test_a_lean_run_keeps_and_saves_its_dtypes(dataset, tmp_path, torchao):
 
 @pytest.mark.parametrize("fields", [
     dict(weights="bfloat16", dtype="bfloat16"), dict(weights="bfloat16", dtype="float16"),
-    dict(n_embd=64, **LEAN)], ids=str)
+    dict(n_embd=64, **LEAN)])
 def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(dataset, tmp_path, torchao, fields):
     for out, changes in (("whole", {}), ("parts", dict(max_iters=3)),
                          ("parts", dict(init_from="resume"))):
@@ -184,7 +184,7 @@ def test_a_resume_refuses_another_optimizer_or_dtype_of_weights(dataset, tmp_pat
 @pytest.mark.parametrize("fields, message", [
     (dict(weights="float16"), "--weights=float16 is not supported; use float32 or bfloat16"),
     (dict(optimizer="sgd"), "--optimizer=sgd is not supported; use adamw, adamw8bit or adafactor"),
-], ids=str)
+])
 def test_unknown_weights_and_optimizers_are_refused(dataset, tmp_path, monkeypatch, capsys, fields,
                                                     message):
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
@@ -193,7 +193,7 @@ def test_unknown_weights_and_optimizers_are_refused(dataset, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("fields", [
-    dict(weights="bfloat16"), dict(lora_rank=2, init_from="gpt2"), dict(dtype="float16")], ids=str)
+    dict(weights="bfloat16"), dict(lora_rank=2, init_from="gpt2"), dict(dtype="float16")])
 def test_options_that_adafactor_excludes_are_refused(dataset, tmp_path, monkeypatch, capsys,
                                                      fields):
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
@@ -203,7 +203,7 @@ def test_options_that_adafactor_excludes_are_refused(dataset, tmp_path, monkeypa
 
 @pytest.mark.parametrize("fields", [
     dict(weights="bfloat16"), dict(optimizer="adamw8bit"), dict(optimizer="adafactor"),
-    dict(lora_rank=2, init_from="gpt2")], ids=str)
+    dict(lora_rank=2, init_from="gpt2")])
 def test_lean_options_that_fsdp_excludes_are_refused(dataset, tmp_path, monkeypatch, capsys,
                                                      fields):
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -274,7 +274,7 @@ def test_a_run_on_a_cpu_calls_tune_malloc(dataset, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("fields, compute", [
     ({}, torch.float32), ({}, torch.bfloat16), (dict(weights="bfloat16"), torch.bfloat16),
-    (dict(weights="bfloat16"), torch.float32), (dict(recompute=True), torch.float32)], ids=str)
+    (dict(weights="bfloat16"), torch.float32), (dict(recompute=True), torch.float32)])
 def test_predicted_activations_are_those_that_autograd_keeps(fields, compute, dropout):
     """The bytes of one more layer: within 4 %, or 8 % with dropout, where the bytes of attention
     depend on the kernel."""

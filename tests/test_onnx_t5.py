@@ -357,7 +357,7 @@ def change_metadata(path, change):
 @pytest.mark.parametrize("fields", [
     dict(partner=5), dict(partner=""), dict(partner="decoder.onnx"), dict(part=[]),
     dict(part="encoder"), dict(digest="0"), dict(data="nowhere"), dict(data=None), dict(config={}),
-    dict(part=None, partner=None), dict(tokenizer=5), dict(tokenizer=None)], ids=str)
+    dict(part=None, partner=None), dict(tokenizer=5), dict(tokenizer=None)])
 def test_damaged_metadata_is_refused(refused, folder, fields):
     change_metadata(folder / "decoder.onnx", lambda meta: meta | fields)
     refused(folder / "decoder.onnx")
@@ -367,7 +367,7 @@ def test_damaged_metadata_is_refused(refused, folder, fields):
 
 @pytest.mark.parametrize("fields", [
     dict(n_head=4), dict(n_decoder_layer=3), dict(head_size=8), dict(vocab_size=9),
-    dict(unknown=1), dict(end_id=99), dict(start_id=-1), dict(n_embd="x")], ids=str)
+    dict(unknown=1), dict(end_id=99), dict(start_id=-1), dict(n_embd="x")])
 def test_a_config_that_does_not_fit_the_graph_is_refused(refused, folder, fields):
     for name in ("encoder", "decoder"):
         change_metadata(folder / f"{name}.onnx", lambda meta: meta | {

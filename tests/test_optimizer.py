@@ -141,7 +141,7 @@ def test_the_moments_of_each_large_tensor_of_each_gpt2_are_quantized():
     assert moments_per_scale(1600) is None and moments_per_scale(64 * 64 + 1) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_8bit_moments_train_as_float32_ones(torchao, dtype):
     shapes = (33, 1600), (64, 64), (1600,)  # 33 x 1600 is not a multiple of 128
     ours, theirs = params_of(dtype, *shapes), params_of(dtype, *shapes)

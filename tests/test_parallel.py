@@ -191,7 +191,7 @@ def test_a_run_with_fsdp_draws_samples_and_keeps_the_best_model(make):
     (1, dict(compile=True, dtype="bfloat16", weights="bfloat16"),
      dict(dtype="bfloat16", weights="bfloat16"), 0.02),
     (1, dict(compile=True, recompute=True, optimizer="adamw8bit"), dict(optimizer="adamw8bit"),
-     1e-3)], ids=str)
+     1e-3)])
 def test_options_that_work_together_change_no_loss(make, size, fields, plain, atol):
     """Combinations that no other test covers, compared with a run without the options."""
     few = dict(n_layer=1, max_iters=3)

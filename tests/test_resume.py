@@ -88,7 +88,7 @@ def at_step(monkeypatch, step, act):
 # -----------------------------------------------------------------------------
 # exact resumes
 
-@pytest.mark.parametrize("fields", [{}, {"always_save_checkpoint": False}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"always_save_checkpoint": False}])
 def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(whole, out, fields):
     dataset, expected = whole
     assert run_train(dataset, out, max_iters=3, **FIELDS, **fields) == 0
@@ -252,7 +252,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, out, capsys):
     ({"batch_size": 3}, r"global batch was 4, now 6"),
     ({"gradient_accumulation_steps": 1, "seed": 7},
      r"seed was 1337, now 7; global batch was 4, now 2"),
-], ids=str)
+])
 def test_a_resume_with_another_seed_or_batch_is_refused_unless_forced(whole, out, monkeypatch,
                                                                       capsys, changed, message):
     dataset, expected = whole

@@ -352,7 +352,7 @@ def test_the_path_of_a_checkpoint_is_accepted_as_a_model(chars, samples):
     ({"init_from": "x.pt"}, r"x.pt does not exist"), ({"init_from": "note.txt"}, "is a file"),
     ({"init_from": "a/b/c"}, "a/b/c does not exist"), ({"init_from": ""}, " does not exist|holds"),
     ({"init_from": "../gpt2"}, "../gpt2 does not exist"),
-], ids=str)
+])
 def test_a_name_that_is_not_a_hub_id_is_never_downloaded(chars, options, message, tmp_path,
                                                          monkeypatch):
     def asked(*args, **kwargs):

@@ -435,7 +435,7 @@ def test_models_are_named_after_their_folders_and_files():
     (["--port=65536"], "--port=65536 must be in"), (["--out_dir=,"], "no model given"),
     (["--port=0", "--out_dir=out-none"], "out-none does not exist"),
     (["--port=0", "--host=host.invalid", "--token=" + "a" * 20], "cannot listen on host.invalid"),
-], ids=str)
+])
 def test_bad_options_are_refused(argv, message):
     with pytest.raises(UserError, match=message) as error:
         serve.main(argv)

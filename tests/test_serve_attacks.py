@@ -78,7 +78,7 @@ def handler_threads():
     ({"names": ("gpt.example",)}, "gpt.example", "https://gpt.example", True),
     ({"names": ("gpt.example",)}, "127.0.0.1:8000", "https://gpt.example", True),
     ({"names": ("gpt.example",)}, "gpt.example.evil.example", None, False),
-], ids=str)
+])
 def test_host_and_origin_must_be_those_of_this_server(access, host, origin, allowed):
     headers = http.client.HTTPMessage()
     for name, value in (("Host", host), ("Origin", origin)):

@@ -83,7 +83,7 @@ def test_options_changed_at_a_resume_are_printed_and_kept(out, monkeypatch, caps
     (["--init_from=gpt2", "--auto_resume"], "was started with init_from=scratch, which a resume"),
     (["--seed=5"], "seed was 1337, now 5; give the old values, or --force_resume=True"),
     (["--batch_size=3"], "global batch was 4, now 6"),
-], ids=str)
+])
 def test_options_that_a_resume_cannot_change_are_refused(out, argv, message, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     argv = [f"--out_dir={out}", "--init_from=resume", "--device=cpu", "--max_iters=9", *argv]

@@ -71,7 +71,7 @@ def test_twenty_steps_equal_those_of_a_loop_with_transformers(t5_folders, fields
 @pytest.mark.parametrize("options", [
     {}, dict(recompute=True), dict(weights="bfloat16"), dict(lora_rank=2),
     dict(optimizer="adamw8bit"), dict(optimizer="adafactor"),
-    dict(source_length=8, target_length=3)], ids=str)
+    dict(source_length=8, target_length=3)])
 def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(fields, tmp_path, monkeypatch, options):
     """With dropout; the epoch of 60 pairs ends within the run."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # for torchao's update
@@ -175,7 +175,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(fields, tmp_path, capsys):
     (dict(init_from="scratch"), "holds pairs of a source and a target, for T5"),
     (dict(sample_interval=1, sample_start=""), "--sample_start has no tokens"),
     (dict(target_length=0), "--target_length=0 must be at least 1"),
-], ids=str)
+])
 def test_options_that_a_t5_excludes_are_refused(fields, tmp_path, monkeypatch, capsys, options,
                                                 message):
     argv = arguments(fields.pop("dataset"), tmp_path / "out", **fields | options)
@@ -206,8 +206,7 @@ def test_a_resume_with_other_lengths_is_refused(fields, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("batch_size, dtype, dropout, measured", [
     (8, torch.float32, 0.1, 4.745), (32, torch.float32, 0.1, 6.962),
-    (16, torch.float32, 0.0, 4.795), (32, torch.bfloat16, 0.1, 6.194)],
-    ids=str)
+    (16, torch.float32, 0.0, 4.795), (32, torch.bfloat16, 0.1, 6.194)])
 def test_the_predicted_memory_of_t5_base_is_within_10_percent(batch_size, dtype,
                                                               dropout, measured):
     """Peak GB of train.py on a CPU, for pairs of 64 + 8 tokens and one micro-step."""

@@ -310,7 +310,7 @@ def test_a_missing_test_file_or_another_tokenizer_is_refused(task, make_dataset)
     (["--stride=0"], "--stride=0 must be at least 1"),
     (["--stride=21"], "--stride=21 would skip tokens: windows have 20 tokens"),
     (["--stride=2", "--eval_iters=1"], "leave --input and --stride out"),
-], ids=str)
+])
 def test_bad_options_are_refused(argv, message, task):
     folder, out_dir, _, _ = task
     with pytest.raises(UserError, match=message) as error:

@@ -191,7 +191,7 @@ def test_dropout_depends_only_on_seed_and_step(dataset, out):
 # the loop
 
 @pytest.mark.parametrize("max_iters, at", [(0, [0]), (1, [0, 1]), (6, [0, 3, 6]),
-                                           (7, [0, 3, 6, 7])], ids=str)
+                                           (7, [0, 3, 6, 7])])
 def test_a_run_takes_max_iters_steps_and_saves_at_each_evaluation(dataset, out, monkeypatch,
                                                                   max_iters, at):
     saves = []
@@ -312,7 +312,7 @@ def good(tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", [{"loss": math.nan}, {"loss": math.inf}, {"grad": math.nan},
-                                  {"grad": math.inf}], ids=str)
+                                  {"grad": math.inf}])
 def test_a_step_that_is_not_finite_stops_the_run(good, dataset, out, monkeypatch, capsys, what):
     with monkeypatch.context() as patch:
         replace_at(patch, [4], **what)
