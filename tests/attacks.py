@@ -41,7 +41,8 @@ def wait_briefly_for_the_lock(rank):
 
 
 def two_writers(looks, folder, dataset):
-    """Repeatedly start a second run in a run's folder, and meanwhile load its states."""
+    """Repeatedly start a second run in the folder of a running one, and load the first run's states
+    meanwhile."""
     count, copy, out = Counter(), folder / "look.pt", folder / "two-writers"
     argv = arguments(dataset, out, **ENDLESS, auto_resume=True)
     first, second = Job(1, argv, folder / "first"), None
@@ -51,7 +52,7 @@ def two_writers(looks, folder, dataset):
         if second is None:
             second = Job(1, argv, folder / "second", wait_briefly_for_the_lock)
         if not second.alive():
-            refused = second.wait() == [1] and "is in use: process" in second.said()
+            refused = second.wait() == [1] and "is in use: process" in second.output()
             count["second runs refused" if refused else "SECOND RUNS NOT REFUSED"] += 1
             second = None
         for name in ("state.pt", "state.1.pt"):
@@ -62,7 +63,7 @@ def two_writers(looks, folder, dataset):
                     files.load(copy)
                 except UserError:
                     count["DAMAGED STATES"] += 1
-        assert first.alive(), first.said()
+        assert first.alive(), first.output()
     first.kill()
     first.wait()
     if second is not None:
@@ -113,7 +114,8 @@ def is_alive(pid):
 
 
 def orphans(times, folder, dataset, same):
-    """Kill torchrun alone `times` times and restart the job at once; then let it finish."""
+    """Kill only torchrun, `times` times, and restart the job at once each time; then let the job
+    finish."""
     count, out, whole = Counter(), folder / "orphans", folder / "orphans-whole"
     fields = dict(max_iters=60 * (times + 1), eval_interval=50, save_interval=5,
                   lr_decay_iters=1000, timeout=60)
@@ -121,18 +123,18 @@ def orphans(times, folder, dataset, same):
         0, 0]
     argv = arguments(dataset, out, **fields, auto_resume=True)
     for attempt in range(times + 1):
-        agent = torchrun(argv, folder / "torchrun.log")
-        while agent.poll() is None and (attempt == times
-                                        or resume.reached_step(out) <= 60 * attempt + 10):
+        launcher = torchrun(argv, folder / "torchrun.log")
+        while launcher.poll() is None and (attempt == times
+                                           or resume.reached_step(out) <= 60 * attempt + 10):
             time.sleep(0.01)
         if attempt < times:
-            left = ranks_of(agent).values()
-            agent.kill()
+            left = ranks_of(launcher).values()
+            launcher.kill()
             end = time.monotonic() + 60
             while any(map(is_alive, left)) and time.monotonic() < end:
                 time.sleep(0.1)
             count["ORPHANS LEFT" if any(map(is_alive, left)) else "orphaned jobs that ended"] += 1
-    good = agent.wait() == 0 and same(whole, out)
+    good = launcher.wait() == 0 and same(whole, out)
     count["bitwise equal to the undisturbed run" if good else "ANOTHER RESULT"] += 1
     return count
 
@@ -173,18 +175,18 @@ def confined(folder, rank):
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def is_valid(script, folder, said):
+def is_valid(script, folder, output):
     """Whether a script with exit status 0 wrote or printed what it should."""
     if script == "train":
         path = folder / "new/ckpt.pt"
         return not path.exists() or all(
             torch.isfinite(tensor).all() for tensor in files.load(path)["model"].values())
     if script == "evaluate":
-        found = re.search(r"loss (\S+) nats|accuracy", said)
+        found = re.search(r"loss (\S+) nats|accuracy", output)
         return bool(found) and (found[1] is None or math.isfinite(float(found[1])))
-    if script == "sample":  # beam search prints no rate, only its answer and a line
-        return " tokens in " in said or "-" * 15 in said
-    return "wrote " in said
+    if script == "sample":  # beam search prints the answer and dashes, but no speed
+        return " tokens in " in output or "-" * 15 in output
+    return "wrote " in output
 
 
 def fuzz(times, folder, dataset, rng):
@@ -206,15 +208,15 @@ def fuzz(times, folder, dataset, rng):
             status, = job.wait(60)
         except AssertionError:
             status = None
-        said = job.said()
-        errors = sum(line.startswith("error: ") for line in said.splitlines())
-        if status == 1 and errors == 1 and "Traceback" not in said:
+        output = job.output()
+        errors = sum(line.startswith("error: ") for line in output.splitlines())
+        if status == 1 and errors == 1 and "Traceback" not in output:
             outcome = "one-line error"
-        elif status == 0 and not errors and is_valid(script, cwd, said):
+        elif status == 0 and not errors and is_valid(script, cwd, output):
             outcome = "valid output"
         else:
             outcome = "HANGS" if status is None else "NEITHER ERROR NOR OUTPUT"
-            print(outcome, script, *(field[:80] for field in fields), said[-2000:], sep="\n  ")
+            print(outcome, script, *(field[:80] for field in fields), output[-2000:], sep="\n  ")
         count[outcome] += 1
     return count
 

@@ -98,45 +98,45 @@ def corrupt_newest(out, rng):
 
 
 def campaign(parallel, kills, folder, dataset, rng):
-    """Kill a run `kills` times and let it end; return the counts, and whether it is bitwise equal
-    to an undisturbed run."""
+    """Kill a run `kills` times and let it end; return the counts, and whether the run is bitwise
+    equal to an undisturbed one."""
     fields = dict(parallel=parallel, max_iters=6 * kills + 20, eval_interval=20, save_interval=2,
                   n_embd=32, timeout=60, lr_decay_iters=6 * kills + 20)
     whole, out = folder / f"{parallel}-whole", folder / f"{parallel}-killed"
-    statuses, said = run_ranks(RANKS, arguments(dataset, whole, **fields), folder / "log",
-                               seconds=600)
-    assert statuses == [0] * RANKS, said
+    statuses, output = run_ranks(RANKS, arguments(dataset, whole, **fields), folder / "log",
+                                 seconds=600)
+    assert statuses == [0] * RANKS, output
     count, argv = Counter(), arguments(dataset, out, **fields, auto_resume=True)
     while True:
         job = Job(RANKS, argv, folder / "log", slow_steps)
         if count["kills"] == kills:
-            assert job.wait(600) == [0] * RANKS, job.said()
-            read_log(job.said(0), count)
+            assert job.wait(600) == [0] * RANKS, job.output()
+            read_log(job.output(0), count)
             return count, same(whole, out)
         moment = rng.choices(("step", "save", "start"), (4, 4, 2))[0]
         if not wait_for(moment, job, out, resume.reached_step(out) + rng.randint(0, 2), rng):
-            raise AssertionError(f"the run ended before it was killed:\n{job.said()}")
+            raise AssertionError(f"the run ended before it was killed:\n{job.output()}")
         victims = rng.choice(((0,), tuple(range(RANKS))) if moment == "save" else
                              (*((rank,) for rank in range(RANKS)), tuple(range(RANKS))))
         job.kill(*victims)
         statuses = job.end(seconds=5)
-        assert all(statuses[rank] == -signal.SIGKILL for rank in victims), job.said()
+        assert all(statuses[rank] == -signal.SIGKILL for rank in victims), job.output()
         count["kills"] += 1
         count["during a save"] += any(out.glob("*.pt.*.tmp"))
-        count["before the first step"] += "iter " not in job.said(0)
+        count["before the first step"] += "iter " not in job.output(0)
         count["of all ranks"] += len(victims) == RANKS
-        read_log(job.said(0), count)
+        read_log(job.output(0), count)
         count["reached"] = resume.reached_step(out)
         if count["kills"] % 10 == 5 and len(resume.state_files(out)) == 2:
             corrupt_newest(out, rng)
             count["states corrupted"] += 1
 
 
-def read_log(said, count):
+def read_log(output, count):
     """Count fallbacks, resumes and lost steps in the output of a start."""
-    count["fallbacks"] += "cannot be used" in said
-    if "resuming at step " in said:
-        step = int(said.partition("resuming at step ")[2].split()[0])
+    count["fallbacks"] += "cannot be used" in output
+    if "resuming at step " in output:
+        step = int(output.partition("resuming at step ")[2].split()[0])
         count["resumes"] += 1
         count["lost steps"] += max(0, count["reached"] - step)
 
@@ -210,7 +210,7 @@ def altered(rng, data, others, trap):
 
 
 def resumed(argv):
-    """Run train.py --eval_only: (exit status, stderr, the run's namespace or None)."""
+    """Run train.py --eval_only; return (exit status, stderr, the run's namespace or None)."""
     found, err = [], io.StringIO()
     with (mock.patch.object(train, "evaluate_splits", lambda r: found.append(r) or [1.0, 1.0]),
           mock.patch.object(sys, "argv", ["train.py", *argv]),
@@ -242,8 +242,8 @@ def alterations(times, folder, dataset, rng):
     out, trap = folder / "good", folder / "ran"
     runs = [(out, {}), (folder / "twin", {}), (folder / "cousin", dict(n_embd=32))]
     for path, fields in runs:
-        statuses, said = run_ranks(1, arguments(dataset, path, **fields), folder / "log")
-        assert statuses == [0], said
+        statuses, output = run_ranks(1, arguments(dataset, path, **fields), folder / "log")
+        assert statuses == [0], output
     names = ("state.pt", "state.1.pt", "ckpt.pt")
     good = {name: (out / name).read_bytes() for name in names}
     others = [(path / name).read_bytes() for path, _ in runs[1:] for name in names[:2]]
@@ -259,7 +259,7 @@ def alterations(times, folder, dataset, rng):
             (out / name).write_bytes(data)
         count[kind] += 1
         if targets == ("ckpt.pt",):
-            outcome = load_shipped(out, references, others=kind in ("swapped", "foreign"))
+            outcome = load_altered(out, references, others=kind in ("swapped", "foreign"))
         else:
             status, err, r = resumed(argv)
             if r is None:
@@ -276,9 +276,9 @@ def alterations(times, folder, dataset, rng):
     return count
 
 
-def load_shipped(out, references, others):
-    """load_model on an altered ckpt.pt must return the run's weights. `others`: the file may be a
-    valid ckpt.pt of another run, which load_model cannot detect."""
+def load_altered(out, references, others):
+    """The outcome of load_model on an altered ckpt.pt, which must be an error or the run's weights.
+    `others`: the file may be a valid ckpt.pt of another run, which load_model cannot detect."""
     try:
         model, _ = checkpoint.load_model(str(out))
     except UserError:
@@ -291,7 +291,7 @@ def load_shipped(out, references, others):
 
 # -----------------------------------------------------------------------------
 
-def failures(count):
+def has_failure(count):
     """Whether an outcome is a failure: its name is in capitals."""
     return any(what.split(":")[0].isupper() for what in count)
 
@@ -316,11 +316,11 @@ def main(argv):
             count = alterations(cfg.altered, folder, dataset, random.Random(cfg.seed))
             print(f"{cfg.altered} altered checkpoints: "
                   + ", ".join(f"{n} {what}" for what, n in sorted(count.items())))
-            failed |= failures(count)
+            failed |= has_failure(count)
         for name, count in run_attacks(cfg, folder, dataset, same):
             print(f"{name}: " + ", ".join(f"{n} {what}" for what, n in sorted(count.items())),
                   flush=True)
-            failed |= failures(count)
+            failed |= has_failure(count)
     print(f"{'FAILED' if failed else 'passed'} in {time.monotonic() - began:.0f} s")
     sys.exit(failed)
 

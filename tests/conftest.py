@@ -32,15 +32,21 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
+def pytest_make_parametrize_id(val):
+    """Use the values of dicts, lists, tuples and dtypes in test ids; pytest would number them."""
+    return ascii(val)[:100] if isinstance(val, dict | list | tuple | torch.dtype) else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny tensors gain nothing from a second thread, and sums are the same on any machine."""
+    """Use one thread: a second one does not speed up tiny tensors, and sums are the same on any
+    machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def shared():
-    """shared("models/x") is the path of ../shared/models/x; skips the test if it is absent."""
+    """shared("models/x") returns the path of ../shared/models/x; skips the test if it is absent."""
     def find(path):
         if not (SHARED / path).exists():
             pytest.skip(f"no ../shared/{path}")
@@ -50,7 +56,7 @@ def shared():
 
 @pytest.fixture
 def gpt2_vocabulary(shared, monkeypatch):
-    """tiktoken loads GPT-2's vocabulary offline, from TIKTOKEN_CACHE_DIR or ../shared."""
+    """Make tiktoken load GPT-2's vocabulary offline, from TIKTOKEN_CACHE_DIR or ../shared."""
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("data/tiktoken")))
 
@@ -167,7 +173,7 @@ def tiny_gpt(vocab_size, seed=0, **fields):
 
 
 def greedy_reference(model, idx, new):
-    """Greedy generation without a cache. Like stream(), a full context keeps its later half."""
+    """Greedy generation without a cache. As in stream(), a full context is cut to its last half."""
     size, begin = model.config.block_size, max(0, idx.size(1) - model.config.block_size)
     for _ in range(new):
         if idx.size(1) - begin > size:

@@ -1,7 +1,7 @@
 """Run a script on several ranks with torchrun's environment. The ranks are forks of one process
 that has imported everything, which saves 3 seconds of imports per start.
 
-multiprocessing's fork server makes the forks, because a process that has run a backward pass
+multiprocessing's fork server creates the forks, because a process that has run a backward pass
 cannot be forked. Each rank writes its output to its own file.
 """
 import multiprocessing
@@ -19,7 +19,7 @@ PRELOADED = ["train", "torch._dynamo", "matplotlib.figure", "matplotlib.backends
              "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torchao.optim"]
 
 
-def server():
+def fork_context():
     """The multiprocessing context that forks processes with PRELOADED already imported."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -41,7 +41,7 @@ class Job:
     def __init__(self, size, argv, folder, hook=None, script="train"):
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
-        port, context = free_port(), server()
+        port, context = free_port(), fork_context()
         self.ranks = [context.Process(target=work, args=(
             rank, size, port, script, [str(arg) for arg in argv], str(log), hook))
             for rank, log in enumerate(self.logs)]
@@ -64,7 +64,7 @@ class Job:
         for process in late:
             process.kill()
             process.join()
-        assert not late, f"still running after {seconds} s:\n{self.said()}"
+        assert not late, f"still running after {seconds} s:\n{self.output()}"
         return [process.exitcode for process in self.ranks]
 
     def end(self, seconds):
@@ -74,7 +74,7 @@ class Job:
             process.kill()
         return self.wait()
 
-    def said(self, rank=None):
+    def output(self, rank=None):
         logs = self.logs if rank is None else [self.logs[rank]]
         return "".join(log.read_text() for log in logs if log.exists())
 
@@ -103,6 +103,6 @@ def work(rank, size, port, script, argv, log, hook):
 
 
 def run_ranks(size, argv, folder, hook=None, seconds=120):
-    """(exit statuses, the output of all ranks)."""
+    """Run a Job; return (exit statuses, the output of all ranks)."""
     job = Job(size, argv, folder, hook)
-    return job.wait(seconds), job.said()
+    return job.wait(seconds), job.output()

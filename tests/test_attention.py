@@ -74,18 +74,19 @@ def test_bfloat16_is_close_to_float32(p):
         assert b.dtype == torch.bfloat16 and (a - b).norm() < 0.02 * a.norm()
 
 
-def test_torchs_attention_is_used_for_inference_with_a_cache_in_float16_and_compiled(monkeypatch):
+def test_inference_float16_and_compiled_code_use_torchs_attention(monkeypatch):
+    """Also a token with a cache."""
     monkeypatch.setattr(BlockAttention, "apply", lambda *args: pytest.fail("not torch's"))
     q, k, v = qkv(T=5, dtype=torch.float32)
     with torch.no_grad():
         attention.attention(q, k, v, None, None)
-    attention.attention(q[:, :, -1:], k, v, None, None)  # one token with a cache
+    attention.attention(q[:, :, -1:], k, v, None, None)  # with a cache
     half = [t.detach().half().requires_grad_() for t in (q, k, v)]
     attention.attention(*half, None, None)
     torch.compile(lambda *t: attention.attention(*t, None, None), backend="eager")(q, k, v)
 
 
-@pytest.mark.parametrize("fields", [{}, dict(local_window=4), dict(doc_end=3)], ids=str)
+@pytest.mark.parametrize("fields", [{}, dict(local_window=4), dict(doc_end=3)])
 def test_a_models_loss_and_gradients_equal_those_with_torchs_attention(fields, monkeypatch):
     found, idx = [], torch.arange(32).view(2, 16) % 61
     for ours in (True, False):
@@ -149,7 +150,7 @@ def test_dropout_depends_only_on_torchs_seed():
     assert torch.equal(keep_mask(torch.Size((100,)), 0.5), first) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_scales_the_values_that_it_keeps(dtype):
     torch.manual_seed(0)
     x = torch.ones(1000, dtype=dtype, requires_grad=True)
@@ -159,7 +160,7 @@ def test_dropout_scales_the_values_that_it_keeps(dtype):
     assert torch.equal(x.grad, y.detach())
 
 
-def test_dropout_changes_nothing_at_rate_0_or_in_evaluation_and_drops_all_at_rate_1():
+def test_dropout_keeps_all_at_rate_0_and_in_evaluation_and_drops_all_at_rate_1():
     x = torch.ones(10)
     assert dropout(x, 0.0, True) is x or torch.equal(dropout(x, 0.0, True), x)
     assert torch.equal(dropout(x, 0.5, False), x) and not dropout(x, 1.0, True).any()

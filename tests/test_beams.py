@@ -49,7 +49,7 @@ def their_beams(model, prompt, new, end, **options):
 
 @pytest.mark.parametrize("options", [
     dict(num_beams=4), dict(num_beams=2, length_penalty=0.0),
-    dict(num_beams=5, length_penalty=2.5), dict(num_beams=3, length_penalty=-1.0)], ids=str)
+    dict(num_beams=5, length_penalty=2.5), dict(num_beams=3, length_penalty=-1.0)])
 def test_answers_equal_those_of_transformers(both, options):
     ours, theirs, end = both
     found = beam_search(ours, PROMPTS, 12, stop_token=end, **options)
@@ -79,7 +79,7 @@ def test_a_search_stops_when_the_best_answers_have_ended(both):
     assert min(counts) < 20 and max(counts) <= 36
 
 
-def test_without_an_end_token_answers_reach_the_limit_and_ids_stay_below_n_vocab(both):
+def test_without_an_end_token_answers_are_full_length_with_ids_below_n_vocab(both):
     ours, _, _ = both
     assert [len(ids) for ids in beam_search(ours, PROMPTS, 7, 3)] == [7] * 4
     found = beam_search(ours, PROMPTS, 7, 3, n_vocab=30)
@@ -109,14 +109,14 @@ def test_enough_beams_find_the_most_likely_answer():
     assert beam_search(model, [[1, 2]], 4, 5 ** 3) == [best_by_hand(model, [1, 2], 4)]
 
 
-def test_a_full_context_is_read_again():
-    """As in stream(). Large weights make one token much more likely than the others: the search is
-    greedy."""
+def test_beams_continue_after_the_context_is_full():
+    """As in stream(). Large weights make one token much more likely than the others, so the search
+    equals greedy generation."""
     model = tiny_gpt(9)
     with torch.no_grad():
         model.lm_head.weight *= 30
-    wanted = torch.stack(list(stream(model, PROMPTS[:1], 40, temperature=0)), 1)[0].tolist()
-    assert model.config.block_size < 40 and beam_search(model, [[5, 6, 7, 8]], 40, 2)[0] == wanted
+    expected = torch.stack(list(stream(model, PROMPTS[:1], 40, temperature=0)), 1)[0].tolist()
+    assert model.config.block_size < 40 and beam_search(model, [[5, 6, 7, 8]], 40, 2)[0] == expected
 
 
 def test_recorded_steps_give_the_same_answers(monkeypatch):

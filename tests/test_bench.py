@@ -42,11 +42,11 @@ def test_flops_per_token_equal_the_models():
 
 def test_both_ways_of_loading_give_equal_weights(folder, monkeypatch):
     pytest.importorskip("transformers")
-    made = []
-    monkeypatch.setattr(bench, "timed_load", lambda load: made.append(load()))
+    loaded = []
+    monkeypatch.setattr(bench, "timed_load", lambda load: loaded.append(load()))
     bench.load_ours(str(folder))
     bench.load_by_copy(str(folder))
-    ours, copied = made[0][0].state_dict(), made[1].state_dict()
+    ours, copied = loaded[0][0].state_dict(), loaded[1].state_dict()
     assert all(torch.equal(tensor, copied[name]) for name, tensor in ours.items())
 
 
@@ -149,9 +149,8 @@ def test_each_mode_prints_a_table_and_writes_its_results(mode, tmp_path, monkeyp
     (["sample", "--against=nowhere"], "--against=nowhere"),
     (["sample", "--init_from=gpt2"], "--exported=True"),
     (["train", "--against=ctranslate2"], "ctranslate2 works only with `bench.py sample`"),
-    (["sample", f"--against={sys.executable}", "--num_samples=2"], "llama-bench")],
-    ids=str)
-def test_bad_arguments_are_one_line(argv, message, monkeypatch, capsys):
+    (["sample", f"--against={sys.executable}", "--num_samples=2"], "llama-bench")])
+def test_bad_arguments_are_a_one_line_error(argv, message, monkeypatch, capsys):
     status, _, err = run_script(monkeypatch, capsys, bench.main, argv)
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
@@ -183,7 +182,7 @@ def test_a_failed_process_is_reported_with_its_last_line(tmp_path):
 def test_importing_the_scripts_imports_nothing_slower_than_torch():
     heavy = {"transformers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tiktoken", "wandb",
              "tokenizers", "torchao", "tensorflow", "pandas", "safetensors", "huggingface_hub",
-             "torch._dynamo", "sympy"}  # 2 s and 1 s; creating a model on meta may import them
+             "torch._dynamo", "sympy"}  # 2 s and 1 s to import; a model on meta may import them
     code = ("import sys, torch, train, sample, evaluate, export, bench\n"
             "from model import GPT, GPTConfig\n"
             "model = GPT.empty(GPTConfig(n_layer=1, n_head=1, n_embd=8), dtype=torch.bfloat16)\n"

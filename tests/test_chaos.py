@@ -24,7 +24,7 @@ def test_altered_checkpoints_are_refused_or_fall_back(tmp_path):
 
 def test_a_second_writer_is_refused_and_damages_no_state(tmp_path):
     count = attacks.two_writers(20, tmp_path, write_dataset(tmp_path / "words"))
-    assert not chaos.failures(count) and count["looks"] >= 20, count
+    assert not chaos.has_failure(count) and count["looks"] >= 20, count
 
 
 def test_ctrl_c_with_a_broken_pipe_loses_no_step(tmp_path):
@@ -39,6 +39,6 @@ def test_ranks_end_when_their_torchrun_is_killed(tmp_path):
     assert count == {"orphaned jobs that ended": 1, "bitwise equal to the undisturbed run": 1}
 
 
-def test_random_fields_end_in_one_line_of_error_or_in_valid_output(tmp_path):
+def test_random_fields_give_a_one_line_error_or_valid_output(tmp_path):
     count = attacks.fuzz(10, tmp_path, write_dataset(tmp_path / "words"), random.Random(3))
-    assert not chaos.failures(count) and sum(count.values()) == 10, count
+    assert not chaos.has_failure(count) and sum(count.values()) == 10, count

@@ -276,14 +276,16 @@ def test_the_formats_of_common_datasets_are_recognised(tmp_path, tiny):
     forms = [alpaca, alpaca | {"input": ""}, sharegpt, {"prompt": "P", "completion": " C"},
              {"question": "Q", "answer": "A"}, {"messages": TALK}]
     module = script("chat")
-    wanted = [[("user", "Add.\n\n1 2"), ("assistant", "3")], [("user", "Add."), ("assistant", "3")],
-              [("system", "S"), ("user", "Hi"), ("assistant", "Ho")],
-              [("user", "P"), ("assistant", "C")], [("user", "Q"), ("assistant", "A")],
-              [(message["role"], message["content"]) for message in TALK]]
+    expected = [[("user", "Add.\n\n1 2"), ("assistant", "3")],
+                [("user", "Add."), ("assistant", "3")],
+                [("system", "S"), ("user", "Hi"), ("assistant", "Ho")],
+                [("user", "P"), ("assistant", "C")], [("user", "Q"), ("assistant", "A")],
+                [(message["role"], message["content"]) for message in TALK]]
     array = tmp_path / "chats.json"
     array.write_text(json.dumps(forms))
     for path in (write(tmp_path / "chats.jsonl", *forms), array):
-        assert [list(map(tuple, found)) for found in module.read_chats(path, tiny, False)] == wanted
+        chats = module.read_chats(path, tiny, False)
+        assert [list(map(tuple, chat)) for chat in chats] == expected
 
 
 def test_long_conversations_are_cut_after_an_answer_or_left_out(tmp_path, capsys, tiny):
@@ -365,19 +367,19 @@ def test_bad_files_and_options_are_refused(tmp_path):
         script("chat").main([])
 
 
-def test_conversations_are_made_from_docstrings(monkeypatch):
+def test_docstrings_become_conversations(monkeypatch):
     """A conversation is in the split of its docstring; follow-ups are about the same function."""
     import ast
     module = script("python_docs")
     source = "\n".join(f'def f{i}(a{i}, b):\n    """Returns the number of item {i}."""'
                        for i in range(60))
     library = {"pkg/mod.py": ast.parse(source), "_private.py": ast.parse(source)}
-    held = {f"Returns the number of item {i}." for i in range(0, 60, 3)}
+    val = {f"Returns the number of item {i}." for i in range(0, 60, 3)}
     chats = module.make_chats(library, {
-        "train": {f"Returns the number of item {i}." for i in range(60)} - held, "val": held})
+        "train": {f"Returns the number of item {i}." for i in range(60)} - val, "val": val})
     found = {split: {m["content"] for talk in talks for m in talk if "Returns" in m["content"]}
              for split, talks in chats.items()}
-    assert len(found["train"]) == 40 and found["val"] | found["test"] == held
+    assert len(found["train"]) == 40 and found["val"] | found["test"] == val
     assert not found["val"] & found["test"] and min(map(len, found.values())) > 5
     for talk in chats["train"]:
         subject = None
@@ -505,7 +507,8 @@ def test_evaluate_answers_held_out_last_turns(tmp_path, make_run, monkeypatch, c
     rows = list(map(json.loads, (out_dir / "predictions.jsonl").read_text().splitlines()))
     assert [row["answer"] for row in rows] == [" It ends here.", " It ends."] * 2
     assert not any(row["cut"] for row in rows)
-    assert len(read) == len(tokenizer.encode(f" It ends here.{END}"))  # all answers have ended then
+    # nothing is read after the longest answer has ended
+    assert len(read) == len(tokenizer.encode(f" It ends here.{END}"))
     assert [row["f1"] for row in rows] == pytest.approx([1, 0.4] * 2)
 
 

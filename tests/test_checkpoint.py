@@ -1,5 +1,5 @@
-"""Checkpoints: written whole or not at all, refused if damaged or if they contain code, and those
-of nanoGPT."""
+"""Checkpoints are written whole or not at all, and refused if they are damaged or contain code;
+those of nanoGPT are read."""
 import errno
 import io
 import os
@@ -27,7 +27,7 @@ ALONE = read_world("cpu")
 
 
 class PowerCut(BaseException):
-    """Stands for the end of the process: the code under test does not catch it."""
+    """Simulates the end of the process: the code under test does not catch it."""
 
 
 class Trap:
@@ -98,7 +98,7 @@ def test_the_new_file_is_synced_to_disk_before_it_replaces_the_old_one(tmp_path,
 
 
 @pytest.mark.parametrize("limit", [100, 70_000, 1_000_000, 1_048_700])
-def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, limit):
+def test_a_full_disk_is_a_one_line_error_and_keeps_the_old_file(tmp_path, limit):
     path = tmp_path / "ckpt.pt"
     files.save(path, data(1.0))
     big = data() | {"model": {"w": torch.ones(512, 512)}}  # 1,048,576 bytes of weights
@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, limit):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
                                    RuntimeError("PytorchStreamWriter failed\nwriting file")],
                          ids=["disk full", "torch's writer"])
-def test_a_write_error_is_one_line_and_keeps_the_old_file(tmp_path, error):
+def test_a_failed_write_is_a_one_line_error_and_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "state.pt"
     path.write_bytes(b"old")
 
@@ -239,10 +239,10 @@ def test_code_is_refused_and_not_run(tmp_path, write):
 
 @pytest.mark.parametrize("pickled", [
     b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.",      # a call
-    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",          # an allowed one, wrong arguments
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",          # an allowed call, bad arguments
     b"\x80\x02}X\x01\x00\x00\x00aX\x01\x00\x00\x00bs",        # without STOP
     b"\x80\x02h\x07.", b"\x80\x02].", b"\x80\x02N.", b"", b"R.", b"\x80\x02(u."])
-def test_a_hostile_pickle_in_a_valid_archive_is_one_line(tmp_path, saved_bytes, pickled):
+def test_a_hostile_pickle_in_a_valid_archive_is_a_one_line_error(tmp_path, saved_bytes, pickled):
     good, path = tmp_path / "good.pt", tmp_path / "hostile.pt"
     with zipfile.ZipFile(good) as old, zipfile.ZipFile(path, "w") as new:
         for info in old.infolist():
@@ -251,7 +251,7 @@ def test_a_hostile_pickle_in_a_valid_archive_is_one_line(tmp_path, saved_bytes, 
     refused(path)
 
 
-@pytest.mark.parametrize("content", [{"weights": 1}, {"model": {}}, [1, 2], "text"], ids=str)
+@pytest.mark.parametrize("content", [{"weights": 1}, {"model": {}}, [1, 2], "text"])
 def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "ckpt.pt")
     assert "not a checkpoint" in refused(tmp_path / "ckpt.pt")

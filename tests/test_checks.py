@@ -1,4 +1,4 @@
-"""Model files with impossible values: each script ends with one line."""
+"""Model files with impossible values: each script prints a one-line error."""
 import json
 import shutil
 
@@ -52,9 +52,9 @@ def test_impossible_values_in_config_json_are_refused(neo, write_hf):
     for of_neo, key, value in VALUES:
         if of_neo == neo:
             (folder / "config.json").write_text(json.dumps(right | {key: value}))
-            said = "is a .* model" if key == "model_type" else f"config.json has {key}="
-            refused(folder, said)
-            refused(folder, said, checkpoint.model_config)
+            message = "is a .* model" if key == "model_type" else f"config.json has {key}="
+            refused(folder, message)
+            refused(folder, message, checkpoint.model_config)
 
 
 def test_impossible_values_in_a_checkpoint_are_refused(make_run):
@@ -73,17 +73,17 @@ def test_impossible_values_in_a_checkpoint_are_refused(make_run):
     refused(out_dir, "ckpt.pt is damaged", checkpoint.model_config)
 
 
-@pytest.mark.parametrize("hparams, said", [
+@pytest.mark.parametrize("hparams, message", [
     ({"n_head": 0}, "n_head=0"), ({"n_head": "x"}, "n_head='x'"), ({"n_layer": -1}, "n_layer=-1"),
     ({"n_ctx": 2.5}, "n_ctx=2.5"), ({"n_embd": None}, "n_embd=None"), ([1], "damaged"),
 ])
-def test_impossible_values_in_a_tensorflow_checkpoint_are_refused(tmp_path, hparams, said):
+def test_impossible_values_in_a_tensorflow_checkpoint_are_refused(tmp_path, hparams, message):
     right = dict(n_vocab=9, n_ctx=8, n_embd=4, n_head=2, n_layer=1)
     (tmp_path / "m.index").touch()
     (tmp_path / "m.data-00000-of-00001").touch()
     (tmp_path / "hparams.json").write_text(
         json.dumps(right | hparams if isinstance(hparams, dict) else hparams))
-    refused(tmp_path, f"hparams.json .*{said}")
+    refused(tmp_path, f"hparams.json .*{message}")
 
 
 def test_json_that_is_nested_too_deeply_is_refused(write_hf):
@@ -158,7 +158,7 @@ def test_tensor_names_that_are_not_strings_are_refused(write_hf):
 
 
 def test_masks_may_be_of_any_type(write_hf):
-    """Masks are not read. These are boolean and -inf."""
+    """Masks are not read. Here one is boolean and the other is -inf."""
     tensors = hf_tensors(hf_model())
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.bool)
     tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-INF)
@@ -192,12 +192,12 @@ def test_each_script_refuses_bad_model_files_in_one_line(
     (sources["weight_map"] / "model.safetensors.index.json").write_text('{"weight_map": []}')
     for source in sources.values():
         shutil.copy(dataset / "meta.pkl", source)
-    for said, source in sources.items():
+    for message, source in sources.items():
         for main, argv in ((sample.main, ["--device=cpu"]),
                            (evaluate.main, [f"--dataset={dataset}", "--device=cpu"]),
                            (export.main, [f"--export_dir={tmp_path / 'new'}"]),
                            (train.main, arguments(dataset, tmp_path / "out"))):
             status, _, err = run_script(monkeypatch, capsys, main,
                                         [*argv, f"--init_from={source}"])
-            assert status == 1 and said in err and err.count("\n") == 1, err
+            assert status == 1 and message in err and err.count("\n") == 1, err
     assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""Arguments and config files set the fields of a dataclass; each mistake is one line."""
+"""Arguments and config files set the fields of a dataclass; each mistake is a one-line error."""
 import dataclasses
 import math
 import typing
@@ -285,7 +285,7 @@ def test_bad_arguments_are_refused(arg, parts):
     (["--bias", "False", "--learning_rate", "1e-4"], {"bias": False, "learning_rate": 1e-4}),
     (["--learning_rate", "-1", "--out_dir", "a b"], {"learning_rate": -1.0, "out_dir": "a b"}),
     (["--bias", "FILE", "--max_iters=2"], {"bias": True, "max_iters": 2, "out_dir": "file"}),
-], ids=str)
+])
 def test_a_value_may_follow_a_space(argv, values, config_file):
     file = config_file("out_dir = 'file'")
     assert configure(Config, [file if arg == "FILE" else arg for arg in argv]) == Config(**values)
@@ -380,7 +380,7 @@ def test_bounds_apply_in_a_config_file_too(tmp_path):
 
 @pytest.mark.parametrize("ends, inside, outside", [
     ("[)", [0, 0.5], [1, -1e-9]), ("(]", [0.5, 1], [0]), ("()", [0.5], [0, 1]),
-    ("[]", [0, 1], [2])], ids=str)
+    ("[]", [0, 1], [2])])
 def test_an_interval_contains_its_closed_ends_but_not_nan_or_infinity(ends, inside, outside):
     interval = Interval(0, 1, ends)
     assert all(map(interval.holds, inside))

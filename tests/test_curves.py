@@ -19,7 +19,7 @@ def test_the_best_loss_is_shown_even_if_it_is_the_first():
     assert low < 2.99
 
 
-@pytest.mark.parametrize("losses", [(3.0,), (3.0, 3.0), (2.0, 1.0, 0.5, 0.9), (5.0,) * 9], ids=str)
+@pytest.mark.parametrize("losses", [(3.0,), (3.0, 3.0), (2.0, 1.0, 0.5, 0.9), (5.0,) * 9])
 def test_all_later_losses_are_shown(losses):
     found = curves.limits(evaluations(*losses))
     if len(losses) == 1:

@@ -239,7 +239,7 @@ def test_write_dataset_that_fails_while_renaming_leaves_no_dataset(old, monkeypa
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_dataset_or_none(old, monkeypatch):
-    """After each file operation: with a train.bin or a new val.bin, all other files are new."""
+    """After each file operation: if train.bin or a new val.bin exists, all other files are new."""
     (old / "tokenizer.json").write_bytes(b"old")
     seen = []
 
@@ -293,7 +293,7 @@ def test_an_error_is_one_line_and_status_1(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_ctrl_c_is_one_line(capsys):
+def test_ctrl_c_prints_one_line(capsys):
     with pytest.raises(SystemExit) as info:
         fetch.run(lambda argv: raise_(KeyboardInterrupt()))
     assert info.value.code == 130 and capsys.readouterr().err.count("\n") == 1
@@ -490,7 +490,8 @@ def test_text_refuses_bad_input(tmp_path, monkeypatch, arguments, message):
     assert not Path("mine").exists() or names(Path("mine")) == []
 
 
-def test_without_end_of_text_documents_are_separated_by_a_newline_if_there_is_one():
+def test_without_end_of_text_a_newline_separates_documents():
+    """If the vocabulary has no newline either, nothing separates them."""
     lines = fetch.char_tokenizer([("ab\n", True)])
     assert fetch.document_end(lines) == lines.encode("\n") == [0]
     assert fetch.document_end(fetch.char_tokenizer([("ab", True)])) == []
@@ -555,7 +556,7 @@ def test_python_docs_writes_the_same_two_datasets_each_time(library, tmp_path):
     assert len(train) > 20 and len(val) > 2 and train & val == {""}
 
 
-def test_repeats_are_dropped():
+def test_repeated_docstrings_are_dropped():
     long = [f"Paragraph {i} is long enough to tell a text from others." for i in range(4)]
     whole = "\n\n".join(long)
     documents = ["short", "\n\n".join(long[1:3]), whole, "short", "short too", whole]

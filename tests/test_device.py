@@ -47,8 +47,8 @@ def test_a_gpu_that_does_not_exist_is_refused(cards):
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16),
-                                               ((9, 0), torch.bfloat16)], ids=str)
-def test_auto_dtype_on_a_gpu_is_bfloat16_only_if_the_gpu_does_not_emulate_it(
+                                               ((9, 0), torch.bfloat16)])
+def test_auto_dtype_is_bfloat16_only_on_a_gpu_that_does_not_emulate_it(
         cards, monkeypatch, capability, dtype):
     cards(1, capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # even if it is emulated

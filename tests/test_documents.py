@@ -19,7 +19,7 @@ TEXTS = st.lists(st.sampled_from([*LETTERS, EOT, "==", "a b", "\n" * 9]), max_si
 
 @pytest.fixture(scope="module")
 def small():
-    """Blocks, edges and batches of a few characters."""
+    """Set the sizes of blocks, edges and batches to a few characters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "BLOCK", 7)
         patch.setattr(documents, "EDGE", 16)
@@ -115,7 +115,7 @@ def test_a_text_is_sliced_only_after_whole_words():
 @pytest.mark.parametrize("change", [
     {"normalizer": {"type": "NFC"}}, {"pre_tokenizer": {"add_prefix_space": True}},
     {"pre_tokenizer": {"use_regex": False}}, {"pre_tokenizer": {"type": "Whitespace"}},
-    {"token": {"rstrip": True}}, {"token": {"content": "a b"}}], ids=str)
+    {"token": {"rstrip": True}}, {"token": {"content": "a b"}}])
 def test_a_tokenizer_that_may_join_slices_is_not_sliceable(change):
     assert JsonTokenizer(tiny_json()).sliceable
     assert not JsonTokenizer(changed(**change)).sliceable

@@ -35,7 +35,7 @@ def when_step(out, step, job):
     """Wait until `step` is logged."""
     while job.alive() and resume.reached_step(out) <= step:
         time.sleep(0.001)
-    assert job.alive(), job.said()
+    assert job.alive(), job.output()
 
 
 # -----------------------------------------------------------------------------
@@ -81,9 +81,9 @@ def nan_in_a_gradient(rank):
 def test_all_ranks_stop_before_the_step_if_one_has_a_nan(dataset, tmp_path, parallel, hook):
     out = tmp_path / "out"
     argv = arguments(dataset, out, **FIELDS | dict(parallel=parallel, save_interval=1))
-    statuses, said = run_ranks(2, argv, tmp_path / "log", hook)
-    assert statuses == [1, 1], said
-    errors = [line for line in said.splitlines() if line.startswith("error")]
+    statuses, output = run_ranks(2, argv, tmp_path / "log", hook)
+    assert statuses == [1, 1], output
+    errors = [line for line in output.splitlines() if line.startswith("error")]
     assert len(errors) == 2  # rank 1 waits before it prints; torchrun would end it first
     assert errors[0] == errors[1]
     what = "gradient norm is not finite" if hook is nan_in_a_gradient else "loss is nan"
@@ -100,26 +100,26 @@ def test_all_ranks_stop_before_the_step_if_one_has_a_nan(dataset, tmp_path, para
 def test_a_killed_rank_ends_the_other_and_the_run_can_be_resumed(dataset, tmp_path, rank):
     out, whole = tmp_path / "out", tmp_path / "whole"
     fields = FIELDS | dict(max_iters=12, save_interval=2, eval_interval=6)
-    statuses, said = run_ranks(2, arguments(dataset, whole, **fields), tmp_path / "log")
-    assert statuses == [0, 0], said
+    statuses, output = run_ranks(2, arguments(dataset, whole, **fields), tmp_path / "log")
+    assert statuses == [0, 0], output
     argv = arguments(dataset, out, **fields, auto_resume=True)
     job = Job(2, argv, tmp_path / "log")
     when_step(out, 4, job)
     job.kill(rank)
     statuses = job.wait(60)
-    assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] == 1, job.said()
-    said = job.said(1 - rank)
-    assert f"error: process {1 - rank} of 2: another process is gone or did not answer" in said
-    assert "--auto_resume=True" in said and "Traceback" not in said
-    statuses, said = run_ranks(2, argv, tmp_path / "log")
-    assert statuses == [0, 0], said
-    assert ("without a message" in said) == (rank == 0)  # only rank 0 records how a run ends
+    assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] == 1, job.output()
+    output = job.output(1 - rank)
+    assert f"error: process {1 - rank} of 2: another process is gone or did not answer" in output
+    assert "--auto_resume=True" in output and "Traceback" not in output
+    statuses, output = run_ranks(2, argv, tmp_path / "log")
+    assert statuses == [0, 0], output
+    assert ("without a message" in output) == (rank == 0)  # only rank 0 records how a run ends
     assert_same_state(out, whole)
     assert losses(out) == losses(whole)
 
 
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout(dataset, tmp_path):
-    """A stopped process stands for a machine without network: its connections stay open."""
+    """A process stopped by SIGSTOP is like a machine without network: its connections stay open."""
     out = tmp_path / "out"
     job = Job(2, arguments(dataset, out, **FIELDS, max_iters=10**6, eval_interval=10**6,
                            timeout=3), tmp_path / "log")
@@ -127,12 +127,13 @@ def test_a_rank_that_hangs_ends_the_other_after_the_timeout(dataset, tmp_path):
     os.kill(job.ranks[1].pid, signal.SIGSTOP)
     try:
         job.ranks[0].join(60)  # gloo's default timeout is 30 minutes
-        assert job.ranks[0].exitcode == 1, job.said()
+        assert job.ranks[0].exitcode == 1, job.output()
     finally:
         job.kill(1)
         job.wait()
-    assert "error: process 0 of 2: another process is gone or did not answer in time" in job.said(0)
-    assert "Traceback" not in job.said(0)
+    output = job.output(0)
+    assert "error: process 0 of 2: another process is gone or did not answer in time" in output
+    assert "Traceback" not in output
     assert resume.read_run_file(out)["status"] == "failed"
 
 
@@ -141,8 +142,8 @@ def test_a_process_that_never_starts_ends_the_other_after_the_timeout(dataset, t
     job = Job(2, arguments(dataset, tmp_path / "out", **FIELDS, timeout=4), tmp_path / "log",
               absent_second)
     statuses = job.wait(60)
-    assert statuses[0] == 1, job.said()
-    assert "error: process 0 of 2: another process is gone or did not answer" in job.said(0)
+    assert statuses[0] == 1, job.output()
+    assert "error: process 0 of 2: another process is gone or did not answer" in job.output(0)
 
 
 def absent_second(rank):
@@ -160,12 +161,12 @@ def torchrun(argv, log, *options, size=2):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def ranks_of(agent):
+def ranks_of(launcher):
     """The processes that torchrun started, by rank."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == agent.pid:
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == launcher.pid:
                 env = dict(part.partition("=")[::2] for part in
                            (folder / "environ").read_text().split("\0"))
                 found[int(env["RANK"])] = int(folder.name)
@@ -183,22 +184,22 @@ def test_torchrun_restarts_and_resumes(dataset, tmp_path, parallel, size, atol):
     out, whole = tmp_path / "out", tmp_path / "whole"
     fields = FIELDS | dict(max_iters=40, lr_decay_iters=40, save_interval=5, eval_interval=20,
                            gradient_accumulation_steps=4, parallel=parallel)
-    statuses, said = run_ranks(size, arguments(dataset, whole, **fields), tmp_path / "log")
-    assert statuses == [0] * size, said
-    agent = torchrun(arguments(dataset, out, **fields, auto_resume=True), tmp_path / "torchrun.log",
-                     "--max-restarts=3", size=size)
+    statuses, output = run_ranks(size, arguments(dataset, whole, **fields), tmp_path / "log")
+    assert statuses == [0] * size, output
+    launcher = torchrun(arguments(dataset, out, **fields, auto_resume=True),
+                        tmp_path / "torchrun.log", "--max-restarts=3", size=size)
     try:
         for kill, step in enumerate((7, 18, 31)):
-            while agent.poll() is None and resume.reached_step(out) <= step:
+            while launcher.poll() is None and resume.reached_step(out) <= step:
                 time.sleep(0.01)
-            assert agent.poll() is None, (tmp_path / "torchrun.log").read_text()
-            os.kill(ranks_of(agent)[kill % size], signal.SIGKILL)
-            time.sleep(1)  # metrics.jsonl goes back to the state's step when the run resumes
-        assert agent.wait(300) == 0, (tmp_path / "torchrun.log").read_text()
+            assert launcher.poll() is None, (tmp_path / "torchrun.log").read_text()
+            os.kill(ranks_of(launcher)[kill % size], signal.SIGKILL)
+            time.sleep(1)  # metrics.jsonl is cut back to the state's step when the run resumes
+        assert launcher.wait(300) == 0, (tmp_path / "torchrun.log").read_text()
     finally:
-        agent.kill()
-    said = (tmp_path / "torchrun.log").read_text()
-    assert said.count("resuming at step") == 3
+        launcher.kill()
+    output = (tmp_path / "torchrun.log").read_text()
+    assert output.count("resuming at step") == 3
     assert_same_state(out, whole, atol)
     assert [entry["iter"] for entry in map(json.loads, (out / "metrics.jsonl").open())
             if "iter" in entry] == list(range(40))
@@ -206,22 +207,22 @@ def test_torchrun_restarts_and_resumes(dataset, tmp_path, parallel, size, atol):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_sigterm_to_torchrun_saves_in_time(dataset, tmp_path):
+def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(dataset, tmp_path):
     """Slurm sends SIGTERM before the time limit. The same command resumes the run."""
     out = tmp_path / "out"
     fields = FIELDS | dict(max_iters=10**6, eval_interval=10**6, parallel="fsdp", auto_resume=True)
-    agent = torchrun(arguments(dataset, out, **fields), tmp_path / "torchrun.log")
+    launcher = torchrun(arguments(dataset, out, **fields), tmp_path / "torchrun.log")
     try:
-        while agent.poll() is None and resume.reached_step(out) <= 3:
+        while launcher.poll() is None and resume.reached_step(out) <= 3:
             time.sleep(0.01)
-        agent.send_signal(signal.SIGTERM)
-        assert agent.wait(120) != 0
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(120) != 0
     finally:
-        agent.kill()
-    said = (tmp_path / "torchrun.log").read_text()
-    assert "stopped by a signal after step" in said, said
+        launcher.kill()
+    output = (tmp_path / "torchrun.log").read_text()
+    assert "stopped by a signal after step" in output, output
     state = files.load(out / "state.pt")
     assert state["iter_num"] > 3
-    statuses, said = run_ranks(2, arguments(dataset, out, **fields | dict(
+    statuses, output = run_ranks(2, arguments(dataset, out, **fields | dict(
         max_iters=state["iter_num"] + 1)), tmp_path / "log")
-    assert statuses == [0, 0] and f"resuming at step {state['iter_num']}" in said
+    assert statuses == [0, 0] and f"resuming at step {state['iter_num']}" in output

@@ -333,7 +333,7 @@ def test_validation_examples_may_be_in_their_own_file(gpt2, tmp_path, capsys):
 
 
 def test_end_of_text_in_a_text_separates_documents(gpt2, tmp_path):
-    """At the end of an example it is dropped, because every example gets one."""
+    """At the end of an example, end-of-text is dropped, because one is added to each example."""
     lines = [{"prompt": f"Q{i}:", "completion": f" a{i}<|endoftext|>"} for i in range(30)]
     lines += [{"text": f"One {i}<|endoftext|>\nTwo {i}<|endoftext|>"} for i in range(30)]
     write_lines(tmp_path / "f.jsonl", lines)
@@ -490,7 +490,7 @@ def test_separate_documents_do_not_attend_to_each_other(fields):
         for logits, document in zip(row.split([len(d) for d in order]), order):
             torch.testing.assert_close(logits, model.logits(document[None])[0])
     apart = (model.logits(packed)[0] - plain[0]).abs()
-    assert apart[:5].max() < 1e-5 < 0.1 < apart[5:].max()  # no document is before the first
+    assert apart[:5].max() < 1e-5 < 0.1 < apart[5:].max()  # the first document follows no other
     cached = model.step(packed, model.new_cache(2))
     torch.testing.assert_close(cached, plain[:, -1])
 
@@ -501,7 +501,7 @@ def test_a_run_reports_how_many_examples_are_too_long(make_dataset, tmp_path, ca
     folder, _ = make_dataset("json", text=text)
     size = len(np.fromfile(folder / "train.bin", "<u2"))
     run_train(folder, tmp_path / "plain", max_iters=1)
-    assert "examples are longer" not in capsys.readouterr().out  # without a mask: windows cut texts
+    assert "examples are longer" not in capsys.readouterr().out  # without a mask, windows cut texts
     np.ones(size, "u1").tofile(folder / "train.mask.bin")
     run_train(folder, tmp_path / "masked", max_iters=1)
     found = re.search(r"warning: (\d+) of (\d+) examples are longer than block_size=16: they do ",
@@ -510,7 +510,7 @@ def test_a_run_reports_how_many_examples_are_too_long(make_dataset, tmp_path, ca
 
 
 def test_separate_documents_changes_the_loss_and_needs_end_of_text(make_dataset, tmp_path):
-    """The field changes the loss, is stored in the checkpoint, and needs an end-of-text token."""
+    """The option is also stored in the checkpoint."""
     text = "".join(f"Line {i}: what's more<|endoftext|>" for i in range(100))
     folder, tokenizer = make_dataset("json", text=text)
     assert np.fromfile(folder / "train.bin", "<u2").tolist().count(tokenizer.eot) > 50

@@ -37,7 +37,8 @@ def experiment(monkeypatch):
 
 @pytest.fixture
 def arguments(tmp_path, write_hf, gpt2_vocabulary):
-    """Tweets whose label one word decides, and a GPT-2 and a GPT-Neo with GPT-2's vocabulary."""
+    """The arguments for tweets whose label depends on one word, and for a tiny GPT-2 and a tiny
+    GPT-Neo with GPT-2's vocabulary."""
     pytest.importorskip("sklearn")
     rows = [("04"[i % 2], f"{('sad', 'glad')[i % 2]} tweet {i}") for i in range(200)]
     path = tweets_csv(tmp_path / "t.csv", rows)
@@ -73,7 +74,7 @@ def test_the_experiment_resumes_where_it_stopped(
                             "standard deviation |\n")
     assert [line.split(" | ")[0] for line in first.splitlines()[2:]] == [
         "| TF-IDF + logistic regression", "| tiny-gpt2", "| tiny-neo"]
-    # one word decides the label: TF-IDF is perfect; two steps teach a tiny model nothing
+    # one word decides the label, so TF-IDF is perfect; in two steps a tiny model learns nothing
     assert first.splitlines()[2].endswith("| 100.0 | 100.0 | 100.0 | 0.0 | 0.0 |")
     del commands[:]
     module.main(arguments)

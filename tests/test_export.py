@@ -81,7 +81,7 @@ def test_an_exported_folder_is_loaded_and_exported_again_unchanged(make_run, tmp
         tmp_path / "hf" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_are_exported_in_the_given_dtype(make_run, tmp_path, dtype):
     out_dir, model = make_run(CHARS)
     folder = export_hf(out_dir, tmp_path / "hf", dtype=str(dtype).removeprefix("torch."))
@@ -118,8 +118,8 @@ def test_rows_that_may_be_added_tokens_are_kept(make_run, tmp_path, form, capsys
 
 
 def test_gpt2s_vocabulary_is_exported_from_tiktoken(gpt2_vocabulary, tmp_path):
-    """With its vocabulary and merges, transformers gives the same ids. The text tests the
-    pre-tokenizer, bytes that are no whole character, and the end-of-text token."""
+    """transformers gives the same ids with the exported vocabulary and merges. The text tests the
+    pre-tokenizer, bytes that are not a whole character, and the end-of-text token."""
     ours = GPT2Tokenizer()
     hf.write_tokenizer(tmp_path, ours, 1024)
     assert tokenizer_of_folder(tmp_path).identity == ours.identity
@@ -165,7 +165,7 @@ def test_special_tokens_are_exported_as_they_were_loaded(make_run, tmp_path):
 
 
 def test_the_config_has_the_keys_that_the_gguf_converter_reads(make_run, tmp_path):
-    """llama.cpp's convert_hf_to_gguf.py, class GPT2Model."""
+    """The converter is class GPT2Model in llama.cpp's convert_hf_to_gguf.py."""
     out_dir, model = make_run(JSON)
     config = json.loads((export_hf(out_dir, tmp_path / "hf") / "config.json").read_text())
     c = model.config
@@ -228,7 +228,7 @@ def make_lora_run(make_run, tmp_path):
     return make
 
 
-in_peft = pytest.mark.filterwarnings(  # transformers and PEFT about each other and the base
+in_peft = pytest.mark.filterwarnings(  # from transformers and PEFT, about each other and the base
     "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Could not find a config file")
 
 
@@ -292,7 +292,7 @@ def test_if_the_base_is_a_run_the_command_that_exports_it_is_printed(
 
 
 # -----------------------------------------------------------------------------
-# ONNX: tests/test_onnx_model.py tests what the graph computes
+# ONNX: tests/test_onnx_model.py tests the results of the graph
 
 def test_an_onnx_export_is_a_folder_with_model_card_and_tokenizer(make_run, tmp_path, capsys):
     out_dir, _ = make_run(JSON, n_embd=32)
@@ -314,8 +314,8 @@ def test_the_program_in_the_model_card_runs_without_torch(make_run, tmp_path):
     done = subprocess.run([sys.executable, "-c", blocked + program], cwd=tmp_path, check=True,
                           capture_output=True, text=True)
     idx = torch.tensor([JSON.encode("what's")])
-    wanted = model.generate(idx, 20, temperature=0)[0].tolist()
-    assert done.stdout == JSON.tokenizer.decode(wanted) + "\n"
+    expected = model.generate(idx, 20, temperature=0)[0].tolist()
+    assert done.stdout == JSON.tokenizer.decode(expected) + "\n"
     assert not done.stderr
 
 
@@ -330,7 +330,7 @@ def test_the_docs_show_the_program_in_the_model_card():
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """refused(--key=value, ...) runs export.py; returns its one line of error."""
+    """refused(--key=value, ...) runs export.py; returns the one-line error."""
     def run(*argv):
         status, _, err = run_script(monkeypatch, capsys, export.main, argv)
         assert status == 1 and err.count("\n") == 1

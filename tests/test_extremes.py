@@ -1,4 +1,4 @@
-"""Extreme values, files and paths: one line of error, before anything is allocated."""
+"""Extreme values, files and paths: a one-line error before anything is allocated."""
 import errno
 import zipfile
 
@@ -27,7 +27,7 @@ def out(dataset, tmp_path_factory):
 
 
 def refused(monkeypatch, capsys, main, argv):
-    """Run a script that must fail; return its one line of error."""
+    """Run a script that must fail; return the one-line error."""
     status, output, err = run_script(monkeypatch, capsys, main, argv)
     assert (status, err.count("\n")) == (1, 1) and err.startswith("error: "), output + err
     return err
@@ -67,8 +67,8 @@ LONG = "x" * 5000
     *((evaluate, field) for field in ("out_dir", "dataset", "input", "split")),
     (sample, "init_from"), (sample, "start"), (export, "export_dir")],
     ids=lambda value: getattr(value, "__name__", value))
-def test_a_path_of_5000_characters_is_one_line(dataset, out, tmp_path, monkeypatch, capsys, script,
-                                               field):
+def test_a_path_of_5000_characters_is_a_one_line_error(
+        dataset, out, tmp_path, monkeypatch, capsys, script, field):
     argv = (arguments(dataset, tmp_path / "new") if script is train else [f"--out_dir={out}"])
     argv += [f"--dataset={dataset}"] * (script is evaluate)
     value = f"FILE:{LONG}" if field == "start" else LONG
@@ -77,13 +77,13 @@ def test_a_path_of_5000_characters_is_one_line(dataset, out, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("folder", ["", ".", "/"], ids=["empty", "current", "root"])
-def test_a_folder_without_a_name_is_one_line(out, tmp_path, monkeypatch, capsys, folder):
+def test_a_folder_without_a_name_is_a_one_line_error(out, tmp_path, monkeypatch, capsys, folder):
     monkeypatch.chdir(tmp_path)
     argv = [f"--out_dir={out}", f"--export_dir={folder}"]
     assert "give one with a name" in refused(monkeypatch, capsys, export.main, argv)
 
 
-def test_a_path_that_the_system_refuses_is_one_line():
+def test_a_path_that_the_system_refuses_is_a_one_line_error():
     assert bad_path(PermissionError(errno.EACCES, "Permission denied", "a/b")) == (
         "a/b: Permission denied; give another path")
     assert bad_path(FileNotFoundError(errno.ENOENT, "No such file", "a/b")) is None  # a bug
@@ -91,8 +91,8 @@ def test_a_path_that_the_system_refuses_is_one_line():
 
 
 @pytest.mark.parametrize("options", [dict(temperature=1e-45), dict(temperature=1e-320),
-                                     dict(top_p=1e-320), dict(top_p=1e-320, top_k=2)], ids=str)
-def test_sampling_with_a_tiny_temperature_or_top_p_takes_the_most_likely_token(options):
+                                     dict(top_p=1e-320), dict(top_p=1e-320, top_k=2)])
+def test_a_tiny_temperature_or_top_p_takes_the_most_likely_token(options):
     logits = torch.tensor([[3.0, -1.0, 2.9], [-5.0, 1.0, 0.0]])
     assert sample_token(logits, **options).tolist() == [0, 1]
 
@@ -111,7 +111,7 @@ def test_a_run_that_does_not_fit_in_memory_allocates_nothing(
         assert "peak memory of the process" in line and "that does not fit" in line
 
 
-def test_files_with_names_similar_to_a_states_are_not_touched(dataset, out, tmp_path):
+def test_files_named_almost_like_a_state_are_not_touched(dataset, out, tmp_path):
     run_train(dataset, tmp_path, max_iters=1)
     for name in ("state.1backup.pt", "state.old.pt", "state.²².pt", f"state.{'9' * 99}.pt"):
         (tmp_path / name).write_bytes(b"mine")
@@ -121,7 +121,7 @@ def test_files_with_names_similar_to_a_states_are_not_touched(dataset, out, tmp_
 
 
 def test_a_checkpoint_that_unpacks_to_much_more_is_refused(out, tmp_path, monkeypatch):
-    """Its index has the size: nothing is unpacked."""
+    """The zip's index has the size, so nothing is unpacked."""
     path = tmp_path / "ckpt.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**7))

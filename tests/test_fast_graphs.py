@@ -25,7 +25,7 @@ def freeze(step):
 
 
 class Frozen(Decoder):
-    """A Decoder that records with freeze() and counts its records."""
+    """A Decoder that records with freeze() and counts its recordings."""
     def __init__(self, model):
         super().__init__(model, freeze)
         self.records = 0
@@ -42,7 +42,7 @@ def drawn(model, idx=PROMPTS, new=9, pad=(0, 0, 0), **options):
 
 
 @pytest.mark.parametrize("fields, new", [  # 9 fit in the context of 16; 40 slide it 3 times
-    ({}, 40), (dict(bias=False), 9), (dict(tied_head=False), 9), (NEO, 9), (NEO, 40)], ids=str)
+    ({}, 40), (dict(bias=False), 9), (dict(tied_head=False), 9), (NEO, 9), (NEO, 40)])
 def test_recorded_steps_draw_the_same_tokens(fields, new):
     model = tiny_gpt(61, **fields)
     decoder = Frozen(model)
@@ -162,7 +162,7 @@ def test_an_error_of_the_step_itself_is_raised(no_gpu):
         cuda_graph(step)
 
 
-def test_for_generation_picks_the_form_for_device_and_dtype(monkeypatch):
+def test_for_generation_adapts_the_model_to_device_and_dtype(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     (cpu, gpu), f32 = map(torch.device, ("cpu", "cuda:0")), torch.float32
     bf16 = torch.bfloat16
@@ -177,7 +177,7 @@ def test_for_generation_picks_the_form_for_device_and_dtype(monkeypatch):
     assert model.model.lm_head.product.weight.dtype == bf16
 
 
-def test_without_a_compiler_generation_goes_on_uncompiled(monkeypatch, capsys):
+def test_without_a_compiler_generation_continues_uncompiled(monkeypatch, capsys):
     def fails(*args, **kwargs):
         raise RuntimeError("no working C++ compiler\nlong story")
 
@@ -193,7 +193,7 @@ def test_without_a_compiler_generation_goes_on_uncompiled(monkeypatch, capsys):
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
 def test_a_compiled_step_draws_the_same_tokens(fields):
-    """It is compiled once for all columns, even if the context slides, and copies no keys."""
+    """The step is compiled once for all columns, even if the context slides, and copies no keys."""
     model = tiny_gpt(61, **fields)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):

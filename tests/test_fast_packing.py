@@ -12,7 +12,7 @@ NEO = dict(local_window=4, attn_scale=1.0, qkv_bias=False)
 
 
 @pytest.mark.skipif(not can_pack_linear(), reason="no oneDNN for this CPU")
-@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO], ids=str)
+@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
 def test_a_packed_model_computes_the_same(fields):
     model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
     with torch.no_grad():
@@ -29,8 +29,8 @@ def test_a_packed_model_computes_the_same(fields):
         assert torch.equal(model.generate(idx[:, :5], 30, temperature=0), new)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tied_head=False), NEO])
 def test_packing_in_half_precision_computes_the_same_as_autocast(fields, dtype):
     model, idx = tiny_gpt(61, **fields), torch.arange(24).view(2, 12) % 61
     with torch.no_grad():
@@ -54,7 +54,8 @@ def test_packing_in_half_precision_computes_the_same_as_autocast(fields, dtype):
 def test_a_fused_activation_computes_the_same(activation):
     model, idx = tiny_gpt(61, activation=activation), torch.arange(12).view(1, 12)
     with torch.no_grad():
-        for block in model.transformer.h:  # large inputs: the two must differ by more than atol
+        # large inputs, so that the two activations differ by more than atol
+        for block in model.transformer.h:
             block.mlp.c_fc.weight.normal_(std=1.0)
         expected = model.logits(idx)
         fast.pack(model, CPU, torch.float32)

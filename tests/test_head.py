@@ -13,7 +13,7 @@ from t5 import T5, T5Config
 
 CPU = torch.device("cpu")
 OFFSET = -100.0
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def inputs(n=64, C=32, V=500, seed=0):
@@ -52,8 +52,8 @@ def test_an_offset_costs_the_loss_and_its_gradients_no_precision(dtype):
             loss.backward()
             found.append((loss.detach().double(), x.grad.double(), head.weight.grad.double()))
         errors[offset] = [float((a - b).norm() / a.norm()) for a, b in zip(*found)]
-    for without, within in zip(errors[0.0], errors[OFFSET]):
-        assert within < 2 * without + 1e-4
+    for plain, shifted in zip(errors[0.0], errors[OFFSET]):
+        assert shifted < 2 * plain + 1e-4
     assert errors[OFFSET][0] < 1e-3 and errors[OFFSET][1] < 0.02
 
 
@@ -71,7 +71,7 @@ def test_logits_are_float32_and_include_the_offset(dtype):
     assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_in_full_precision_the_head_is_bitwise_equal_to_a_linear_layer(dtype):
     head, (x, _) = a_head(OFFSET).to(dtype), inputs()
     assert torch.equal(head(x.to(dtype)), F.linear(x.to(dtype), head.weight))
@@ -121,8 +121,8 @@ def test_a_model_with_an_offset_is_as_close_to_float32_as_one_without(dtype):
                 step = model.step(idx, cache).log_softmax(-1)
             errors.append([float((a - b).abs().max()) for a, b in zip(expected, found)]
                           + [float((step - expected[1].view(2, 12, -1)[:, -1]).abs().max())])
-    for without, within in zip(*errors):
-        assert within < 3 * without + 1e-3, errors
+    for plain, shifted in zip(*errors):
+        assert shifted < 3 * plain + 1e-3, errors
 
 
 def test_a_repetition_penalty_gets_logits_that_include_the_offset():
@@ -195,7 +195,7 @@ def test_the_copy_is_neither_saved_nor_a_parameter():
         assert set(model.state_dict()) == names
 
 
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_the_memory_plan_counts_the_copy(weights):
     V, C, rows = 50000, 8, 4
     weight = torch.nn.Parameter(torch.empty(V, C, dtype=weights, device="meta"), False)

@@ -324,7 +324,7 @@ def as_transformers_reads(config):
 
 @pytest.mark.parametrize("neo", [False, True], ids=["gpt2", "neo"])
 def test_a_missing_key_means_transformers_default(neo):
-    """Without each key of config.json in turn, without all, and with other names of the sizes."""
+    """Configs without each key in turn, without all keys, and with other names of the sizes."""
     whole = dict(layer_norm_epsilon=1e-3, activation_function="gelu", tie_word_embeddings=False)
     whole |= dict(num_layers=24, attention_types=None, window_size=7, intermediate_size=40) if neo \
         else dict(scale_attn_weights=False, n_inner=40)
@@ -348,7 +348,7 @@ NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=5)
 @pytest.mark.parametrize("fields", [
     dict(), dict(n_inner=40, norm_eps=1e-3), dict(activation="gelu"), dict(attn_scale=1.0),
     dict(tied_head=False), NEO, NEO | dict(n_layer=3, n_inner=24), NEO | dict(n_layer=1),
-], ids=str)
+])
 def test_configs_are_the_same_after_a_round_trip_through_transformers(fields):
     from transformers import AutoConfig
     config = tiny_gpt(61, **fields).config
@@ -430,7 +430,7 @@ def test_a_model_is_loaded_from_the_hub_and_then_from_the_cache(hub, file, write
 
 @pytest.mark.parametrize("kind", ["added", "old"])
 def test_a_tokenizer_is_loaded_from_the_hub(hub, kind, tmp_path):
-    """With all of its files: names of special tokens and added tokens too."""
+    """With all of its files, also those with the names of special tokens and with added tokens."""
     save_tokenizer(tmp_path / "odd", kind)
     (tmp_path / "odd" / "config.json").write_text("{}")
     hub.repos["someone/odd"] = tmp_path / "odd"
@@ -491,7 +491,7 @@ def test_a_repo_of_the_hub_without_a_model_is_refused(hub, write_hf):
 
 
 @pytest.mark.parametrize("how", ["offline", "down", "server error"])
-def test_an_unreachable_hub_is_one_line_with_a_download_command(hub, how, monkeypatch):
+def test_an_unreachable_hub_is_a_one_line_error_with_a_download_command(hub, how, monkeypatch):
     if how == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif how == "down":
@@ -505,7 +505,7 @@ def test_an_unreachable_hub_is_one_line_with_a_download_command(hub, how, monkey
     assert "\n" not in str(error.value)
 
 
-def test_an_interrupted_download_is_one_line(hub, write_hf):
+def test_an_interrupted_download_is_a_one_line_error(hub, write_hf):
     hub.repos["someone/gpt"] = write_hf(hf_model())
     hub.cut["model.safetensors"] = 100
     with pytest.raises(UserError, match="hub cannot be reached for someone/gpt") as error:

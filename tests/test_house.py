@@ -1,7 +1,7 @@
 """The rules of the code: which module may import which, and how long files may be.
 
 Imports point one way, also those inside functions: scripts -> the rest of the package -> models ->
-the base. There are no cycles, and no script imports a script. A prepare.py imports only fetch.
+the base layer. There are no cycles, and no script imports a script. prepare.py imports only fetch.
 """
 import ast
 from pathlib import Path
@@ -18,7 +18,7 @@ BASE = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", "n
         "nanotune.text.documents", "nanotune.text.chat",
         "nanotune.formats.hub", "nanotune.formats.hf", "nanotune.formats.hf_config",
         "nanotune.formats.checks", "nanotune.generation.generate"}
-# modules that the data scripts may import: without torch and models
+# modules that data/fetch.py may import: they import neither torch nor a model
 FOR_DATA = {"fetch", "nanotune.errors", "nanotune.cli", "nanotune.text.read",
             "nanotune.text.documents", "nanotune.text.chat", "nanotune.text.tokenizer",
             "nanotune.formats.hub"}
@@ -51,7 +51,7 @@ IMPORTS = {name: imported(path, KNOWN.keys()) for name, path in KNOWN.items()}
 
 
 def layer(name):
-    """0 the base, 1 models, 2 the rest of the package, 3 scripts."""
+    """0 the base layer, 1 models, 2 the rest of the package, 3 scripts."""
     if name in SCRIPTS:
         return 3
     return 0 if name in BASE else 1 if name in MODELS else 2

@@ -15,7 +15,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @pytest.fixture(scope="module")
 def count_up(tmp_path_factory):
-    """count_up(n, T, ...): a TokenBin of the tokens 0, 1, ..., n - 1. An id is its own position."""
+    """count_up(n, T, ...): a TokenBin of the tokens 0, 1, ..., n - 1: each id is its position."""
     folder = tmp_path_factory.mktemp("bins")
 
     def make(n, block_size, mask=None, **options):

@@ -56,8 +56,8 @@ def test_a_second_run_in_a_folder_is_refused(dataset, tmp_path, monkeypatch, cap
     with files.lock(out):
         for fields in (dict(overwrite=True), dict(auto_resume=True), dict(init_from="resume")):
             argv = arguments(dataset, out, max_iters=8, **fields)
-            status, said, err = run_script(monkeypatch, capsys, train.main, argv)
-            assert (status, said, err.count("\n")) == (1, "", 1)
+            status, output, err = run_script(monkeypatch, capsys, train.main, argv)
+            assert (status, output, err.count("\n")) == (1, "", 1)
             assert f"{out} is in use: process {os.getpid()} on {socket.gethostname()} is" in err
             assert content(out) == before
     assert run_train(dataset, out, max_iters=8, init_from="resume") == 0
@@ -90,7 +90,7 @@ def test_a_new_run_waits_for_one_that_is_about_to_end(tmp_path, monkeypatch):
 
 
 def test_without_flock_a_heartbeat_keeps_the_lock(dataset, tmp_path, monkeypatch):
-    """A running process keeps its lock for any time; the lock of a killed one expires."""
+    """A process keeps its lock as long as it runs; the lock of a killed process expires."""
     monkeypatch.setattr(files, "fcntl", None)
     with monkeypatch.context() as patch:
         patch.setattr(files, "STALE", 0.6)

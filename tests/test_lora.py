@@ -51,7 +51,7 @@ def test_adding_or_merging_adapters_does_not_change_the_logits(idx, fields):
     torch.testing.assert_close(model.logits(idx), after, atol=1e-4, rtol=1e-4)
 
 
-def test_an_adapter_adds_scale_b_a():
+def test_an_adapter_adds_scale_times_b_times_a():
     layer = LoRALinear(torch.nn.Linear(5, 4), 2)
     torch.nn.init.normal_(layer.lora_a)
     torch.nn.init.normal_(layer.lora_b)
@@ -86,7 +86,7 @@ def _with_lora(seed):
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_those_of_the_merged_matrices(idx, dtype):
     """dL/dB = SCALE dL/dW A^T, with frozen weights of either dtype."""
     model = tiny_gpt(7)
@@ -95,9 +95,9 @@ def test_gradients_are_those_of_the_merged_matrices(idx, dtype):
     shake(model)
     model(idx, idx).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-    held = adapters(model)
+    params = adapters(model)
     name = "transformer.h.1.mlp.c_fc"
-    grad_b, a = held[f"{name}.lora_b"].grad, held[f"{name}.lora_a"].detach()
+    grad_b, a = params[f"{name}.lora_b"].grad, params[f"{name}.lora_a"].detach()
     model.set_dtype(torch.float32)
     merge_lora(model)
     model(idx, idx).backward()
@@ -145,15 +145,15 @@ def test_the_logged_loss_is_that_of_the_loaded_model(base):
 
 def test_sample_and_evaluate_load_a_lora_run(base, monkeypatch, capsys):
     dataset, _, out = base
-    status, said, _ = run_script(monkeypatch, capsys, sample.main, [
+    status, output, _ = run_script(monkeypatch, capsys, sample.main, [
         f"--out_dir={out}", "--device=cpu", "--num_samples=1", "--max_new_tokens=5"])
-    assert status == 0 and "-----" in said
-    status, said, _ = run_script(monkeypatch, capsys, evaluate.main, [
+    assert status == 0 and "-----" in output
+    status, output, _ = run_script(monkeypatch, capsys, evaluate.main, [
         f"--out_dir={out}", f"--dataset={dataset}", "--device=cpu"])
-    assert status == 0 and "perplexity" in said
+    assert status == 0 and "perplexity" in output
 
 
-@pytest.mark.parametrize("fields", [{}, dict(weights="bfloat16", recompute=True)], ids=str)
+@pytest.mark.parametrize("fields", [{}, dict(weights="bfloat16", recompute=True)])
 def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(base, tmp_path, fields):
     dataset, model_dir, whole = base
     fields = lora_fields(model_dir, **fields)
@@ -171,9 +171,9 @@ def test_two_ranks_stopped_and_resumed_equal_one_process(base, tmp_path):
     fields = lora_fields(model_dir, weights="bfloat16")
     assert run_train(dataset, tmp_path / "one", **fields) == 0
     for changes in (dict(max_iters=3), dict(init_from="resume")):
-        statuses, said = run_ranks(2, arguments(dataset, tmp_path / "two", **fields | changes),
-                                   tmp_path / "logs")
-        assert statuses == [0, 0], said
+        statuses, output = run_ranks(2, arguments(dataset, tmp_path / "two", **fields | changes),
+                                     tmp_path / "logs")
+        assert statuses == [0, 0], output
     assert_same_run(tmp_path / "one", tmp_path / "two", rel=1e-6)
 
 
@@ -191,9 +191,9 @@ def test_a_base_that_changed_or_is_gone_is_refused(tmp_path, monkeypatch, capsys
     assert run_train(dataset, tmp_path / "base", max_iters=2, init_from="resume") == 0
     with pytest.raises(UserError, match="hash differs"):
         checkpoint.load_model(tmp_path / "out")
-    status, _, said = run_script(monkeypatch, capsys, train.main, arguments(
+    status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", **lora_fields("resume")))
-    assert status == 1 and "hash differs" in said
+    assert status == 1 and "hash differs" in error
     (tmp_path / "base" / "ckpt.pt").unlink()
     with pytest.raises(UserError, match="which cannot be loaded"):
         checkpoint.load_model(tmp_path / "out")
@@ -209,20 +209,21 @@ def test_the_hash_depends_on_the_weights_and_not_on_their_path(tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-@pytest.mark.parametrize("fields, said", [
+@pytest.mark.parametrize("fields, message", [
     (dict(init_from="scratch"), "--lora_rank freezes the weights"),
     (dict(lora_rank=-1), "must be at least 0"),
     (dict(out_dir="BASE", overwrite=True), "is also the base of this LoRA run"),
     (dict(optimizer="adamw8bit"), "optimizer=adamw8bit and lora=yes cannot be combined"),
 ])
-def test_options_that_lora_excludes_are_refused(base, tmp_path, monkeypatch, capsys, fields, said):
+def test_options_that_lora_excludes_are_refused(base, tmp_path, monkeypatch, capsys, fields,
+                                                message):
     dataset, model_dir, _ = base
     if "out_dir" in fields:
         fields = fields | dict(out_dir=model_dir)
     before = (model_dir / "ckpt.pt").read_bytes()
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", **lora_fields(model_dir, **fields)))
-    assert status == 1 and error.startswith("error: ") and said in error
+    assert status == 1 and error.startswith("error: ") and message in error
     assert error.count("\n") == 1
     assert (model_dir / "ckpt.pt").read_bytes() == before
 

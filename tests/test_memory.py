@@ -1,4 +1,4 @@
-"""Training in less memory (bfloat16 weights, 8-bit moments, recompute), and the plan of memory."""
+"""Training in less memory (bfloat16 weights, 8-bit moments, recompute), and the memory plan."""
 import multiprocessing
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import greedy_reference, tiny_gpt
-from ranks import run_ranks, server
+from ranks import fork_context, run_ranks
 from test_resume import FIELDS, assert_same_run
 from tiny import arguments, losses, run_script, run_train, write_dataset
 
@@ -59,9 +59,9 @@ def test_set_dtype_changes_matrices_and_not_vectors():
     assert [p.dtype for p in empty.parameters()] == [p.dtype for p in model.parameters()]
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_bfloat16_weights_train_as_the_same_values_in_float32(autocast):
-    """The losses agree within 1e-6. A gradient differs by its rounding to bfloat16, 2^-9 of it."""
+    """The losses agree within 1e-6. Gradients differ by rounding to bfloat16, a relative 2^-9."""
     idx = torch.arange(24).view(2, 12) % 7
     lean, full = tiny_gpt(7), tiny_gpt(7)
     lean.set_dtype(torch.bfloat16)
@@ -78,7 +78,7 @@ def test_bfloat16_weights_train_as_the_same_values_in_float32(autocast):
         torch.testing.assert_close(p.grad.float(), q.grad, atol=2e-2, rtol=2**-6, msg=name)
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_recompute_is_bitwise_the_same_also_with_dropout(compute):
     idx = torch.arange(24).view(2, 12) % 7
     found = []
@@ -125,7 +125,7 @@ def test_a_lean_run_keeps_and_saves_its_dtypes(dataset, tmp_path, torchao):
 
 @pytest.mark.parametrize("fields", [
     dict(weights="bfloat16", dtype="bfloat16"), dict(weights="bfloat16", dtype="float16"),
-    dict(n_embd=64, **LEAN)], ids=str)
+    dict(n_embd=64, **LEAN)])
 def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(dataset, tmp_path, torchao, fields):
     for out, changes in (("whole", {}), ("parts", dict(max_iters=3)),
                          ("parts", dict(init_from="resume"))):
@@ -152,9 +152,9 @@ def test_two_ranks_stopped_and_resumed_equal_one_process(dataset, tmp_path, torc
     fields = FIELDS | LEAN | dict(n_embd=64)
     assert run_train(dataset, tmp_path / "one", **fields) == 0
     for changes in (dict(max_iters=3), dict(init_from="resume")):
-        statuses, said = run_ranks(2, arguments(dataset, tmp_path / "two", **fields | changes),
-                                   tmp_path / "logs", uncompiled)
-        assert statuses == [0, 0], said
+        statuses, output = run_ranks(2, arguments(dataset, tmp_path / "two", **fields | changes),
+                                     tmp_path / "logs", uncompiled)
+        assert statuses == [0, 0], output
     assert_same_run(tmp_path / "one", tmp_path / "two", rel=1e-6)
 
 
@@ -181,19 +181,19 @@ def test_a_resume_refuses_another_optimizer_or_dtype_of_weights(dataset, tmp_pat
     assert status == 1 and "was started with optimizer=adamw, which a resume cannot change" in error
 
 
-@pytest.mark.parametrize("fields, said", [
+@pytest.mark.parametrize("fields, message", [
     (dict(weights="float16"), "--weights=float16 is not supported; use float32 or bfloat16"),
     (dict(optimizer="sgd"), "--optimizer=sgd is not supported; use adamw, adamw8bit or adafactor"),
-], ids=str)
+])
 def test_unknown_weights_and_optimizers_are_refused(dataset, tmp_path, monkeypatch, capsys, fields,
-                                                    said):
+                                                    message):
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", **fields))
-    assert status == 1 and said in error
+    assert status == 1 and message in error
 
 
 @pytest.mark.parametrize("fields", [
-    dict(weights="bfloat16"), dict(lora_rank=2, init_from="gpt2"), dict(dtype="float16")], ids=str)
+    dict(weights="bfloat16"), dict(lora_rank=2, init_from="gpt2"), dict(dtype="float16")])
 def test_options_that_adafactor_excludes_are_refused(dataset, tmp_path, monkeypatch, capsys,
                                                      fields):
     status, _, error = run_script(monkeypatch, capsys, train.main, arguments(
@@ -203,7 +203,7 @@ def test_options_that_adafactor_excludes_are_refused(dataset, tmp_path, monkeypa
 
 @pytest.mark.parametrize("fields", [
     dict(weights="bfloat16"), dict(optimizer="adamw8bit"), dict(optimizer="adafactor"),
-    dict(lora_rank=2, init_from="gpt2")], ids=str)
+    dict(lora_rank=2, init_from="gpt2")])
 def test_lean_options_that_fsdp_excludes_are_refused(dataset, tmp_path, monkeypatch, capsys,
                                                      fields):
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -246,7 +246,7 @@ def returned_when_freed(size):
 
 
 def which_blocks_are_returned(pipe):
-    torch.ones(7 * 2**20)  # 28 MB: once freed, glibc keeps freed blocks of up to that size
+    torch.ones(7 * 2**20)  # 28 MB: after its release, glibc keeps freed blocks of up to that size
     for tuned in (False, True):
         if tuned:
             devices.tune_malloc()
@@ -257,7 +257,7 @@ def which_blocks_are_returned(pipe):
 def test_tune_malloc_keeps_freed_memory_in_the_process():
     """By default glibc keeps blocks of 3 MB and returns blocks of 40 MB. Runs in a new process."""
     here, there = multiprocessing.Pipe()
-    process = server().Process(target=which_blocks_are_returned, args=(there,))
+    process = fork_context().Process(target=which_blocks_are_returned, args=(there,))
     process.start()
     process.join(60)
     assert process.exitcode == 0
@@ -274,7 +274,7 @@ def test_a_run_on_a_cpu_calls_tune_malloc(dataset, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("fields, compute", [
     ({}, torch.float32), ({}, torch.bfloat16), (dict(weights="bfloat16"), torch.bfloat16),
-    (dict(weights="bfloat16"), torch.float32), (dict(recompute=True), torch.float32)], ids=str)
+    (dict(weights="bfloat16"), torch.float32), (dict(recompute=True), torch.float32)])
 def test_predicted_activations_are_those_that_autograd_keeps(fields, compute, dropout):
     """The bytes of one more layer: within 4 %, or 8 % with dropout, where the bytes of attention
     depend on the kernel."""
@@ -301,8 +301,8 @@ def test_predicted_moments_are_those_that_the_optimizer_keeps(torchao):
             p.grad = torch.ones_like(p)
         optimizer.step()
         for p in params:
-            held = optimizers.plain_state(optimizer.state[p])
-            real = sum(t.numel() * t.element_size() for key, t in held.items() if key != "step")
+            state = optimizers.plain_state(optimizer.state[p])
+            real = sum(t.numel() * t.element_size() for key, t in state.items() if key != "step")
             assert plan.moment_bytes(p.shape, name) == real
 
 
@@ -332,11 +332,11 @@ def test_gradients_add_to_the_peak_only_with_several_micro_batches_or_ddp():
     assert gradients == 4 * sum(p.numel() for p in plan.meta_model(GPT2, many).parameters())
     assert total(GPT2, one, dtype=torch.float32) < total(GPT2, many, dtype=torch.float32)
     ranks = replace(ONE, gradient_accumulation_steps=2)
-    assert total(GPT2, ranks, ranks=2) == total(GPT2, ranks)  # DDP's buckets keep them throughout
+    assert total(GPT2, ranks, ranks=2) == total(GPT2, ranks)  # DDP's buckets keep gradients anyway
 
 
 def test_each_advised_option_saves_the_bytes_that_the_advice_says(monkeypatch):
-    """Options are advised one after another until the run fits 20 GB, or 11; in 3 it never fits."""
+    """Options are advised one by one until the run fits in 20 or 11 GB; in 3 GB it never fits."""
     for usable, last in ((20, "which fits"), (11, "which fits"), (3, "a larger device")):
         monkeypatch.setattr(plan, "device_memory", lambda device, n=usable: n * GB / plan.USABLE)
         lines, fits = plan.describe_memory(XL, ONE, world(), torch.bfloat16)
@@ -371,10 +371,10 @@ def test_a_dry_run_of_each_lean_config_prints_the_plan_and_writes_nothing(tmp_pa
     for name, part in (("16gb", "optimizer 3.17 GB"), ("lora", "19.66M parameters are trained")):
         train.main([f"config/finetune_shakespeare_{name}.py", f"--dataset={dataset}",
                     f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--dry_run=True"])
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         for each in (part, "tokens per iteration: 32,768", "a save takes", "epochs", "peak memory",
                      "weights 3.1" if name == "16gb" else "weights 3.2"):
-            assert each in said
+            assert each in output
     assert not (tmp_path / "out").exists()
 
 
@@ -389,5 +389,5 @@ def test_a_dry_run_works_with_any_init_from(dataset, tmp_path, capsys):
 def test_a_run_that_may_not_fit_prints_a_warning(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "device_memory", lambda device: 1e8)
     assert run_train(dataset, tmp_path / "out", max_iters=1) == 0
-    said = capsys.readouterr().out
-    assert "warning: the memory may be too small" in said and "that does not fit" in said
+    output = capsys.readouterr().out
+    assert "warning: the memory may be too small" in output and "that does not fit" in output

@@ -1,4 +1,4 @@
-"""The GPT: logits as transformers', loss as PyTorch's, cached generation as uncached, sampling."""
+"""The GPT compared with transformers and PyTorch: logits, loss, cached generation, sampling."""
 import math
 
 import pytest
@@ -139,7 +139,7 @@ def test_dropout_is_applied_in_the_same_places_as_in_gpt2(monkeypatch):
 @pytest.mark.parametrize("fields, message", [
     (dict(n_embd=17), "n_embd=17 must be a multiple of n_head=2"),
     (dict(activation="relu"), "activation 'relu'.*gelu_tanh or gelu"),
-], ids=str)
+])
 def test_bad_sizes_and_activations_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         tiny_gpt(61, **fields)
@@ -262,7 +262,7 @@ def test_loss_under_bf16_autocast_is_as_exact_as_pytorchs(rows, monkeypatch):
 
 
 def test_float16_products_do_not_overflow():
-    """Products come before the GradScaler's factor, which cannot undo an overflow."""
+    """The GradScaler's factor is applied after these products, so it cannot prevent an overflow."""
     dw = torch.zeros(3, 2)
     head.add_product(dw, -torch.ones(512, 3).half(), 200 * torch.ones(512, 2).half(), 2)
     assert torch.equal(dw, torch.full((3, 2), -512 * 200.0))
@@ -303,7 +303,7 @@ def test_cached_generation_equals_uncached(fields, prompt, new):
 
 
 @pytest.mark.parametrize("fields", [dict(), NEO], ids=["gpt2", "neo"])
-@pytest.mark.parametrize("pieces", [[16], [1] * 16, [3, 1, 7, 5], [1, 15], [15, 1]], ids=str)
+@pytest.mark.parametrize("pieces", [[16], [1] * 16, [3, 1, 7, 5], [1, 15], [15, 1]])
 def test_a_prompt_read_in_pieces_gives_the_logits_of_the_whole(fields, pieces):
     model, idx = tiny_gpt(61, **fields), ids(2, 16)
     cache, end = model.new_cache(2), 0
@@ -342,11 +342,11 @@ def reference_distribution(logits, temperature, top_k, top_p):
     weights = {i: math.exp(v / temperature) for i, v in enumerate(logits)}
     ranked = sorted(weights, key=weights.get, reverse=True)[:top_k]
     total = sum(weights[i] for i in ranked)
-    kept, held = [], 0.0
+    kept, covered = [], 0.0
     for i in ranked:
         kept.append(i)
-        held += weights[i] / total
-        if held >= (1 if top_p is None else top_p):
+        covered += weights[i] / total
+        if covered >= (1 if top_p is None else top_p):
             break
     total = sum(weights[i] for i in kept)
     return torch.tensor([weights[i] / total if i in kept else 0.0 for i in range(len(logits))])
@@ -375,7 +375,7 @@ def test_sample_token_treats_each_row_separately():
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=5.0),
-                                     dict(top_k=61), dict(top_p=0.999)], ids=str)
+                                     dict(top_k=61), dict(top_p=0.999)])
 def test_ids_beyond_the_tokenizer_are_never_drawn(options):
     model, idx = tiny_gpt(61), ids(4, 3, vocab=5)
     options["generator"] = torch.Generator().manual_seed(0)
@@ -412,8 +412,8 @@ def test_a_seed_gives_the_same_draws_and_sampling_does_not_change_the_model():
         assert torch.equal(tensor, before[name])
 
 
-@pytest.mark.parametrize("fields", [dict(doc_end=7), dict(local_window=4)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fields", [dict(doc_end=7), dict(local_window=4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mask_is_created_once_in_the_dtype_of_attention(fields, dtype):
     """Otherwise each layer would create and keep its own mask of T x T numbers."""
     model, seen = tiny_gpt(61, n_layer=4, **fields), []
@@ -470,7 +470,7 @@ def test_a_stream_with_logits_yields_the_models_unchanged_logits():
 @pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 2, 4)], ids=["equal", "unequal"])
 @torch.no_grad()
 def test_a_cache_can_be_rewound_and_reordered(lengths):
-    """Beam search reorders rows: each continues another row. Scoring labels rewinds."""
+    """Beam search reorders the rows; scoring labels rewinds the cache."""
     model = tiny_gpt(61)
     prompts = [row[:n] for row, n in zip(ids(3, 6).tolist(), lengths)]
     cache, _ = model.start(prompts, 4)

@@ -1,4 +1,4 @@
-"""A GPT exported to ONNX: results as the GPT's, quantized weights, the scripts, errors."""
+"""A GPT exported to ONNX: the same results, quantized weights, the scripts, errors."""
 import json
 import math
 import re
@@ -56,7 +56,7 @@ def random_ids(B, T, vocab_size=61):
 
 
 # -----------------------------------------------------------------------------
-# what the graph computes
+# results of the graph
 
 @pytest.mark.parametrize("fields", [
     dict(), dict(bias=False), dict(tied_head=False, activation="gelu", n_inner=40),
@@ -67,24 +67,24 @@ def test_logits_equal_those_of_the_gpt_with_and_without_a_cache(make_onnx, field
     """For three rows: the whole text at once, and after a prompt in pieces of 1, 1, 12 and 3."""
     model, onnx_model, _ = make_onnx(**fields)
     idx = random_ids(3, 24)
-    wanted = model.logits(idx)
-    assert wanted.abs().max() > 1
-    torch.testing.assert_close(onnx_model.logits(idx), wanted, atol=1e-4, rtol=0)
+    expected = model.logits(idx)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(onnx_model.logits(idx), expected, atol=1e-4, rtol=0)
     (cache, logits), pos = onnx_model.start(idx[:, :7].tolist(), 17), 7
-    torch.testing.assert_close(logits, wanted[:, 6], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, expected[:, 6], atol=1e-4, rtol=0)
     for piece in idx[:, 7:].split([1, 1, 12, 3], dim=1):
         logits, pos = onnx_model.step(piece, cache), pos + piece.size(1)
         assert cache.pos == pos
-        torch.testing.assert_close(logits, wanted[:, pos - 1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, expected[:, pos - 1], atol=1e-4, rtol=0)
     assert cache.full
     cache.rewind(2)
-    torch.testing.assert_close(onnx_model.step(idx[:, 2:5], cache), wanted[:, 4],
+    torch.testing.assert_close(onnx_model.step(idx[:, 2:5], cache), expected[:, 4],
                                atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 1)], ids=["equal", "unequal"])
 @torch.no_grad()
-def test_tasks_score_the_graph_as_they_score_the_gpt(make_onnx, lengths):
+def test_tasks_give_the_graph_the_same_scores_as_the_gpt(make_onnx, lengths):
     """Labels of several tokens rewind the cache; prompts may have unequal lengths; answers may be
     longer than the context."""
     model, onnx_model, _ = make_onnx()
@@ -218,9 +218,9 @@ def test_a_quantized_graph_equals_the_gpt_with_dequantized_weights(make_onnx, qu
             block = onnx_graph.block_of(param.size(1), most)
             param.copy_(torch.from_numpy(dequantized(param.numpy().copy(), bits, block)))
     idx = random_ids(2, 24)
-    wanted = model.logits(idx)
-    apart = onnx_model.logits(idx) - wanted
-    assert 0 < apart.std() < 0.06 * wanted.std()
+    expected = model.logits(idx)
+    apart = onnx_model.logits(idx) - expected
+    assert 0 < apart.std() < 0.06 * expected.std()
 
 
 @torch.no_grad()
@@ -272,11 +272,11 @@ def test_the_file_contains_its_tokenizer(make_run, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# refused input
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """refused(file) runs sample.py on it, which must fail; returns the one line of error."""
+    """refused(file) runs sample.py on it, which must fail; returns the one-line error."""
     def run(file):
         status, _, err = run_script(monkeypatch, capsys, sample.main, [f"--init_from={file}"])
         assert status == 1 and err.count("\n") == 1
@@ -299,22 +299,22 @@ def test_foreign_cut_and_missing_files_are_refused(refused, make_onnx, tmp_path)
 
 
 def changed(**fields):
-    """A function that changes these fields of the config in the metadata."""
-    def change(held):
-        return held | {"config": held["config"] | fields}
+    """Return a function that sets these fields of the config in the metadata."""
+    def change(meta):
+        return meta | {"config": meta["config"] | fields}
     change.__name__ = str(fields)  # the id of the test
     return change
 
 
 @pytest.mark.parametrize("change", [
     "{", "[]", '"x"', "null", "5", pytest.param("[" * 100_000, id="nested"),
-    pytest.param(lambda held: {"tokenizer": None}, id="no config"),
-    pytest.param(lambda held: {"config": held["config"]}, id="no tokenizer"),
-    pytest.param(lambda held: held | {"config": [1]}, id="config=[1]"),
-    pytest.param(lambda held: held | {"config": None}, id="config=None"),
-    pytest.param(lambda held: held | {"tokenizer": 5}, id="tokenizer=5"),
-    pytest.param(lambda held: held | {"tokenizer": {"kind": "characters"}}, id="no itos"),
-    pytest.param(lambda held: held | {"tokenizer": {"kind": "characters", "itos": 5}}, id="itos=5"),
+    pytest.param(lambda meta: {"tokenizer": None}, id="no config"),
+    pytest.param(lambda meta: {"config": meta["config"]}, id="no tokenizer"),
+    pytest.param(lambda meta: meta | {"config": [1]}, id="config=[1]"),
+    pytest.param(lambda meta: meta | {"config": None}, id="config=None"),
+    pytest.param(lambda meta: meta | {"tokenizer": 5}, id="tokenizer=5"),
+    pytest.param(lambda meta: meta | {"tokenizer": {"kind": "characters"}}, id="no itos"),
+    pytest.param(lambda meta: meta | {"tokenizer": {"kind": "characters", "itos": 5}}, id="itos=5"),
     changed(unknown=1),
     changed(n_head=0), changed(n_head="x"), changed(block_size=0), changed(block_size="x"),
     changed(n_head=4), changed(n_embd=64), changed(n_layer=3), changed(n_layer=1),
@@ -327,8 +327,8 @@ def test_damaged_metadata_is_a_one_line_error(refused, make_onnx, tmp_path, chan
     entry.value = change if isinstance(change, str) else json.dumps(
         change(json.loads(entry.value)))
     onnx.save(damaged, tmp_path / "odd.onnx")
-    said = refused(tmp_path / "odd.onnx")
-    assert re.search("odd.onnx is damaged|its metadata |unknown kind", said) and len(said) < 400
+    error = refused(tmp_path / "odd.onnx")
+    assert re.search("odd.onnx is damaged|its metadata |unknown kind", error) and len(error) < 400
 
 
 def test_without_onnxruntime_the_command_to_install_it_is_printed(refused, monkeypatch):

@@ -1,4 +1,4 @@
-"""A T5 exported to two ONNX graphs: results as the T5's, shared weights, the scripts, errors."""
+"""A T5 exported to two ONNX graphs: the same results, shared weights, the scripts, errors."""
 import json
 import re
 import shutil
@@ -68,7 +68,7 @@ def pairs(B=3, S=150, T=140, vocab_size=61):
 
 
 # -----------------------------------------------------------------------------
-# what the graphs compute
+# results of the graphs
 
 @pytest.mark.parametrize("fields", [dict(), GATED, dict(n_buckets=8, max_distance=20, n_layer=3)],
                          ids=["t5", "v1.1", "other buckets"])
@@ -76,9 +76,9 @@ def pairs(B=3, S=150, T=140, vocab_size=61):
 def test_logits_and_loss_equal_those_of_the_t5(make_onnx, fields):
     model, onnx_model, _ = make_onnx(**fields)
     x, y = pairs()
-    wanted, found = (torch.cat(list(m.logits_at(x, y))) for m in (model, onnx_model))
-    assert wanted.abs().max() > 1
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    expected, found = (torch.cat(list(m.logits_at(x, y))) for m in (model, onnx_model))
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(onnx_model(x, y), model(x, y))
     y[:] = IGNORED
     assert onnx_model(x, y) == 0
@@ -95,8 +95,8 @@ def test_steps_with_a_cache_equal_those_of_the_t5(make_onnx):
     torch.testing.assert_close(first[1], first[0], atol=1e-4, rtol=0)
 
     def step(ids):
-        wanted, found = (m.step(ids, cache) for m, cache in zip((model, onnx_model), caches))
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+        expected, found = (m.step(ids, cache) for m, cache in zip((model, onnx_model), caches))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
         assert caches[0].pos == caches[1].pos
 
     for piece in y.split([1, 1, 65, 3], dim=1):
@@ -140,11 +140,12 @@ def test_the_loss_of_a_dataset_equals_that_of_the_t5(make_onnx, tmp_path):
 
 def references(path):
     """{constant of a graph: (offset, length) in the file of weights}."""
-    held = {t.name: {e.key: e.value for e in t.external_data}
-            for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data}
-    assert {place["location"] for place in held.values()} == {
+    graph = onnx.load(path, load_external_data=False).graph
+    places = {t.name: {e.key: e.value for e in t.external_data}
+              for t in graph.initializer if t.external_data}
+    assert {place["location"] for place in places.values()} == {
         re.sub("^decoder|^encoder", "model", path.name) + ".data"}
-    return {name: (place["offset"], place["length"]) for name, place in held.items()}
+    return {name: (place["offset"], place["length"]) for name, place in places.items()}
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
@@ -177,8 +178,8 @@ def test_quantized_graphs_equal_the_t5_with_dequantized_weights(make_onnx, quant
             codes = codes.reshape(len(param), -1, block).astype(np.float32) - 2 ** (bits - 1)
             param.copy_(torch.from_numpy((codes * scales[..., None]).reshape(param.shape)))
     x, y = pairs(S=40, T=20)
-    wanted, found = (torch.cat(list(m.logits_at(x, y))) for m in (model, onnx_model))
-    assert 0 < (found - wanted).std() < 0.1 * wanted.std()
+    expected, found = (torch.cat(list(m.logits_at(x, y))) for m in (model, onnx_model))
+    assert 0 < (found - expected).std() < 0.1 * expected.std()
 
 
 # -----------------------------------------------------------------------------
@@ -241,8 +242,8 @@ def test_sample_and_evaluate_print_the_same_for_an_export(exported, tmp_path, ca
     assert outputs[0] == outputs[1] and "exact match" in outputs[0] and "loss" in outputs[0]
 
 
-def test_serve_answers_with_the_graphs_as_with_the_run(exported):
-    """The tokens and their log-probabilities."""
+def test_serve_gives_the_same_answers_with_the_graphs_as_with_the_run(exported):
+    """The same tokens and log-probabilities."""
     out_dir, folders = exported
     models = {name: open_model(str(source), torch.device("cpu"), torch.float32)
               for name, source in (("run", out_dir), ("onnx", folders["none"] / "decoder.onnx"))}
@@ -283,11 +284,11 @@ def test_the_docs_show_the_program_of_the_model_card():
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# refused input
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """refused(file, ...) runs sample.py on it, which must fail; returns the one line of error."""
+    """refused(file, ...) runs sample.py on it, which must fail; returns the one-line error."""
     def run(file, *more):
         status, _, err = run_script(monkeypatch, capsys, sample.main,
                                     [f"--init_from={file}", "--start=Line a", *more])
@@ -306,8 +307,8 @@ def folder(exported, tmp_path):
 def test_a_graph_without_its_partner_is_refused(refused, folder, part, other):
     (folder / f"{other}.onnx").unlink()
     for source in (folder, folder / f"{part}.onnx"):
-        said = refused(source)
-        assert f"is the {part} of a T5 and needs {other}.onnx in the same folder" in said
+        error = refused(source)
+        assert f"is the {part} of a T5 and needs {other}.onnx in the same folder" in error
     shutil.copy(folder / f"{part}.onnx", folder / f"{other}.onnx")
     assert "export" in refused(folder / f"{part}.onnx") or "copy of it" in refused(folder)
 
@@ -356,9 +357,9 @@ def change_metadata(path, change):
 @pytest.mark.parametrize("fields", [
     dict(partner=5), dict(partner=""), dict(partner="decoder.onnx"), dict(part=[]),
     dict(part="encoder"), dict(digest="0"), dict(data="nowhere"), dict(data=None), dict(config={}),
-    dict(part=None, partner=None), dict(tokenizer=5), dict(tokenizer=None)], ids=str)
+    dict(part=None, partner=None), dict(tokenizer=5), dict(tokenizer=None)])
 def test_damaged_metadata_is_refused(refused, folder, fields):
-    change_metadata(folder / "decoder.onnx", lambda held: held | fields)
+    change_metadata(folder / "decoder.onnx", lambda meta: meta | fields)
     refused(folder / "decoder.onnx")
     if "partner" not in fields:  # the encoder still names the right partner
         refused(folder / "encoder.onnx")
@@ -366,11 +367,11 @@ def test_damaged_metadata_is_refused(refused, folder, fields):
 
 @pytest.mark.parametrize("fields", [
     dict(n_head=4), dict(n_decoder_layer=3), dict(head_size=8), dict(vocab_size=9),
-    dict(unknown=1), dict(end_id=99), dict(start_id=-1), dict(n_embd="x")], ids=str)
+    dict(unknown=1), dict(end_id=99), dict(start_id=-1), dict(n_embd="x")])
 def test_a_config_that_does_not_fit_the_graph_is_refused(refused, folder, fields):
     for name in ("encoder", "decoder"):
-        change_metadata(folder / f"{name}.onnx", lambda held: held | {
-            "config": held["config"] | fields})
+        change_metadata(folder / f"{name}.onnx", lambda meta: meta | {
+            "config": meta["config"] | fields})
     refused(folder / "decoder.onnx")
 
 

@@ -24,7 +24,7 @@ RATE, BETAS = 1e-2, (0.9, 0.95)
 
 @pytest.fixture
 def torchao(monkeypatch):
-    """torchao, or a skip. Its update is not compiled, which would take minutes."""
+    """torchao; without it the test is skipped. Its update is not compiled, which takes minutes."""
     module = pytest.importorskip("torchao.optim")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return module
@@ -57,7 +57,7 @@ def test_rounding_gives_one_of_two_neighbours_and_is_right_on_average(value):
     ulp = abs(value) * 2**-7
     assert len(rounded.unique()) == 2
     assert (rounded - value).abs().max() < ulp
-    # within 5 standard errors of the mean of n draws; one is at most ulp / 2 / sqrt(n)
+    # within 5 standard errors of the mean: one is at most ulp / 2 / sqrt(n) for n draws
     assert rounded.mean().item() == pytest.approx(value, abs=5 * ulp / 2 / 100_000**0.5)
 
 
@@ -129,8 +129,8 @@ def test_bfloat16_weights_train_as_float32_ones():
 # 8 bits
 
 def test_the_moments_of_each_large_tensor_of_each_gpt2_are_quantized():
-    """torchao alone does not quantize those of gpt2-xl's embedding, 50257 x 1600, and of its biases
-    of 4800: 256 does not divide these sizes."""
+    """torchao alone does not quantize the moments of gpt2-xl's embedding, 50257 x 1600, and of its
+    biases of 4800: 256 does not divide these sizes."""
     assert 50257 * 1600 % 256 and 4800 % 256
     for width in (768, 1024, 1280, 1600):
         for numel in (50257 * width, 50304 * width, 1024 * width, 3 * width * width,
@@ -141,7 +141,7 @@ def test_the_moments_of_each_large_tensor_of_each_gpt2_are_quantized():
     assert moments_per_scale(1600) is None and moments_per_scale(64 * 64 + 1) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_8bit_moments_train_as_float32_ones(torchao, dtype):
     shapes = (33, 1600), (64, 64), (1600,)  # 33 x 1600 is not a multiple of 128
     ours, theirs = params_of(dtype, *shapes), params_of(dtype, *shapes)
@@ -183,9 +183,9 @@ def test_a_gpu_without_bfloat16_compiles_the_update_in_float32(torchao, monkeypa
         found.append((params, optimizer))
     (ours, one), (theirs, other) = found
     for p, q in zip(ours, theirs):
-        held, expected = plain_state(one.state[p]), plain_state(other.state[q])
-        assert held.keys() == expected.keys()
-        assert all(torch.equal(held[key], expected[key]) for key in held)
+        state, expected = plain_state(one.state[p]), plain_state(other.state[q])
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in state)
         assert p.dtype == q.dtype
         difference = (p.float() - q.float()).detach()
         assert difference.abs().mean() < 0.01 and abs(difference.mean().item()) < 1e-3

@@ -44,7 +44,7 @@ def server():
 @pytest.fixture
 def open_page(browser):
     """open_page(server, **options) opens the page in a new browser profile. Checks at the end that
-    no request left this machine, and that the page raised no error and kept to its CSP."""
+    no request left this machine, and that the page raised no error and obeyed its CSP."""
     contexts, hosts, faults = [], set(), []
 
     def open_(server, **options):
@@ -271,7 +271,7 @@ def test_the_page_asks_for_the_token(open_page):
 
 
 def test_the_page_works_on_a_phone_and_in_dark_mode(server, open_page):
-    papers = []
+    backgrounds = []
     for scheme in ("light", "dark"):
         page = open_page(server, viewport={"width": 360, "height": 740}, color_scheme=scheme,
                          has_touch=True)
@@ -283,8 +283,8 @@ def test_the_page_works_on_a_phone_and_in_dark_mode(server, open_page):
         box = page.locator("#tip").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
         assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
-        papers.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert papers[0] != papers[1]
+        backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert backgrounds[0] != backgrounds[1]
 
 
 # -----------------------------------------------------------------------------
@@ -381,8 +381,8 @@ def test_stop_keeps_the_unfinished_answer(chat_page, chat_server, stop):
     chat_page.wait_for_function(
         "() => document.querySelector('.turn:last-child p').textContent.length > 20")
     stop(chat_page)
-    (_, said), = turns(chat_page)[1:]
-    assert len(said) > 20 and "stopped" in chat_page.locator("#talks .state").first.inner_text()
+    (_, answer), = turns(chat_page)[1:]
+    assert len(answer) > 20 and "stopped" in chat_page.locator("#talks .state").first.inner_text()
     wait_until(lambda: chat_server.engines["x"].running is None)
     say(chat_page, "Line", wait=False)
     chat_page.locator("#anew").click()

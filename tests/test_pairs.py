@@ -29,9 +29,9 @@ def rows(x, y):
 def test_each_pair_is_read_once_an_epoch(tmp_path, global_batch):
     pairs = write_pairs(tmp_path, n=41)
     data = open_dataset(tmp_path / "train.bin", CONFIG, seed=3, global_batch=global_batch)
-    wanted = sorted((tuple(s), tuple(t)) for s, t in pairs)
+    expected = sorted((tuple(s), tuple(t)) for s, t in pairs)
     epochs = [rows(*data.batch(41 * epoch, 41)) for epoch in range(4)]
-    assert all(sorted(epoch) == wanted for epoch in epochs)
+    assert all(sorted(epoch) == expected for epoch in epochs)
     assert epochs[0] != epochs[1]
     again = open_dataset(tmp_path / "train.bin", CONFIG, seed=3, global_batch=global_batch)
     assert rows(*again.batch(2 * 41, 41)) == epochs[2]  # only the seed and the sample number count
@@ -48,7 +48,7 @@ def test_batches_of_similar_lengths_may_span_two_epochs(n, size, epoch):
                            read_lengths=rng.randint(1, 100, (n, 2)))
     order = PairBin.epoch_order(data, epoch)
     assert sorted(order) == list(range(n))
-    first = -epoch * n % size  # this many pairs complete the batch of the epoch before
+    first = -epoch * n % size  # this many pairs complete the last batch of the previous epoch
     batches = [data.read_lengths[order[i:i + size], 0] for i in range(first, n - size + 1, size)]
     spans = sorted((batch.min(), batch.max()) for batch in batches)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
@@ -112,12 +112,12 @@ def spoil_ids(folder):
 
 
 def test_bad_files_are_refused(tmp_path):
-    def refused(spoil, *said):
+    def refused(spoil, *parts):
         write_pairs(tmp_path)
         spoil(tmp_path)
         with pytest.raises(UserError) as error:
             open_dataset(tmp_path / "train.bin", CONFIG)
-        assert all(word in str(error.value) for word in said)
+        assert all(part in str(error.value) for part in parts)
 
     lengths = tmp_path / "train.pairs.bin"
     refused(spoil_ids, "token 7 is 61", "vocabulary of 61")
@@ -181,15 +181,15 @@ def test_unknown_characters_and_long_texts_are_counted(prepare, capsys):
     assert "GPT-2" not in out
 
 
-@pytest.mark.parametrize("content, said", [
+@pytest.mark.parametrize("content, message", [
     ("a,b\n1,2\n", "line 2: must have the columns source_text and target_text"),
     ('source_text,target_text\nx,""\n', "line 2: its target_text is empty"),
     ('source_text,target_text\n" ",x\n', "line 2: its source_text is empty"),
     ("source_text,target_text\nx,a</s>b\n", "line 2: its target_text holds </s>"),
     ("source_text,target_text\n", "is empty; it must have one pair per line"),
 ])
-def test_a_bad_row_is_refused_with_its_line(prepare, content, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_a_bad_row_is_refused_with_its_line(prepare, content, message):
+    with pytest.raises(UserError, match=message) as error:
         prepare(content)
     assert "\n" not in str(error.value)
 
@@ -211,13 +211,14 @@ def test_tweets_can_be_prepared_as_pairs(tmp_path, capsys):
     main = runpy.run_path(str(REPO / "data" / "twitter_sentiment" / "prepare.py"))["main"]
     (tmp_path / "tweets.csv").write_text("".join(
         f'"{4 * (i % 2)}","{i}","date","query","user","a tweet {i}"\n' for i in range(80)))
-    said = []
+    examples = []
     for name, more in (("gpt", []), ("pairs", ["--pairs"])):
         main([f"--input={tmp_path / 'tweets.csv'}", f"--tokenizer={tmp_path / 't5'}",
               f"--out_dir={tmp_path / name}", *more])
         rows = map(json.loads, (tmp_path / name / "test.jsonl").read_text().splitlines())
-        said.append([(row["prompt"], row["completion"]) for row in rows])
+        examples.append([(row["prompt"], row["completion"]) for row in rows])
     assert "config/finetune_t5_sentiment.py" in capsys.readouterr().out
-    assert said[1] == [("sst2 sentence: " + prompt.split(": ")[1].split("\n")[0], answer.strip())
-                       for prompt, answer in said[0]]
+    assert examples[1] == [
+        ("sst2 sentence: " + prompt.split(": ")[1].split("\n")[0], answer.strip())
+        for prompt, answer in examples[0]]
     assert (tmp_path / "pairs" / "train.pairs.bin").stat().st_size == 8 * 72

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 give the run of one process, also if resumed on more or fewer processes."""
+"""DDP and FSDP2 compute the same as one process, also if resumed on more or fewer processes."""
 import math
 from functools import partial
 
@@ -29,8 +29,8 @@ def make(dataset, tmp_path_factory):
     def train_on(name, size, seconds=120, **fields):
         out = tmp_path_factory.getbasetemp() / "parallel" / name
         argv = arguments(dataset, out, **FIELDS | fields)
-        statuses, said = run_ranks(size, argv, out.with_suffix(f".log{size}"), seconds=seconds)
-        assert statuses == [0] * size, said
+        statuses, output = run_ranks(size, argv, out.with_suffix(f".log{size}"), seconds=seconds)
+        assert statuses == [0] * size, output
         return out
     return train_on
 
@@ -115,7 +115,7 @@ def test_a_resume_on_the_same_processes_is_bitwise_exact(make, size, parallel, d
 
 @pytest.mark.slow
 def test_a_sharded_state_of_step_0_resumes_bitwise(make):
-    """It has no moments yet, and reading them must not create any."""
+    """The state has no moments yet, and reading it must not create any."""
     fields = dict(parallel="fsdp", lr_decay_iters=6)
     whole = make("fsdp-from-0", 2, **fields)
     make("fsdp-at-0", 2, **fields, max_iters=0)
@@ -128,10 +128,11 @@ def print_bytes(rank):
     def update(r, *args):
         grads = [p.grad for p in r.model.parameters()]
         skipped = original(r, *args)
-        held = [*r.model.parameters(), *grads,
-                *(t for state in r.optimizer.state.values() for t in state.values())]
-        local = [t.to_local() if hasattr(t, "to_local") else t for t in held]
-        print("held", sum(t.nbytes for t in local), "of", sum(t.nbytes for t in held), flush=True)
+        tensors = [*r.model.parameters(), *grads,
+                   *(t for state in r.optimizer.state.values() for t in state.values())]
+        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        print("bytes:", sum(t.nbytes for t in local), "of", sum(t.nbytes for t in tensors),
+              flush=True)
         return skipped
 
     original, train.update = train.update, update
@@ -141,16 +142,17 @@ def print_bytes(rank):
     dict(n_embd=32), pytest.param(dict(n_layer=12, n_head=12, n_embd=768), marks=pytest.mark.slow)],
     ids=["tiny", "gpt2"])
 def test_fsdp_shares_the_state_out_evenly(tmp_path, dataset, fields):
-    """Within 45 to 55 % for each of two ranks: odd sizes do not halve, and steps are not shared."""
+    """Each of two ranks has 45 to 55 % of the bytes: odd sizes do not halve, and step counts are
+    not sharded."""
     argv = arguments(dataset, tmp_path / "out", **FIELDS | dict(
         parallel="fsdp", max_iters=1) | fields)
-    statuses, said = run_ranks(2, argv, tmp_path / "log", print_bytes, seconds=250)
-    assert statuses == [0, 0], said
-    lines = [line for line in said.splitlines() if line.startswith(("fsdp:", "held"))]
+    statuses, output = run_ranks(2, argv, tmp_path / "log", print_bytes, seconds=250)
+    assert statuses == [0, 0], output
+    lines = [line for line in output.splitlines() if line.startswith(("fsdp:", "bytes:"))]
     print("", *lines, sep="\n")
-    held = [line.split() for line in lines if line.startswith("held")]
-    assert len(held) == 2
-    for _, local, _, whole in held:
+    counts = [line.split() for line in lines if line.startswith("bytes:")]
+    assert len(counts) == 2
+    for _, local, _, whole in counts:
         assert 0.45 < int(local) / int(whole) < 0.55
 
 
@@ -167,8 +169,8 @@ def test_fsdp_in_bfloat16_has_the_losses_of_ddp(make):
 def test_a_run_with_fsdp_draws_samples_and_keeps_the_best_model(make):
     out = make("fsdp-samples", 2, parallel="fsdp", sample_interval=1, always_save_checkpoint=False,
                save_interval=2)
-    said = (out.with_suffix(".log2") / "rank0.log").read_text()
-    assert said.count("--- sample ---") == 3
+    output = (out.with_suffix(".log2") / "rank0.log").read_text()
+    assert output.count("--- sample ---") == 3
     best = files.load(out / checkpoint.MODEL_FILE)
     assert math.isfinite(best["best_val_loss"])
     model, _ = checkpoint.load_model(str(out))  # as sample.py and evaluate.py do
@@ -189,14 +191,14 @@ def test_a_run_with_fsdp_draws_samples_and_keeps_the_best_model(make):
     (1, dict(compile=True, dtype="bfloat16", weights="bfloat16"),
      dict(dtype="bfloat16", weights="bfloat16"), 0.02),
     (1, dict(compile=True, recompute=True, optimizer="adamw8bit"), dict(optimizer="adamw8bit"),
-     1e-3)], ids=str)
+     1e-3)])
 def test_options_that_work_together_change_no_loss(make, size, fields, plain, atol):
     """Combinations that no other test covers, compared with a run without the options."""
     few = dict(n_layer=1, max_iters=3)
     name = "-".join([str(size), *(f"{name}={value}" for name, value in fields.items())])
     out = make(name, size, seconds=600, **few, **fields)
-    said = out.with_suffix(f".log{size}").joinpath("rank0.log").read_text()
-    assert ("compiled" in said) == ("compile" in fields)
+    output = out.with_suffix(f".log{size}").joinpath("rank0.log").read_text()
+    assert ("compiled" in output) == ("compile" in fields)
     assert_same_curve(out, make(f"{name}-plain", size, **few, **plain), atol=atol)
 
 
@@ -230,7 +232,7 @@ def test_separate_documents_work_with_compile_fsdp_and_ddp(make, tmp_path, size,
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# refused input
 
 def test_untested_pairs_of_options_are_refused():
     def world(size):
@@ -257,14 +259,14 @@ def other_fields(rank, argv):
             script.configure = lambda cls, first: configure(cls, [*first, *argv])
 
 
-@pytest.mark.parametrize("field, told", [
+@pytest.mark.parametrize("field, message", [
     ("--learning_rate=0.5", "--learning_rate is 0.01 in process 0 and 0.5 in process 1"),
     ("--dtype=bfloat16", "--dtype is torch.float32 in process 0 and torch.bfloat16 in process 1"),
     ("--eval_only=True", "--eval_only is False in process 0 and True in process 1")])
-def test_ranks_with_different_options_are_refused(tmp_path, dataset, field, told):
+def test_ranks_with_different_options_are_refused(tmp_path, dataset, field, message):
     argv = arguments(dataset, tmp_path / "out", **FIELDS)
-    statuses, said = run_ranks(2, argv, tmp_path / "log", partial(other_fields, argv=[field]))
-    assert statuses == [1, 1] and said.count(told) == 2 and "Traceback" not in said, said
+    statuses, output = run_ranks(2, argv, tmp_path / "log", partial(other_fields, argv=[field]))
+    assert statuses == [1, 1] and output.count(message) == 2 and "Traceback" not in output, output
     assert not (tmp_path / "out/run.json").exists()
 
 
@@ -272,14 +274,14 @@ def test_ranks_that_evaluate_with_different_options_are_refused(tmp_path, datase
     argv = [f"--out_dir={one}", f"--dataset={dataset}", "--device=cpu"]
     job = Job(2, argv, tmp_path, partial(other_fields, argv=["--split=train"]), script="evaluate")
     assert job.wait() == [1, 1]
-    assert job.said().count("--split is val in process 0 and train in process 1") == 2
+    assert job.output().count("--split is val in process 0 and train in process 1") == 2
 
 
 def test_options_without_effect_on_the_result_may_differ(tmp_path, dataset):
     argv = arguments(dataset, tmp_path / "out", **FIELDS | dict(max_iters=1))
     fields = ["--wandb_run_name=12:00", f"--out_dir={tmp_path / 'other'}", "--log_interval=7"]
-    statuses, said = run_ranks(2, argv, tmp_path / "log", partial(other_fields, argv=fields))
-    assert statuses == [0, 0], said
+    statuses, output = run_ranks(2, argv, tmp_path / "log", partial(other_fields, argv=fields))
+    assert statuses == [0, 0], output
 
 
 def other_data(rank):
@@ -290,6 +292,6 @@ def other_data(rank):
 
 def test_machines_with_different_data_are_refused(tmp_path, dataset):
     argv = arguments(dataset, tmp_path / "out", **FIELDS)
-    statuses, said = run_ranks(2, argv, tmp_path / "log", other_data)
+    statuses, output = run_ranks(2, argv, tmp_path / "log", other_data)
     assert 0 not in statuses
-    assert "train.bin of process 1 differs from that of process 0: copy the folder" in said
+    assert "train.bin of process 1 differs from that of process 0: copy the folder" in output

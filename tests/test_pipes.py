@@ -28,7 +28,7 @@ def at_step(step, act):
 
 
 def redirect(handle):
-    """Redirect stdout and stderr to this file. sys.stdout is new: the old one expects to seek."""
+    """Redirect stdout and stderr to a file descriptor. The old sys.stdout expects to seek."""
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
@@ -78,8 +78,8 @@ def saved(out):
     (closed_terminal, 129, (4, "stopped"))])
 def test_a_print_that_fails_does_not_end_a_run(dataset, tmp_path, hook, status, ended):
     out = tmp_path / "out"
-    statuses, said = run_ranks(1, arguments(dataset, out), tmp_path / "log", hook)
-    assert statuses == [status], said
+    statuses, output = run_ranks(1, arguments(dataset, out), tmp_path / "log", hook)
+    assert statuses == [status], output
     assert saved(out) == ended
 
 
@@ -89,9 +89,9 @@ def nobody_reads_rank_0(rank):
 
 
 def test_a_print_that_fails_on_rank_0_ends_no_rank(dataset, tmp_path):
-    statuses, said = run_ranks(2, arguments(dataset, tmp_path / "out"), tmp_path / "log",
-                               nobody_reads_rank_0)
-    assert (statuses, saved(tmp_path / "out")) == ([0, 0], (6, "done")), said
+    statuses, output = run_ranks(2, arguments(dataset, tmp_path / "out"), tmp_path / "log",
+                                 nobody_reads_rank_0)
+    assert (statuses, saved(tmp_path / "out")) == ([0, 0], (6, "done")), output
 
 
 def test_the_state_is_saved_before_the_stop_is_printed(dataset, tmp_path, monkeypatch):
@@ -100,9 +100,9 @@ def test_the_state_is_saved_before_the_stop_is_printed(dataset, tmp_path, monkey
     monkeypatch.setattr(files, "save", lambda path, *args: (order.append(path.name),
                                                             real(path, *args)))
     monkeypatch.setattr(train.logbook, "say", lambda text: order.append(text))
-    at = train.forward_backward
+    forward_backward = train.forward_backward
     monkeypatch.setattr(train, "forward_backward", lambda r, step: (
-        signal.raise_signal(signal.SIGTERM), at(r, step))[1])
+        signal.raise_signal(signal.SIGTERM), forward_backward(r, step))[1])
     assert run_train(dataset, tmp_path / "out") == 143
     assert order[-2] == "state.pt" and order[-1].startswith("stopped by a signal after step 0")
 

@@ -55,7 +55,7 @@ def test_a_disk_too_small_for_the_saves_gets_a_warning(tmp_path, monkeypatch):
     assert len(lines(1)) == 1
 
 
-def test_the_plan_shows_the_memory_of_a_model_shared_by_fsdp(tmp_path):
+def test_the_plan_shows_the_memory_of_a_model_sharded_by_fsdp(tmp_path):
     """Each of four processes has a quarter of weights, gradients and two moments, in float32."""
     model = torch.nn.Linear(1000, 1000, bias=False)
     _, line = describe_saves(model, Config(out_dir=str(tmp_path), parallel="fsdp"), FOUR)

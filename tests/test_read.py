@@ -52,15 +52,15 @@ def test_a_text_read_in_blocks_of_any_size_is_the_same(size, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("size", [1, 4, 64])
-@pytest.mark.parametrize("content, said", [
+@pytest.mark.parametrize("content, message", [
     (b"ab\xe9cd", "byte 0xe9 at offset 2;"), (b"\xef\xbb\xbfab\xe9cd", "byte 0xe9 at offset 5;"),
     (b"0123456789" * 10 + "é".encode() + b"\xff", "byte 0xff at offset 102;"),
     (b"a" * 20 + "漢".encode()[:2], "byte 0xe6 at offset 20;")],
     ids=["in a text", "after a mark", "after a long text", "incomplete at the end"])
-def test_a_bad_byte_is_named_by_its_place_in_the_file(size, content, said, tmp_path, monkeypatch):
+def test_a_bad_byte_is_reported_with_its_offset(size, content, message, tmp_path, monkeypatch):
     monkeypatch.setattr(read, "BLOCK", size)
     (tmp_path / "f").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_text(tmp_path / "f")
 
 

@@ -24,7 +24,7 @@ README, MAKEFILE = TEXTS["README.md"], (REPO / "Makefile").read_text(encoding="u
 MOST_BYTES = 12 * 1024  # of README.md
 BENCHMARKS = ("bench.py", "experiments/t5_benchmarks.py")  # cannot run at tiny scale
 NOT_OURS = ("llama.cpp/", "llama_cpp", "ctranslate2", "openai")  # in commands and programs
-# created as folders, which are used before the hub
+# models of the hub, created here as folders: a local folder is used first
 NAMES = ("gpt2", "gpt2-xl")
 # options that make each script's commands small; they replace those of the document
 TINY = {
@@ -72,7 +72,7 @@ FILES = {
 # -----------------------------------------------------------------------------
 # the commands of a document
 
-def shown(text):
+def code_in(text):
     """The commands and programs of a document, in order: [(language, code)]. Each line of a code
     block is one entry; a Python block is one entry. Code in sentences counts only if it starts with
     python or make."""
@@ -97,8 +97,8 @@ def command(line):
     return shlex.split(line, comments=True)
 
 
-def made_by(words):
-    """The [(script, arguments)] that make runs for these words. Raises if a target is unknown."""
+def runs_of_make(words):
+    """The [(script, arguments)] that `make WORDS` runs. Raises if a target is unknown."""
     printed = subprocess.run(["make", "-n", *words], cwd=REPO, check=True, capture_output=True,
                              text=True).stdout
     found = map(shlex.split, re.findall(r"\.venv/bin/python ((?:\w+/)*\w+\.py\b[^|;\n]*)", printed))
@@ -111,7 +111,7 @@ def runs_of(line):
     if words is None:
         return []
     if words[0] == "make":
-        made = made_by(words[1:]) if shutil.which("make") else []
+        made = runs_of_make(words[1:]) if shutil.which("make") else []
         # other targets run tests, or are tested elsewhere
         return made if words[1] in ("quickstart", "chat") else []
     if words[0] == "torchrun":
@@ -120,8 +120,8 @@ def runs_of(line):
     return [(words[1], words[2:])]
 
 
-def small(script, arguments):
-    """The arguments at tiny scale, each option once, without what the Makefile adds."""
+def shrink(script, arguments):
+    """The arguments of a tiny run: each option once, without the Makefile's --overwrite=True."""
     arguments = [argument for argument in arguments if argument != "--overwrite=True"]
     if "--help" in arguments or (script == "train.py" and not arguments):
         return arguments
@@ -134,7 +134,7 @@ def small(script, arguments):
                     + ["overwrite"] * ("--auto_resume=True" in arguments))
         added = [*added, f"--block_size={size}"]
         added = [field for field in added if field[2:].partition("=")[0] not in left_out]
-    # of a repeated option the last counts; equal commands run once
+    # if an option is repeated, the last one counts; equal commands run once
     by_name = {argument.partition("=")[0]: argument for argument in [*arguments, *added]}
     return list(by_name.values())
 
@@ -178,13 +178,13 @@ def status_of(monkeypatch, script, arguments):
 def test_commands_and_programs_of_all_documents_run(sandbox, monkeypatch, capsys):
     done = []
     for name, text in TEXTS.items():
-        for language, code in shown(text):
+        for language, code in code_in(text):
             if language == "python":
                 if not any(word in code for word in NOT_OURS):
                     exec(compile(code, f"a program of {name}", "exec"), {})
                 continue
             for run in runs_of(code):
-                run = run[0], small(*run)
+                run = run[0], shrink(*run)
                 if run not in done:
                     done.append(run)
                     status = status_of(monkeypatch, *run)
@@ -195,12 +195,12 @@ def test_commands_and_programs_of_all_documents_run(sandbox, monkeypatch, capsys
 
 
 def test_torchrun_runs_the_readmes_command_on_two_processes(sandbox):
-    line = next(code for _, code in shown(README) if code.startswith("torchrun"))
+    line = next(code for _, code in code_in(README) if code.startswith("torchrun"))
     runpy.run_path("data/shakespeare/prepare.py")["main"](["--input=text.txt"])
     (script, arguments), = runs_of(line)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         script, *small(script, arguments)],
+         script, *shrink(script, arguments)],
         check=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (sandbox / "out-4gpus" / "ckpt.pt").is_file()
 
@@ -209,13 +209,13 @@ def test_torchrun_runs_the_readmes_command_on_two_processes(sandbox):
 # the documents are complete
 
 def test_each_script_is_shown_in_a_document():
-    runs = [run for text in TEXTS.values() for language, code in shown(text)
+    runs = [run for text in TEXTS.values() for language, code in code_in(text)
             if language == "shell" for run in runs_of(code)]
     scripts = {script for script, _ in runs}
     assert {path.name for path in REPO.glob("*.py")} - {
         "bench.py", "model.py", "t5.py", "configurator.py"} <= scripts
     assert {str(path.relative_to(REPO)) for path in REPO.glob("data/*/prepare.py")} <= scripts
-    assert scripts <= TINY.keys(), "tell TINY how to make a new script's commands small"
+    assert scripts <= TINY.keys(), "add the options of a tiny run to TINY"
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
@@ -224,10 +224,10 @@ def test_each_script_is_shown_in_a_document():
     ("chat", "docs/tasks.md", "### Try it without data")])
 def test_make_runs_the_commands_that_are_shown_without_make(target, name, title):
     section = re.split("^#+ ", TEXTS[name].partition(title)[2], flags=re.MULTILINE)[0]
-    typed = [run for language, code in shown(section) if language == "shell"
+    typed = [run for language, code in code_in(section) if language == "shell"
              and not code.startswith("make") for run in runs_of(code)]
     made = [(script, [a for a in arguments if a != "--overwrite=True"])
-            for script, arguments in made_by([target])]
+            for script, arguments in runs_of_make([target])]
     at = 2 if target == "chat" else 0  # make chat begins with two of the quickstart
     assert list(dict.fromkeys(map(str, made[at:]))) == list(map(str, typed))
 
@@ -244,7 +244,7 @@ def test_no_table_has_a_cell_that_was_not_measured(name):
 
 
 def test_the_trees_list_each_file():
-    """The README lists each script and folder, docs/design.md each file of the package."""
+    """The README lists each script; docs/design.md lists each file of the package."""
     tree = README.split("## The files")[1].split("```")[1]
     listed = {line.split()[0] for line in tree.splitlines() if line.strip()}
     assert {path.name for path in REPO.glob("*.py")} <= listed
@@ -278,13 +278,13 @@ def test_links_and_anchors_exist(name):
 
 
 def test_these_checks_find_wrong_commands_and_anchors():
-    """An unknown flag of torchrun or target of make is an error; code and anchors are found."""
+    """An unknown flag of torchrun or target of make is an error. Code and anchors are found."""
     assert runs_of("torchrun --nproc_per_node=2 train.py --x=1") == [("train.py", ["--x=1"])]
     with pytest.raises(SystemExit):
         runs_of("torchrun --processes=2 train.py")
     if shutil.which("make"):
         with pytest.raises(subprocess.CalledProcessError):
             runs_of("make quickstrat")
-    assert shown("Use `python a.py --b=1` or\n```bash\npython c.py \\\n  --d=2\n```\n") == [
+    assert code_in("Use `python a.py --b=1` or\n```bash\npython c.py \\\n  --d=2\n```\n") == [
         ("shell", "python a.py --b=1"), ("shell", "python c.py    --d=2")]
     assert anchors("# What `x` is, now\n```\n# none\n```\n") == {"what-x-is-now"}

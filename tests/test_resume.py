@@ -31,7 +31,7 @@ from nanotune.text.loader import TokenBin
 
 # with the same number of threads, sums are bitwise the same
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-# the schedule of learning rates does not depend on the step of the stop
+# the learning rates do not depend on the step at which a run stops
 FIELDS = dict(lr_decay_iters=6, warmup_iters=2, min_lr=1e-3, dropout=0.2)
 
 
@@ -54,8 +54,8 @@ def out(tmp_path):
 
 
 def assert_same_run(a, b, rel=0.0):
-    """Compare weights, moments, scaler and progress bitwise, and losses within `rel`: above 0 if
-    their sums are in another order."""
+    """Compare weights, moments, scaler and progress bitwise, and losses within `rel`. It is above 0
+    if sums are in another order."""
     for name in ("ckpt.pt", "state.pt"):
         one, other = files.load(a / name), files.load(b / name)
         assert one.keys() == other.keys()
@@ -86,9 +86,9 @@ def at_step(monkeypatch, step, act):
 
 
 # -----------------------------------------------------------------------------
-# exact
+# exact resumes
 
-@pytest.mark.parametrize("fields", [{}, {"always_save_checkpoint": False}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"always_save_checkpoint": False}])
 def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(whole, out, fields):
     dataset, expected = whole
     assert run_train(dataset, out, max_iters=3, **FIELDS, **fields) == 0
@@ -151,8 +151,8 @@ def test_a_second_ctrl_c_stops_at_once(whole, out, monkeypatch, capsys):
 
 @pytest.mark.parametrize("at", [0, 1, 3, 4, 6, 7, 11])
 def test_a_run_that_crashed_during_a_save_resumes_or_starts_again(whole, out, monkeypatch, at):
-    """The crash is before rename number `at`. The renames are of run.json, settings.json, then at
-    each of steps 0, 3 and 6 of ckpt.pt, best.pt, state.pt and run.json."""
+    """The crash is just before rename number `at`, counted from 0. The renamed files are run.json,
+    settings.json, and at each of steps 0, 3 and 6 ckpt.pt, best.pt, state.pt and run.json."""
     dataset, expected = whole
     renames = []
     real = os.replace
@@ -246,15 +246,15 @@ def test_resuming_a_finished_run_changes_nothing(whole, out, capsys):
 # -----------------------------------------------------------------------------
 # a resume with other options or data
 
-@pytest.mark.parametrize("changed, told", [
+@pytest.mark.parametrize("changed, message", [
     ({"seed": 5}, r"seed was 1337, now 5"),
     ({"block_size": 8}, r"block_size was 16, now 8"),
     ({"batch_size": 3}, r"global batch was 4, now 6"),
     ({"gradient_accumulation_steps": 1, "seed": 7},
      r"seed was 1337, now 7; global batch was 4, now 2"),
-], ids=str)
+])
 def test_a_resume_with_another_seed_or_batch_is_refused_unless_forced(whole, out, monkeypatch,
-                                                                      capsys, changed, told):
+                                                                      capsys, changed, message):
     dataset, expected = whole
     out.mkdir()
     (out / "state.pt").write_bytes((expected / "state.pt").read_bytes())
@@ -262,7 +262,7 @@ def test_a_resume_with_another_seed_or_batch_is_refused_unless_forced(whole, out
     status, _, err = run_script(monkeypatch, capsys, train.main, argv)
     assert status == 1
     assert err.startswith("error: ") and err.count("\n") == 1
-    assert re.search(told, err) and "--force_resume=True" in err
+    assert re.search(message, err) and "--force_resume=True" in err
     assert run_train(dataset, out, init_from="resume", force_resume=True, max_iters=8,
                      **changed) == 0
     state = files.load(out / "state.pt")
@@ -327,7 +327,7 @@ def test_a_resume_with_changed_data_is_refused_unless_forced(tmp_path, whole, mo
 
 
 def cut_data_short(rank):
-    """At step 3, as by a script that overwrites train.bin."""
+    """Cut train.bin short at step 3, as a script that overwrites the file would."""
     def forward_backward(r, step):
         if step == 3:
             os.truncate(r.data["train"].path, 2)
@@ -336,13 +336,14 @@ def cut_data_short(rank):
     real, train.forward_backward = train.forward_backward, forward_backward
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cuts no mapped file")
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not truncate a mapped file")
 def test_data_cut_short_during_a_run_is_a_one_line_error(tmp_path):
     dataset = write_dataset(tmp_path / "words", n_train=200_000)
-    statuses, said = run_ranks(1, arguments(dataset, tmp_path / "out"), tmp_path / "log",
-                               cut_data_short)
-    assert statuses == [1], said
-    assert "error: " in said and "train.bin or its mask was cut short while it was in use" in said
+    statuses, output = run_ranks(1, arguments(dataset, tmp_path / "out"), tmp_path / "log",
+                                 cut_data_short)
+    assert statuses == [1], output
+    assert "error: " in output
+    assert "train.bin or its mask was cut short while it was in use" in output
     assert files.load(tmp_path / "out/state.pt")["iter_num"] == 3
 
 
@@ -379,14 +380,14 @@ def test_a_damaged_state_is_a_one_line_error(whole, out, monkeypatch, capsys):
 def test_a_nanogpt_run_is_resumed_with_its_moments(whole, out, bias, compiled):
     """One step from its ckpt.pt equals one of AdamW with nanoGPT's moments, matched by name."""
     dataset, _ = whole
-    held, order = nanogpt_checkpoint(bias=bias, compiled=compiled, dataset=dataset)
+    stored, order = nanogpt_checkpoint(bias=bias, compiled=compiled, dataset=dataset)
     out.mkdir()
-    torch.save(held, out / "ckpt.pt")
+    torch.save(stored, out / "ckpt.pt")
     model, _ = checkpoint.load_model(str(out))
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW([{"params": [params[n] for n in order if params[n].dim() > 1]},
                                    {"params": [params[n] for n in order if params[n].dim() < 2]}])
-    optimizer.load_state_dict(held["optimizer"])  # the file's decay and betas: 0.1, 0.0
+    optimizer.load_state_dict(stored["optimizer"])  # sets the weight decay (0.1, 0.0) and betas
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     x, y = TokenBin(dataset / "train.bin", 16, 18, seed=1337).batch(4 * 4, 4)
@@ -396,7 +397,7 @@ def test_a_nanogpt_run_is_resumed_with_its_moments(whole, out, bias, compiled):
 
     assert run_train(dataset, out, init_from="resume", max_iters=5, dropout=0.0, eval_interval=4,
                      learning_rate=1e-3, decay_lr=False, always_save_checkpoint=False,
-                     compile=False) == 0  # nanoGPT's settings compile: half a minute
+                     compile=False) == 0  # nanoGPT's settings would compile: half a minute
     state = files.load(out / "state.pt")
     assert state["iter_num"] == 5
     for name, p in params.items():
@@ -419,7 +420,7 @@ def test_a_nanogpt_run_with_another_batch_is_refused(whole, out, monkeypatch, ca
 
 
 # -----------------------------------------------------------------------------
-# in a new process, as a user runs it
+# the script in a new process
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -35,16 +35,16 @@ def out(whole, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """Drawing loss.png takes a quarter of a second, and is tested elsewhere."""
+    """Do not draw loss.png, which takes half a second and is tested elsewhere."""
     monkeypatch.setattr(logbook, "draw", lambda *args: None)
 
 
 def resume_run(monkeypatch, capsys, dataset, out, **fields):
     """(exit status, stdout and stderr) of train.py with --init_from=resume."""
     argv = arguments(dataset, out, **{"init_from": "resume"} | fields)
-    status, said, err = run_script(monkeypatch, capsys, train.main, argv)
+    status, output, err = run_script(monkeypatch, capsys, train.main, argv)
     assert err.count("\n") == (status == 1), err
-    return status, said + err
+    return status, output + err
 
 
 def step_of(path):
@@ -72,7 +72,7 @@ def cut(path):
 
 
 # -----------------------------------------------------------------------------
-# which state is resumed
+# the choice of the state
 
 def test_the_last_two_states_are_kept(whole):
     assert (step_of(whole / "state.pt"), step_of(whole / "state.1.pt")) == (6, 3)
@@ -113,15 +113,15 @@ def test_states_are_kept_on_a_disk_without_hard_links(tmp_path, monkeypatch):
 def test_a_run_with_a_damaged_state_resumes_from_the_one_before(whole, dataset, out, monkeypatch,
                                                                 capsys, spoil):
     spoil(out / "state.pt")
-    status, said = resume_run(monkeypatch, capsys, dataset, out)
+    status, output = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 0
     if spoil is not Path.unlink:
-        warnings = [line for line in said.splitlines() if line.startswith("warning")]
+        warnings = [line for line in output.splitlines() if line.startswith("warning")]
         assert len(warnings) == 1
         assert "the newest state (of step 6) cannot be used" in warnings[0]
         assert f"resuming from {out / 'state.1.pt'}, of step 3" in warnings[0]
         assert (out / "state.refused").exists()
-    assert "resuming at step 3 of 6" in said
+    assert "resuming at step 3 of 6" in output
     assert_same_weights(out, whole)
     # the damaged state did not replace the good one
     assert [step_of(path) for path in resume.state_files(out)] == [6, 3]
@@ -138,14 +138,14 @@ def test_with_no_good_state_the_error_says_what_can_be_used(dataset, out, monkey
     flip(out / "state.pt")
     cut(out / "state.1.pt")
     for fields in ({}, {"init_from": "scratch", "auto_resume": True}):
-        status, said = resume_run(monkeypatch, capsys, dataset, out, **fields)
+        status, output = resume_run(monkeypatch, capsys, dataset, out, **fields)
         assert status == 1
-        assert "state.pt is damaged" in said and "state.1.pt is truncated" in said
+        assert "state.pt is damaged" in output and "state.1.pt is truncated" in output
         assert f"ckpt.pt is intact, with the weights of step 6: begin a new run from them with " \
-               f"--init_from={out} --out_dir=ANOTHER" in said
+               f"--init_from={out} --out_dir=ANOTHER" in output
     cut(out / "ckpt.pt")
-    status, said = resume_run(monkeypatch, capsys, dataset, out)
-    assert status == 1 and "start again with --overwrite=True" in said
+    status, output = resume_run(monkeypatch, capsys, dataset, out)
+    assert status == 1 and "start again with --overwrite=True" in output
 
 
 def test_a_state_that_does_not_fit_in_memory_is_not_treated_as_damaged(dataset, out, monkeypatch,
@@ -156,8 +156,8 @@ def test_a_state_that_does_not_fit_in_memory_is_not_treated_as_damaged(dataset, 
 
     before = sorted(os.listdir(out))
     monkeypatch.setattr(torch, "load", load)
-    status, said = resume_run(monkeypatch, capsys, dataset, out)
-    assert status == 1 and "out of memory on this machine" in said
+    status, output = resume_run(monkeypatch, capsys, dataset, out)
+    assert status == 1 and "out of memory on this machine" in output
     assert sorted(os.listdir(out)) == before
 
 
@@ -168,11 +168,11 @@ def make_infinite(path):
 
 
 def test_weights_that_are_not_finite_replace_no_good_state(dataset, out, monkeypatch, capsys):
-    """The update overflows; its loss and its gradient are finite."""
-    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=9, save_interval=1,
-                              learning_rate=1e38, decay_lr=False)
+    """The update overflows, although the loss and the gradient are finite."""
+    status, output = resume_run(monkeypatch, capsys, dataset, out, max_iters=9, save_interval=1,
+                                learning_rate=1e38, decay_lr=False)
     assert status == 1
-    assert "error: step 7: the weights are not finite; stopped without saving" in said
+    assert "error: step 7: the weights are not finite; stopped without saving" in output
     assert [step_of(path) for path in resume.state_files(out)] == [6, 3]
     assert step_of(out / "ckpt.pt") == 6
     assert resume_run(monkeypatch, capsys, dataset, out, max_iters=7)[0] == 0
@@ -180,8 +180,8 @@ def test_weights_that_are_not_finite_replace_no_good_state(dataset, out, monkeyp
 
 def test_a_state_that_is_not_finite_is_not_used(whole, dataset, out, monkeypatch, capsys):
     make_infinite(out / "state.pt")
-    status, said = resume_run(monkeypatch, capsys, dataset, out)
-    assert status == 0 and "state.pt: transformer.wpe.weight has values that are NaN" in said
+    status, output = resume_run(monkeypatch, capsys, dataset, out)
+    assert status == 0 and "state.pt: transformer.wpe.weight has values that are NaN" in output
     assert_same_weights(out, whole)
 
 
@@ -190,22 +190,22 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_works(dataset, out, tmp_p
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate_splits", lambda r: [math.nan, math.nan])
-        status, said = resume_run(monkeypatch, capsys, dataset, out, overwrite=True,
-                                  init_from="scratch")
-    assert status == 1 and "the validation loss is nan; stopped without saving" in said
+        status, output = resume_run(monkeypatch, capsys, dataset, out, overwrite=True,
+                                    init_from="scratch")
+    assert status == 1 and "the validation loss is nan; stopped without saving" in output
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert resume_run(monkeypatch, capsys, dataset, out, max_iters=8)[0] == 0
 
 
 # -----------------------------------------------------------------------------
-# to which run a state belongs
+# states of another run
 
 def test_a_state_of_another_run_is_not_used(whole, dataset, out, tmp_path, monkeypatch, capsys):
     run_train(dataset, tmp_path / "other")
     shutil.copy(tmp_path / "other/state.pt", out / "state.pt")
-    status, said = resume_run(monkeypatch, capsys, dataset, out)
+    status, output = resume_run(monkeypatch, capsys, dataset, out)
     assert status == 0
-    assert "state.pt is of run " in said and "state.1.pt, of step 3" in said
+    assert "state.pt is of run " in output and "state.1.pt, of step 3" in output
     assert_same_weights(out, whole)
 
 
@@ -215,8 +215,8 @@ def test_a_state_of_another_run_can_be_resumed_by_force(dataset, out, tmp_path, 
     other = resume.read_run_file(tmp_path / "other")["run_id"]
     shutil.copy(tmp_path / "other/state.pt", out / "state.pt")
     (out / "state.1.pt").unlink()
-    status, said = resume_run(monkeypatch, capsys, dataset, out)
-    assert status == 1 and "--force_resume=True" in said
+    status, output = resume_run(monkeypatch, capsys, dataset, out)
+    assert status == 1 and "--force_resume=True" in output
     assert resume_run(monkeypatch, capsys, dataset, out, force_resume=True, max_iters=8)[0] == 0
     assert resume.read_run_file(out)["run_id"] == other
 
@@ -225,8 +225,8 @@ def test_a_state_alone_can_be_moved_and_resumed(whole, dataset, tmp_path, monkey
     moved = tmp_path / "moved"
     moved.mkdir()
     shutil.copy(whole / "state.1.pt", moved / "state.pt")
-    status, said = resume_run(monkeypatch, capsys, dataset, moved)
-    assert status == 0 and "best.pt is missing: the next evaluation writes it" in said
+    status, output = resume_run(monkeypatch, capsys, dataset, moved)
+    assert status == 0 and "best.pt is missing: the next evaluation writes it" in output
     assert_same_weights(moved, whole)
 
 
@@ -243,8 +243,8 @@ def test_a_best_model_that_is_missing_foreign_or_damaged_is_replaced(dataset, ou
         (out / "best.pt").unlink()
     worse = iter([(9.0, 9.0)])
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(worse)))
-    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=8)
-    assert status == 0 and f"best.pt {'is ' * (spoil != 'of run')}{spoil}" in said.replace(
+    status, output = resume_run(monkeypatch, capsys, dataset, out, max_iters=8)
+    assert status == 0 and f"best.pt {'is ' * (spoil != 'of run')}{spoil}" in output.replace(
         "is of run", "of run")
     assert step_of(out / "best.pt") == 8
 
@@ -254,15 +254,15 @@ def test_a_best_model_that_is_missing_foreign_or_damaged_is_replaced(dataset, ou
 
 def test_auto_resume_starts_a_run_and_resumes_it(whole, dataset, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    for max_iters, said in ((2, None), (4, "resuming at step 2"), (6, "resuming at step 4")):
-        status, text = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
-                                  auto_resume=True, max_iters=max_iters, lr_decay_iters=6)
+    for max_iters, message in ((2, None), (4, "resuming at step 2"), (6, "resuming at step 4")):
+        status, output = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
+                                    auto_resume=True, max_iters=max_iters, lr_decay_iters=6)
         assert status == 0
-        assert ("resuming" not in text) if said is None else (said in text)
+        assert ("resuming" not in output) if message is None else (message in output)
     assert_same_weights(out, whole)
     before = (out / "state.pt").read_bytes()
-    status, text = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
-                              auto_resume=True)
+    status, output = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
+                                auto_resume=True)
     assert status == 0 and (out / "state.pt").read_bytes() == before
 
 
@@ -276,9 +276,9 @@ def test_auto_resume_starts_again_if_killed_before_the_first_state(whole, datase
     assert_same_weights(out, whole)
     for path in resume.state_files(out):
         path.unlink()
-    status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
-                              auto_resume=True)
-    assert status == 1 and "already holds a run (ckpt.pt, best.pt)" in said
+    status, output = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch",
+                                auto_resume=True)
+    assert status == 1 and "already holds a run (ckpt.pt, best.pt)" in output
 
 
 def test_auto_resume_does_not_train_past_an_early_stop(dataset, tmp_path, monkeypatch, capsys):
@@ -286,18 +286,19 @@ def test_auto_resume_does_not_train_past_an_early_stop(dataset, tmp_path, monkey
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
     fields = dict(init_from="scratch", auto_resume=True, patience=2, max_iters=60)
     for _ in range(2):
-        status, said = resume_run(monkeypatch, capsys, dataset, tmp_path / "out", **fields)
-        assert status == 0 and "stopped early" in said
+        status, output = resume_run(monkeypatch, capsys, dataset, tmp_path / "out", **fields)
+        assert status == 0 and "stopped early" in output
     assert step_of(tmp_path / "out/state.pt") == 6
 
 
 def test_auto_resume_with_overwrite_is_refused(dataset, out, monkeypatch, capsys):
-    status, said = resume_run(monkeypatch, capsys, dataset, out, auto_resume=True, overwrite=True)
-    assert status == 1 and "--auto_resume=True resumes the run that --overwrite=True would" in said
+    status, output = resume_run(monkeypatch, capsys, dataset, out, auto_resume=True, overwrite=True)
+    assert status == 1
+    assert "--auto_resume=True resumes the run that --overwrite=True would" in output
 
 
 # -----------------------------------------------------------------------------
-# when states are written
+# writing states
 
 def test_states_are_saved_every_save_interval_steps(whole, dataset, tmp_path, monkeypatch):
     saved, real = [], files.save
@@ -309,8 +310,8 @@ def test_states_are_saved_every_save_interval_steps(whole, dataset, tmp_path, mo
     assert_same_weights(tmp_path / "out", whole)
 
 
-def failing_fsync(monkeypatch, name, steps, error):
-    """At these saves of `name`, counted from 0, writing fails with this error."""
+def fail_writes(monkeypatch, name, steps, error):
+    """Make these writes of the file `name`, counted from 0, fail with this error."""
     count, real = [-1], files.write_atomic
 
     def write_atomic(path, write, keep=1):
@@ -332,10 +333,10 @@ def test_a_disk_that_fails_once_does_not_end_the_run(whole, dataset, tmp_path, m
                                                      name, error):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        failing_fsync(patch, name, [1], error)
-        status, said = resume_run(patch, capsys, dataset, out, init_from="scratch")
+        fail_writes(patch, name, [1], error)
+        status, output = resume_run(patch, capsys, dataset, out, init_from="scratch")
     assert status == 0
-    assert said.count(f"warning: step 3: cannot write {out / name} ({error.strerror})") == 1
+    assert output.count(f"warning: step 3: cannot write {out / name} ({error.strerror})") == 1
     assert not list(out.glob("*.tmp"))
     assert_same_weights(out, whole)
     assert step_of(out / "state.1.pt") == (0 if name == "state.pt" else 3)
@@ -344,10 +345,10 @@ def test_a_disk_that_fails_once_does_not_end_the_run(whole, dataset, tmp_path, m
 @pytest.mark.parametrize("name", ["state.pt", "ckpt.pt"])
 def test_a_disk_that_fails_until_the_end_is_an_error(dataset, tmp_path, monkeypatch, capsys, name):
     out = tmp_path / "out"
-    failing_fsync(monkeypatch, name, [1, 2, 3], OSError(errno.ENOSPC, "No space left on device"))
-    status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch")
+    fail_writes(monkeypatch, name, [1, 2, 3], OSError(errno.ENOSPC, "No space left on device"))
+    status, output = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch")
     assert status == 1
-    assert said.splitlines()[-1].startswith(f"error: cannot write {out / name} (No space left")
+    assert output.splitlines()[-1].startswith(f"error: cannot write {out / name} (No space left")
     assert step_of(out / name) == 0
 
 
@@ -355,13 +356,13 @@ def test_the_status_of_a_run_is_saved_even_on_a_full_disk(dataset, tmp_path, mon
     """run.json is overwritten in place if the disk has no space for a new file."""
     out, full = tmp_path / "out", OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        failing_fsync(patch, "run.json", range(1, 99), full)
+        fail_writes(patch, "run.json", range(1, 99), full)
         assert resume_run(patch, capsys, dataset, out, init_from="scratch")[0] == 0
     last = resume.read_run_file(out)
     assert (last["status"], last["saved_step"]) == ("done", 6)
     with monkeypatch.context() as patch:
         for name in ("run.json", "state.pt"):
-            failing_fsync(patch, name, range(1 if name == "run.json" else 0, 99), full)
+            fail_writes(patch, name, range(1 if name == "run.json" else 0, 99), full)
         assert resume_run(patch, capsys, dataset, out, max_iters=9)[0] == 1
     last = resume.read_run_file(out)
     assert (last["status"], last["saved_step"]) == ("failed", None)
@@ -386,13 +387,13 @@ def test_a_best_model_that_was_not_written_is_not_the_best(dataset, tmp_path, mo
     """The losses are 3.0, 2.0 (not written) and 2.5: the last is the best on disk."""
     pairs = iter([(3.0, 3.0), (2.0, 2.0), (2.5, 2.5)])
     monkeypatch.setattr(train, "evaluate_splits", lambda r: list(next(pairs)))
-    failing_fsync(monkeypatch, "ckpt.pt", [1], OSError(errno.ENOSPC, "No space left on device"))
+    fail_writes(monkeypatch, "ckpt.pt", [1], OSError(errno.ENOSPC, "No space left on device"))
     assert run_train(dataset, tmp_path, always_save_checkpoint=False) == 0
     assert files.load(tmp_path / "ckpt.pt")["best_val_loss"] == 2.5
 
 
 def no_file_above_60_kb(rank):
-    """state.pt has 100 kB, ckpt.pt 40 kB."""
+    """Limit files to 60 kB: state.pt has 100 kB, ckpt.pt 40 kB."""
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
@@ -400,9 +401,9 @@ def no_file_above_60_kb(rank):
 def test_a_run_continues_if_the_system_limits_the_size_of_files(whole, dataset, out, tmp_path):
     """It continues to the last step, and its earlier states can be resumed."""
     argv = arguments(dataset, out, init_from="resume", max_iters=9)
-    (status,), said = run_ranks(1, argv, tmp_path / "log", no_file_above_60_kb)
+    (status,), output = run_ranks(1, argv, tmp_path / "log", no_file_above_60_kb)
     assert status == 1
-    assert "error: cannot write" in said and "File too large" in said
+    assert "error: cannot write" in output and "File too large" in output
     assert [step_of(path) for path in resume.state_files(out)] == [6, 3]
     assert not list(out.glob("*.tmp"))
     assert step_of(out / "ckpt.pt") == 9
@@ -414,9 +415,9 @@ def test_a_folder_deleted_during_a_run_is_a_one_line_error(dataset, tmp_path, mo
     out, real = tmp_path / "out", train.update
     monkeypatch.setattr(train, "update", lambda r, *args: (
         shutil.rmtree(out, ignore_errors=True), real(r, *args))[1])
-    status, said = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch")
-    assert status == 1 and f"error: cannot write {out}" in said
-    assert f"warning: cannot write to {out}" in said  # for metrics.jsonl, printed once
+    status, output = resume_run(monkeypatch, capsys, dataset, out, init_from="scratch")
+    assert status == 1 and f"error: cannot write {out}" in output
+    assert f"warning: cannot write to {out}" in output  # for metrics.jsonl, printed once
 
 
 def test_a_save_makes_no_copy_of_the_tensors(tmp_path):
@@ -435,13 +436,13 @@ def test_a_save_makes_no_copy_of_the_tensors(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# how the last process ended
+# the end of the last process
 
 def wait_for(job, out, step):
     """Wait until metrics.jsonl has that step."""
     while job.alive() and resume.reached_step(out) <= step:
         pass
-    assert job.alive(), job.said()
+    assert job.alive(), job.output()
 
 
 def test_a_resume_says_that_the_last_run_was_killed(dataset, tmp_path, monkeypatch, capsys):
@@ -451,10 +452,10 @@ def test_a_resume_says_that_the_last_run_was_killed(dataset, tmp_path, monkeypat
     job.kill()
     assert job.wait() == [-signal.SIGKILL]
     reached = resume.reached_step(out)
-    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=4, eval_interval=4)
+    status, output = resume_run(monkeypatch, capsys, dataset, out, max_iters=4, eval_interval=4)
     assert status == 0
-    assert "ended without a message: it was killed" in said
-    assert f"resuming from step 0: steps 0 to {reached} are done again" in said
+    assert "ended without a message: it was killed" in output
+    assert f"resuming from step 0: steps 0 to {reached} are done again" in output
     assert "without a message" not in resume_run(monkeypatch, capsys, dataset, out, max_iters=4)[1]
 
 
@@ -470,8 +471,8 @@ def test_a_run_that_failed_or_was_stopped_says_so_in_run_json(dataset, out, monk
         real = train.update
         patch.setattr(train, "update", lambda *args: (  # sent twice, as some schedulers do
             signal.raise_signal(signal.SIGTERM), real(*args))[1])
-        status, said = resume_run(patch, capsys, dataset, out, max_iters=9)
-    assert status == 143 and "without a message" not in said
+        status, output = resume_run(patch, capsys, dataset, out, max_iters=9)
+    assert status == 143 and "without a message" not in output
     assert resume.read_run_file(out) | {"pid": 0, "host": ""} == {
         "run_id": resume.read_run_file(out)["run_id"], "status": "stopped", "pid": 0, "host": "",
         "saved_step": 8}
@@ -497,8 +498,8 @@ def test_damaged_metrics_do_not_stop_a_run_or_an_export(whole, dataset, out, mon
     assert [entry.get("iter") for entry in read_metrics(out)[-2:]] == [6, None]
     (out / "metrics.jsonl").unlink()
     (out / "metrics.jsonl").mkdir()
-    status, said = resume_run(monkeypatch, capsys, dataset, out, max_iters=8)
-    assert status == 0 and said.count("warning: cannot write to") == 1
+    status, output = resume_run(monkeypatch, capsys, dataset, out, max_iters=8)
+    assert status == 0 and output.count("warning: cannot write to") == 1
 
 
 # -----------------------------------------------------------------------------
@@ -514,9 +515,9 @@ def little_memory(rank):
 
 def test_a_machine_without_memory_is_a_one_line_error(dataset, tmp_path):
     argv = arguments(dataset, tmp_path / "out", batch_size=4096, n_embd=64, n_layer=4)
-    (status,), said = run_ranks(1, argv, tmp_path / "log", little_memory)
+    (status,), output = run_ranks(1, argv, tmp_path / "log", little_memory)
     assert status == 1
-    error = said[said.index("error: "):]
+    error = output[output.index("error: "):]
     assert error.startswith("error: out of memory on this machine (")
     assert "lower --batch_size, and raise --gradient_accumulation_steps" in error
     assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""sample.py on tiny runs: what it prints for which options, and what it refuses."""
+"""sample.py on tiny runs: the output for each option, and refused input."""
 import io
 import json
 import os
@@ -45,7 +45,7 @@ def samples(capsys):
 
 
 # -----------------------------------------------------------------------------
-# what is printed
+# output
 
 def test_several_samples_differ_and_a_seed_repeats_them(chars, samples):
     texts = samples(chars, start="Line ", num_samples=4)
@@ -66,7 +66,7 @@ def test_temperature_top_k_and_top_p_take_effect(chars, samples):
 
 
 def test_the_smallest_temperature_and_top_p_are_greedy(chars, samples):
-    """They are rounded to 0 in float32, which once drew an id beyond the vocabulary."""
+    """Float32 rounds them to 0, and such a 0 once drew an id beyond the vocabulary."""
     greedy = samples(chars, start="Line", num_samples=2, temperature=0)
     for small in (1e-30, 1e-40, 1e-300):
         assert samples(chars, start="Line", num_samples=2, temperature=small) == greedy
@@ -78,7 +78,7 @@ def test_a_sample_can_be_longer_than_the_context(chars, samples):
     assert len(text) == 54
 
 
-def test_init_from_takes_the_place_of_out_dir(chars, samples):
+def test_init_from_is_used_instead_of_out_dir(chars, samples):
     assert samples("nothing", init_from=chars, start="L") == samples(chars, start="L")
 
 
@@ -119,7 +119,7 @@ def test_end_of_text_ends_a_sample(json_run, samples, monkeypatch):
 
 
 def test_a_sample_is_printed_when_it_ends(json_run, monkeypatch, capsys):
-    """Not when all have ended. An incomplete character at its end is left out."""
+    """It does not wait for other samples. An incomplete character at its end is left out."""
     tokenizer = JsonTokenizer(tiny_json())
     eot, (first, *_) = tokenizer.eot, tokenizer.encode("\U0001f642")
     seen = []
@@ -134,7 +134,7 @@ def test_a_sample_is_printed_when_it_ends(json_run, monkeypatch, capsys):
     assert capsys.readouterr().out == "Line" + tokenizer.decode([6, 7]) + RULE
 
 
-def test_an_empty_prompt_stands_for_end_of_text(json_run, samples):
+def test_an_empty_prompt_means_end_of_text(json_run, samples):
     started = samples(json_run, start="", num_samples=2, temperature=0)
     assert all(text and EOT not in text for text in started)
     assert samples(json_run, start=EOT, num_samples=2, temperature=0) == [
@@ -269,7 +269,7 @@ def test_a_prompt_in_a_batch_gets_the_same_text_as_alone(chars, samples, capsys,
 
 
 def test_interactive_mode_answers_each_line(chars, samples, capsys, monkeypatch):
-    """With the texts of one command per prompt. A bad prompt prints one line of error."""
+    """The texts equal those of one command per prompt. A bad prompt prints a one-line error."""
     alone = [samples(chars, start=prompt, num_samples=2) for prompt in ("Line ", "L")]
     monkeypatch.setattr("sys.stdin", io.StringIO(f"Line \né\n{'L' * 17}\nL\n"))
     main([f"--out_dir={chars}", "--interactive", "--num_samples=2", "--max_new_tokens=12",
@@ -295,7 +295,7 @@ def test_ctrl_c_ends_the_sample_and_not_the_session(chars, capsys, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# refused input
 
 def refuse(out_dir, message, *argv):
     with pytest.raises(UserError, match=message) as error:
@@ -352,7 +352,7 @@ def test_the_path_of_a_checkpoint_is_accepted_as_a_model(chars, samples):
     ({"init_from": "x.pt"}, r"x.pt does not exist"), ({"init_from": "note.txt"}, "is a file"),
     ({"init_from": "a/b/c"}, "a/b/c does not exist"), ({"init_from": ""}, " does not exist|holds"),
     ({"init_from": "../gpt2"}, "../gpt2 does not exist"),
-], ids=str)
+])
 def test_a_name_that_is_not_a_hub_id_is_never_downloaded(chars, options, message, tmp_path,
                                                          monkeypatch):
     def asked(*args, **kwargs):

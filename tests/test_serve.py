@@ -143,10 +143,10 @@ def test_a_sample_ends_before_the_first_stop_text(server):
 
 
 def test_end_of_text_stops_a_sample_and_is_counted(server, monkeypatch):
-    """It adds no text. Text held back as the start of a stop text is sent first."""
+    """It adds no text. Text that might have begun a stop text is sent first."""
     engine = server.engines["json"]
-    held, = engine.model.tokenizer.encode("L")
-    drawn = [[held, held], [held, engine.model.tokenizer.eot]]
+    letter, = engine.model.tokenizer.encode("L")
+    drawn = [[letter, letter], [letter, engine.model.tokenizer.eot]]
 
     def stream(*args, **options):
         for ids in drawn:
@@ -237,7 +237,7 @@ def test_the_official_client_works(server):
         client.completions.create(**options | {"model": "gpt-4"})
 
 
-def test_an_onnx_file_answers_as_the_run_it_was_exported_from(tmp_path, make_run):
+def test_an_onnx_file_gives_the_answers_of_the_exported_run(tmp_path, make_run):
     pytest.importorskip("onnxruntime")
     import export
     out_dir, _ = make_run(CharTokenizer(sorted(set(TEXT))))
@@ -331,11 +331,11 @@ def test_the_thread_of_a_model_sets_its_gpu(monkeypatch):
 
 def test_two_models_generate_at_the_same_time():
     with served({"a": tiny_model(seconds=0.01), "b": tiny_model()}) as server:
-        held = start_request(server, model="a", max_tokens=2000)
+        running = start_request(server, model="a", max_tokens=2000)
         wait_until(lambda: server.engines["a"].running)
         assert texts(complete(server, model="b", prompt="L"))
         assert server.engines["a"].running
-        held.close()
+        running.close()
 
 
 @pytest.mark.parametrize("failure, status, message", [
@@ -361,7 +361,7 @@ def test_a_server_that_is_closed_ends_its_generations():
     with served({"slow": model}) as server:
         answer = start_request(server, max_tokens=2000, stream=True).getresponse()
         wait_until(lambda: model.fast.steps > 2)
-    assert b"[DONE]" not in answer.read()  # so the client knows that it is incomplete
+    assert b"[DONE]" not in answer.read()  # so the client knows that the answer is incomplete
     assert model.fast.steps < 1000
     assert not any(thread.name.startswith("engine slow") for thread in threading.enumerate())
 
@@ -382,7 +382,7 @@ def test_the_models_are_listed_with_their_facts(make_run, tmp_path):
 
 
 def test_the_losses_of_a_run_are_served(make_run):
-    """Read again for each request, as the run may be training. Incomplete lines are skipped."""
+    """The file is read for each request: the run may be training. Incomplete lines are skipped."""
     out_dir, _ = make_run(CharTokenizer(sorted(set(TEXT))))
     log = out_dir / "metrics.jsonl"
     log.write_text('{"step": 0, "train_loss": 3.0, "val_loss": 3.2}\n{"iter": 0, "loss": 3.1}\n'
@@ -435,7 +435,7 @@ def test_models_are_named_after_their_folders_and_files():
     (["--port=65536"], "--port=65536 must be in"), (["--out_dir=,"], "no model given"),
     (["--port=0", "--out_dir=out-none"], "out-none does not exist"),
     (["--port=0", "--host=host.invalid", "--token=" + "a" * 20], "cannot listen on host.invalid"),
-], ids=str)
+])
 def test_bad_options_are_refused(argv, message):
     with pytest.raises(UserError, match=message) as error:
         serve.main(argv)

@@ -51,7 +51,7 @@ def handler_threads():
 
 
 # -----------------------------------------------------------------------------
-# who may ask
+# access
 
 @pytest.mark.parametrize("access, host, origin, allowed", [
     # DNS rebinding: the name of a site resolves to this machine
@@ -78,7 +78,7 @@ def handler_threads():
     ({"names": ("gpt.example",)}, "gpt.example", "https://gpt.example", True),
     ({"names": ("gpt.example",)}, "127.0.0.1:8000", "https://gpt.example", True),
     ({"names": ("gpt.example",)}, "gpt.example.evil.example", None, False),
-], ids=str)
+])
 def test_host_and_origin_must_be_those_of_this_server(access, host, origin, allowed):
     headers = http.client.HTTPMessage()
     for name, value in (("Host", host), ("Origin", origin)):
@@ -216,7 +216,7 @@ def test_a_client_that_sends_byte_by_byte_is_disconnected(server, monkeypatch):
     for before in (b"", begin):
         with socket.create_connection(("127.0.0.1", server.port), timeout=0.05) as connection:
             connection.sendall(before)
-            assert drip(connection) < 200, "the server reads on"
+            assert drip(connection) < 200, "the server still reads"
 
 
 def drip(connection):
@@ -244,20 +244,20 @@ def test_silent_connections_delay_nobody_and_are_closed(server, monkeypatch):
 
 
 def test_connections_beyond_the_limit_are_closed(server, monkeypatch):
-    wait_until(lambda: not handler_threads())  # else one of them releases a new slot
+    wait_until(lambda: not handler_threads())  # else an old thread releases a new slot
     monkeypatch.setattr(server_module, "READ_SECONDS", 60)
     monkeypatch.setattr(server, "slots", threading.BoundedSemaphore(2))
-    held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+    connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
     wait_until(lambda: len(handler_threads()) == 2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as third:
         assert third.recv(1) == b""
-    for connection in held:
+    for connection in connections:
         connection.close()
     wait_until(lambda: not handler_threads())
 
 
 def test_a_client_that_stops_reading_delays_nobody(server):
-    """The server buffers its text, at most max_tokens, and the model continues with others."""
+    """The server buffers the text, at most max_tokens, and goes on to the next request."""
     body = b'{"prompt": "L", "max_tokens": 500, "n": 8, "stream": true, "logprobs": 20}'
     with socket.create_connection(("127.0.0.1", server.port)) as stuck:
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)

@@ -1,4 +1,4 @@
-"""serve.py's /v1/chat/completions: OpenAI's form, dropped messages, what is refused."""
+"""serve.py's /v1/chat/completions: OpenAI's form, dropped messages, refused requests."""
 import json
 
 import pytest
@@ -172,6 +172,6 @@ def test_the_official_client_works(server, answers):
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="unused")
     whole = client.chat.completions.create(model="talker", messages=HI)
     assert whole.choices[0].message.content == "Hello you."
-    again = [*HI, whole.choices[0].message.model_dump(), *HI]  # as its users send the history
+    again = [*HI, whole.choices[0].message.model_dump(), *HI]  # the history, as users send it
     with client.chat.completions.create(model="talker", messages=again, stream=True) as events:
         assert "".join(e.choices[0].delta.content for e in events) == "Hello you."

@@ -34,11 +34,11 @@ def out(dataset, tmp_path):
     return tmp_path / "out"
 
 
-def go_on(monkeypatch, capsys, out, *argv):
+def resume_run(monkeypatch, capsys, out, *argv):
     """Resume with further arguments; returns (exit status, stdout and stderr)."""
-    status, said, err = run_script(monkeypatch, capsys, train.main, [
+    status, output, err = run_script(monkeypatch, capsys, train.main, [
         f"--out_dir={out}", "--init_from=resume", "--device=cpu", *argv])
-    return status, said + err
+    return status, output + err
 
 
 def config_of(out):
@@ -59,8 +59,8 @@ def test_settings_json_has_each_option_by_section(out, dataset):
 
 def test_a_resume_needs_only_out_dir(out, dataset, tmp_path, monkeypatch, capsys):
     """The weights are those of a run that never stopped."""
-    status, said = go_on(monkeypatch, capsys, out, "--max_iters=6")
-    assert status == 0 and "max_iters: 3 -> 6\n" in said and said.count(" -> ") == 1
+    status, output = resume_run(monkeypatch, capsys, out, "--max_iters=6")
+    assert status == 0 and "max_iters: 3 -> 6\n" in output and output.count(" -> ") == 1
     assert run_train(dataset, tmp_path / "once", max_iters=6, **FIELDS) == 0
     one, other = (files.load(folder / "state.pt") for folder in (out, tmp_path / "once"))
     for name, weight in one["model"].items():
@@ -70,26 +70,26 @@ def test_a_resume_needs_only_out_dir(out, dataset, tmp_path, monkeypatch, capsys
 
 def test_options_changed_at_a_resume_are_printed_and_kept(out, monkeypatch, capsys, tmp_path):
     (tmp_path / "c.py").write_text("learning_rate = 1e-2\ndropout = 0.1\n")
-    status, said = go_on(monkeypatch, capsys, out, str(tmp_path / "c.py"), "--max_iters=4")
-    assert status == 0 and "learning_rate: 0.005 -> 0.01\n" in said and "dropout: " not in said
+    status, output = resume_run(monkeypatch, capsys, out, str(tmp_path / "c.py"), "--max_iters=4")
+    assert status == 0 and "learning_rate: 0.005 -> 0.01\n" in output and "dropout: " not in output
     assert config_of(out)["learning_rate"] == 1e-2
     written = json.loads((out / "settings.json").read_text())["settings"]
     assert written["optimizer"]["learning_rate"] == 1e-2
 
 
-@pytest.mark.parametrize("argv, told", [
+@pytest.mark.parametrize("argv, message", [
     (["--n_layer=3"], "--n_layer=3: the run in .* was started with n_layer=2, which a resume can"),
     (["--weights=bfloat16"], "was started with weights=float32, which a resume cannot change"),
     (["--init_from=gpt2", "--auto_resume"], "was started with init_from=scratch, which a resume"),
     (["--seed=5"], "seed was 1337, now 5; give the old values, or --force_resume=True"),
     (["--batch_size=3"], "global batch was 4, now 6"),
-], ids=str)
-def test_options_that_a_resume_cannot_change_are_refused(out, argv, told, monkeypatch, capsys):
+])
+def test_options_that_a_resume_cannot_change_are_refused(out, argv, message, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     argv = [f"--out_dir={out}", "--init_from=resume", "--device=cpu", "--max_iters=9", *argv]
     status, _, err = run_script(monkeypatch, capsys, train.main, argv)
     assert status == 1 and err.count("\n") == 1
-    assert re.search(told, err), err
+    assert re.search(message, err), err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -112,9 +112,9 @@ def test_a_damaged_settings_file_is_a_warning(out, content, monkeypatch, capsys)
     (out / "settings.json").unlink()
     if content is not None:
         (out / "settings.json").write_bytes(content)
-    status, said = go_on(monkeypatch, capsys, out)
+    status, output = resume_run(monkeypatch, capsys, out)
     assert status == 0
-    assert "settings.json is missing" in said or "settings.json is damaged" in said
+    assert "settings.json is missing" in output or "settings.json is damaged" in output
     again = json.loads((out / "settings.json").read_text())
     assert again["settings"] == json.loads(good)["settings"]
 
@@ -122,14 +122,14 @@ def test_a_damaged_settings_file_is_a_warning(out, content, monkeypatch, capsys)
 def test_a_settings_file_of_a_newer_version_is_refused(out, monkeypatch, capsys):
     content = json.loads((out / "settings.json").read_text()) | {"version": 99}
     (out / "settings.json").write_text(json.dumps(content))
-    status, said = go_on(monkeypatch, capsys, out)
-    assert status == 1 and "was written by a newer nanotune (version 99" in said
+    status, output = resume_run(monkeypatch, capsys, out)
+    assert status == 1 and "was written by a newer nanotune (version 99" in output
 
 
 def test_a_resume_without_its_dataset_is_refused(out, dataset, monkeypatch, capsys):
     dataset.rename(dataset.with_name("other"))
-    status, said = go_on(monkeypatch, capsys, out)
-    assert status == 1 and said.count("\n") == 1 and "words does not exist; run: python" in said
+    status, output = resume_run(monkeypatch, capsys, out)
+    assert status == 1 and output.count("\n") == 1 and "words does not exist; run: python" in output
 
 
 def test_a_run_of_the_first_edition_can_be_resumed(out, monkeypatch, capsys):
@@ -142,8 +142,8 @@ def test_a_run_of_the_first_edition_can_be_resumed(out, monkeypatch, capsys):
     (out / "settings.json").unlink()
     config = settings.read_run_config(out)
     assert config["eval_iters"] == 6 and "init_from" not in config
-    status, said = go_on(monkeypatch, capsys, out, "--max_iters=4")
-    assert status == 0 and "settings.json" not in said
+    status, output = resume_run(monkeypatch, capsys, out, "--max_iters=4")
+    assert status == 0 and "settings.json" not in output
     assert config_of(out)["eval_iters"] == 6 and (out / "settings.json").is_file()
 
 
@@ -151,9 +151,9 @@ def test_the_settings_of_a_nanogpt_checkpoint_are_read(dataset, tmp_path, monkey
     out = tmp_path / "out"
     out.mkdir()
     torch.save(nanogpt_checkpoint(dataset=dataset)[0], out / "ckpt.pt")
-    status, said = go_on(monkeypatch, capsys, out, "--max_iters=5", "--dtype=float32",
-                         "--compile=False", "--eval_interval=1", "--eval_iters=2")
-    assert status == 0 and "max_iters: 600000 -> 5" in said, said
+    status, output = resume_run(monkeypatch, capsys, out, "--max_iters=5", "--dtype=float32",
+                                "--compile=False", "--eval_interval=1", "--eval_iters=2")
+    assert status == 0 and "max_iters: 600000 -> 5" in output, output
     kept = config_of(out)
     assert (kept["learning_rate"], kept["warmup_iters"], kept["device"]) == (6e-4, 2000, "cpu")
 
@@ -170,28 +170,28 @@ def best_at_step_3(monkeypatch):
 def test_the_best_and_the_latest_model_are_kept(dataset, tmp_path, monkeypatch, capsys):
     best_at_step_3(monkeypatch)
     out = tmp_path / "my out"
-    status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+    status, output, _ = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, out, max_iters=9))
     assert status == 0
     best, latest = files.load(out / "best.pt"), files.load(out / "ckpt.pt")
     assert (best["iter_num"], latest["iter_num"]) == (3, 9)
     assert best["best_val_loss"] == latest["best_val_loss"] == 1.0
-    command = said.splitlines()[-1].partition("sample from it: ")[2]
-    assert f"best validation loss 1.0000 at step 3, in {out}/best.pt" in said
+    command = output.splitlines()[-1].partition("sample from it: ")[2]
+    assert f"best validation loss 1.0000 at step 3, in {out}/best.pt" in output
     assert shlex.split(command) == ["python", "sample.py", f"--out_dir={out}/best.pt"]
     sample.main([*shlex.split(command)[2:], "--device=cpu", "--max_new_tokens=3"])
 
 
 def test_the_last_line_names_the_run_if_ckpt_is_the_best(dataset, tmp_path, monkeypatch, capsys):
-    status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+    status, output, _ = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", always_save_checkpoint=False))
-    assert status == 0 and said.rstrip().endswith(f"python sample.py --out_dir={tmp_path}/out")
+    assert status == 0 and output.rstrip().endswith(f"python sample.py --out_dir={tmp_path}/out")
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_the_best_model_is_kept_if_always_save_checkpoint_changes(dataset, tmp_path, monkeypatch,
                                                                   first):
-    """It is moved to the file in which the resumed run keeps the best model."""
+    """The best model is moved to the file in which the resumed run keeps it."""
     best_at_step_3(monkeypatch)
     out = tmp_path / "out"
     assert run_train(dataset, out, max_iters=6, always_save_checkpoint=first) == 0
@@ -215,9 +215,9 @@ def test_a_best_model_that_cannot_be_written_gives_a_warning(dataset, tmp_path, 
         raise files.WriteError(f"cannot write {target}")
     with monkeypatch.context() as patch:
         patch.setattr(files, "link", link)
-        _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+        _, output, _ = run_script(monkeypatch, capsys, train.main, arguments(
             dataset, tmp_path / "out", max_iters=3))
-    assert "best.pt. The run goes on and tries again" in said
+    assert "best.pt. The run goes on and tries again" in output
     assert files.load(tmp_path / "out/state.pt")["iter_num"] == 3
 
 
@@ -228,7 +228,7 @@ def test_without_always_save_checkpoint_the_best_model_is_ckpt_pt(dataset, tmp_p
     assert not (tmp_path / "out/best.pt").exists()
 
 
-def test_a_best_model_that_is_the_latest_takes_no_disk(out):
+def test_a_best_model_that_is_the_latest_takes_no_disk_space(out):
     assert os.path.samefile(out / "best.pt", out / "ckpt.pt")
 
 
@@ -243,11 +243,11 @@ def test_a_file_is_copied_if_it_cannot_be_linked(tmp_path, monkeypatch):
 def test_printed_lines_and_samples_are_kept_in_files(dataset, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for steps, more in ((3, {}), (6, {"init_from": "resume"})):
-        status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+        status, output, _ = run_script(monkeypatch, capsys, train.main, arguments(
             dataset, out, max_iters=steps, sample_interval=1, sample_start="abc", **more))
         assert status == 0
         log = (out / "train.log").read_text()
-        for line in said.splitlines():
+        for line in output.splitlines():
             assert line in log
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step 0: train loss", log, re.MULTILINE)
     samples = re.findall(r"=== step (\d+) ===\nabc", (out / "samples.txt").read_text())
@@ -258,14 +258,14 @@ def test_printed_lines_and_samples_are_kept_in_files(dataset, tmp_path, monkeypa
 
 
 def test_tensorboard_gets_the_logged_numbers(dataset, tmp_path, monkeypatch):
-    told = []
-    writer = types.SimpleNamespace(add_scalar=lambda *args: told.append(args),
-                                   close=lambda: told.append("closed"))
+    calls = []
+    writer = types.SimpleNamespace(add_scalar=lambda *args: calls.append(args),
+                                   close=lambda: calls.append("closed"))
     monkeypatch.setattr(run, "check_tensorboard", lambda: None)
     monkeypatch.setattr(logbook, "start_tensorboard", lambda out_dir, start: writer)
     assert run_train(dataset, tmp_path / "out", max_iters=2, tensorboard=True) == 0
-    assert told[-1] == "closed"
-    assert {args[0] for args in told[:-1]} >= {"loss", "val_loss", "train_loss", "tok_s"}
+    assert calls[-1] == "closed"
+    assert {args[0] for args in calls[:-1]} >= {"loss", "val_loss", "train_loss", "tok_s"}
 
 
 def test_tensorboard_that_is_not_installed_is_refused(monkeypatch):
@@ -275,25 +275,25 @@ def test_tensorboard_that_is_not_installed_is_refused(monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# other users of the settings
+# settings in other scripts
 
 def test_evaluation_does_not_depend_on_the_batch_size(dataset, tmp_path, monkeypatch, capsys):
     losses = []
     for size in (1, 2, 3, 8):
-        status, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+        status, output, _ = run_script(monkeypatch, capsys, train.main, arguments(
             dataset, tmp_path / "out", eval_only=True, batch_size=size, eval_iters=7,
             gradient_accumulation_steps=1))
         assert status == 0
-        losses.append([float(word.strip(",")) for word in said.split() if "." in word])
+        losses.append([float(word.strip(",")) for word in output.split() if "." in word])
     for found in losses[1:]:
         assert found == pytest.approx(losses[0], abs=1.1e-4)  # four digits are printed
 
 
 def test_evaluate_uses_the_dataset_of_the_run(out, dataset, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    status, said, err = run_script(monkeypatch, capsys, evaluate.main, [
+    status, output, err = run_script(monkeypatch, capsys, evaluate.main, [
         f"--out_dir={out}", "--device=cpu"])
-    assert status == 0 and f"on {dataset} val: loss" in said, err
+    assert status == 0 and f"on {dataset} val: loss" in output, err
     with pytest.raises(UserError, match=r"gpt2 is not a run with .*already: words"):
         evaluate.main(["--init_from=gpt2", "--device=cpu"])
 
@@ -304,8 +304,8 @@ def test_train_without_arguments_lists_config_files_and_datasets(tmp_path, monke
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "mine.py").write_text("# my own\nmax_iters = 1\n")
     train.main([])
-    said = capsys.readouterr().out
-    assert "config/mine.py  my own" in said and "prepared already: words" in said
+    output = capsys.readouterr().out
+    assert "config/mine.py  my own" in output and "prepared already: words" in output
 
 
 # -----------------------------------------------------------------------------
@@ -324,31 +324,31 @@ def test_flops_for_mfu_count_only_what_is_computed():
 
 
 def test_mfu_is_left_out_if_the_measured_peak_is_too_low(dataset, tmp_path, monkeypatch, capsys):
-    for peak, there in ((1.0, False), (1e15, True)):
+    for peak, shown in ((1.0, False), (1e15, True)):
         monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, peak=peak: peak)
-        _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+        _, output, _ = run_script(monkeypatch, capsys, train.main, arguments(
             dataset, tmp_path / "out", max_iters=1, overwrite=True))
-        assert (", mfu " in said) == there
+        assert (", mfu " in output) == shown
 
 
 def test_the_first_line_says_that_its_loss_has_dropout(dataset, tmp_path, monkeypatch, capsys):
     for dropout, count in ((0.1, 1), (0.0, 0)):
-        _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+        _, output, _ = run_script(monkeypatch, capsys, train.main, arguments(
             dataset, tmp_path / "out", max_iters=3, dropout=dropout, overwrite=True))
-        assert said.count("with dropout 0.1") == count
+        assert output.count("with dropout 0.1") == count
         assert not count or ", with dropout 0.1, time" in next(
-            line for line in said.splitlines() if line.startswith("iter 0"))
+            line for line in output.splitlines() if line.startswith("iter 0"))
 
 
 def test_a_step_without_targets_prints_no_loss(dataset, tmp_path, monkeypatch, capsys):
     mask = np.ones(2000, np.uint8)
     mask[:400] = 0
-    for split, held in (("train", mask), ("val", np.ones(400, np.uint8))):
-        held.tofile(dataset / f"{split}.mask.bin")
+    for split, values in (("train", mask), ("val", np.ones(400, np.uint8))):
+        values.tofile(dataset / f"{split}.mask.bin")
     monkeypatch.setattr(TokenBin, "position", lambda self, n: 0 if n < 4 else 1000)
-    _, said, _ = run_script(monkeypatch, capsys, train.main, arguments(
+    _, output, _ = run_script(monkeypatch, capsys, train.main, arguments(
         dataset, tmp_path / "out", max_iters=2))
-    lines = [line for line in said.splitlines() if line.startswith("iter")]
+    lines = [line for line in output.splitlines() if line.startswith("iter")]
     assert lines[0].startswith("iter 0: no token counts in the loss, time")
     assert lines[1].startswith("iter 1: loss ")
 
@@ -363,8 +363,8 @@ def test_epochs_can_be_given_instead_of_max_iters(dataset, tmp_path, monkeypatch
     steps = files.load(out / "state.pt")["iter_num"]
     data = open_dataset(dataset / "train.bin", resume_config(out))
     assert steps == -(-2 * data.n_blocks // 32) > 1
-    status, said = go_on(monkeypatch, capsys, out, "--epochs=3")
-    assert status == 0 and "epochs: 2.0 -> 3.0" in said and "max_iters" not in said
+    status, output = resume_run(monkeypatch, capsys, out, "--epochs=3")
+    assert status == 0 and "epochs: 2.0 -> 3.0" in output and "max_iters" not in output
     assert files.load(out / "state.pt")["iter_num"] == -(-3 * data.n_blocks // 32)
 
 

@@ -56,7 +56,7 @@ def reference(theirs, x, y):
 
 
 def test_buckets_of_distances_are_those_of_the_paper():
-    """The smallest distance of each bucket."""
+    """Compare the smallest distance of each bucket."""
     back = bucket_of(-torch.arange(200), 32, 128, both_ways=False)
     first = [int((back == bucket).nonzero()[0]) for bucket in range(32)]
     assert first == [*range(16), 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
@@ -76,15 +76,15 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(shape, dtype, tol
     theirs.to(dtype), ours.to(dtype)
     ours.tie_head()
     x, y = pairs()
-    wanted = reference(theirs, x, y)
-    scale = float(wanted.logits.detach().abs().max())
+    expected = reference(theirs, x, y)
+    scale = float(expected.logits.detach().abs().max())
     logits = ours.lm_head(ours.hidden(x, y))
-    torch.testing.assert_close(logits, wanted.logits, rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=tolerance * scale)
     at = torch.cat(list(ours.logits_at(x, y)))
     torch.testing.assert_close(at, logits[y != -1].float())
     loss = ours(x, y) / (y != -1).sum()
-    torch.testing.assert_close(loss, wanted.loss, rtol=tolerance, atol=tolerance)
-    loss.backward(), wanted.loss.backward()
+    torch.testing.assert_close(loss, expected.loss, rtol=tolerance, atol=tolerance)
+    loss.backward(), expected.loss.backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
     layout = hf_config.layout_of(vars(ours.config))
     for name, param in ours.named_parameters():
@@ -122,14 +122,14 @@ PROMPTS = [[5, 9, 33, 1], [7, 8], [*range(2, 40), 1]]  # the second gets its end
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_those_of_transformers(shape, make_t5):
-    """Alone and batched. transformers' cache fails if the decoder has another number of layers."""
+    """Alone and batched. transformers' cache fails if the decoder has more layers."""
     theirs, ours = make_t5(shape)
     batched = greedy(ours, PROMPTS)
     for ids, together in zip(PROMPTS, batched):
         source = torch.tensor([ids if ids[-1] == 1 else [*ids, 1]])
-        wanted = theirs.generate(source, max_new_tokens=12, min_new_tokens=12, do_sample=False,
-                                 use_cache="more decoder" not in shape, eos_token_id=None)
-        assert greedy(ours, [ids]).tolist() == wanted[:, 1:].tolist() == [together.tolist()]
+        expected = theirs.generate(source, max_new_tokens=12, min_new_tokens=12, do_sample=False,
+                                   use_cache="more decoder" not in shape, eos_token_id=None)
+        assert greedy(ours, [ids]).tolist() == expected[:, 1:].tolist() == [together.tolist()]
 
 
 def test_cached_steps_equal_one_forward_pass(make_t5):
@@ -156,9 +156,9 @@ def test_cached_steps_equal_one_forward_pass(make_t5):
 
 def test_a_model_packed_for_generation_gives_the_same_tokens(make_t5):
     _, ours = make_t5("gated, untied")
-    wanted = greedy(ours, PROMPTS, repetition_penalty=1.5)
+    expected = greedy(ours, PROMPTS, repetition_penalty=1.5)
     packed = for_generation(ours, torch.device("cpu"), torch.float32, compiled=True)
-    assert packed is ours and greedy(packed, PROMPTS, repetition_penalty=1.5).equal(wanted)
+    assert packed is ours and greedy(packed, PROMPTS, repetition_penalty=1.5).equal(expected)
 
 
 def test_the_repetition_penalty_ignores_tokens_of_the_source(make_t5):
@@ -209,9 +209,9 @@ def test_config_files_of_transformers_4_and_5_are_read(style, shape, scale, tied
     """In 4.x tie_word_embeddings also says whether to scale the head. In 5.x it is always true, and
     scale_decoder_outputs says whether to scale."""
     theirs, ours = make_t5(shape)
-    said = (dict(tie_word_embeddings=tied, scale_decoder_outputs=None) if style == "4.x"
+    keys = (dict(tie_word_embeddings=tied, scale_decoder_outputs=None) if style == "4.x"
             else dict(tie_word_embeddings=True, scale_decoder_outputs=scale))
-    folder = write_hf(theirs, tensors_of(theirs), **said)
+    folder = write_hf(theirs, tensors_of(theirs), **keys)
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
@@ -258,13 +258,13 @@ def test_an_embedding_only_under_another_name_is_read(make_t5, write_hf):
     assert torch.equal(read.shared.weight, ours.shared.weight)
 
 
-def refused(call, *said):
+def refused(call, *parts):
     with pytest.raises(UserError) as error:
         call()
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in said)
+    assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
 
 
-@pytest.mark.parametrize("fields, said", [
+@pytest.mark.parametrize("fields, parts", [
     (dict(feed_forward_proj="gated-silu"), ("feed_forward_proj='gated-silu'", "gated-gelu")),
     (dict(model_type="mt5"), ("'mt5'", "t5")), (dict(model_type="umt5"), ("'umt5'",)),
     (dict(model_type="longt5"), ("'longt5'",)),
@@ -275,23 +275,23 @@ def refused(call, *said):
     (dict(d_model=17), ("16", "17")),
     (dict(num_decoder_layers=1), ("decoder.block.1", "not part of the model")),
 ])
-def test_unsupported_configs_are_refused(fields, said, write_hf):
+def test_unsupported_configs_are_refused(fields, parts, write_hf):
     theirs = hf_t5()
     folder = write_hf(theirs, tensors_of(theirs), **fields)
-    refused(lambda: load_model(str(folder)), *said)
+    refused(lambda: load_model(str(folder)), *parts)
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, parts", [
     (lambda t: t["decoder.embed_tokens.weight"].add_(1), ("embed", "differs")),
     (lambda t: t.pop("decoder.final_layer_norm.weight"), ("no tensor for decoder.ln_f.weight",)),
     (lambda t: [t.pop(k) for k in list(t) if k.startswith("decoder")], ("no tensor for",)),
     (lambda t: t["shared.weight"].fill_(float("nan")), ("shared.weight", "NaN")),
 ], ids=["embeddings differ", "no last norm", "no decoder", "NaN"])
-def test_damaged_or_incomplete_weights_are_refused(change, said, write_hf):
+def test_damaged_or_incomplete_weights_are_refused(change, parts, write_hf):
     theirs = hf_t5()
     tensors = old_file(tensors_of(theirs))
     change(tensors)
-    refused(lambda: load_model(str(write_hf(theirs, tensors))), *said)
+    refused(lambda: load_model(str(write_hf(theirs, tensors))), *parts)
 
 
 def test_options_that_a_t5_excludes_are_refused(make_t5):
@@ -304,7 +304,7 @@ def test_options_that_a_t5_excludes_are_refused(make_t5):
 
 
 def test_an_exported_tokenizer_appends_the_end_token(tmp_path, monkeypatch):
-    """As T5's own does. A folder with only spiece.model needs further packages."""
+    """As T5's own tokenizer does. A folder with only spiece.model needs further packages."""
     import transformers
     save_tokenizer(tmp_path / "t5", "unigram")
     tokenizer = tokenizer_of_folder(tmp_path / "t5")

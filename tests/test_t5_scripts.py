@@ -22,7 +22,7 @@ LINES = "prompt,completion\n" + "".join(
 
 @pytest.fixture(scope="module")
 def trained(t5_folders, tmp_path_factory):
-    """(out_dir, dataset): the answer to "Line a ..." is "bad", to "Line b ..." "a cab"."""
+    """(out_dir, dataset): the answer to "Line a ..." is "bad", to "Line b ..." it is "a cab"."""
     base = tmp_path_factory.mktemp("trained")
     (base / "lines.csv").write_text(LINES)
     runpy.run_path(str(REPO / "data" / "pairs" / "prepare.py"))["main"]([
@@ -68,7 +68,7 @@ def test_a_t5_classifies(trained, script, method):
     assert len(rows) == 24 and {row["answer"] for row in rows} == {"bad", "a cab"}
 
 
-def test_a_t5_answers_and_cut_answers_are_marked(trained, script):
+def test_answers_of_a_t5_are_scored_and_cut_ones_are_marked(trained, script):
     """Batched answers equal those of one prompt at a time."""
     out_dir, data = trained
     files = []
@@ -119,7 +119,7 @@ def test_an_exported_t5_works_in_transformers_and_loads_again(trained, script, t
     assert out.startswith("a cab\n")
 
 
-@pytest.mark.parametrize("module, fields, said", [
+@pytest.mark.parametrize("module, fields, message", [
     (export, dict(format="peft"), "--format=peft does not support T5; use --format=hf"),
     (export, dict(dtype="float16"), "T5 overflows in float16"),
     (sample, dict(dtype="float16"), "T5 overflows in float16"),
@@ -130,12 +130,12 @@ def test_an_exported_t5_works_in_transformers_and_loads_again(trained, script, t
     (evaluate, dict(task="lambada", input="lambada.jsonl"), "which T5 cannot do; use a GPT"),
 ])
 def test_options_that_a_t5_excludes_are_refused(trained, script, tmp_path, monkeypatch, module,
-                                                fields, said):
+                                                fields, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lambada.jsonl").write_text('{"text": "Line a c"}\n')
     data = {"dataset": trained[1]} if module is evaluate else {}
     status, _, err = script(module, **{"out_dir": trained[0]} | data | fields)
-    assert status == 1 and said in err and err.count("\n") == 1, err
+    assert status == 1 and message in err and err.count("\n") == 1, err
 
 
 def test_runs_py_lists_a_t5(trained, tmp_path, monkeypatch, capsys):

@@ -28,9 +28,9 @@ def fields(t5_folders):
 
 def on_ranks(size, out, **fields):
     argv = arguments(fields.pop("dataset"), out, **fields)
-    statuses, said = run_ranks(size, argv, out.with_suffix(f".log{size}"))
-    assert statuses == [0] * size, said
-    return said
+    statuses, output = run_ranks(size, argv, out.with_suffix(f".log{size}"))
+    assert statuses == [0] * size, output
+    return output
 
 
 def weights_of(out):
@@ -58,10 +58,10 @@ def test_twenty_steps_equal_those_of_a_loop_with_transformers(t5_folders, fields
         lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
     for step, loss in enumerate(ours):
         x, y = pairs.batch(8 * step, 8)
-        wanted = theirs(input_ids=x.clamp(min=0), attention_mask=(x >= 0).long(),
-                        labels=y.masked_fill(y < 0, -100)).loss
-        assert loss == pytest.approx(wanted.item(), rel=1e-4)
-        wanted.backward()
+        expected = theirs(input_ids=x.clamp(min=0), attention_mask=(x >= 0).long(),
+                          labels=y.masked_fill(y < 0, -100)).loss
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
+        expected.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -71,7 +71,7 @@ def test_twenty_steps_equal_those_of_a_loop_with_transformers(t5_folders, fields
 @pytest.mark.parametrize("options", [
     {}, dict(recompute=True), dict(weights="bfloat16"), dict(lora_rank=2),
     dict(optimizer="adamw8bit"), dict(optimizer="adafactor"),
-    dict(source_length=8, target_length=3)], ids=str)
+    dict(source_length=8, target_length=3)])
 def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(fields, tmp_path, monkeypatch, options):
     """With dropout; the epoch of 60 pairs ends within the run."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # for torchao's update
@@ -86,7 +86,7 @@ def test_a_run_resumed_at_step_3_of_6_is_bitwise_the_same(fields, tmp_path, monk
 
 
 def assert_same_run(a, b):
-    """Within rounding errors, as sums are in another order."""
+    """Compare losses and weights within rounding errors, as sums are in another order."""
     for ours, theirs in zip(losses(a), losses(b), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
     for key, tensor in weights_of(b).items():
@@ -112,7 +112,7 @@ def test_two_ranks_with_adafactor_resume_bitwise(fields, tmp_path):
 
 def test_two_ranks_equal_one_process_and_resume_bitwise(fields, tmp_path):
     """With DDP, also stopped and resumed, and with FSDP, also with samples. Dropout is on; it
-    depends on the micro-step."""
+    depends on the micro-step, not on the rank."""
     alone = {name: value for name, value in fields.items() if name != "dataset"}
     run_train(fields["dataset"], tmp_path / "one", **alone)
     on_ranks(2, tmp_path / "ddp", **fields)
@@ -167,7 +167,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(fields, tmp_path, capsys):
     assert "7.5 iterations" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     (dict(dtype="float16"), "T5 overflows in float16; use --dtype=bfloat16"),
     (dict(block_size=16), "T5 takes --source_length and --target_length"),
     (dict(separate_documents=True), "--separate_documents is for models of plain text"),
@@ -175,12 +175,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(fields, tmp_path, capsys):
     (dict(init_from="scratch"), "holds pairs of a source and a target, for T5"),
     (dict(sample_interval=1, sample_start=""), "--sample_start has no tokens"),
     (dict(target_length=0), "--target_length=0 must be at least 1"),
-], ids=str)
+])
 def test_options_that_a_t5_excludes_are_refused(fields, tmp_path, monkeypatch, capsys, options,
-                                                said):
+                                                message):
     argv = arguments(fields.pop("dataset"), tmp_path / "out", **fields | options)
     status, _, err = run_script(monkeypatch, capsys, train.main, argv)
-    assert status == 1 and said in err and err.count("\n") == 1, err
+    assert status == 1 and message in err and err.count("\n") == 1, err
 
 
 def test_t5_refuses_plain_text_and_a_gpt_refuses_options_of_pairs(t5_folders, fields, tmp_path,
@@ -206,10 +206,9 @@ def test_a_resume_with_other_lengths_is_refused(fields, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("batch_size, dtype, dropout, measured", [
     (8, torch.float32, 0.1, 4.745), (32, torch.float32, 0.1, 6.962),
-    (16, torch.float32, 0.0, 4.795), (32, torch.bfloat16, 0.1, 6.194)],
-    ids=str)
-def test_the_predicted_memory_of_t5_base_is_within_10_percent_of_the_measured(batch_size, dtype,
-                                                                              dropout, measured):
+    (16, torch.float32, 0.0, 4.795), (32, torch.bfloat16, 0.1, 6.194)])
+def test_the_predicted_memory_of_t5_base_is_within_10_percent(batch_size, dtype,
+                                                              dropout, measured):
     """Peak GB of train.py on a CPU, for pairs of 64 + 8 tokens and one micro-step."""
     config = T5Config(n_layer=12, n_decoder_layer=12, n_head=12, n_embd=768, n_inner=3072,
                       source_length=64, target_length=8)

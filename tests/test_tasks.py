@@ -101,7 +101,7 @@ def test_windows_are_shared_among_ranks():
 
 
 def test_the_standard_error_is_that_of_a_jackknife_over_windows():
-    """Windows differ in length and loss, so it is the error of a ratio, not of single tokens."""
+    """Windows differ in length and loss, so the error is that of a ratio, not of single tokens."""
     rng = np.random.RandomState(0)
     n = rng.randint(20, 30, 400)
     loss = n * rng.normal(3, 0.5, 400)
@@ -125,7 +125,7 @@ def test_masked_targets_do_not_count():
 
 
 def test_perplexity_of_a_file_per_token_byte_and_word(make_dataset, make_run, tmp_path, capsys):
-    """Words are counted between spaces."""
+    """Words are separated by spaces."""
     _, tokenizer = make_dataset("chars")
     out_dir, model = make_run(tokenizer)
     text = "Line 3: what's more, it ends.\n"
@@ -139,8 +139,8 @@ def test_perplexity_of_a_file_per_token_byte_and_word(make_dataset, make_run, tm
     n = len(text) - 1
     assert f"loss {nats / n:.4f} nats per token, perplexity {math.exp(nats / n):.2f}, " in out
     assert f"{nats / n / math.log(2):.4f} bits per byte; {n} tokens counted" in out
-    a_word = float(re.search(r"perplexity ([\d.]+) per word; 6 words", out)[1])
-    assert a_word == pytest.approx(math.exp(nats / 6), rel=1e-4)
+    per_word = float(re.search(r"perplexity ([\d.]+) per word; 6 words", out)[1])
+    assert per_word == pytest.approx(math.exp(nats / 6), rel=1e-4)
     assert "windows of 16 every 1" in out
 
 
@@ -168,7 +168,7 @@ def test_the_bytes_of_gpt2s_tokens_add_up_to_those_of_the_text(gpt2_vocabulary):
 
 @pytest.mark.parametrize("fields", [{}, NEO], ids=["gpt2", "neo"])
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
-def test_batched_answers_equal_those_of_one_prompt(fields, batch_size):
+def test_batched_answers_equal_those_of_single_prompts(fields, batch_size):
     model = tiny_gpt(61, block_size=24, **fields)
     prompts = [ids(n, seed=n).tolist() for n in [3, 17, 9, 3, 1, 12, 8]]
     alone = []
@@ -310,7 +310,7 @@ def test_a_missing_test_file_or_another_tokenizer_is_refused(task, make_dataset)
     (["--stride=0"], "--stride=0 must be at least 1"),
     (["--stride=21"], "--stride=21 would skip tokens: windows have 20 tokens"),
     (["--stride=2", "--eval_iters=1"], "leave --input and --stride out"),
-], ids=str)
+])
 def test_bad_options_are_refused(argv, message, task):
     folder, out_dir, _, _ = task
     with pytest.raises(UserError, match=message) as error:
@@ -390,7 +390,7 @@ def test_wikitext_is_detokenized(tokenised, plain):
 
 def test_detokenizing_loses_no_word_and_lowers_the_perplexity(gpt2_vocabulary, shared, tmp_path,
                                                               capsys):
-    """For a model trained on plain text, the perplexity per word halves at least."""
+    """For a model trained on plain text, the perplexity per word at least halves."""
     text = shared("data/wikitext-2/test.txt").read_text(encoding="utf-8")[:4000]
     letters = re.sub(r"[\s@]", "", text)
     assert re.sub(r"[\s@]", "", perplexity.detokenize_wikitext(text)) == letters
@@ -479,8 +479,8 @@ def test_evaluate_prints_rouge_if_it_is_installed(make_dataset, make_run, monkey
                    "--max_new_tokens=5", "--device=cpu", "--dtype=float32"])
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in (out_dir / "predictions.jsonl").read_text().splitlines()]
-    wanted = {"rouge1", "rouge2", "rougeLsum"}
-    assert (wanted <= rows[0].keys()) == installed
+    expected = {"rouge1", "rouge2", "rougeLsum"}
+    assert (expected <= rows[0].keys()) == installed
     if installed:
         mean, error = tasks.mean_and_error([row["rouge2"] for row in rows])
         assert f"ROUGE-2 {mean:.2%} (standard error {error:.2%}), ROUGE-Lsum" in out

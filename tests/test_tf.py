@@ -19,7 +19,7 @@ HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
 
 @pytest.fixture(scope="session")
 def tf():
-    """TensorFlow, or a skip: it is large, and only this file needs it."""
+    """TensorFlow; without it the tests are skipped. It is large, and only this file needs it."""
     return pytest.importorskip("tensorflow", reason="needs requirements-tf.txt")
 
 
@@ -69,9 +69,9 @@ def write_tf(tf, tmp_path):
         folder.mkdir()
         v1 = tf.compat.v1
         with tf.Graph().as_default(), v1.Session() as session:
-            held = [v1.get_variable(name, initializer=array) for name, array in arrays.items()]
+            saved = [v1.get_variable(name, initializer=array) for name, array in arrays.items()]
             session.run(v1.global_variables_initializer())
-            v1.train.Saver(held).save(session, str(folder / "model"), global_step=1000)
+            v1.train.Saver(saved).save(session, str(folder / "model"), global_step=1000)
         (folder / "hparams.json").write_text(json.dumps(hparams))
         return folder
     return write
@@ -79,8 +79,8 @@ def write_tf(tf, tmp_path):
 
 def write_vocabulary(folder):
     """Write encoder.json and vocab.bpe, which old programs use instead of tokenizer.json."""
-    made = json.loads(tiny_json())
-    vocab, merges = made["model"]["vocab"], made["model"]["merges"]
+    spec = json.loads(tiny_json())
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
     (folder / "encoder.json").write_text(json.dumps(vocab))
     (folder / "vocab.bpe").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]),
                                       encoding="utf-8")
@@ -90,10 +90,10 @@ def write_vocabulary(folder):
 @torch.no_grad()
 def check_logits(model, arrays):
     ids = np.random.RandomState(1).randint(HPARAMS["n_vocab"], size=16)
-    wanted = forward(arrays, HPARAMS, ids)
-    assert np.abs(wanted).max() > 1
+    expected = forward(arrays, HPARAMS, ids)
+    assert np.abs(expected).max() > 1
     got = model.logits(torch.from_numpy(ids)[None])[0].numpy()
-    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_logits_and_tokenizer_are_those_of_the_checkpoint(write_tf):
@@ -130,7 +130,7 @@ def test_a_folder_that_was_moved_is_read(write_tf):
 
 
 def test_a_checkpoint_can_be_exported_planned_and_trained(write_tf, tmp_path, capsys):
-    """All weights are trained, or adapters. The plan needs no TensorFlow."""
+    """Trained once with all weights and once with adapters. The plan needs no TensorFlow."""
     arrays = variables(HPARAMS)
     folder = write_tf(arrays)
     tokenizer = write_vocabulary(folder)
@@ -158,11 +158,11 @@ def test_a_checkpoint_can_be_exported_planned_and_trained(write_tf, tmp_path, ca
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# refused input
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
-    """refused(folder) runs export.py on it, which must fail; returns the one line of error."""
+    """refused(folder) runs export.py on it, which must fail; returns the one-line error."""
     def run(folder):
         argv = [f"--init_from={folder}", "--format=hf", f"--export_dir={tmp_path / 'refused'}"]
         status, _, err = run_script(monkeypatch, capsys, export.main, argv)
@@ -206,16 +206,16 @@ def test_unknown_missing_and_misshapen_variables_are_named(write_tf, refused):
     assert "model/wpe is (16, 8)" in refused(write_tf(variables(HPARAMS), "other", wide))
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, message", [
     (lambda a: a * np.float32("nan"), "h0/ln_1/g has values that are NaN"),
     (lambda a: a.astype(np.int32), "h0/ln_1/g is not dense and floating-point"),
     (lambda a: a.astype(np.complex64), "h0/ln_1/g is not dense and floating-point"),
     (lambda a: a.astype(str), "damaged"),
 ], ids=["NaN", "integers", "complex", "text"])
-def test_weights_that_are_not_finite_floats_are_refused(write_tf, refused, change, said):
+def test_weights_that_are_not_finite_floats_are_refused(write_tf, refused, change, message):
     arrays = variables(HPARAMS)
     arrays["model/h0/ln_1/g"] = change(arrays["model/h0/ln_1/g"])
-    assert said in refused(write_tf(arrays))
+    assert message in refused(write_tf(arrays))
 
 
 def test_a_damaged_shard_is_refused(write_tf, refused):

@@ -62,7 +62,7 @@ def test_gpt2s_tokenizer_encodes_and_decodes(gpt2_vocabulary):
 
 
 def test_gpt2s_vocabulary_is_recognized_in_each_format(gpt2_folder, gpt2_vocabulary, tmp_path):
-    """In vocab.json with merges.txt, and in tokenizer.json. With one more token it is another."""
+    """In vocab.json with merges.txt, and in tokenizer.json; not with one more token."""
     from tokenizers import Tokenizer
     assert_same(tokenizer_of_folder(gpt2_folder), GPT2Tokenizer())
     theirs = JsonTokenizer(json_of_vocab_and_merges(gpt2_folder / "vocab.json",
@@ -143,7 +143,7 @@ N = JSON.n_vocab  # the id of START; that of PAD is N + 1
 
 @pytest.fixture(scope="module", params=["added", "truncated", "old", "unigram", "words"])
 def odd(request, tmp_path_factory):
-    """(kind, folder, its tokenizer)."""
+    """(kind, folder, tokenizer) for each kind of save_tokenizer."""
     folder = tmp_path_factory.mktemp(request.param)
     save_tokenizer(folder, request.param)
     return request.param, folder, tokenizer_of_folder(folder)
@@ -440,7 +440,7 @@ def test_a_damaged_vocab_json_is_refused(tmp_path):
         tokenizer_of_folder(tmp_path)
 
 
-@pytest.mark.parametrize("spec", [{}, {"kind": "words"}, None, "gpt2"], ids=str)
+@pytest.mark.parametrize("spec", [{}, {"kind": "words"}, None, "gpt2"])
 def test_an_unknown_spec_is_refused(spec):
     with pytest.raises(UserError, match="unknown kind"):
         tokenizer_from_spec(spec)

@@ -80,7 +80,7 @@ def test_cosine_falls_from_the_highest_rate_to_min_lr():
     assert learning_rate_at(cfg, 49) == pytest.approx(0.1)
 
 
-def test_min_lr_and_lr_decay_iters_follow_learning_rate_and_max_iters():
+def test_the_rate_falls_by_default_to_a_tenth_at_max_iters():
     cfg = Config(learning_rate=3.0, warmup_iters=0, max_iters=20)
     assert learning_rate_at(cfg, 0) == 3.0
     assert learning_rate_at(cfg, 20) == pytest.approx(0.3)
@@ -142,7 +142,7 @@ def test_the_logged_loss_is_the_mean_over_targets_that_count(dataset, out):
 
 
 def test_a_step_equals_one_of_adamw_on_the_mean_loss(dataset, out):
-    """In a plain torch loop: clipping, weight decay on matrices only, the rates of the schedule."""
+    """The loop in plain torch has clipping, weight decay on matrices only, and scheduled rates."""
     fields = dict(dropout=0.0, max_iters=3, grad_clip=0.5, warmup_iters=1, weight_decay=0.5,
                   bias=True)
     model = set_up(dataset, out, **fields).model
@@ -191,7 +191,7 @@ def test_dropout_depends_only_on_seed_and_step(dataset, out):
 # the loop
 
 @pytest.mark.parametrize("max_iters, at", [(0, [0]), (1, [0, 1]), (6, [0, 3, 6]),
-                                           (7, [0, 3, 6, 7])], ids=str)
+                                           (7, [0, 3, 6, 7])])
 def test_a_run_takes_max_iters_steps_and_saves_at_each_evaluation(dataset, out, monkeypatch,
                                                                   max_iters, at):
     saves = []
@@ -207,7 +207,7 @@ def test_a_run_takes_max_iters_steps_and_saves_at_each_evaluation(dataset, out, 
     assert all(s["step"] == max_iters for s in state["optimizer"].values())
 
 
-def test_every_log_interval_th_step_is_logged(dataset, out):
+def test_steps_are_logged_every_log_interval(dataset, out):
     run_train(dataset, out, log_interval=4)
     assert [entry["iter"] for entry in read_metrics(out) if "iter" in entry] == [0, 4]
 
@@ -259,8 +259,8 @@ def test_a_better_evaluation_resets_the_count_of_patience(dataset, out, monkeypa
 def test_always_save_checkpoint_keeps_the_latest(dataset, out, monkeypatch):
     script_losses(monkeypatch, [(3, 3), (2, 2), (3, 3)])
     run_train(dataset, out)
-    held = files.load(out / "ckpt.pt")
-    assert (held["iter_num"], held["best_val_loss"]) == (6, 2)
+    latest = files.load(out / "ckpt.pt")
+    assert (latest["iter_num"], latest["best_val_loss"]) == (6, 2)
 
 
 @pytest.mark.parametrize("pairs", [
@@ -312,7 +312,7 @@ def good(tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", [{"loss": math.nan}, {"loss": math.inf}, {"grad": math.nan},
-                                  {"grad": math.inf}], ids=str)
+                                  {"grad": math.inf}])
 def test_a_step_that_is_not_finite_stops_the_run(good, dataset, out, monkeypatch, capsys, what):
     with monkeypatch.context() as patch:
         replace_at(patch, [4], **what)
@@ -488,8 +488,8 @@ def test_a_new_run_can_start_from_the_weights_of_another_run(tmp_path, dataset, 
 
 def test_a_new_run_can_start_from_the_weights_of_nanogpt(tmp_path, dataset, out):
     (tmp_path / "theirs").mkdir()
-    held, _ = nanogpt_checkpoint(bias=True, compiled=True, dataset=dataset)
-    torch.save(held, tmp_path / "theirs" / "ckpt.pt")
+    stored, _ = nanogpt_checkpoint(bias=True, compiled=True, dataset=dataset)
+    torch.save(stored, tmp_path / "theirs" / "ckpt.pt")
     r = set_up(dataset, out, init_from=tmp_path / "theirs", dropout=0.2)
     assert r.model.config.activation == "gelu" and r.model.config.dropout == 0.2
     assert run_train(dataset, out, init_from=tmp_path / "theirs", max_iters=1) == 0
@@ -512,7 +512,7 @@ def test_overwrite_starts_again_at_step_0(dataset, out):
 # -----------------------------------------------------------------------------
 # files and training output
 
-def test_a_run_writes_these_files_and_prints_these_lines(dataset, out, capsys):
+def test_a_run_writes_and_prints_the_expected_files_and_lines(dataset, out, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(arguments(dataset, out, max_iters=4))
     assert not end.value.code
@@ -804,13 +804,13 @@ def empty_sample_start(tmp_path):
     out_dir_in_proc, resume_without_a_checkpoint, resume_from_a_model_alone, wandb_missing,
     sample_start_outside_the_vocabulary, empty_sample_start,
 ], ids=lambda case: case.__name__)
-def test_bad_input_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys, case):
+def test_bad_input_is_a_one_line_error_and_changes_no_file(tmp_path, monkeypatch, capsys, case):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "wandb", None)
     dataset = write_dataset(tmp_path / "chars")
     run_train(dataset, tmp_path / "run", max_iters=1)
-    held = {f: f.read_bytes() for f in (tmp_path / "run").iterdir()}
+    before = {f: f.read_bytes() for f in (tmp_path / "run").iterdir()}
     fields, message = case(tmp_path)
     # even --overwrite=True deletes nothing until the new run has passed all checks
     fields = {"out_dir": tmp_path / "run", "overwrite": True} | fields
@@ -819,7 +819,7 @@ def test_bad_input_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys, 
     assert status == 1
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert re.search(message, err), err
-    assert {f: f.read_bytes() for f in (tmp_path / "run").iterdir()} == held
+    assert {f: f.read_bytes() for f in (tmp_path / "run").iterdir()} == before
     assert not (tmp_path / "ran").exists()
 
 
@@ -838,12 +838,12 @@ def test_arguments_that_are_not_options_or_config_files_are_refused(tmp_path, da
 
 def test_a_new_run_in_the_folder_of_another_is_refused(dataset, out, monkeypatch, capsys):
     run_train(dataset, out, max_iters=1)
-    held = {f: f.read_bytes() for f in out.iterdir()}
+    before = {f: f.read_bytes() for f in out.iterdir()}
     status, _, err = run_script(monkeypatch, capsys, train.main, arguments(dataset, out))
     assert status == 1 and err.count("\n") == 1
     assert "already holds a run" in err
     assert "--init_from=resume" in err and "--overwrite=True" in err
-    assert {f: f.read_bytes() for f in out.iterdir()} == held
+    assert {f: f.read_bytes() for f in out.iterdir()} == before
 
 
 def test_without_a_network_the_command_to_download_elsewhere_is_printed(dataset, out, monkeypatch,

@@ -57,7 +57,7 @@ def arguments(dataset, out_dir, /, **fields):
 
 
 def run_train(dataset, out_dir, /, **fields):
-    """Train in this process; return the exit status. loss.png, half a second, is not drawn."""
+    """Train in this process without drawing loss.png (half a second); return the exit status."""
     with mock.patch.object(logbook, "draw"), pytest.raises(SystemExit) as end:
         train.main(arguments(dataset, out_dir, **fields))
     return end.value.code or 0
