@@ -418,8 +418,7 @@ def memory_cases(cfg, found, folder):
     def measure(fields):
         fields = fields | dict(gradient_accumulation_steps=2)
         text, _, _ = run_train(cfg, folder, dry_run=True, **fields)
-        number, unit = re.search(r"at its peak: ([\d.]+) (\w+)", text).groups()
-        predicted = float(number) * {"GB": 1e9, "MB": 1e6}[unit]
+        predicted = predicted_peak(text)
         if "does not fit" in text:
             return {"predicted": predicted}
         peak = train_ours(cfg, folder, **fields)["memory"]
@@ -427,6 +426,12 @@ def memory_cases(cfg, found, folder):
 
     return {name: partial(measure, fields) for name, fields in SETTINGS.items()
             if fields.get("optimizer") != "adamw8bit" or importlib.util.find_spec("torchao")}
+
+
+def predicted_peak(text):
+    """The bytes of peak memory in the printed plan of train.py."""
+    number, unit = re.search(r"^peak memory [\w ]+: ([\d.]+) (\w+)", text, re.MULTILINE).groups()
+    return float(number) * {"GB": 1e9, "MB": 1e6}[unit]
 
 
 CASES = {"train": train_cases, "sample": sample_cases, "load": load_cases, "memory": memory_cases}

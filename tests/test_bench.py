@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from test_examples import script
-from tiny import run_script
+from tiny import arguments, run_script
 
 import bench
+import train
 from model import GPT, GPTConfig
 from nanotune.errors import UserError
 from nanotune.formats.checkpoint import load_model
@@ -127,6 +128,12 @@ def test_memory_bandwidth_counts_the_weights_once_per_step():
     found |= bench.cost_of_token("gpt2", 1024)
     case = bench.with_mbu(cfg, found, "ours, bfloat16", lambda: {"tok/s": 300.0})
     assert case == {"tok/s": 300.0, "MBU": pytest.approx(2 * 123.7e6 * 30 / 1e11, rel=0.001)}
+
+
+def test_the_predicted_peak_is_read_from_the_printed_plan(dataset, tmp_path, monkeypatch, capsys):
+    status, plan, _ = run_script(monkeypatch, capsys, train.main, arguments(
+        dataset, tmp_path / "out", dry_run=True))
+    assert status == 0 and bench.predicted_peak(plan) > 1e8
 
 
 @pytest.mark.slow
