@@ -34,6 +34,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import nanotune.threads  # noqa: F401
+
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import nanotune.threads  # noqa: F401
+
 import numpy as np
 import torch
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import nanotune.threads  # noqa: F401
+
 import torch
 
 from configurator import configure

@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import nanotune.threads  # noqa: F401
+
 import torch
 from tqdm import tqdm
 

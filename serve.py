@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import nanotune.threads  # noqa: F401
+
 from configurator import AtLeast0, AtLeast1, Interval, configure
 from nanotune.cli import run
 from nanotune.device import DtypeName, pick_compile, pick_device, pick_dtype

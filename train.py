@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import nanotune.threads  # noqa: F401
+
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -419,10 +421,7 @@ def run_on(r: Run, changes: list[str]) -> None:
         if main_rank:
             print(f"step {p.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         return
-    wandb_run = None
-    if cfg.wandb_log and main_rank:
-        wandb_run = logbook.start_wandb(cfg.wandb_project, cfg.wandb_run_name or cfg.out_dir,
-                                        p.run_id, asdict(cfg), cfg.out_dir)
+    wandb_run = logbook.start_wandb(cfg, p.run_id) if cfg.wandb_log and main_rank else None
     wanted = cfg.tensorboard and main_rank
     tensorboard = logbook.start_tensorboard(cfg.out_dir, p.step) if wanted else None
     r.log = logbook.Logbook(cfg.out_dir, p.step, cfg.max_iters, main_rank, wandb_run, tensorboard)

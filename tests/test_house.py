@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train", "sample", "serve", "evaluate", "export", "runs", "bench"}
 MODELS = {"model", "t5"}
 BASE = {"configurator", "nanotune.errors", "nanotune.cli", "nanotune.device", "nanotune.files",
-        "nanotune.attention", "nanotune.head", "nanotune.torch_private",
+        "nanotune.attention", "nanotune.head", "nanotune.threads", "nanotune.torch_private",
         "nanotune.text.tokenizer", "nanotune.text.tokenizer_files", "nanotune.text.read",
         "nanotune.text.loader", "nanotune.text.bin_files", "nanotune.text.encode",
         "nanotune.text.documents", "nanotune.text.chat",

@@ -13,6 +13,7 @@ import netrc
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -206,8 +207,8 @@ def start_tensorboard(out_dir: str, start: int) -> Any:
     return SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=start)
 
 
-def start_wandb(project: str, name: str, run_id: str, config: dict, out_dir: str) -> Any:
+def start_wandb(cfg: Any, run_id: str) -> Any:
     """Returns a new wandb run, or the one with this id resumed. WANDB_MODE=offline works."""
     import wandb
-    return wandb.init(project=project, name=name, id=run_id, resume="allow", config=config,
-                      dir=out_dir)
+    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir, id=run_id,
+                      resume="allow", config=asdict(cfg), dir=cfg.out_dir)
