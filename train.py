@@ -68,7 +68,7 @@ class Config:
     out_dir: str = "out"              # the folder of the run
     eval_interval: AtLeast1 = 2000    # steps between evaluations; also at the first and last step
     log_interval: AtLeast1 = 1        # steps between printed losses
-    eval_iters: AtLeast0 = 2400  # windows of block_size tokens per evaluation; 0: the whole split
+    eval_iters: AtLeast0 = 2400  # windows of block_size per split; 0: all of val, as many of train
     eval_only: bool = False           # evaluate once and stop; write nothing
     dry_run: bool = False             # print the plan with its memory and stop; load no weights
     always_save_checkpoint: bool = True  # write ckpt.pt at each evaluation; False: only if better
@@ -266,8 +266,9 @@ def begin(r: Run) -> None:
 
 
 def evaluate_splits(r: Run) -> list[float]:
-    return [evaluate_loss(r.model, data, data.windows(r.cfg.eval_iters), r.cfg.batch_size,
-                          r.world, r.dtype) for data in r.data.values()]
+    count = r.cfg.eval_iters or len(r.data["val"].windows())
+    return [evaluate_loss(r.model, data, data.windows(count), r.cfg.batch_size, r.world, r.dtype)
+            for data in r.data.values()]
 
 
 def save(r: Run, name: str, as_best: bool = False) -> bool:
@@ -323,7 +324,6 @@ def show_sample(r, length=120):
 
 # -----------------------------------------------------------------------------
 # the loop
-
 
 def train(r: Run, signals: StopSignals) -> int:
     cfg, p, log = r.cfg, r.progress, r.log

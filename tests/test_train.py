@@ -221,6 +221,21 @@ def test_training_lowers_the_loss(dataset, out):
     assert 1.0 < last < 1.4
 
 
+@pytest.mark.parametrize("eval_iters, expected", [(0, [12, 12]), (3, [3, 3]), (100, [100, 12])])
+def test_eval_iters_0_reads_all_of_val_and_as_many_windows_of_train(
+        tmp_path, out, monkeypatch, eval_iters, expected):
+    """Evenly spaced; all windows of a split that has fewer."""
+    read = []
+    monkeypatch.setattr(train, "evaluate_loss", lambda model, data, windows, *_: read.append(
+        (windows, data.windows())) or 1.0)
+    dataset = write_dataset(tmp_path / "words", n_train=2000, n_val=190)
+    run_train(dataset, out, max_iters=0, block_size=16, eval_iters=eval_iters)
+    assert [len(windows) for windows, _ in read] == expected
+    (windows, _), (val_windows, whole_val) = read
+    assert eval_iters or val_windows == whole_val
+    assert (windows[0], windows[-1][0] > 1900) == ((0, 0), True)
+
+
 def test_eval_only_writes_nothing(tmp_path, dataset, out, capsys):
     train.main(arguments(dataset, out, eval_only=True))
     printed = capsys.readouterr().out
