@@ -233,7 +233,8 @@ def evaluate_and_save(r: Run) -> None:
         p.worse, p.warned = 0, False
     else:
         p.worse += 1
-        if train_loss < p.best_train_loss and not p.warned:
+        rises = val_loss > 1.01 * p.best_val_loss  # 1 %: a smaller rise may be noise
+        if rises and train_loss < p.best_train_loss and not p.warned:
             log.warn(f"validation loss rises while training loss falls: overfitting; the best was "
                      f"{p.best_val_loss:.4f} at step {p.best_step}")
             p.warned = True
@@ -245,8 +246,7 @@ def evaluate_and_save(r: Run) -> None:
             vars(p).update(vars(before) | {"evaluated": p.step})
     if cfg.save_interval is None:  # last: a run killed before this save repeats the evaluation
         save(r, checkpoint.STATE_FILE)
-    evaluations = p.step // cfg.eval_interval
-    if cfg.sample_interval and evaluations % cfg.sample_interval == 0:
+    if cfg.sample_interval and p.step // cfg.eval_interval % cfg.sample_interval == 0:
         show_sample(r)
 
 
