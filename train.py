@@ -258,7 +258,7 @@ def begin(r: Run) -> None:
             try:
                 resume.begin(r.cfg.out_dir, r.start,
                              checkpoint.best_file(r.cfg.always_save_checkpoint))
-                settings.write_settings(r.cfg, config_to_save(r), r.argv)
+                settings.write_settings(r.cfg, config_to_save(r), r.argv, r.model.config)
             except files.WriteError as e:
                 r.log.warn(str(e))
         r.log.begin()
