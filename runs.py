@@ -21,6 +21,7 @@ from nanotune.training.logbook import read_entries
 # fields that do not affect the result, and init_from and dataset, which are columns of the table
 NOT_COMPARED = ("out_dir", "wandb_run_name", "settings_version", "overwrite", "auto_resume",
                 "force_resume", "eval_only", "dry_run", "init_from", "dataset")
+DECAY_ONLY = ("warmup_iters", "lr_decay_iters", "min_lr")  # without effect if decay_lr is False
 
 
 @dataclass
@@ -63,6 +64,9 @@ def read_run(folder: Path) -> Row:
         tokens = round(logged["tok_s"] * logged["ms"] / 1e3)
     else:
         tokens *= model.block_size
+    config = settings.with_sizes(config, model)
+    if not config.get("decay_lr", True):
+        config = {name: value for name, value in config.items() if name not in DECAY_ONLY}
     return Row(str(folder), config, entries, tokens)
 
 

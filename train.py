@@ -70,7 +70,7 @@ class Config:
     out_dir: str = "out"              # the folder of the run
     eval_interval: AtLeast1 = 2000    # steps between evaluations; also at the first and last step
     log_interval: AtLeast1 = 1        # steps between printed losses
-    eval_iters: AtLeast0 = 2400  # windows of block_size tokens per evaluation; 0: the whole split
+    eval_iters: AtLeast0 = 2400  # windows of block_size per split; 0: all of val, as many of train
     eval_only: bool = False           # evaluate once and stop; write nothing
     dry_run: bool = False             # print the plan with its memory and stop; load no weights
     always_save_checkpoint: bool = True  # write ckpt.pt at each evaluation; False: only if better
@@ -235,7 +235,8 @@ def evaluate_and_save(r: Run) -> None:
         p.worse, p.warned = 0, False
     else:
         p.worse += 1
-        if train_loss < p.best_train_loss and not p.warned:
+        rises = val_loss > 1.01 * p.best_val_loss  # 1 %: a smaller rise may be noise
+        if rises and train_loss < p.best_train_loss and not p.warned:
             log.warn(f"validation loss rises while training loss falls: overfitting; the best was "
                      f"{p.best_val_loss:.4f} at step {p.best_step}")
             p.warned = True
@@ -247,8 +248,7 @@ def evaluate_and_save(r: Run) -> None:
             vars(p).update(vars(before) | {"evaluated": p.step})
     if cfg.save_interval is None:  # last: a run killed before this save repeats the evaluation
         save(r, checkpoint.STATE_FILE)
-    evaluations = p.step // cfg.eval_interval
-    if cfg.sample_interval and evaluations % cfg.sample_interval == 0:
+    if cfg.sample_interval and p.step // cfg.eval_interval % cfg.sample_interval == 0:
         show_sample(r)
 
 
@@ -260,7 +260,7 @@ def begin(r: Run) -> None:
             try:
                 resume.begin(r.cfg.out_dir, r.start,
                              checkpoint.best_file(r.cfg.always_save_checkpoint))
-                settings.write_settings(r.cfg, config_to_save(r), r.argv)
+                settings.write_settings(r.cfg, config_to_save(r), r.argv, r.model.config)
             except files.WriteError as e:
                 r.log.warn(str(e))
         r.log.begin()
@@ -268,8 +268,9 @@ def begin(r: Run) -> None:
 
 
 def evaluate_splits(r: Run) -> list[float]:
-    return [evaluate_loss(r.model, data, data.windows(r.cfg.eval_iters), r.cfg.batch_size,
-                          r.world, r.dtype) for data in r.data.values()]
+    count = r.cfg.eval_iters or len(r.data["val"].windows())
+    return [evaluate_loss(r.model, data, data.windows(count), r.cfg.batch_size, r.world, r.dtype)
+            for data in r.data.values()]
 
 
 def save(r: Run, name: str, as_best: bool = False) -> bool:
@@ -325,7 +326,6 @@ def show_sample(r, length=120):
 
 # -----------------------------------------------------------------------------
 # the loop
-
 
 def train(r: Run, signals: StopSignals) -> int:
     cfg, p, log = r.cfg, r.progress, r.log

@@ -15,8 +15,10 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import random
+import runpy
 import shlex
 import ssl
 import sys
@@ -69,6 +71,8 @@ from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts
 
 LENGTH = np.dtype("<u4")
 MIN_TOKENS = 8                  # a shorter split is a mistake
+# of the command that prepare.py prints: fewer steps train too little, train.py warns of more epochs
+MIN_STEPS, MAX_EPOCHS = 30, 20
 # files that describe the .bin files: deleted when the .bin files are replaced
 COMPANIONS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "train.mask.bin",
               "val.mask.bin", "train.pairs.bin", "val.pairs.bin", "test.jsonl")
@@ -580,14 +584,41 @@ def write_part(out_dir: Path, name: str, arrays: Iterable[np.ndarray]) -> int:
 
 
 def print_next(config: str, out_dir: Path, counts: tuple[int, int], *options: str,
-               context: int = 1024) -> None:
-    """Prints the command that trains on a dataset with the config file of that name. `context` is
-    its block_size; if a split is shorter, the command has a smaller --block_size."""
-    name = dataset_name(out_dir)
-    argv = ["python", "train.py", f"config/{config}.py", f"--dataset={name}", *options]
-    if min(counts) <= context:
-        argv.append(f"--block_size={min(counts) - 1}")
+               pairs: int = 0, epochs: int | None = None) -> None:
+    """Prints the command that trains on a dataset with the config file of that name. `pairs` is the
+    number of training pairs, 0 for plain text. A split shorter than the config's block_size adds a
+    smaller --block_size; little data adds the options of options_for_little_data()."""
+    fields = {"block_size": 1024, "warmup_iters": 0} | runpy.run_path(
+        str(DATA.parent / "config" / f"{config}.py"))
+    block_size = min(fields["block_size"], min(counts) - 1)
+    samples = pairs or max(1, (counts[0] - 1) // block_size - 1)     # as TokenBin.n_blocks
+    chosen = {"epochs": epochs} if epochs else {}
+    if "init_from" in fields:   # finetuning
+        chosen |= options_for_little_data(fields, samples, epochs)
+    if not pairs:
+        chosen["block_size"] = block_size
+    argv = ["python", "train.py", f"config/{config}.py", f"--dataset={dataset_name(out_dir)}",
+            *options, *(f"--{name}={value}" for name, value in chosen.items()
+                        if value != fields.get(name))]
     print(f"next: {shlex.join(argv)}")
+
+
+def options_for_little_data(fields: dict[str, Any], samples: int,
+                            epochs: int | None) -> dict[str, int]:
+    """Returns {field: value} for about MIN_STEPS steps or more of finetuning. `fields` are those of
+    a config file. Its max_iters is kept if it makes at most MAX_EPOCHS epochs of the samples."""
+    batch_size, micro_steps = fields["batch_size"], fields["gradient_accumulation_steps"]
+    epochs = epochs or fields.get("epochs")
+    if not epochs and fields["max_iters"] * batch_size * micro_steps <= MAX_EPOCHS * samples:
+        return {}
+    epochs = max(epochs or 3, math.ceil(MIN_STEPS / samples))
+    total = epochs * samples
+    batch_size = min(batch_size, max(1, total // MIN_STEPS))
+    micro_steps = min(micro_steps, max(1, total // (MIN_STEPS * batch_size)))
+    steps = math.ceil(total / (batch_size * micro_steps))
+    return {"epochs": epochs, "batch_size": batch_size, "gradient_accumulation_steps": micro_steps,
+            "warmup_iters": min(fields["warmup_iters"], steps // 10),
+            "eval_interval": min(fields["eval_interval"], max(1, steps // 3))}
 
 
 def init_from_option(tokenizer: str) -> str:

@@ -14,6 +14,14 @@ def test_a_high_first_loss_does_not_flatten_the_curve():
     assert 0.4 < low < 0.49 and 0.81 < high < 0.9
 
 
+@pytest.mark.parametrize("losses", [(5.75, 5.3, 4.6, 4.2, 4.0), (5.75, 4.0), (3.9, 3.0, 2.6)])
+def test_the_loss_of_step_0_is_shown_unless_it_flattens_the_rest(losses):
+    """To compare a finetuned model with the pretrained one."""
+    assert curves.limits(evaluations(*losses))[1] > losses[0]
+    later = losses[1:]
+    assert len(later) == 1 or curves.limits(evaluations(20.0, *later))[1] < 6
+
+
 def test_the_best_loss_is_shown_even_if_it_is_the_first():
     low, _ = curves.limits(evaluations(3.0, 3.4, 3.5, 3.6))
     assert low < 2.99

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import fetch
 
 from configurator import configure
 from nanotune.errors import UserError
+from nanotune.training.run import set_max_iters
 from train import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -363,7 +365,8 @@ def test_text_reads_the_documents_of_a_folder(gpt2, folder, tmp_path, capsys):
     cfg = next_config(out)
     assert (cfg.dataset, cfg.init_from, cfg.out_dir) == (
         str(tmp_path / "mine"), "gpt2", "out-mine")
-    assert cfg.block_size is None and cfg.max_iters == 50  # config/finetune_little_data.py
+    assert cfg.block_size is None and cfg.patience == 0  # config/finetune_little_data.py
+    assert steps_of(cfg, len(train)) >= 30
     assert fetch.dataset_name(ROOT / "data" / "mine") == "mine"
 
 
@@ -372,6 +375,42 @@ def next_config(out):
     python, script_name, *argv = shlex.split(out.splitlines()[-1].removeprefix("next: "))
     assert (python, script_name) == ("python", "train.py")
     return configure(Config, [str(ROOT / argv[0]), *argv[1:]])
+
+
+def steps_of(cfg, train_tokens, pairs=0):
+    """The number of steps that train.py takes, for plain text or a number of pairs."""
+    samples = pairs or max(1, (train_tokens - 1) // (cfg.block_size or 1024) - 1)
+    data = {"train": types.SimpleNamespace(n_blocks=samples)}
+    set_max_iters(cfg, data)
+    return cfg.max_iters
+
+
+@pytest.mark.parametrize("config, epochs", [
+    ("finetune_task", 3), ("finetune_chat", None), ("finetune_little_data", None),
+    ("finetune_t5", None), ("finetune_domain", None)])
+@pytest.mark.parametrize("train", [10**3, 10**4, 10**5, 10**6])
+def test_the_next_command_makes_enough_steps_of_any_data(tmp_path, capsys, config, epochs, train):
+    pairs = train // 20 if config == "finetune_t5" else 0
+    fetch.print_next(config, tmp_path, (train, train // 9), "--init_from=M", pairs=pairs,
+                     epochs=epochs)
+    cfg = next_config(capsys.readouterr().out)
+    steps, samples = steps_of(cfg, train, pairs), cfg.batch_size * cfg.gradient_accumulation_steps
+    assert steps >= 30 and (not cfg.decay_lr or cfg.warmup_iters < steps / 2)
+    assert steps // cfg.eval_interval >= 3
+    assert steps * samples <= 21 * (pairs or train / (cfg.block_size or 1024) + 2)
+
+
+def test_the_next_command_keeps_the_config_for_enough_data(tmp_path, capsys):
+    """Also for pretraining, which takes many epochs."""
+    for config, counts, pairs in (("finetune_shakespeare", (301_966, 36_059), 0),
+                                  ("finetune_t5", (10**6, 10**5), 9000),
+                                  ("train_shakespeare_char", (10**4, 10**4), 0)):
+        fetch.print_next(config, tmp_path, counts, pairs=pairs)
+        assert capsys.readouterr().out == (
+            f"next: python train.py config/{config}.py --dataset={tmp_path}\n")
+    # with 3 epochs of many examples only the number of epochs is added
+    fetch.print_next("finetune_task", tmp_path, (10**7, 10**6), epochs=3)
+    assert capsys.readouterr().out.endswith(" --epochs=3\n")
 
 
 @pytest.mark.parametrize("count, config", [

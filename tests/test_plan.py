@@ -1,5 +1,6 @@
 """The plan that a run prints: size, epochs, disk, memory per process; and matmul_peak()."""
 import collections
+import types
 
 import torch
 
@@ -39,6 +40,22 @@ def test_the_plan_shows_the_number_of_processes():
     text = "\n".join(plan_lines(cfg, config, FOUR, torch.float32, False, 500, 100))
     assert "cpu x 4 processes, float32\n" in text
     assert "0 iterations make 0.00 epochs" in text
+    cfg = Config(batch_size=1, gradient_accumulation_steps=4, max_iters=1)
+    text = "\n".join(plan_lines(cfg, config, FOUR, torch.float32, False, 500, 100))
+    assert "1 iteration makes 0.13 epochs" in text
+
+
+def test_few_steps_of_epochs_give_a_warning_that_names_a_field():
+    def warnings(**fields):
+        data = types.SimpleNamespace(warnings=lambda eot: [])
+        return plan.warnings(Config(**fields, decay_lr=False), data, None)
+
+    assert warnings(epochs=3, max_iters=1) == [
+        "only 1 step: lower --gradient_accumulation_steps or raise --epochs"]
+    fields = dict(epochs=3, gradient_accumulation_steps=1)
+    assert warnings(**fields, max_iters=9) == ["only 9 steps: lower --batch_size or raise --epochs"]
+    assert warnings(**fields, max_iters=9, batch_size=1) == ["only 9 steps: raise --epochs"]
+    assert warnings(**fields, max_iters=10) == warnings(max_iters=1) == []
 
 
 def test_a_disk_too_small_for_the_saves_gets_a_warning(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """runs.py: a table of runs, the options in which they differ, their loss curves."""
+import json
+
 import pytest
 from tiny import run_train, write_dataset
 
 import runs
 from nanotune.errors import UserError
+from nanotune.training import settings
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,23 @@ def test_the_table_lists_runs_and_the_options_in_which_they_differ(folder, monke
     assert differ["learning_rate"] == ["0.01", "0.005"] and differ["max_iters"] == ["3", "6"]
     assert differ.keys() == {"field", "learning_rate", "max_iters"}
     assert (folder / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_shows_the_sizes_of_its_pretrained_model_and_no_unused_field(folder, tmp_path):
+    """The fields n_layer, n_head and n_embd of a run from a pretrained model have no effect."""
+    fields = dict(max_iters=1, init_from=folder / "out-a", n_layer=7, n_embd=7, block_size=None,
+                  decay_lr=False, warmup_iters=5)
+    assert run_train(folder / "words", tmp_path / "out", **fields) == 0
+    expected = {name: runs.read_run(folder / "out-a").config[name] for name in settings.SIZES}
+    found = runs.read_run(tmp_path / "out").config
+    assert {name: found[name] for name in settings.SIZES} == expected
+    assert expected["n_layer"] == 2 and expected["block_size"] == 16
+    assert "warmup_iters" not in found and "min_lr" not in found
+    written = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
+    values = {name: value for section in written.values() for name, value in section.items()}
+    assert {name: values[name] for name in settings.SIZES} == expected
+    resumed = dict(n_layer=7, init_from="resume", max_iters=2)  # the same command line
+    assert run_train(folder / "words", tmp_path / "out", **fields | resumed) == 0
 
 
 def test_one_run_has_no_comparison_and_the_picture_can_be_named(folder, tmp_path, capsys):

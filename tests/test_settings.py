@@ -372,6 +372,17 @@ def resume_config(out):
     return resume.load_start(out, 0.0, torch.float32).model.config
 
 
+def test_a_dry_run_prints_the_warnings_of_the_run(dataset, tmp_path, capsys):
+    fields = dict(max_iters=None, epochs=1, gradient_accumulation_steps=16, batch_size=16,
+                  warmup_iters=5)
+    run_train(dataset, tmp_path / "a", **fields)
+    train.main(arguments(dataset, tmp_path / "b", **fields, dry_run=True))
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
+    assert len(lines) == 4 and lines[:2] == lines[2:]
+    assert lines[0] == "warning: only 1 step: lower --gradient_accumulation_steps or raise --epochs"
+    assert "warmup_iters=5 is not less than max_iters=1" in lines[1]
+
+
 def test_many_epochs_of_finetuning_give_a_warning(dataset, tmp_path, monkeypatch, capsys):
     base = tmp_path / "base"
     assert run_train(dataset, base, max_iters=0) == 0

@@ -221,6 +221,21 @@ def test_training_lowers_the_loss(dataset, out):
     assert 1.0 < last < 1.4
 
 
+@pytest.mark.parametrize("eval_iters, expected", [(0, [12, 12]), (3, [3, 3]), (100, [100, 12])])
+def test_eval_iters_0_reads_all_of_val_and_as_many_windows_of_train(
+        tmp_path, out, monkeypatch, eval_iters, expected):
+    """Evenly spaced; all windows of a split that has fewer."""
+    read = []
+    monkeypatch.setattr(train, "evaluate_loss", lambda model, data, windows, *_: read.append(
+        (windows, data.windows())) or 1.0)
+    dataset = write_dataset(tmp_path / "words", n_train=2000, n_val=190)
+    run_train(dataset, out, max_iters=0, block_size=16, eval_iters=eval_iters)
+    assert [len(windows) for windows, _ in read] == expected
+    (windows, _), (val_windows, whole_val) = read
+    assert eval_iters or val_windows == whole_val
+    assert (windows[0], windows[-1][0] > 1900) == ((0, 0), True)
+
+
 def test_eval_only_writes_nothing(tmp_path, dataset, out, capsys):
     train.main(arguments(dataset, out, eval_only=True))
     printed = capsys.readouterr().out
@@ -275,8 +290,13 @@ def test_overfitting_gives_one_warning_with_the_best_step(dataset, out, monkeypa
     assert "overfitting" in warnings[0] and "2.0000 at step 3" in warnings[0]
 
 
-def test_a_loss_that_rises_on_both_splits_is_not_overfitting(dataset, out, monkeypatch, capsys):
-    script_losses(monkeypatch, [(3, 3), (2.5, 2), (2.7, 2.2), (2.8, 2.3)])
+@pytest.mark.parametrize("pairs", [
+    [(3, 3), (2.5, 2), (2.7, 2.2), (2.8, 2.3)],  # both splits rise
+    [(3, 3), (2.5, 2), (2.4, 2.001), (2.3, 2.019)],  # by less than 1 %
+])
+def test_a_loss_that_rises_little_or_on_both_splits_is_not_overfitting(
+        dataset, out, monkeypatch, capsys, pairs):
+    script_losses(monkeypatch, pairs)
     run_train(dataset, out, max_iters=9)
     assert "overfitting" not in capsys.readouterr().out
 

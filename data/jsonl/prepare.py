@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{source}: {len(examples)} examples leave none for training; add more")
     counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
     fetch.print_next("finetune_task", args.out_dir, counts, fetch.init_from_option(args.tokenizer),
-                     "--epochs=3")
+                     epochs=3)
 
 
 if __name__ == "__main__":

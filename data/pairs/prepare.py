@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     counts = fetch.write_pairs(args.out_dir, splits, tokenizer,
                                (args.source_length, args.target_length))
     fetch.print_next("finetune_t5", args.out_dir, counts, fetch.init_from_option(args.tokenizer),
-                     context=0)
+                     pairs=len(splits["train"]))
 
 
 if __name__ == "__main__":

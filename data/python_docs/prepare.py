@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     fetch.encode_dataset(args.out_dir / "topics", *fetch.split_documents(topics), tokenizer)
     write_chats(args.out_dir / "conversations", make_chats(library, {
         name: {text for text, _ in split} for name, split in (("train", train), ("val", val))}))
-    fetch.print_next("quickstart_pretrain", args.out_dir / "docstrings", counts, context=128)
+    fetch.print_next("quickstart_pretrain", args.out_dir / "docstrings", counts)
 
 
 if __name__ == "__main__":

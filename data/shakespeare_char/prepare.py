@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     train, val = fetch.split_text(fetch.shakespeare(args.input, args.out_dir))
     counts = fetch.encode_dataset(args.out_dir, train, val, fetch.char_tokenizer(train + val))
-    fetch.print_next("train_shakespeare_char", args.out_dir, counts, context=256)
+    fetch.print_next("train_shakespeare_char", args.out_dir, counts)
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     counts = fetch.encode_dataset(args.out_dir, train, val, tokenizer)
     out_dir = f"--out_dir=out-{args.out_dir.resolve().name}"
     if args.tokenizer == "char":
-        fetch.print_next("train_shakespeare_char", args.out_dir, counts, out_dir, context=256)
+        fetch.print_next("train_shakespeare_char", args.out_dir, counts, out_dir)
     elif args.tokenizer == "train":
-        fetch.print_next("quickstart_pretrain", args.out_dir, counts, out_dir, context=128)
+        fetch.print_next("quickstart_pretrain", args.out_dir, counts, out_dir)
     else:
         fetch.print_next(fetch.finetuning_config(counts[0]), args.out_dir, counts, out_dir,
                          fetch.init_from_option(args.tokenizer))

@@ -148,11 +148,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.pairs:
         counts = fetch.write_pairs(args.out_dir, splits, tokenizer, (512, 512))
         fetch.print_next("finetune_t5_sentiment", args.out_dir, counts,
-                         fetch.init_from_option(args.tokenizer), context=0)
+                         fetch.init_from_option(args.tokenizer), pairs=len(splits["train"]))
         return
     counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
     fetch.print_next("finetune_twitter_sentiment", args.out_dir, counts,
-                     fetch.init_from_option(args.tokenizer), context=512)
+                     fetch.init_from_option(args.tokenizer))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def best_of(entries: list[dict]) -> dict | None:
 
 def limits(entries: list[dict]) -> tuple[float, float] | None:
     """Returns the (lowest, highest) loss to show, or None for all. Leaves out the first quarter of
-    the evaluations, except the best: a first loss of 10.9 would flatten the rest."""
+    the evaluations, except the best, and step 0 if that flattens the rest to less than a quarter of
+    the height, as a loss of 10.9 would."""
     evaluations = [entry for entry in entries if "step" in entry]
     later = evaluations[max(1, len(evaluations) // 4):]
     if not later:
@@ -59,6 +60,9 @@ def limits(entries: list[dict]) -> tuple[float, float] | None:
     losses = [entry[key] for entry in later for key in ("train_loss", "val_loss")]
     losses.append(best_of(entries)["val_loss"])
     low, high = min(losses), max(losses)
+    first = max(evaluations[0]["train_loss"], evaluations[0]["val_loss"])
+    if len(later) == 1 or first - high <= 3 * (high - low):
+        high = max(high, first)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.1
     return low - margin, high + margin
 

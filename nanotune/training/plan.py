@@ -17,6 +17,8 @@ from nanotune.training.distributed import World
 from nanotune.training.lora import adapters, add_lora
 from nanotune.training.optimizer import moment_shape, moments_per_scale
 
+FEW_STEPS = 10  # of --epochs: fewer train next to nothing
+
 
 def format_bytes(n: float) -> str:
     """Returns a number of bytes as text, such as 1.49 GB."""
@@ -44,8 +46,9 @@ def plan_lines(cfg: Any, config: Any, world: World, dtype: torch.dtype, compiled
     lines = [
         f"model: {model.num_params() / 1e6:.2f}M parameters, {world.device}{ranks}, {precision}",
         f"data: {cfg.dataset}, {train_tokens:,} training tokens, {val_tokens:,} for validation",
-        f"tokens per iteration: {round(tokens_per_iter):,}; {iters} iterations make {epochs:.2f} "
-        f"epochs (1 epoch = {train_tokens / tokens_per_iter:.1f} iterations)",
+        f"tokens per iteration: {round(tokens_per_iter):,}; {iters} "
+        f"{'iteration makes' if iters == 1 else 'iterations make'} {epochs:.2f} epochs "
+        f"(1 epoch = {train_tokens / tokens_per_iter:.1f} iterations)",
     ]
     if epochs > 20 and cfg.init_from not in ("scratch", "resume"):
         lines.append(f"warning: {epochs:,.0f} epochs of finetuning: the model will memorize the "
@@ -98,15 +101,27 @@ def print_plan(r: Any) -> None:
     for line in plan_lines(cfg, data.largest(r.model.config), r.world, r.dtype, r.compiled,
                            *map(len, r.data.values()), data.tokens_per_sample):
         r.log.say(line)
-    for line in data.warnings(r.tokenizer.eot):
+    for line in warnings(cfg, data, r.tokenizer.eot):
         r.log.warn(line)
     if p.step:
         r.log.say(f"resuming at step {p.step} of {cfg.max_iters}")
     if p.step >= cfg.max_iters and p.evaluated == p.step:
         r.log.warn(f"the run is already at step {p.step}; raise --max_iters to train further")
+
+
+def warnings(cfg: Any, data: Any, eot: int | None) -> list[str]:
+    """Returns lines on likely mistakes: examples of the training data that are too long (eot is
+    their end token), few steps, a long warmup."""
+    lines = data.warnings(eot)
+    if cfg.epochs and cfg.max_iters < FEW_STEPS:
+        lower = [f"lower --{name}" for name in ("gradient_accumulation_steps", "batch_size")
+                 if getattr(cfg, name) > 1]
+        lines.append(f"only {cfg.max_iters} step{'s' * (cfg.max_iters > 1)}: "
+                     f"{' or '.join([*lower[:1], 'raise --epochs'])}")
     if cfg.decay_lr and 0 < cfg.max_iters <= cfg.warmup_iters:
-        r.log.warn(f"warmup_iters={cfg.warmup_iters} is not less than max_iters={cfg.max_iters}: "
-                   "the learning rate never reaches --learning_rate; lower --warmup_iters")
+        lines.append(f"warmup_iters={cfg.warmup_iters} is not less than max_iters={cfg.max_iters}: "
+                     "the learning rate never reaches --learning_rate; lower --warmup_iters")
+    return lines
 
 
 # -----------------------------------------------------------------------------

@@ -329,5 +329,6 @@ def dry_run(cfg: Any) -> None:
     compiled = pick_compile(cfg.compile, world.device, weights=DTYPES[cfg.weights])
     lines = plan.plan_lines(cfg, data["train"].largest(config), world, dtype, compiled,
                             *map(len, data.values()), data["train"].tokens_per_sample)
+    lines += [f"warning: {line}" for line in plan.warnings(cfg, data["train"], tokenizer.eot)]
     if world.is_main:
         print("\n".join(lines))

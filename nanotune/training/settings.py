@@ -1,7 +1,7 @@
 """Writes a run's fields to settings.json, and restores them for a resume.
 
 settings.json is for people: every field by section, the command, the versions. A resume reads the
-same fields from state.pt, which also holds the weights that they belong to, or from ckpt.pt.
+fields from state.pt, which also holds the weights that they belong to, or from ckpt.pt.
 """
 import json
 import shlex
@@ -24,6 +24,8 @@ NOT_RESUMED = ("out_dir", "overwrite", "auto_resume", "force_resume", "eval_only
 # fields that a resume cannot change: the weights or the optimizer's state depend on them. The
 # dtype of the weights can change with force_resume; the results then differ
 FIXED = ("init_from", "n_layer", "n_head", "n_embd", "bias", "weights", "optimizer", "lora_rank")
+# fields that a pretrained model sets; the state keeps the given values, since they are FIXED
+SIZES = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 
 
 def read_run_config(out_dir: str | Path) -> dict[str, Any]:
@@ -86,12 +88,18 @@ def configure_resume(cls: type, argv: list[str], out_dir: str,
     return cfg, changes
 
 
-def write_settings(cfg: Any, config: dict[str, Any], argv: list[str]) -> None:
-    """Writes out_dir/settings.json; `config` is also saved in the run's state. Raises
-    files.WriteError if the disk is full."""
+def with_sizes(config: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Returns a run's fields with the SIZES of its model's config, None for those that a T5 lacks.
+    """
+    return config | {name: vars(model).get(name) for name in SIZES}
+
+
+def write_settings(cfg: Any, config: dict[str, Any], argv: list[str], model: Any) -> None:
+    """Writes out_dir/settings.json: `config`, which is also saved in the run's state, with the
+    sizes of the model's config. Raises files.WriteError if the disk is full."""
     content = {"version": VERSION, "command": shlex.join(["python", "train.py", *argv]),
                "torch": torch.__version__, "nanotune": revision(),
-               "settings": by_section(type(cfg), config)}
+               "settings": by_section(type(cfg), with_sizes(config, model))}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     files.write_atomic(Path(cfg.out_dir) / SETTINGS_FILE, lambda f: f.write(text.encode()))
 
