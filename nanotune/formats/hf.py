@@ -145,7 +145,8 @@ def fill_parameters(params: dict[str, torch.Tensor], fields: dict,
     if places:
         names = sorted({name for name, *_ in places.values()})
         raise UserError(f"{', '.join(weight_files)}: no tensor for {', '.join(names[:3])}"
-                        + (f" and {len(names) - 3} more" if names[3:] else ""))
+                        + (f" and {len(names) - 3} more" if names[3:] else "")
+                        + "; use a complete copy of the model")
 
 
 def check_copy(embedding, tensor, key, file):

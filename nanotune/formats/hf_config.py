@@ -30,7 +30,7 @@ class Layout:
     architecture: str
     fields: dict[str, str]             # {our field: key in config.json}
     defaults: dict[str, object]        # {key: transformers' value if config.json lacks it}
-    other_names: dict[str, str]        # {another name of a key, which has precedence: the key}
+    other_names: dict[str, str]        # {alternative key: key}; the alternative wins if both exist
     modules: dict[str, tuple[str, ...]]  # {our module: transformers', stacked by rows if several}
     transposed: tuple[str, ...]        # modules whose weights are stored as (in, out)
     prefix: str = "transformer."       # of the keys; some files leave it out

@@ -18,7 +18,7 @@ class Search:
     def __init__(self, num_beams: int, length_penalty: float, stop_token: int | None) -> None:
         self.n, self.penalty, self.stop_token = num_beams, length_penalty, stop_token
         self.beams = [[] for _ in range(num_beams)]   # the new tokens of each
-        self.scores = [0.0] + [NEVER] * (num_beams - 1)  # log p; the others are copies
+        self.scores = [0.0] + [NEVER] * (num_beams - 1)  # log p; at first only one counts
         self.rows = list(range(num_beams))  # the beam of the previous step that each continues
         self.ended, self.done = [], False   # [(score, tokens)], best first
 

@@ -242,7 +242,7 @@ def tokenizer_from_spec(spec: dict) -> AnyTokenizer:
     elif kind == "json":
         found = JsonTokenizer(spec["json"], special=spec.get("special", {}).items())
     else:
-        raise UserError(f"the checkpoint's tokenizer has an unknown kind, {kind!r}")
+        raise UserError(f"the checkpoint's tokenizer is of kind {kind!r}; use a newer nanotune")
     return chat.attach(found, chat.template_from(spec.get("chat"), "the checkpoint"))
 
 
