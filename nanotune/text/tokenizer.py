@@ -39,6 +39,7 @@ from nanotune.text.tokenizer_files import (
     canonical,
     characters_json,
     digest,
+    folder_of,
     gpt2_json,
     json_of_sentencepiece,
     json_of_vocab_and_merges,
@@ -346,4 +347,4 @@ def check_same_tokenizer(model_tokenizer: AnyTokenizer | None, data_tokenizer: A
         raise UserError(
             f"{source} uses {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), but {folder}"
             f" was made with {data_tokenizer.name} ({data_tokenizer.n_vocab}): prepare the text "
-            "again with the model's tokenizer")
+            f"again with --tokenizer={folder_of(source)}")

@@ -55,6 +55,11 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def folder_of(source: str | Path) -> str | Path:
+    """Returns the folder of a model file (ckpt.pt, model.onnx); any other source unchanged."""
+    return Path(source).parent if Path(source).is_file() else source
+
+
 def read_utf8(path: Path) -> str:
     """Returns a tokenizer.json as text. Raises UserError if it is not UTF-8."""
     try:
