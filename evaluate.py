@@ -153,7 +153,9 @@ def test_file(cfg):
     """Returns the path of the dataset's test.jsonl."""
     path = dataset_folder(cfg.dataset) / "test.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} does not exist; prepare the dataset with --test_fraction=0.05")
+        raise UserError(f"{path} does not exist: --task={cfg.task} needs held-out prompts and "
+                        "answers; for a dataset of these run prepare.py with --test_fraction=0.05; "
+                        "for plain text use --task=perplexity")
     return path
 
 

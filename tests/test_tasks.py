@@ -291,7 +291,8 @@ def test_a_missing_test_file_or_another_tokenizer_is_refused(task, make_dataset)
     pytest.importorskip("sklearn")
     folder, out_dir, _, _ = task
     (folder / "test.jsonl").unlink()
-    with pytest.raises(UserError, match=r"test.jsonl does not exist; .*--test_fraction"):
+    with pytest.raises(UserError, match=r"jsonl does not exist: --task=classify needs held-out "
+                                         r"prompts .*--test_fraction=0.05; for plain text"):
         run(f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify")
     other, _ = make_dataset("json", name="other")
     make_jsonl(other / "test.jsonl", [{"prompt": "a", "completion": c} for c in "bc"])
