@@ -197,7 +197,10 @@ def run_classify(cfg, model, tokenizer, source, world):
     print(f"{source} on {cfg.dataset} test by {cfg.method}: accuracy {r['accuracy']:.2%}, "
           f"macro F1 {r['macro_f1']:.2%}; {len(prompts):,} prompts, {r['no_label']:,} answers were "
           f"not a label; {seconds:.1f} s, {len(prompts) / seconds:.1f} prompts per second; {saved}")
-    print_confusion(names, r["confusion"])
+    if len(names) <= tasks.MOST_LABELS:
+        print_confusion(names, r["confusion"])
+    else:
+        print(f"  no table of the {len(names)} labels: it has at most {tasks.MOST_LABELS} columns")
 
 
 def print_confusion(names, confusion):
