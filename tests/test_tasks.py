@@ -269,6 +269,18 @@ def test_classify_prints_scores_and_writes_predictions(task, capsys):
     assert saved["generate"][0]["answer"] == tokenizer.decode([int(t) for t in new])
 
 
+def test_predictions_of_another_model_do_not_replace_those_of_the_run(task, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    folder, out_dir, _, _ = task
+    (tmp_path / "mine").mkdir()
+    for argv, name in (([], "predictions.jsonl"), ([f"--init_from={out_dir}"],
+                                                   f"predictions-{out_dir.name}.jsonl")):
+        out = tmp_path / "mine" if argv else out_dir
+        run(f"--out_dir={out}", f"--dataset={folder}", "--task=classify", *argv)
+        assert f"; wrote {out / name}\n" in capsys.readouterr().out
+        assert (out / name).read_text().count("\n") == 9
+
+
 def test_classify_takes_many_labels_if_they_repeat(task, capsys):
     """21 labels, twice each; such a table is too wide to print."""
     pytest.importorskip("sklearn")
