@@ -276,7 +276,7 @@ print(tokenizer.decode(ids))
 
 
 ONNX_USE_PAIRS = """```
-python sample.py --init_from={name} --start="Good day." --temperature=0 --num_samples=1
+python sample.py --init_from={name} --start="Good day." --temperature=0
 ```
 
 Elsewhere, without torch or nanotune (`pip install onnxruntime tokenizers`):
