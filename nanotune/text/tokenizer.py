@@ -34,6 +34,7 @@ from nanotune.text.encode import encode_characters, encode_in_threads
 from nanotune.text.tokenizer_files import (
     EOT,
     NAMED_IN,
+    NO_VOCABULARY,
     UNREADABLE,
     VOCAB_AND_MERGES,
     canonical,
@@ -81,11 +82,7 @@ class GPT2Tokenizer:
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as e:  # any error of requests, urllib3 or the file system
-                raise UserError(
-                    f"tiktoken cannot download GPT-2's vocabulary ({type(e).__name__}); on a "
-                    "machine with network run `TIKTOKEN_CACHE_DIR=tiktoken python -c \"import "
-                    "tiktoken; tiktoken.get_encoding('gpt2')\"`, copy that folder here, and set "
-                    "TIKTOKEN_CACHE_DIR to it") from e
+                raise UserError(NO_VOCABULARY.format(type(e).__name__)) from e
         return self.encoding
 
     def encode(self, text: str) -> list[int]:
