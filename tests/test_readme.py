@@ -236,6 +236,15 @@ def test_the_readme_has_at_most_12_kb():
     assert len(README.encode()) <= MOST_BYTES
 
 
+@pytest.mark.skipif(not (REPO / ".git").exists(), reason="not a git repository")
+def test_git_ignores_the_exports_and_the_picture_of_the_documents():
+    folders = set(re.findall(r"--export_dir=([\w-]+)", "".join(TEXTS.values())))
+    paths = sorted({"export/x", "runs.png"} | {f"{folder}/x" for folder in folders})
+    found = subprocess.run(["git", "check-ignore", *paths], cwd=REPO, capture_output=True,
+                           text=True)
+    assert found.stdout.split() == paths
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_no_table_has_a_cell_that_was_not_measured(name):
     cells = [cell.strip().lower() for line in TEXTS[name].splitlines() if line.startswith("|")
