@@ -1,5 +1,7 @@
 # make quickstart   pretrain a small GPT, finetune it, sample from it: 5 minutes on 2 CPU cores
 # make chat         finetune the quickstart's model on conversations, and talk to it: minutes
+#                   both: runs that are done are not trained again, and a stopped run is resumed;
+#                   to train again, delete out-quickstart*
 # make sentiment    GPT-2, GPT-Neo and T5 on Twitter sentiment, three splits each; resumes where it
 #                   stopped; ARGS="--models=... --input=...": see experiments/twitter_sentiment.py
 # make test         the test suite; make test-slow runs the longer tests
@@ -13,17 +15,20 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
+# $(call train,OUT_DIR,ARGUMENTS) trains or resumes a run, unless it is done
+train = grep -qs '"done"' $(1)/run.json || $(PY) train.py $(2) --auto_resume=True
+INSTALLING = echo "--- installing torch and other packages into .venv: a few minutes"
 
 .PHONY: quickstart chat sentiment test test-slow test-browser chaos bench lint clean
 
 quickstart: .venv/.runs
 	$(PY) data/python_docs/prepare.py
-	@echo "--- 1. pretrain on the docstrings of Python's standard library"
-	$(PY) train.py config/quickstart_pretrain.py --overwrite=True
-	@echo "--- 2. finetune that model on Python's language reference"
-	$(PY) train.py config/quickstart_finetune.py --overwrite=True
-	@echo "--- 3. the same steps from scratch, to compare"
-	$(PY) train.py config/quickstart_finetune.py --init_from=scratch --out_dir=out-quickstart-scratch --overwrite=True
+	@echo "--- 1. pretrain on the docstrings of Python's standard library, unless that is done"
+	$(call train,out-quickstart-base,config/quickstart_pretrain.py)
+	@echo "--- 2. finetune that model on Python's language reference, unless that is done"
+	$(call train,out-quickstart,config/quickstart_finetune.py)
+	@echo "--- 3. the same steps from scratch, to compare, unless that is done"
+	$(call train,out-quickstart-scratch,config/quickstart_finetune.py --init_from=scratch --out_dir=out-quickstart-scratch)
 	@echo "--- 4. sample"
 	$(PY) sample.py --out_dir=out-quickstart --start="The for statement" --num_samples=1 --max_new_tokens=150
 	@echo "--- 5. evaluate: before finetuning, after it, and after the same steps from scratch"
@@ -33,11 +38,11 @@ quickstart: .venv/.runs
 
 chat: .venv/.runs
 	$(PY) data/python_docs/prepare.py
-	@echo "--- 1. pretrain the quickstart's model, unless it exists"
-	grep -qs '"done"' out-quickstart-base/run.json || $(PY) train.py config/quickstart_pretrain.py --auto_resume=True
-	@echo "--- 2. finetune it on conversations about the library's classes and functions"
+	@echo "--- 1. pretrain the quickstart's model, unless that is done"
+	$(call train,out-quickstart-base,config/quickstart_pretrain.py)
+	@echo "--- 2. finetune it on conversations about the library's classes and functions, unless that is done"
 	$(PY) data/chat/prepare.py --input=$(TALKS)/train.jsonl --val_input=$(TALKS)/val.jsonl --test_input=$(TALKS)/test.jsonl --out_dir=data/python_docs/chat --tokenizer=data/python_docs/docstrings --block_size=128 --user=Q: --assistant=A: --end='\n--\n'
-	$(PY) train.py config/quickstart_chat.py --overwrite=True
+	$(call train,out-quickstart-chat,config/quickstart_chat.py)
 	@echo "--- 3. evaluate: the loss of the answers before and after finetuning; last answers of test conversations"
 	@$(PY) evaluate.py --out_dir=out-quickstart-base --dataset=python_docs/chat
 	@$(PY) evaluate.py --out_dir=out-quickstart-chat --dataset=python_docs/chat
@@ -79,10 +84,12 @@ clean:
 
 .venv/.runs: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(INSTALLING)
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
 
 .venv/.tests: requirements.txt requirements-export.txt requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(INSTALLING)
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@ .venv/.runs

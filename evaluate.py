@@ -14,7 +14,8 @@ generate     a dataset's test.jsonl: generates answers (of a conversation, the l
 lambada      predicts the last word of each line {"text": "..."}; prints accuracy, with and without
              the stop-word filter, and perplexity
 
-classify and generate write out_dir/predictions.jsonl.
+classify and generate write out_dir/predictions.jsonl, or with --init_from=MODEL
+out_dir/predictions-MODEL.jsonl.
 """
 import json
 import math
@@ -47,7 +48,7 @@ from nanotune.training.distributed import check_same_fields, join, read_world, s
 class Config:
     # task
     task: Literal["perplexity", "classify", "generate", "lambada"] = "perplexity"
-    out_dir: str = "out"              # read ckpt.pt of this run; write predictions.jsonl to it
+    out_dir: str = "out"              # read ckpt.pt of this run; write predictions*.jsonl to it
     init_from: str = "resume"  # resume: out_dir; else a hub id, a folder, a run or an .onnx file
     dataset: str | None = None        # a folder in data/, or a path; None: the run's
     split: str = "val"  # perplexity: train or val
@@ -155,7 +156,9 @@ def test_file(cfg):
     """Returns the path of the dataset's test.jsonl."""
     path = dataset_folder(cfg.dataset) / "test.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} does not exist; prepare the dataset with --test_fraction=0.05")
+        raise UserError(f"{path} does not exist: --task={cfg.task} needs held-out prompts and "
+                        "answers; for a dataset of these run prepare.py with --test_fraction=0.05; "
+                        "for plain text use --task=perplexity")
     return path
 
 
@@ -168,9 +171,11 @@ def generate_answers(cfg, model, tokenizer, prompts, limit, end=()):
 
 
 def save_predictions(cfg, rows):
-    """Writes out_dir/predictions.jsonl; returns its path."""
-    out_dir = Path(cfg.out_dir)
-    path = (out_dir.parent if out_dir.suffix == ".pt" else out_dir) / "predictions.jsonl"
+    """Writes out_dir/predictions.jsonl; returns its path. The file of a model other than the run in
+    out_dir has the model's name, so that it does not replace the run's."""
+    out_dir, model = Path(cfg.out_dir), Path(cfg.init_from).absolute().name
+    name = "predictions" if cfg.init_from == "resume" else f"predictions-{model}"
+    path = (out_dir.parent if out_dir.suffix == ".pt" else out_dir) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda f: f.write("".join(
         json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")))
@@ -196,8 +201,12 @@ def run_classify(cfg, model, tokenizer, source, world):
     saved = save_predictions(cfg, rows)
     print(f"{source} on {cfg.dataset} test by {cfg.method}: accuracy {r['accuracy']:.2%}, "
           f"macro F1 {r['macro_f1']:.2%}; {len(prompts):,} prompts, {r['no_label']:,} answers were "
-          f"not a label; {seconds:.1f} s, {len(prompts) / seconds:.1f} prompts per second; {saved}")
-    print_confusion(names, r["confusion"])
+          f"not a label; {seconds:.1f} s, {len(prompts) / seconds:.1f} prompts per second; wrote "
+          f"{saved}")
+    if len(names) <= tasks.MOST_LABELS:
+        print_confusion(names, r["confusion"])
+    else:
+        print(f"  no table of the {len(names)} labels: it has at most {tasks.MOST_LABELS} columns")
 
 
 def print_confusion(names, confusion):
@@ -239,7 +248,7 @@ def run_generate(cfg, model, tokenizer, source, world):
     print(f"{source} on {cfg.dataset} test: exact match {exact[0]:.2%} (standard error "
           f"{exact[1]:.2%}), F1 of words {f1[0]:.2%} ({f1[1]:.2%}); {len(prompts):,} prompts, "
           f"{sum(cut):,} answers cut by --max_new_tokens; {seconds:.1f} s, "
-          f"{len(prompts) / seconds:.1f} prompts per second; {saved}")
+          f"{len(prompts) / seconds:.1f} prompts per second; wrote {saved}")
     print_rouge(rouge)
 
 

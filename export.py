@@ -9,6 +9,7 @@ Files are read back and compared with the model before the folder gets its final
 """
 import importlib.util
 import math
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -278,7 +279,7 @@ print(tokenizer.decode(ids))
 
 
 ONNX_USE_PAIRS = """```
-python sample.py --init_from={name} --start="Good day." --temperature=0 --num_samples=1
+python sample.py --init_from={name} --start="Good day." --temperature=0
 ```
 
 Elsewhere, without torch or nanotune (`pip install onnxruntime tokenizers`):
@@ -346,6 +347,10 @@ def main(argv: list[str]) -> None:
     write_folder(cfg.export_dir, write, WRITTEN, cfg.overwrite)
     size = sum(file.stat().st_size for file in Path(cfg.export_dir).glob("*model*"))
     print(f"wrote {cfg.export_dir} (weights {format_bytes(size)})")
+    dataset = (history_of(source).get("config") or {}).get("dataset")
+    if cfg.format == "onnx" and dataset:
+        argv = ["python", "evaluate.py", f"--init_from={cfg.export_dir}", f"--dataset={dataset}"]
+        print(f"check its loss: {shlex.join(argv)}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Config:
     interactive: bool = False         # read prompts from the terminal; loads the model once
     chat: bool = False  # talk to a model finetuned with config/finetune_chat.py
     system: EscapedText = ""          # chat: the system message, which comes first
-    num_samples: UpTo65536 | None = None  # samples per prompt, in one batch; None: 10 (beams: 1)
+    num_samples: UpTo65536 | None = None  # per prompt; None: 10 (beams or temperature 0: 1)
     batch_size: UpTo65536 = 16      # LINES: samples or beams per batch; more if one prompt has more
     max_new_tokens: AtLeast1 = 500    # maximum new tokens per sample
     temperature: Temperature = 0.8    # 0: the most likely token; below 1 less random, above 1 more
@@ -101,7 +101,8 @@ def check_beams(cfg):
     if cfg.num_beams is not None and cfg.chat:
         raise UserError("beam search does not stop at the end of a turn: leave --num_beams out "
                         "of --chat")
-    cfg.num_samples = cfg.num_samples or (1 if cfg.num_beams else 10)
+    one = cfg.num_beams or cfg.temperature == 0  # greedy samples are all the same
+    cfg.num_samples = cfg.num_samples or (1 if one else 10)
 
 
 def main(argv: list[str]) -> None:

@@ -36,7 +36,7 @@ DATA = Path(__file__).resolve().parent
 sys.path.append(str(DATA.parent))
 from nanotune import cli  # noqa: E402 (no package is installed)
 from nanotune.errors import UserError  # noqa: E402
-from nanotune.formats.hub import note_folder  # noqa: E402
+from nanotune.formats.hub import note_folder, read_json  # noqa: E402
 from nanotune.text.chat import (  # noqa: E402, F401 (F401: for the scripts)
     ROLES,
     Message,
@@ -65,6 +65,7 @@ from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts
     CharTokenizer,
     GPT2Tokenizer,
     JsonTokenizer,
+    tokenizer_of_dataset,
     tokenizer_of_source,
     without_end,
 )
@@ -76,6 +77,7 @@ MIN_STEPS, MAX_EPOCHS = 30, 20
 # files that describe the .bin files: deleted when the .bin files are replaced
 COMPANIONS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "train.mask.bin",
               "val.mask.bin", "train.pairs.bin", "val.pairs.bin", "test.jsonl")
+SETTINGS_FILE = "settings.json"     # of a run of train.py
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}   # of a table's columns
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
@@ -86,7 +88,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 # the command line
 
 def parser(description: str, folder: Path, input_help: str = "",
-           tokenizers: str = "gpt2, a tokenizer.json, a folder or a hub id (default: gpt2)",
+           tokenizers: str = "gpt2, a tokenizer.json, a folder, a run or a hub id (default: gpt2)",
            ) -> argparse.ArgumentParser:
     """Returns a parser with --out_dir (default: `folder`), and with --input and --tokenizer unless
     their help is ""."""
@@ -243,18 +245,36 @@ def split_documents(documents: Sequence[str | Document], val_fraction: float = 0
 # encoding
 
 def choose_tokenizer(name: str) -> AnyTokenizer:
-    """Returns the tokenizer that --tokenizer names: gpt2, a tokenizer.json, a folder or a hub id.
-    Raises UserError if it is missing, damaged or too large for a .bin file."""
+    """Returns the tokenizer that --tokenizer names: gpt2, a tokenizer.json, a folder, a run or a
+    hub id. Raises UserError if it is missing, damaged or too large for a .bin file."""
     try:
-        tokenizer = tokenizer_of_source(name)
+        tokenizer = tokenizer_of_source(name) or tokenizer_of_run(name)
     except UserError as error:
         raise UserError(f"--tokenizer={name}: {error}") from None
     note_folder(name)
     if tokenizer is None:
-        raise UserError(f"--tokenizer={name} has no tokenizer.json, and no vocab.json with "
-                        "merges.txt")
+        raise UserError(f"--tokenizer={name} has no tokenizer.json, no vocab.json with merges.txt, "
+                        "and no settings.json of a run; give the folder of the model's dataset")
     check_ids(tokenizer.n_vocab - 1, name)
     return tokenizer
+
+
+def tokenizer_of_run(folder: str) -> AnyTokenizer | None:
+    """Returns the tokenizer of the dataset that a run was trained on, or None if the folder is not
+    a run's. Raises UserError if settings.json is damaged or the dataset does not exist."""
+    file = Path(folder, SETTINGS_FILE)
+    if not file.is_file():
+        return None
+    try:
+        sections = read_json(file)["settings"].values()
+        dataset = next(fields["dataset"] for fields in sections if "dataset" in fields)
+    except (AttributeError, KeyError, StopIteration, TypeError):
+        raise UserError(f"{file} names no dataset; give the folder of the run's dataset") from None
+    for place in (DATA / dataset, Path(dataset)):
+        if place.is_dir():
+            return tokenizer_of_dataset(place)
+    raise UserError(f"{DATA / dataset}, the dataset of this run, does not exist; give another "
+                    "folder with the model's tokenizer.json")
 
 
 def char_tokenizer(pieces: Pieces) -> CharTokenizer:
@@ -624,7 +644,8 @@ def options_for_little_data(fields: dict[str, Any], samples: int,
 def init_from_option(tokenizer: str) -> str:
     """Returns the --init_from option for the model of a --tokenizer: "MODEL" for a tokenizer.json
     or a dataset's folder, which do not name their model."""
-    is_model = not Path(tokenizer).exists() or Path(tokenizer, "config.json").is_file()
+    is_model = not Path(tokenizer).exists() or any(
+        Path(tokenizer, name).is_file() for name in ("config.json", SETTINGS_FILE))
     return f"--init_from={tokenizer if is_model else 'MODEL'}"
 
 

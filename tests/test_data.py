@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 import fetch
 
 from configurator import configure
+from model import GPTConfig
 from nanotune.errors import UserError
 from nanotune.training.run import set_max_iters
+from nanotune.training.settings import write_settings
 from train import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -471,6 +474,27 @@ def test_text_may_be_encoded_by_characters(folder, tmp_path):
     # a newline is written in place of the end-of-text of the one document
     assert "".join(itos[i] for i in train + val) == "Bee\n" + TEXT + "\n"
     assert len(train) == int(0.9 * len("Bee\n" + TEXT))
+
+
+def test_text_takes_the_tokenizer_of_a_run(folder, tmp_path, capsys):
+    """That of the dataset in its settings.json."""
+    prepare("text", input=folder, out_dir=tmp_path / "1", tokenizer="train", vocab_size=300)
+    run = tmp_path / "run"
+    run.mkdir()
+    cfg = Config(out_dir=str(run), dataset=str(tmp_path / "1"))
+    write_settings(cfg, asdict(cfg), [], GPTConfig())
+    prepare("text", input=folder, out_dir=tmp_path / "2", tokenizer=run)
+    assert next_config(capsys.readouterr().out).init_from == str(run)
+    assert fetch.tokenizer_of_dataset(tmp_path / "2").identity == (
+        fetch.tokenizer_of_dataset(tmp_path / "1").identity)
+    assert (tmp_path / "2" / "train.bin").read_bytes() == (
+        (tmp_path / "1" / "train.bin").read_bytes())
+    (tmp_path / "1").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="the dataset of this run, does not exist"):
+        fetch.choose_tokenizer(str(run))
+    (run / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match=r"settings\.json names no dataset"):
+        fetch.choose_tokenizer(str(run))
 
 
 def test_text_trains_a_tokenizer_or_reads_one_from_a_file(folder, tmp_path, capsys):

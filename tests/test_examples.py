@@ -329,7 +329,18 @@ def test_validation_examples_may_be_in_their_own_file(gpt2, tmp_path, capsys):
     prepare("jsonl", input=tmp_path / "f.jsonl", val_input=tmp_path / "val.csv", out_dir=tmp_path)
     assert documents(tmp_path, gpt2, "val") == ["Mine: yes", "Question 3: answer 3"]
     assert len(documents(tmp_path, gpt2)) == 59  # no example is in both
-    assert "next: python train.py config/finetune_task.py" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "next: python train.py config/finetune_task.py" in out
+    assert "--separate_documents=True" in out.splitlines()[-1]
+
+
+def test_the_next_command_separates_documents_only_if_end_of_text_exists(tmp_path, capsys):
+    write_lines(tmp_path / "f.jsonl", PAIRS)
+    (tmp_path / "chars").mkdir()
+    (tmp_path / "chars" / "meta.pkl").write_bytes(
+        fetch.CharTokenizer(sorted(set("\n" + "".join(map(str, PAIRS))))).files["meta.pkl"])
+    prepare("jsonl", input=tmp_path / "f.jsonl", out_dir=tmp_path, tokenizer=tmp_path / "chars")
+    assert "--separate_documents" not in capsys.readouterr().out
 
 
 def test_end_of_text_in_a_text_separates_documents(gpt2, tmp_path):

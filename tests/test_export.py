@@ -1,5 +1,6 @@
 """export.py: the exported folders in transformers, PEFT and ONNX Runtime, and refused exports."""
 import json
+import shlex
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from conftest import TEXT, tiny_gpt, tiny_json
 from safetensors.torch import load_file
 from tiny import REPO, run_script, run_train, write_dataset
 
+import evaluate
 import export
 import sample
 from nanotune import files
@@ -303,6 +305,22 @@ def test_an_onnx_export_is_a_folder_with_model_card_and_tokenizer(make_run, tmp_
         "README.md", "model.onnx", "tokenizer.json", "tokenizer_config.json"]
     small = export_hf(out_dir, tmp_path / "int8", format="onnx", quantize="int8")
     assert (small / "model.int8.onnx").is_file()
+
+
+def test_an_onnx_export_prints_the_command_that_evaluates_it(make_run, make_dataset, tmp_path,
+                                                             capsys):
+    folder, tokenizer = make_dataset("json")
+    out_dir, model = make_run(tokenizer, n_embd=32)
+    export_hf(out_dir, tmp_path / "unknown", format="onnx")
+    assert "check its loss" not in capsys.readouterr().out  # the run names no dataset
+    files.save(out_dir / "ckpt.pt", checkpoint.model_data(
+        model, 0, 1.0, {"dataset": str(folder)}, tokenizer))
+    export_hf(out_dir, tmp_path / "int 8", format="onnx", quantize="int8")
+    line = capsys.readouterr().out.splitlines()[-1]
+    python, script, *argv = shlex.split(line.removeprefix("check its loss: "))
+    assert (python, script) == ("python", "evaluate.py")
+    evaluate.main([*argv, "--device=cpu"])
+    assert f"{tmp_path / 'int 8'} on {folder} val: loss" in capsys.readouterr().out
 
 
 def test_the_program_in_the_model_card_runs_without_torch(make_run, tmp_path):

@@ -121,8 +121,9 @@ def runs_of(line):
 
 
 def shrink(script, arguments):
-    """The arguments of a tiny run: each option once, without the Makefile's --overwrite=True."""
-    arguments = [argument for argument in arguments if argument != "--overwrite=True"]
+    """The arguments of a tiny run: each option once, and no --epochs, which would contradict
+    --max_iters."""
+    arguments = [argument for argument in arguments if not argument.startswith("--epochs=")]
     if "--help" in arguments or (script == "train.py" and not arguments):
         return arguments
     added = TINY[script]
@@ -226,14 +227,27 @@ def test_make_runs_the_commands_that_are_shown_without_make(target, name, title)
     section = re.split("^#+ ", TEXTS[name].partition(title)[2], flags=re.MULTILINE)[0]
     typed = [run for language, code in code_in(section) if language == "shell"
              and not code.startswith("make") for run in runs_of(code)]
-    made = [(script, [a for a in arguments if a != "--overwrite=True"])
-            for script, arguments in runs_of_make([target])]
+    found = runs_of_make([target])
+    made = [(script, [a for a in arguments if a != "--auto_resume=True"])
+            for script, arguments in found]
+    # after Ctrl-C the same target resumes
+    assert all("--auto_resume=True" in arguments for script, arguments in found
+               if script == "train.py")
     at = 2 if target == "chat" else 0  # make chat begins with two of the quickstart
     assert list(dict.fromkeys(map(str, made[at:]))) == list(map(str, typed))
 
 
 def test_the_readme_has_at_most_12_kb():
     assert len(README.encode()) <= MOST_BYTES
+
+
+@pytest.mark.skipif(not (REPO / ".git").exists(), reason="not a git repository")
+def test_git_ignores_the_exports_and_the_picture_of_the_documents():
+    folders = set(re.findall(r"--export_dir=([\w-]+)", "".join(TEXTS.values())))
+    paths = sorted({"export/x", "runs.png"} | {f"{folder}/x" for folder in folders})
+    found = subprocess.run(["git", "check-ignore", *paths], cwd=REPO, capture_output=True,
+                           text=True)
+    assert found.stdout.split() == paths
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -290,7 +290,7 @@ def test_a_resume_with_another_dataset_is_refused_unless_forced(tmp_path, whole,
     third = write_dataset(tmp_path / "third", alphabet="\n ABCDEFGHIJKLMNOP")
     status, _, err = run_script(monkeypatch, capsys, train.main, arguments(
         third, out, init_from="resume", force_resume=True))
-    assert status == 1 and "prepare the text again with the model's tokenizer" in err
+    assert status == 1 and f"prepare the text again with --tokenizer={out}" in err
 
 
 def swap_tokens(path):

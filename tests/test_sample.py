@@ -65,6 +65,12 @@ def test_temperature_top_k_and_top_p_take_effect(chars, samples):
     assert samples(chars, **wild, top_k=0) != samples(chars, **wild, top_k=2)
 
 
+def test_greedy_sampling_prints_one_sample_by_default(chars, samples):
+    assert samples(chars, start="Line", temperature=0) == (
+        samples(chars, start="Line", temperature=0, num_samples=2)[:1])
+    assert len(samples(chars, start="Line", temperature=0.1)) == 10
+
+
 def test_the_smallest_temperature_and_top_p_are_greedy(chars, samples):
     """Float32 rounds them to 0, and such a 0 once drew an id beyond the vocabulary."""
     greedy = samples(chars, start="Line", num_samples=2, temperature=0)

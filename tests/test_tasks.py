@@ -269,6 +269,29 @@ def test_classify_prints_scores_and_writes_predictions(task, capsys):
     assert saved["generate"][0]["answer"] == tokenizer.decode([int(t) for t in new])
 
 
+def test_predictions_of_another_model_do_not_replace_those_of_the_run(task, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    folder, out_dir, _, _ = task
+    (tmp_path / "mine").mkdir()
+    for argv, name in (([], "predictions.jsonl"), ([f"--init_from={out_dir}"],
+                                                   f"predictions-{out_dir.name}.jsonl")):
+        out = tmp_path / "mine" if argv else out_dir
+        run(f"--out_dir={out}", f"--dataset={folder}", "--task=classify", *argv)
+        assert f"; wrote {out / name}\n" in capsys.readouterr().out
+        assert (out / name).read_text().count("\n") == 9
+
+
+def test_classify_takes_many_labels_if_they_repeat(task, capsys):
+    """21 labels, twice each; such a table is too wide to print."""
+    pytest.importorskip("sklearn")
+    folder, out_dir, _, _ = task
+    make_jsonl(folder / "test.jsonl", [
+        {"prompt": "Line", "completion": f" {i % 21}"} for i in range(42)])
+    run(f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify", "--batch_size=42")
+    out = capsys.readouterr().out
+    assert "42 prompts" in out and "no table of the 21 labels" in out and "answered" not in out
+
+
 @pytest.mark.parametrize("lines, message", [
     ([{"prompt": "Line", "completion": " it"}] * 2, r"test.jsonl: every completion is 'it'; .*two"),
     (["{"], r"test.jsonl, line 1: malformed JSON \(.*column 2\)"),
@@ -277,6 +300,8 @@ def test_classify_prints_scores_and_writes_predictions(task, capsys):
     ([], r"test.jsonl is empty"),
     ([{"prompt": "L" * 19, "completion": " it"}, {"prompt": "L", "completion": " end"}],
      r"test.jsonl, line 1: the prompt has 19 tokens; with the longest label it must have 1 to 16"),
+    ([{"prompt": "Line", "completion": f" {i}"} for i in range(21)],
+     r"test.jsonl: 21 of 21 completions differ: these look like free answers, .*--task=generate"),
 ])
 def test_bad_test_files_are_refused(lines, message, task):
     pytest.importorskip("sklearn")
@@ -291,7 +316,8 @@ def test_a_missing_test_file_or_another_tokenizer_is_refused(task, make_dataset)
     pytest.importorskip("sklearn")
     folder, out_dir, _, _ = task
     (folder / "test.jsonl").unlink()
-    with pytest.raises(UserError, match=r"test.jsonl does not exist; .*--test_fraction"):
+    with pytest.raises(UserError, match=r"jsonl does not exist: --task=classify needs held-out "
+                                         r"prompts .*--test_fraction=0.05; for plain text"):
         run(f"--out_dir={out_dir}", f"--dataset={folder}", "--task=classify")
     other, _ = make_dataset("json", name="other")
     make_jsonl(other / "test.jsonl", [{"prompt": "a", "completion": c} for c in "bc"])

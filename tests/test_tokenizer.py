@@ -85,7 +85,7 @@ def test_a_vocabulary_that_cannot_be_downloaded_is_a_one_line_error(tmp_path, mo
     tiktoken = pytest.importorskip("tiktoken")
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (tmp_path / "none").read_bytes())
     with pytest.raises(UserError, match=r"cannot download GPT-2's vocabulary "
-                                        r"\(FileNotFoundError\).*TIKTOKEN_CACHE_DIR"):
+                                        r"\(FileNotFoundError\).*TIKTOKEN_CACHE_DIR.*--tokenizer=train"):
         GPT2Tokenizer().encode("a")
 
 
@@ -378,12 +378,15 @@ def test_each_kind_of_tokenizer_is_found_in_its_folder(tmp_path):
     assert_same(tokenizer_of_folder(tmp_path / "chars"), chars)
 
 
-def test_a_dataset_with_another_tokenizer_than_the_model_is_refused():
+def test_a_dataset_with_another_tokenizer_than_the_model_is_refused(tmp_path):
     check_same_tokenizer(CharTokenizer("abc"), CharTokenizer(["a", "b", "c"]), "out", "data/x")
     for other in (CharTokenizer("acb"), CharTokenizer("abcd"), JSON, GPT2Tokenizer()):
         with pytest.raises(UserError, match=r"out uses a character vocabulary \(3 tokens\), but "
-                                             r"data/x was made with .*prepare the text again"):
+                                             r"data/x was made with .*again with --tokenizer=out$"):
             check_same_tokenizer(CharTokenizer("abc"), other, "out", "data/x")
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(UserError, match=f"--tokenizer={tmp_path}$"):  # of a file, the folder
+        check_same_tokenizer(CharTokenizer("abc"), JSON, str(tmp_path / "ckpt.pt"), "data/x")
     with pytest.raises(UserError, match=r"hf has no tokenizer file.*put its tokenizer.json"):
         check_same_tokenizer(None, GPT2Tokenizer(), "hf", "data/x")
 

@@ -1,7 +1,7 @@
 r"""Your own task as a dataset: prompts and completions, or plain texts.
 
     python data/jsonl/prepare.py --input=FILE --out_dir=data/mine --loss_on=completion
-    python train.py config/finetune_task.py --dataset=mine
+    python train.py config/finetune_task.py --dataset=mine --separate_documents=True
     python evaluate.py --task=classify --out_dir=out-task --dataset=mine
 
 FILE is .jsonl, with one example per line, or a .csv or .tsv whose first row names the columns:
@@ -140,8 +140,10 @@ def main(argv: list[str] | None = None) -> None:
     if not splits["train"]:
         raise UserError(f"{source}: {len(examples)} examples leave none for training; add more")
     counts = fetch.write_examples(args.out_dir, splits, tokenizer, args.loss_on, args.block_size)
-    fetch.print_next("finetune_task", args.out_dir, counts, fetch.init_from_option(args.tokenizer),
-                     epochs=3)
+    options = [fetch.init_from_option(args.tokenizer)]
+    if tokenizer.eot is not None:
+        options.append("--separate_documents=True")
+    fetch.print_next("finetune_task", args.out_dir, counts, *options, epochs=3)
 
 
 if __name__ == "__main__":

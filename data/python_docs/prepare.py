@@ -172,7 +172,7 @@ def write_chats(folder: Path, chats: dict[str, list]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     p = fetch.parser(__doc__, Path(__file__).parent, tokenizers=(
-        "train, gpt2, a tokenizer.json, a folder or a hub id (default: train)"))
+        "train, gpt2, a tokenizer.json, a folder, a run or a hub id (default: train)"))
     p.set_defaults(tokenizer="train")
     p.add_argument("--vocab_size", type=int, default=4096,
                    help="tokens of --tokenizer=train (default: 4096)")

@@ -14,7 +14,7 @@ few. Text must be UTF-8. A byte order mark is removed, and Windows line ends bec
 --tokenizer=char        characters, for a small model from scratch
 --tokenizer=train       a byte-level BPE of --vocab_size tokens, trained on this text; also for
                         a model from scratch
---tokenizer=NAME        another model's: a tokenizer.json, a folder or a hub id
+--tokenizer=NAME        another model's: a tokenizer.json, a folder, a run of train.py, or a hub id
 """
 import argparse
 import sys
@@ -73,7 +73,8 @@ def find_documents(source: Path, extensions: str, mark: str | None,
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = fetch.parser(__doc__, Path(__file__).parent, "a text file, or a folder of them (required)",
-                     "gpt2, char, train, a tokenizer.json, a folder or a hub id (default: gpt2)")
+                     "gpt2, char, train, a tokenizer.json, a folder, a run or a hub id "
+                     "(default: gpt2)")
     p.add_argument("--val_fraction", type=float, default=0.1,
                    help="fraction for validation (default: 0.1)")
     p.add_argument("--val_input", type=Path, metavar="FILE",

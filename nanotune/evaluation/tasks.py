@@ -43,6 +43,8 @@ what when where whether which while who whom whose why will with within without 
 yours yourself
 """.split())  # noqa: SIM905
 
+MOST_LABELS = 20  # if most answers differ and there are more of them than this, they are no labels
+
 
 # -----------------------------------------------------------------------------
 # prompts
@@ -64,7 +66,8 @@ def read_lines(path: Path, *names: str) -> list[tuple[str, dict]]:
 def read_prompts(path: Path, tokenizer: AnyTokenizer,
                  block_size: int) -> tuple[list[list[int]], list[str], dict[str, list[int]]]:
     """Returns (ids of each prompt, label of each prompt, {label: ids}) of a test.jsonl. Raises
-    UserError for fewer than two labels, or if a prompt with the longest label exceeds block_size.
+    UserError for fewer than two labels, for free answers instead of labels, or if a prompt with the
+    longest label exceeds block_size.
     """
     lines = read_lines(path, "prompt", "completion")
     answers = [without_end(fields["completion"], tokenizer) for _, fields in lines]
@@ -72,6 +75,9 @@ def read_prompts(path: Path, tokenizer: AnyTokenizer,
     if len(completions) < 2:
         raise UserError(f"{path}: every completion is {next(iter(completions))!r}; "
                         "classification needs at least two labels")
+    if len(completions) > max(MOST_LABELS, len(lines) // 2):
+        raise UserError(f"{path}: {len(completions):,} of {len(lines):,} completions differ: these "
+                        "look like free answers, not labels; use --task=generate")
     labels = {label: tokenizer.encode(completions[label]) for label in sorted(completions)}
     longest = max(map(len, labels.values()))
     prompts = []

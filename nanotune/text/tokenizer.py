@@ -34,11 +34,13 @@ from nanotune.text.encode import encode_characters, encode_in_threads
 from nanotune.text.tokenizer_files import (
     EOT,
     NAMED_IN,
+    NO_VOCABULARY,
     UNREADABLE,
     VOCAB_AND_MERGES,
     canonical,
     characters_json,
     digest,
+    folder_of,
     gpt2_json,
     json_of_sentencepiece,
     json_of_vocab_and_merges,
@@ -80,11 +82,7 @@ class GPT2Tokenizer:
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as e:  # any error of requests, urllib3 or the file system
-                raise UserError(
-                    f"tiktoken cannot download GPT-2's vocabulary ({type(e).__name__}); on a "
-                    "machine with network run `TIKTOKEN_CACHE_DIR=tiktoken python -c \"import "
-                    "tiktoken; tiktoken.get_encoding('gpt2')\"`, copy that folder here, and set "
-                    "TIKTOKEN_CACHE_DIR to it") from e
+                raise UserError(NO_VOCABULARY.format(type(e).__name__)) from e
         return self.encoding
 
     def encode(self, text: str) -> list[int]:
@@ -346,4 +344,4 @@ def check_same_tokenizer(model_tokenizer: AnyTokenizer | None, data_tokenizer: A
         raise UserError(
             f"{source} uses {model_tokenizer.name} ({model_tokenizer.n_vocab} tokens), but {folder}"
             f" was made with {data_tokenizer.name} ({data_tokenizer.n_vocab}): prepare the text "
-            "again with the model's tokenizer")
+            f"again with --tokenizer={folder_of(source)}")

@@ -30,6 +30,13 @@ UNREADABLE = ("vocab.json", "merges.txt", "encoder.json", "vocab.txt", "tokenize
 # file names of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's
 VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
+# the error of tiktoken without a network
+NO_VOCABULARY = (
+    "tiktoken cannot download GPT-2's vocabulary ({}); on a machine with network run "
+    "`TIKTOKEN_CACHE_DIR=tiktoken python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"`, "
+    "copy that folder here, and set TIKTOKEN_CACHE_DIR to it; or train a model from scratch, with "
+    "--tokenizer=train or --tokenizer=char of data/text/prepare.py")
+
 
 @contextmanager
 def library_errors(message: str) -> Iterator[None]:
@@ -53,6 +60,11 @@ def canonical(vocab: dict[str, int]) -> str:
 def digest(text: str) -> str:
     """Returns the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def folder_of(source: str | Path) -> str | Path:
+    """Returns the folder of a model file (ckpt.pt, model.onnx); any other source unchanged."""
+    return Path(source).parent if Path(source).is_file() else source
 
 
 def read_utf8(path: Path) -> str:
