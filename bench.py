@@ -10,7 +10,8 @@
 
 nanotune's cases run train.py and sample.py themselves. Each case runs in its own process, with a
 warm-up. The cases alternate: a change of the machine's speed affects all. Weights are random,
-in the real shapes: nothing is downloaded. Prints a table of medians; writes all to bench.json.
+in the real shapes: nothing is downloaded. Prints a table of medians; writes bench.json, with the
+numbers of each process.
 
 tok/s     tokens per second, trained or generated, after the warm-up. For sample.py this is the
           speed of the second half of the tokens; "from the start" is the speed of all, including
@@ -70,7 +71,7 @@ class Config:
     dataset: str | None = None        # sample --exported: measure perplexity on this
     exported: bool = False  # sample: compare PyTorch in two dtypes with the ONNX formats
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of nanotune; others: all native ones
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of nanotune; others: each native one
     compiled: bool = True             # train: also run each case compiled, a minute more each
     out: str = "bench.json"           # the file to write
 

@@ -201,8 +201,8 @@ def check_tensorboard() -> None:
 
 
 def start_tensorboard(out_dir: str, start: int) -> Any:
-    """Returns a SummaryWriter for out_dir/tensorboard. TensorBoard hides the points from step
-    `start` on that earlier processes wrote. View the curves with tensorboard --logdir=OUT_DIR."""
+    """Returns a SummaryWriter for out_dir/tensorboard. TensorBoard hides points that earlier
+    processes wrote for step `start` or later. View the curves with tensorboard --logdir=OUT_DIR."""
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=start)
 

@@ -134,7 +134,7 @@ class LossScaler(torch.amp.GradScaler):
 
 def check_8bit(device: torch.device) -> None:
     """Raises UserError if torchao or the compiler that its update needs is missing."""
-    # hides warnings about GPU kernels that a CPU cannot load, and deprecated torch APIs in torchao
+    # hides torchao's warnings: GPU kernels that a CPU cannot load, deprecated APIs of torch
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

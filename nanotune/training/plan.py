@@ -17,7 +17,7 @@ from nanotune.training.distributed import World
 from nanotune.training.lora import adapters, add_lora
 from nanotune.training.optimizer import moment_shape, moments_per_scale
 
-FEW_STEPS = 10  # of --epochs: fewer train next to nothing
+FEW_STEPS = 10  # if --epochs makes fewer, the model hardly changes
 
 
 def format_bytes(n: float) -> str:
@@ -249,7 +249,7 @@ def advise(config, cfg, world, dtype, usable, peak):
         cfg, config = tried, with_config
         if fits:
             return lines
-    return lines + ["  then use a smaller model (--init_from) or a larger device"]
+    return lines + ["  still too much: use a smaller model (--init_from) or a larger device"]
 
 
 def changes(config, cfg, world):
