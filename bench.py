@@ -80,8 +80,8 @@ class Config:
 # processes
 
 def run_process(argv, until=None, cwd=None):
-    """Runs a command; returns (its output, seconds, peak resident bytes). Kills it when `until()`
-    returns True. If it fails, raises UserError with its last line."""
+    """Runs a command; returns (its output, seconds, peak resident bytes). Kills the command when
+    `until()` returns True. If the command fails, raises UserError with the output's last line."""
     with tempfile.TemporaryFile("w+") as out:
         began = time.perf_counter()
         child = subprocess.Popen(list(map(str, argv)), stdout=out, stderr=subprocess.STDOUT,

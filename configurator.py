@@ -264,7 +264,8 @@ def check_type(kind, value, where):
 
 
 def parse(kind, text, where):
-    """Parses a value of the command line. A str field takes the text unchanged, quotes included."""
+    """Parses a value of the command line. A str field takes the text unchanged, quotes included,
+    unless it is an EscapedText: see ESCAPED."""
     allowed = choices(kind)
     if types.NoneType in allowed and text == "None":
         return None

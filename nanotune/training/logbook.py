@@ -184,7 +184,7 @@ def check_wandb() -> None:
 
 
 def has_wandb_key():
-    """Whether the environment or the netrc file, where wandb looks, has its key."""
+    """Whether the environment or the netrc file has wandb's key, as wandb itself looks for it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname

@@ -1,7 +1,7 @@
 """Writes a run's fields to settings.json, and restores them for a resume.
 
-settings.json is for people: every field by section, the command, the versions. A resume reads the
-fields from state.pt, which also holds the weights that they belong to, or from ckpt.pt.
+settings.json is for people. It has every field by section, the command and the versions. A resume
+reads the fields from state.pt, which also holds the weights that they belong to, or from ckpt.pt.
 """
 import json
 import shlex
