@@ -10,7 +10,8 @@
 
 nanotune's cases run train.py and sample.py themselves. Each case runs in its own process, with a
 warm-up. The cases alternate: a change of the machine's speed affects all. Weights are random,
-in the real shapes: nothing is downloaded. Prints a table of medians; writes all to bench.json.
+in the real shapes: nothing is downloaded. Prints a table of medians; writes bench.json, with the
+numbers of each process.
 
 tok/s     tokens per second, trained or generated, after the warm-up. For sample.py this is the
           speed of the second half of the tokens; "from the start" is the speed of all, including
@@ -70,7 +71,7 @@ class Config:
     dataset: str | None = None        # sample --exported: measure perplexity on this
     exported: bool = False  # sample: compare PyTorch in two dtypes with the ONNX formats
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of nanotune; others: all native ones
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of nanotune; others: each native one
     compiled: bool = True             # train: also run each case compiled, a minute more each
     out: str = "bench.json"           # the file to write
 
@@ -79,8 +80,8 @@ class Config:
 # processes
 
 def run_process(argv, until=None, cwd=None):
-    """Runs a command; returns (its output, seconds, peak resident bytes). Kills it when `until()`
-    returns True. If it fails, raises UserError with its last line."""
+    """Runs a command; returns (its output, seconds, peak resident bytes). Kills the command when
+    `until()` returns True. If the command fails, raises UserError with the output's last line."""
     with tempfile.TemporaryFile("w+") as out:
         began = time.perf_counter()
         child = subprocess.Popen(list(map(str, argv)), stdout=out, stderr=subprocess.STDOUT,

@@ -78,7 +78,7 @@ Seed = Annotated[int, Interval(0, 2**32)]    # what torch and numpy accept
 
 ESCAPED = "\\n, \\t and \\\\ of the command line are decoded"
 EscapedText = Annotated[str, ESCAPED]
-MOST = 2**53  # integers up to here are exact as floats
+LARGEST_INT = 2**53  # integers up to here are exact as floats
 
 BOOLS = {"True": True, "true": True, "False": False, "false": False}
 
@@ -237,8 +237,9 @@ def check_value(kind, value, name):
                                 f"{', '.join(options[:-1])} or {options[-1]}")
         elif get_origin(member) is Annotated and value is not None:
             interval = get_args(member)[1]
-            if isinstance(value, int) and abs(value) > MOST:
-                raise UserError(f"--{name} is too large; the largest integer is {MOST}")
+            if isinstance(value, int) and abs(value) > LARGEST_INT:
+                raise UserError(f"--{name} is too large; the largest integer is "
+                                f"{LARGEST_INT}")
             if isinstance(interval, Interval) and not interval.holds(value):
                 wanted = interval if math.isfinite(value) else "a finite number"
                 raise UserError(f"--{name}={value} must be {wanted}")
@@ -264,7 +265,8 @@ def check_type(kind, value, where):
 
 
 def parse(kind, text, where):
-    """Parses a value of the command line. A str field takes the text unchanged, quotes included."""
+    """Parses a value of the command line. A str field takes the text unchanged, quotes included,
+    unless it is an EscapedText: see ESCAPED."""
     allowed = choices(kind)
     if types.NoneType in allowed and text == "None":
         return None

@@ -296,7 +296,7 @@ class GPT(nn.Module):
 
         def mask_for(window=None):
             mask = attention_mask(query, S, seen, to_the_end, window)
-            # each layer would convert a bool mask, and keep the result for the backward pass
+            # with a bool mask, each layer would convert it and keep the result for backward
             return None if mask is None else additive(mask, dtype)
 
         whole = mask_for()

@@ -72,7 +72,7 @@ class Config:
     log_interval: AtLeast1 = 1        # steps between printed losses
     eval_iters: AtLeast0 = 2400  # windows of block_size per split; 0: all of val, as many of train
     eval_only: bool = False           # evaluate once and stop; write nothing
-    dry_run: bool = False             # print the plan with its memory and stop; load no weights
+    dry_run: bool = False             # print the plan and the predicted memory; load no weights
     always_save_checkpoint: bool = True  # write ckpt.pt at each evaluation; False: only if better
     init_from: str = "scratch"  # scratch, resume, gpt2*, a hub id, a Hugging Face folder, a run
     overwrite: bool = False           # replace the run in out_dir with a new one
@@ -308,7 +308,7 @@ def save(r: Run, name: str, as_best: bool = False) -> bool:
 
 @torch.no_grad()
 def show_sample(r, length=120):
-    """Prints a sample of `length` new tokens. All ranks must call it: a sharded model needs all."""
+    """Prints a sample of `length` new tokens. All ranks must call it: the model may be sharded."""
     r.model.eval()
     generator = torch.Generator(r.world.device).manual_seed(r.cfg.seed)
     ids, pairs = r.tokenizer.encode(r.cfg.sample_start), r.model.config.takes_pairs
@@ -333,7 +333,7 @@ def train(r: Run, signals: StopSignals) -> int:
     tokens_per_iter = round(samples * r.data["train"].tokens_per_sample)
     peak = matmul_peak(r.world.device, r.dtype)
     began, timed, skipped = time.perf_counter(), 0, 0
-    # evaluation has no dropout: this note explains why the first training loss differs
+    # explains why the first training loss differs from the evaluation's, which has no dropout
     note = f", with dropout {cfg.dropout}" if cfg.dropout else ""
     r.model.train()
     while True:

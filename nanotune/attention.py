@@ -44,8 +44,8 @@ class BlockAttention(torch.autograd.Function):
         for begin, end in blocks(T):
             score = torch.bmm(q[:, begin:end], k[:, :end].transpose(1, 2)).mul_(scale)  # (N, r, e)
             if mask is None:
-                hidden = torch.ones(end - begin, end - begin, dtype=torch.bool).triu_(1)
-                score[:, :, begin:].masked_fill_(hidden, -math.inf)
+                later = torch.ones(end - begin, end - begin, dtype=torch.bool).triu_(1)
+                score[:, :, begin:].masked_fill_(later, -math.inf)
             else:
                 score.view(B, nh, *score.shape[1:]).add_(mask[..., begin:end, :end])
             weight = score.softmax(-1)

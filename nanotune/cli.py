@@ -19,7 +19,7 @@ from typing import TextIO
 
 from nanotune.errors import UserError, out_of_memory
 
-SIGPIPE_STATUS = 128 + 13  # a shell's status for a process that SIGPIPE ended
+SIGPIPE_STATUS = 128 + 13  # as a shell reports a process that SIGPIPE ended
 
 
 def run(main: Callable[[list[str]], object]) -> None:
@@ -94,8 +94,8 @@ def in_process_group() -> bool:
 
 def end_now(status: int) -> None:
     """Ends a process of a process group without running destructors: in torch 2.13 with gloo, DDP's
-    destructor can wait forever for a thread that waits for the GIL. After an error, also does not
-    wait for the other ranks."""
+    destructor can wait forever for a thread that waits for the GIL. After an error it does not wait
+    for the other ranks either."""
     if status == 0:
         sys.modules["torch.distributed"].destroy_process_group()
     os._exit(status)

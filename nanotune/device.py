@@ -178,7 +178,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 def least_seconds(call: Callable[[], object], device: torch.device, times: int = 3) -> float:
     """Calls `times` times and returns the shortest duration in seconds.
 
-    Another process may have slowed down the longer ones.
+    The longer durations may be due to other processes.
     """
     def finished():
         call()

@@ -65,8 +65,8 @@ def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object], keep: i
     except (OSError, RuntimeError) as e:  # RuntimeError: torch's zip writer, over an OSError
         reasons = [getattr(error, "strerror", None) for error in (e, e.__context__)]
         raise WriteError(f"cannot write {path} ({next(filter(None, reasons), first_line(e))}); "
-                         "the previous file is untouched: free space or choose another "
-                         "--out_dir") from e
+                         "the previous file is intact; free space or choose another --out_dir"
+                         ) from e
 
 
 def make_older(path, keep):
@@ -139,7 +139,7 @@ def write_folder(path: str | Path, write: Callable[[Path], object], replaceable:
         if old.exists() and not path.exists():
             old.rename(path)
         raise UserError(f"cannot write {path} ({e.strerror or e}); nothing was changed "
-                        "there: free space or choose another folder") from e
+                        "there; free space or choose another folder") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -175,7 +175,7 @@ def lock(folder: str | Path) -> Iterator[None]:
     file is older than STALE. After RETRY seconds without the lock, raises UserError with the host
     and pid of the process that holds it.
     """
-    # NFS needs a file that is open for writing; opening it does not change its age
+    # NFS needs a file that is open for writing; opening it keeps its modification time
     with open(Path(folder, LOCK_FILE), "a+", errors="replace") as f:
         end = time.monotonic() + RETRY
         while not try_lock(f):

@@ -41,7 +41,7 @@ class Head(nn.Linear):
 
     def centred(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (the weights minus their mean row in `dtype`, (V, C); that row in float32, (C,)).
-        The result is cached if the weights are frozen, or else within keep()."""
+        The result is cached if the weights are frozen, and within keep()."""
         if torch.compiler.is_compiling():
             return centre(self.weight, dtype)
         now = dtype, self.weight.data_ptr(), self.weight._version
@@ -165,8 +165,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 def cross_entropy_(logits, targets, with_grad):
-    """logits (n, V), targets (n,) -> the sum of their cross-entropies, computed in float32;
-    with_grad overwrites the logits with their gradient, p - 1[target]."""
+    """logits (n, V), targets (n,) -> the sum of their cross-entropies, computed in float32.
+    If with_grad, overwrites the logits with their gradient, p - 1[target]."""
     p = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counts = (targets != IGNORED).to(p.dtype)[:, None]
     targets = targets.clamp(min=0)[:, None]

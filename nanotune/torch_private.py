@@ -49,7 +49,7 @@ def is_compiled(model) -> bool:
 
 
 def undo_compile(model: nn.Module) -> None:
-    """Makes the model eager again after model.compile(), which has no public way back."""
+    """Makes the model eager again after model.compile(); torch has no public function for it."""
     model._compiled_call_impl = None
 
 

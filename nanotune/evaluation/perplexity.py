@@ -108,7 +108,7 @@ def perplexity_of_sums(sums: list[float]) -> dict:
 
 def detokenize_wikitext(text: str) -> str:
     """Returns WikiText without the spaces that its tokenizer inserted, as the GPT-2 paper evaluates
-    it (section 3.1): plain text never contains ' @-@ '."""
+    it (section 3.1), since plain text never contains ' @-@ '."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)
     # = = Heading = = -> == Heading ==
     text = re.sub(r"(?m)^ ?((?:= ){1,6})(.*?)((?: =){1,6}) ?$",

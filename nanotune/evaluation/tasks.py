@@ -140,7 +140,8 @@ def until(tokens, end):
 def score_labels(model: GPT | OnnxGPT, prompts: list[list[int]], labels: list[list[int]],
                  eot: int | None, batch_size: int) -> torch.Tensor:
     """Returns log p in nats of each label after each prompt, (N, labels) float32. A label
-    that is the beginning of another would always win; in that case `eot` is appended to all."""
+    that is the beginning of another would always win over it; `eot`, if not None, is then appended
+    to all."""
     begins = any(a != b and b[:len(a)] == a for a in labels for b in labels)
     if begins and eot is not None:
         labels = [[*label, eot] for label in labels]

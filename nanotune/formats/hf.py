@@ -61,7 +61,8 @@ def load_torch_bin(file):
                                 mmap=zipfile.is_zipfile(file)))
     except pickle.UnpicklingError:
         raise UserError(f"{file} carries code or objects other than weights, or is damaged; "
-                        "it was refused and not run") from None
+                        "nothing in it was run; use another copy, such as model.safetensors"
+                        ) from None
     except Exception as e:  # torch.load raises many types for a damaged file
         raise UserError(f"{file} is damaged ({type(e).__name__}); fetch it again") from None
     if not all(isinstance(key, str) for key in state):
@@ -205,8 +206,8 @@ def with_biases(params, layout):
 
 
 def with_head(params, fields):
-    """A T5's parameters. Adds a tied head if its input is not scaled: transformers before 5 scales
-    the input of the head unless it is untied."""
+    """A T5's parameters. Adds a copy of a tied head whose input is not scaled: transformers before
+    5 scales the input of every tied head."""
     tied = fields["tied_head"] and not fields["scale_head"]
     return params | ({"lm_head.weight": params["shared.weight"].clone()} if tied else {})
 

@@ -2,8 +2,8 @@
 
     write_peft(folder, fields, adapters, spec, tokenizer)   # then reads back and compares
 
-PEFT's layer adds lora_alpha / r * B A x; ours adds SCALE * B A x. A (rank, in) and B (out, rank)
-have our shapes, also for a Conv1D, whose weight is (in, out); fan_in_fan_out marks it. Where
+PEFT's layer adds lora_alpha / r * B A x; ours adds SCALE * B A x. PEFT's A (rank, in) and B (out,
+rank) have our shapes, also for a Conv1D, whose weight is (in, out); fan_in_fan_out marks it. Where
 transformers splits one of our matrices by rows (GPT-Neo's q, k, v), all parts have the same A.
 """
 import json

@@ -65,7 +65,7 @@ def for_generation(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtyp
                    compiled: bool) -> "GPT | OnnxGPT | Decoder":
     """Returns the fastest form of a model for stream(): packed, and on a GPU recorded as a graph.
     Changes the model, which must be in evaluation mode, in place; it cannot train afterwards."""
-    if not isinstance(model, nn.Module):  # an OnnxGPT
+    if not isinstance(model, nn.Module):  # an exported ONNX model
         return model
     pack(model, device, dtype, onednn=not compiled)  # Inductor packs by itself
     if not hasattr(model, "new_cache"):  # a T5: its steps have no fixed shapes to record
@@ -139,7 +139,7 @@ def pack(model: GPT | OnnxGPT, device: torch.device, dtype: torch.dtype,
     """Casts the matrices of a model to `dtype`, the dtype of autocast, and with `onednn` packs them
     on an x86 CPU. Replaces one at a time, so memory does not double. A tied head gets its own copy.
     Disables cuDNN's attention for the whole process."""
-    if not isinstance(model, nn.Module):  # an OnnxGPT
+    if not isinstance(model, nn.Module):  # an exported ONNX model
         return
     # cuDNN makes a new plan for each cache length, which takes longer than a token
     torch.backends.cuda.enable_cudnn_sdp(False)

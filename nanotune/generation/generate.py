@@ -2,7 +2,7 @@
 
     for token in stream(model, prompts, 100, temperature=0.8): ...    # token (B,)
 
-A model is any object with the `config`, `start` and `step` of a GPT, e.g. a Decoder or an OnnxGPT.
+A model is any object with the `config`, `start` and `step` of a GPT: a T5, a Decoder, an OnnxGPT.
 """
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -6,7 +6,7 @@
 
     GET  /, /page.css, /page.js, ... the page
     GET  /health                     {"status": "ok"}
-    GET  /v1/models                  the models, as describe.describe_model
+    GET  /v1/models                  the models; see describe.describe_model
     GET  /runs/NAME/metrics          losses and settings of a model's run
     POST /v1/completions             text, whole or as Server-Sent Events
     POST /v1/chat/completions        an answer in a conversation, whole or as Server-Sent Events

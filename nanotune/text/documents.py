@@ -188,8 +188,8 @@ def batches(texts: Iterable[tuple[str, bool]],
 
 def encode(tokenizer: AnyTokenizer, texts: Iterable[tuple[str, bool]], total: int,
            name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Encodes texts on all cores, m at a time: yields (their ids together, (n,) TOKEN; the number
-    of ids of each, (m,)). Adds document_end() after a text whose second item is true. Shows a
+    """Encodes texts on all cores, in batches of m: yields (ids of the batch, (n,) TOKEN; number of
+    ids of each text, (m,)). Adds document_end() after a text whose second item is true. Shows a
     progress bar of `total` characters. Raises UserError if the vocabulary cannot express a text."""
     end = np.array(document_end(tokenizer), TOKEN)
     after = {True: end, False: end[:0]}

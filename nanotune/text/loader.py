@@ -1,8 +1,9 @@
 """Reads token files as batches: a batch is a pure function of (seed, sample number).
 
 A .bin file holds uint16 token ids end to end, without a header. An optional .mask.bin holds one
-byte per token, 0 if the token is not a target of the loss. With a .pairs.bin the .bin file holds
-pairs for T5; it has two uint32 per pair, the number of tokens of the source and of the target.
+byte per token, 0 if the token is not a target of the loss. If there is a .pairs.bin, the .bin file
+holds pairs for T5. The .pairs.bin has two uint32 per pair: the numbers of tokens of the source and
+of the target.
 
 Sample n belongs to epoch n // N. Each epoch cuts the file into N blocks of T tokens, from a random
 offset on (the phase), and shuffles them; both depend on the seed. So each token is a target once
@@ -70,7 +71,7 @@ class TokenBin:
         return self.block_size
 
     def largest(self, config: Any) -> Any:
-        """Returns the model's config for the largest batch: unchanged, all have the same shape."""
+        """Returns the model's config for the largest batch: unchanged, since all have one shape."""
         return config
 
     def epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:

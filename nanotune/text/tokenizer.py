@@ -56,7 +56,7 @@ from nanotune.text.tokenizer_files import (
 GPT2_VOCAB_SIZES = (50257, 50304)  # plain, and padded to a multiple of 64
 # sha256 of canonical() of GPT-2's vocabulary
 GPT2_IDENTITY = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
-# a tokenizer.json with GPT-2's vocabulary that gives other ids for PROBE has another normalizer,
+# if a tokenizer.json with GPT-2's vocabulary gives other ids for PROBE, it has another normalizer,
 # pre-tokenizer, merges or flags of end-of-text
 PROBE = "Hi it's 1234\n  E\u0301a <|endoftext|> x"
 PROBE_IDS = [17250, 340, 338, 1105, 2682, 198, 220, 412, 136, 223, 64, 220, 50256, 2124]

@@ -23,8 +23,8 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
             "config.json")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token
-# tokenizer files that cannot be read alone; a folder without others is refused: its vocabulary is
-# not GPT-2's
+# tokenizer files that cannot be read alone. A folder that has only these is refused: GPT-2's
+# tokenizer would be wrong for it
 UNREADABLE = ("vocab.json", "merges.txt", "encoder.json", "vocab.txt", "tokenizer.model",
               "sentencepiece.bpe.model")
 # file names of a byte-level BPE in older layouts: GPT-2's on the hub, and OpenAI's

@@ -51,8 +51,8 @@ def best_of(entries: list[dict]) -> dict | None:
 
 def limits(entries: list[dict]) -> tuple[float, float] | None:
     """Returns the (lowest, highest) loss to show, or None for all. Leaves out the first quarter of
-    the evaluations, except the best, and step 0 if that flattens the rest to less than a quarter of
-    the height, as a loss of 10.9 would."""
+    the evaluations, except the best one and the first. Leaves out the first too if the rest would
+    have less than a quarter of the height, as with a loss of 10.9, unless the rest is one point."""
     evaluations = [entry for entry in entries if "step" in entry]
     later = evaluations[max(1, len(evaluations) // 4):]
     if not later:

@@ -184,7 +184,7 @@ def check_wandb() -> None:
 
 
 def has_wandb_key():
-    """Whether the environment or the netrc file, where wandb looks, has its key."""
+    """Whether the environment or the netrc file has wandb's key, as wandb itself looks for it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
@@ -201,8 +201,8 @@ def check_tensorboard() -> None:
 
 
 def start_tensorboard(out_dir: str, start: int) -> Any:
-    """Returns a SummaryWriter for out_dir/tensorboard. TensorBoard hides the points from step
-    `start` on that earlier processes wrote. View the curves with tensorboard --logdir=OUT_DIR."""
+    """Returns a SummaryWriter for out_dir/tensorboard. TensorBoard hides points that earlier
+    processes wrote for step `start` or later. View the curves with tensorboard --logdir=OUT_DIR."""
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=start)
 

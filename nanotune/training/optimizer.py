@@ -103,10 +103,10 @@ class RoundedAdamW(torch.optim.Optimizer):
             square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             new.mul_(1 - group["lr"] * group["weight_decay"])
             new.addcdiv_(mean, (square.sqrt() / correction).add_(group["eps"]), value=-step_size)
-            put(weights, new)
+            round_into(weights, new)
 
 
-def put(weights, new):
+def round_into(weights, new):
     """Rounds the float32 values `new` into bfloat16 weights, and overwrites `new`. Does nothing for
     float32 weights: `new` is then a view of them."""
     if new.dtype == weights.dtype:
@@ -134,7 +134,7 @@ class LossScaler(torch.amp.GradScaler):
 
 def check_8bit(device: torch.device) -> None:
     """Raises UserError if torchao or the compiler that its update needs is missing."""
-    # hides warnings about GPU kernels that a CPU cannot load, and deprecated torch APIs in torchao
+    # hides torchao's warnings: GPU kernels that a CPU cannot load, deprecated APIs of torch
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -199,8 +199,8 @@ def make_8bit(groups, lr, betas, in_float32=False):
             state["step"] += 1
             compiled(new, p.grad.float(), state["step"], state["exp_avg"], state["exp_avg_sq"],
                      None, group["lr"], *group["betas"], group["weight_decay"], group["eps"],
-                     True, False)  # AdamW without rounding: put() rounds
-            put(p.detach(), new)
+                     True, False)  # AdamW without rounding: round_into() rounds
+            round_into(p.detach(), new)
 
     return FittedAdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
 

@@ -17,7 +17,7 @@ from nanotune.training.distributed import World
 from nanotune.training.lora import adapters, add_lora
 from nanotune.training.optimizer import moment_shape, moments_per_scale
 
-FEW_STEPS = 10  # of --epochs: fewer train next to nothing
+FEW_STEPS = 10  # if --epochs makes fewer, the model hardly changes
 
 
 def format_bytes(n: float) -> str:
@@ -146,8 +146,8 @@ def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str,
     gradients = bytes_of(trained) / shares
     kept, block = model.activation_bytes(cfg.batch_size, world.device.type, dtype)
     during, after = model.head_bytes(cfg.batch_size, world.device.type, dtype)
-    # DDP allocates buckets for all gradients
-    whole = cfg.gradient_accumulation_steps // world.size > 1 or world.size > 1
+    # whether the forward pass has gradients in memory: earlier micro-steps', or DDP's buckets
+    early = cfg.gradient_accumulation_steps // world.size > 1 or world.size > 1
     parts = {
         "weights": bytes_of(model.parameters()) / shares,
         "optimizer": sum(moment_bytes(p.shape, cfg.optimizer) for p in trained) / shares,
@@ -157,8 +157,8 @@ def memory(config: Any, cfg: Any, world: World, dtype: torch.dtype) -> dict[str,
         parts["process"] = PROCESS + COMPILER * (cfg.optimizer == "adamw8bit")
         slack, together = HEAP[config.takes_pairs]
         kept *= 1 + slack * (not cfg.recompute)
-        whole = whole or together
-    phases = [{"gradients": gradients * whole, "activations": kept + block, "logits": during},
+        early = early or together
+    phases = [{"gradients": gradients * early, "activations": kept + block, "logits": during},
               {"gradients": gradients, "activations": block, "logits": after}]
     return parts | max(phases, key=lambda phase: sum(phase.values()))
 
@@ -249,7 +249,7 @@ def advise(config, cfg, world, dtype, usable, peak):
         cfg, config = tried, with_config
         if fits:
             return lines
-    return lines + ["  then use a smaller model (--init_from) or a larger device"]
+    return lines + ["  still too much: use a smaller model (--init_from) or a larger device"]
 
 
 def changes(config, cfg, world):

@@ -104,7 +104,7 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
     """Returns the Start of the newest usable state in a folder, its matrices in `dtype`.
 
     Uses only states of the folder's own run, with `any_run` states of any run. If there is none,
-    raises UserError, which says what can still be used.
+    raises UserError, which says whether ckpt.pt can be used instead.
     """
     paths = state_files(out_dir) or [Path(out_dir) / MODEL_FILE]
     if not paths[0].is_file():

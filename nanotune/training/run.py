@@ -124,8 +124,7 @@ def check_no_run_is_lost(cfg, out_dir):
 
 def load_start(cfg, tokenizer, folder, check_memory):
     """The resume.Start of a run from scratch, from a pretrained model, or resumed. Calls
-    check_memory(config) as soon as the config is known: before it draws weights, after it loads a
-    file's."""
+    check_memory(config) before drawing random weights, but after loading weights from a file."""
     weights = DTYPES[cfg.weights]
     if resume.resumes(cfg):
         start = resume.load_start(cfg.out_dir, cfg.dropout, weights, any_run=cfg.force_resume)

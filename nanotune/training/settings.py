@@ -1,7 +1,7 @@
 """Writes a run's fields to settings.json, and restores them for a resume.
 
-settings.json is for people: every field by section, the command, the versions. A resume reads the
-fields from state.pt, which also holds the weights that they belong to, or from ckpt.pt.
+settings.json is for people. It has every field by section, the command and the versions. A resume
+reads the fields from state.pt, which also holds the weights that they belong to, or from ckpt.pt.
 """
 import json
 import shlex
@@ -24,7 +24,8 @@ NOT_RESUMED = ("out_dir", "overwrite", "auto_resume", "force_resume", "eval_only
 # fields that a resume cannot change: the weights or the optimizer's state depend on them. The
 # dtype of the weights can change with force_resume; the results then differ
 FIXED = ("init_from", "n_layer", "n_head", "n_embd", "bias", "weights", "optimizer", "lora_rank")
-# fields that a pretrained model sets; the state keeps the given values, since they are FIXED
+# fields that a pretrained model sets: settings.json has the model's values. The state has those of
+# the config, since a resume compares FIXED fields with them
 SIZES = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 
 
@@ -40,7 +41,7 @@ def read_run_config(out_dir: str | Path) -> dict[str, Any]:
             continue
         if run_id and data.get("run_id", run_id) != run_id:  # of another run
             continue
-        if "settings_version" not in config:  # of the first edition, or nanoGPT's
+        if "settings_version" not in config:  # first edition, nanoGPT: counts batches
             config["eval_iters"] = config.get("eval_iters", 0) * config.get("batch_size", 1)
         if config.get("init_from") == "resume":  # the value of the first start is not known
             del config["init_from"]

@@ -31,8 +31,8 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def are_finite(weights: dict[str, torch.Tensor]) -> bool:
-    """Returns whether the L2 norm of all weights is finite: it is not if a weight is NaN, infinite
-    or above 1e19, with which no loss would be finite. Makes no copy."""
+    """Returns whether the L2 norm of all weights is finite. It is not if a weight is NaN, infinite
+    or above 1e19; the loss would not be finite either. Makes no copy."""
     norm = torch.nn.utils.get_total_norm([w.detach() for w in weights.values()])
     return bool(norm.isfinite())
 
@@ -81,7 +81,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     """Fills an optimizer that has not stepped with a saved state.
 
     On several ranks all must call this, rank 0 with the state and the others with {}; each rank
-    keeps what its shard needs. `path` is for messages. Raises UserError if the state does not fit
+    keeps the state of its shard. `path` is for messages. Raises UserError if the state does not fit
     the model, or is another optimizer's.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
