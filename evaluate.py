@@ -93,7 +93,7 @@ def check_config(cfg, world):
 
 
 def dataset_of(source):
-    """Returns the dataset that a run was trained on. Raises UserError if `source` is no run."""
+    """Returns the dataset that a run was trained on. Raises UserError if `source` is not a run."""
     dataset = (history_of(source).get("config") or {}).get("dataset")
     if dataset is None:
         raise UserError(f"no text to evaluate on: {source} is not a run with a dataset; "

@@ -88,7 +88,7 @@ def cut_padding(model, tokenizer):
 # ONNX
 
 def write_onnx_folder(folder, model, tokenizer, quantize):
-    """Writes the graph, or a T5's two, and tokenizer.json, for programs without nanotune. Checks
+    """Writes the graph (two for a T5) and tokenizer.json, for programs without nanotune. Checks
     the graphs. Returns the extension of their names, such as "int8.onnx"."""
     from nanotune.formats import onnx_gpt, onnx_t5
     kind = "onnx" if quantize == "none" else f"{quantize}.onnx"
@@ -118,7 +118,7 @@ def check_onnx(path, model, quantize):
     difference = max(float((whole - expected).abs().max()),
                      float((last - expected.view(2, -1, expected.size(1))[:, -1]).abs().max()))
     largest = float(expected.abs().max())
-    print(f"logits differ from PyTorch's by at most {difference:.2g}, the largest is {largest:.1f}")
+    print(f"logits differ from PyTorch's by at most {difference:.2g}; the largest logit is {largest:.1f}")
     if not difference < (max(1e-3, 1e-5 * largest) if quantize == "none" else math.inf):
         raise UserError(f"{Path(path).name} does not compute the model's logits; try another "
                         "onnxruntime: pip install -U onnxruntime")

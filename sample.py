@@ -151,7 +151,7 @@ class Sampler:
 
     def stream(self, prompts, generator):
         """Yields (new texts, whether each text has ended), two lists with an item per prompt, after
-        each token. The last pair has the text that TextPieces kept back. `prompts` are lists of
+        each token. The last pair has the pending text of TextPieces. `prompts` are lists of
         ids."""
         cfg, tokenizer = self.cfg, self.tokenizer
         pieces = [TextPieces(tokenizer, text_before(self.model, ids), self.stops)

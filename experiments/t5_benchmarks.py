@@ -336,8 +336,8 @@ def main(argv):
     p.add_argument("--out_dir", type=Path, default=Path("out-t5-benchmarks"))
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--shape", default="base", choices=SHAPES)
-    p.add_argument("--steps", type=int, default=3,
-                   help="timed steps, after an untimed one (default: 3)")
+    p.add_argument("--steps", type=int, default=8,
+                   help="timed steps, after an untimed one (default: 8)")
     p.add_argument("--rounds", type=int, default=2, help="rounds of all cases (default: 2)")
     p.add_argument("--case", default="nanotune", help=argparse.SUPPRESS)
     p.add_argument("--batch_size", type=int, default=32, help=argparse.SUPPRESS)
