@@ -118,7 +118,8 @@ def check_onnx(path, model, quantize):
     difference = max(float((whole - expected).abs().max()),
                      float((last - expected.view(2, -1, expected.size(1))[:, -1]).abs().max()))
     largest = float(expected.abs().max())
-    print(f"logits differ from PyTorch's by at most {difference:.2g}; the largest logit is {largest:.1f}")
+    print(f"logits differ from PyTorch's by at most {difference:.2g}; the largest logit is "
+          f"{largest:.1f}")
     if not difference < (max(1e-3, 1e-5 * largest) if quantize == "none" else math.inf):
         raise UserError(f"{Path(path).name} does not compute the model's logits; try another "
                         "onnxruntime: pip install -U onnxruntime")
