@@ -4,7 +4,7 @@
     python experiments/twitter_sentiment.py --models=FOLDER,gpt2 --input=tweets.csv
     python experiments/twitter_sentiment.py --train="--batch_size=4 --gradient_accumulation_steps=2"
 
-For each split, it runs data/twitter_sentiment/prepare.py with the split's seed, and for T5 again with
+For each split, it runs data/twitter_sentiment/prepare.py with the split's seed; for T5, again with
 --pairs. For each model and split, it runs train.py with config/finetune_twitter_sentiment.py or
 finetune_t5_sentiment.py, then evaluate.py --task=classify. At the end it prints a table of macro
 F1: means, standard deviations over the splits, and standard errors for the number of test tweets.
