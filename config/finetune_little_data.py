@@ -3,7 +3,7 @@
 # learning rate, much dropout, frequent evaluation, and only the best checkpoint.
 out_dir = "out-little"
 eval_interval = 5
-eval_iters = 0  # all windows of the validation split (few), as many of the training split
+eval_iters = 0  # all windows of the validation split, and as many of the training split
 
 init_from = "gpt2"
 batch_size = 1

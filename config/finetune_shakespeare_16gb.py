@@ -2,7 +2,7 @@
 # Needs torchao (pip install torchao). To print the plan without a download: --dry_run=True
 #
 # bytes per weight, by default:  weights 4, gradients 4, AdamW's moments 8: 25 GB for gpt2-xl
-# here:                          weights 2, gradients 2, moments 2:         9.5 GB, peak 10.6 GB
+# here:                          weights 2, gradients 2, moments 2:         9.4 GB, peak 10.8 GB
 #
 # A T4 (16 GB, no native bfloat16) can also store the weights in bfloat16. There, --dtype=auto casts
 # each matrix to float16 when it is used, with a GradScaler; the model is not compiled; adamw8bit

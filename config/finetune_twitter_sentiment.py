@@ -15,7 +15,7 @@ gradient_accumulation_steps = 1
 block_size = 512  # the end of a window cuts 1 of 20 tweets; with 256, 1 of 10
 max_iters = 348  # 3 epochs
 
-separate_documents = True  # the previous tweet does not help
+separate_documents = True  # the previous tweet is unrelated
 
 learning_rate = 5e-5
 warmup_iters = 35

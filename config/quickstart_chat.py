@@ -2,7 +2,7 @@
 # takes about 3 minutes on a CPU
 out_dir = "out-quickstart-chat"
 eval_interval = 200
-eval_iters = 0  # the whole validation split: 105 windows; and as many of the training split
+eval_iters = 0  # all 105 windows of the validation split, and as many of the training split
 log_interval = 100
 always_save_checkpoint = False
 

@@ -19,7 +19,7 @@ n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3  # small models allow a higher one
+learning_rate = 1e-3  # higher than for GPT-2, as the model is small
 max_iters = 5000
 min_lr = 1e-4
 beta2 = 0.99  # few tokens per step: average over more steps

@@ -122,8 +122,8 @@ def write_gguf(model, path):
 
 
 def sample_llama_cpp(source, folder, executable, form, max_new_tokens):
-    """Runs llama-bench on a GGUF file of the model, which llama-quantize casts. Both programs must
-    be in the same folder."""
+    """Runs llama-bench on a GGUF file of the model, which llama-quantize converts to `form`. Both
+    programs must be in the same folder."""
     sys.path.insert(0, str(ROOT))
     from nanotune.formats.checkpoint import load_model
     whole, path = Path(folder, "f32.gguf"), Path(folder, f"{form}.gguf")

@@ -5,13 +5,14 @@
     python experiments/t5_benchmarks.py export --input=tweets.csv
     python experiments/t5_benchmarks.py f1 --input=tweets.csv
 
-train      pairs per second and peak memory of t5-base's shape: nanotune; transformers in a plain
-           loop, padded to the longest row of a batch; the same padded to 300 + 200, as in SimpleT5
+train      pairs per second and peak memory of t5-base's shape: nanotune; a plain loop with
+           transformers that pads to the longest row of a batch; the same loop with padding to
+           300 + 200 tokens, as in SimpleT5
 generate   about 500 predictions of t5-small's shape, in batches and one at a time
 f1         macro F1 of a small T5 trained from scratch by train.py and by a transformers loop; three
            splits
 export     ONNX in float32, int8 and int4: size and greedy speed of t5-base's shape compared with
-           PyTorch in float32; F1 of the small T5 from scratch, trained here unless f1 has run
+           PyTorch in float32; F1 of the small T5 of f1, which is trained first if f1 has not run
 
 Needs `pip install transformers`. The cases of train run in turns, each in a separate process.
 Seconds are CPU time of one thread, so that other programs on the machine do not count. The
@@ -53,7 +54,7 @@ SHAPES = {"base": dict(n_layer=12, n_decoder_layer=12, n_head=12, n_embd=768, n_
           "tiny": dict(n_layer=2, n_decoder_layer=2, n_head=4, n_embd=128, head_size=32,
                        n_inner=512, vocab_size=4000)}
 LONGEST, SIMPLE_T5 = None, (300, 200)  # padding: to the longest row of a batch, or to 300 + 200
-LEARNING_RATE = 1e-3                   # of the tiny model
+LEARNING_RATE = 1e-3                   # for the tiny model
 
 
 def command(script, *options):
@@ -201,7 +202,7 @@ def generate(args):
 
 def loop_f1(folder, split, steps, seed):
     """Returns macro F1 of transformers' model after a plain loop. Uses the weights with the
-    lowest validation loss, computed after every sixth of the steps."""
+    lowest validation loss, which is computed every steps // 6 steps."""
     from transformers import AutoModelForSeq2SeqLM
     torch.manual_seed(seed)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dropout_rate=0.1)
@@ -236,7 +237,7 @@ def loop_f1(folder, split, steps, seed):
 
 
 def train_tiny(args, folder, split, seed):
-    """Returns the folder of a small T5's run on a split. Trains it if it is not there."""
+    """Returns the out_dir of a small T5 on a split. Trains it first if needed."""
     out_dir = args.out_dir.resolve() / f"tiny-{seed}"
     if not (out_dir / "predictions.jsonl").is_file():
         command("train.py", "config/finetune_t5_sentiment.py", f"--dataset={split}",
@@ -270,7 +271,7 @@ def f1(args):
 # ONNX
 
 def export_forms(args, source, name):
-    """Exports a model in each form, unless that is done. Returns {form: folder}."""
+    """Exports a model in each form that does not exist yet. Returns {form: folder}."""
     forms = {"float32": "none", "int8": "int8", "int4": "int4"}
     folders = {form: args.out_dir.resolve() / f"{name}-{form}" for form in forms}
     for form, folder in folders.items():
@@ -308,7 +309,7 @@ def export(args):
 
 
 def export_f1(args):
-    """Prints F1 of the small T5 in each form, on the test tweets of all three splits. It was
+    """Prints F1 of the small T5 in each form, on the test tweets of all three splits. The T5 was
     trained on the first split, which may contain test tweets of the others."""
     folder, splits = make_folder(args, "tiny")
     out_dir = train_tiny(args, folder, splits[0], 0)

@@ -4,13 +4,14 @@
     python experiments/twitter_sentiment.py --models=FOLDER,gpt2 --input=tweets.csv
     python experiments/twitter_sentiment.py --train="--batch_size=4 --gradient_accumulation_steps=2"
 
-For each split it runs data/twitter_sentiment/prepare.py with that seed, for T5 with --pairs. For
-each model it runs train.py with config/finetune_twitter_sentiment.py or finetune_t5_sentiment.py,
-and evaluate.py --task=classify. Then it prints a table of macro F1: means, standard deviations over
-the splits, and standard errors for the number of test tweets.
+For each split, it runs data/twitter_sentiment/prepare.py with the split's seed; for T5, again with
+--pairs. For each model and split, it runs train.py with config/finetune_twitter_sentiment.py or
+finetune_t5_sentiment.py, then evaluate.py --task=classify. At the end it prints a table of macro
+F1: means, standard deviations over the splits, and standard errors for the number of test tweets.
 
 The baseline is logistic regression on TF-IDF of words and pairs of words, trained on the same
-tweets. If you stop it, the same command continues; finished parts are not repeated.
+tweets. To continue an experiment that was stopped, run the same command again: finished parts are
+not repeated.
 """
 import argparse
 import json
@@ -52,7 +53,7 @@ def arguments(argv):
 
 
 def check_same_experiment(args):
-    """Raises UserError if out_dir holds runs with other settings. Splits and models may be added.
+    """Raises UserError if out_dir has runs with other settings. Splits and models may be added.
     """
     settings = {"samples": args.samples, "train": args.train,
                 "input": str(args.input.resolve()) if args.input else None}
@@ -64,7 +65,7 @@ def check_same_experiment(args):
     before = json.loads(path.read_text(encoding="utf-8"))
     differ = [f"--{k} was {before.get(k)}" for k in settings if settings[k] != before.get(k)]
     if differ:
-        raise UserError(f"{args.out_dir} holds runs with other settings ({'; '.join(differ)}): use "
+        raise UserError(f"{args.out_dir} has runs with other settings ({'; '.join(differ)}): use "
                         "those settings or another --out_dir")
 
 
@@ -79,8 +80,8 @@ def command(script, *options):
 
 
 def prepare(args, seed, model=None):
-    """Returns the folder of a split. Prepares the split if it is not there. With a `model`, it has
-    the same tweets as pairs for the model's tokenizer."""
+    """Returns the folder of a split. Prepares the split if it is not there. With a
+    `model`, the split has the same tweets as pairs, encoded with the model's tokenizer."""
     name = f"split-{seed}" + (f"-{short_name(model)}" if model else "")
     folder = args.out_dir.resolve() / name
     form = [f"--tokenizer={source_of(model)}", "--pairs"] if model else []
@@ -105,17 +106,17 @@ def source_of(model):
 
 
 def train_and_evaluate(args, model, seed, folder):
-    """Trains and tests a model on a split, unless that is done. Returns macro F1 on the test."""
+    """Trains and tests a model on a split, unless predictions.jsonl exists. Returns macro F1."""
     pairs = model_config(model).takes_pairs
     config = "finetune_t5_sentiment" if pairs else "finetune_twitter_sentiment"
     folder = prepare(args, seed, model) if pairs else folder
     out_dir = args.out_dir.resolve() / f"{short_name(model)}-{seed}"
     predictions = out_dir / "predictions.jsonl"
     if not predictions.is_file():
-        begun = (out_dir / "state.pt").is_file()
+        started = (out_dir / "state.pt").is_file()
         command("train.py", f"config/{config}.py", f"--dataset={folder}",
                 f"--out_dir={out_dir}", f"--seed={1337 + seed}", *shlex.split(args.train),
-                f"--init_from={'resume' if begun else source_of(model)}")
+                f"--init_from={'resume' if started else source_of(model)}")
         command("evaluate.py", "--task=classify", f"--dataset={folder}", f"--out_dir={out_dir}")
     rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
     truth, predicted = [row["label"] for row in rows], [row["predicted"] for row in rows]
@@ -160,7 +161,7 @@ def main(argv=None):
     args = arguments(argv)
     models = [name for name in args.models.split(",") if name]
     if args.splits < 1 or not models:
-        raise UserError("--splits must be at least 1, and --models must name at least one")
+        raise UserError("--splits must be at least 1, and --models must name at least one model")
     if len(set(map(short_name, models))) < len(models):
         raise UserError(f"--models={args.models}: two models have the same name; rename a folder")
     if args.input is not None and not args.input.is_file():

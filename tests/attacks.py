@@ -114,8 +114,7 @@ def is_alive(pid):
 
 
 def orphans(times, folder, dataset, same):
-    """Kill only torchrun, `times` times, and restart the job at once each time; then let the job
-    finish."""
+    """Kill only torchrun, `times` times; start the job again each time; then let it finish."""
     count, out, whole = Counter(), folder / "orphans", folder / "orphans-whole"
     fields = dict(max_iters=60 * (times + 1), eval_interval=50, save_interval=5,
                   lr_decay_iters=1000, timeout=60)
@@ -148,7 +147,7 @@ EXTREME = {
     bool: ["maybe"], int: ["-1", "1000000000", f"{10**15}", f"{10**400}", "1.5"],
     float: ["1e-320", "1e-45", "-1.0", "1e38", "1e308", "nan", "inf"],
     str: ["", "x" * 5000, "/dev/null", "no/such/path", "\x1b[31m", "é", "meta"], type(None): []}
-# these use the network, compile for minutes, or never end
+# some values of these fields use the network, compile for minutes, or never end
 LEFT_OUT = {"wandb_log", "compile", "max_iters", "max_new_tokens", "optimizer"}
 SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate, "export": export}
 

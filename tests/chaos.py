@@ -1,13 +1,13 @@
 """Fault injection: kill processes at random moments, corrupt checkpoints, and run attacks.py.
 
-    make chaos                       # 50 kills on ddp, 50 on fsdp, 200 files, all attacks
+    make chaos                       # 50 kills each of ddp and fsdp, 200 altered files, all attacks
     PYTHONPATH=. python tests/chaos.py --kills=5 --altered=0 --parallel=fsdp --seed=1
 
 A tiny run is killed with SIGKILL (one rank, or all ranks, as if the machine went down) while it
 starts, steps or saves. It is restarted each time with --auto_resume=True. Every tenth time its
 newest state is also corrupted. In the end its weights, moments and losses must be bitwise equal to
 those of an undisturbed run. Then altered checkpoints are given to --init_from=resume and to
-load_model: none may load wrong weights, run code, or end in a traceback.
+load_model(), which must not load wrong weights, run code, or end in a traceback.
 """
 import contextlib
 import io
@@ -97,7 +97,7 @@ def corrupt_newest(out, rng):
     path.write_bytes(data)
 
 
-def campaign(parallel, kills, folder, dataset, rng):
+def kill_repeatedly(parallel, kills, folder, dataset, rng):
     """Kill a run `kills` times and let it end; return the counts, and whether the run is bitwise
     equal to an undisturbed one."""
     fields = dict(parallel=parallel, max_iters=6 * kills + 20, eval_interval=20, save_interval=2,
@@ -240,7 +240,7 @@ def loads_right(r, references):
 def alterations(times, folder, dataset, rng):
     """Alter state.pt, both states or ckpt.pt `times` times; return the counts of outcomes."""
     out, trap = folder / "good", folder / "ran"
-    runs = [(out, {}), (folder / "twin", {}), (folder / "cousin", dict(n_embd=32))]
+    runs = [(out, {}), (folder / "same-size", {}), (folder / "larger", dict(n_embd=32))]
     for path, fields in runs:
         statuses, output = run_ranks(1, arguments(dataset, path, **fields), folder / "log")
         assert statuses == [0], output
@@ -305,7 +305,7 @@ def main(argv):
         dataset = write_dataset(folder / "words")
         for parallel in cfg.parallel.split(",") if cfg.kills else ():
             rng = random.Random(f"{cfg.seed} {parallel}")
-            count, equal = campaign(parallel, cfg.kills, folder, dataset, rng)
+            count, equal = kill_repeatedly(parallel, cfg.kills, folder, dataset, rng)
             del count["reached"]
             print(f"{parallel} on {RANKS} processes: "
                   + ", ".join(f"{n} {what}" for what, n in count.items())

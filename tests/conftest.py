@@ -39,8 +39,8 @@ def pytest_make_parametrize_id(val):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Use one thread: a second one does not speed up tiny tensors, and sums are the same on any
-    machine."""
+    """Use one thread: tiny tensors gain nothing from a second, and sums do not depend on the
+    number of cores."""
     torch.set_num_threads(1)
 
 
@@ -81,9 +81,9 @@ def tiny_json(text=TEXT, vocab_size=300):
 
 
 def save_tokenizer(folder, kind):
-    """Write a folder with a tokenizer of this kind. "words": whole words and [UNK]; "unigram": a
-    Unigram model with </s>, like T5's; any other: a BPE with added special tokens, stored in the
-    old layout for "old", with truncation to 8 tokens for "truncated"."""
+    """Write a folder with a tokenizer of this kind. "words": whole words and [UNK]. "unigram": a
+    Unigram model with </s>, like T5's. Other kinds: a BPE with added special tokens; "old" has the
+    old layout, "truncated" cuts texts to 8 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "words":
@@ -233,7 +233,7 @@ def hf_t5(tied=True, seed=0, **fields):
 @pytest.fixture(scope="session")
 def t5_folders(tmp_path_factory):
     """(folder of a tiny T5, folder of a dataset of pairs). Both have the same tokenizer; the
-    model's vocabulary has 4 rows more."""
+    model has 4 more rows than the tokenizer has ids."""
     model, data = (tmp_path_factory.mktemp("t5") / name for name in ("model", "pairs"))
     save_tokenizer(model, "unigram")
     theirs = hf_t5(vocab_size=24, d_ff=32)  # int8 needs a multiple of 16

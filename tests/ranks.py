@@ -56,7 +56,7 @@ class Job:
         return any(process.is_alive() for process in self.ranks)
 
     def wait(self, seconds=120):
-        """Wait; return the exit statuses, the negative signal number if a signal killed a rank."""
+        """Wait; return the exit statuses, negative signal numbers for ranks killed by a signal."""
         end = time.monotonic() + seconds
         for process in self.ranks:
             process.join(max(0.0, end - time.monotonic()))

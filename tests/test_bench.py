@@ -34,7 +34,7 @@ def test_a_case_that_does_not_exist_is_refused(monkeypatch):
         bench.main(["memory", "--model=tiny", "--only=LORA"])
 
 
-def test_flops_per_token_equal_the_models():
+def test_flops_per_token_equal_those_of_the_model():
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257, n_layer=24, n_head=16, n_embd=1024))
     cost = bench.cost_of_token("gpt2-medium", 1024)

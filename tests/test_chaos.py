@@ -11,7 +11,7 @@ from tiny import write_dataset
     ("ddp", 4), pytest.param("fsdp", 10, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_often_is_bitwise_equal_to_one_that_is_not(tmp_path, parallel, kills):
     dataset = write_dataset(tmp_path / "words")
-    count, equal = chaos.campaign(parallel, kills, tmp_path, dataset, random.Random(1))
+    count, equal = chaos.kill_repeatedly(parallel, kills, tmp_path, dataset, random.Random(1))
     assert equal and count["kills"] == kills and count["resumes"] > 0
 
 

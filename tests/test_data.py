@@ -222,7 +222,7 @@ def test_write_dataset_replaces_all_files_of_an_older_one(old):
     assert (old / "val.bin").read_bytes() == low_byte_first
 
 
-def test_write_dataset_that_fails_midway_leaves_the_older_one(old):
+def test_a_write_that_fails_midway_keeps_the_older_dataset(old):
     def broken():
         yield IDS
         raise OSError("disk full")
@@ -234,7 +234,7 @@ def test_write_dataset_that_fails_midway_leaves_the_older_one(old):
 
 
 @pytest.mark.parametrize("works", [0, 1, 2])
-def test_write_dataset_that_fails_while_renaming_leaves_no_dataset(old, monkeypatch, works):
+def test_a_write_that_fails_while_renaming_leaves_no_dataset(old, monkeypatch, works):
     replace, left = os.replace, iter(range(works))
     monkeypatch.setattr(os, "replace", lambda *paths: (
         replace(*paths) if next(left, None) is not None else raise_(KeyboardInterrupt())))
@@ -392,7 +392,7 @@ def steps_of(cfg, train_tokens, pairs=0):
     ("finetune_task", 3), ("finetune_chat", None), ("finetune_little_data", None),
     ("finetune_t5", None), ("finetune_domain", None)])
 @pytest.mark.parametrize("train", [10**3, 10**4, 10**5, 10**6])
-def test_the_next_command_makes_enough_steps_of_any_data(tmp_path, capsys, config, epochs, train):
+def test_the_next_command_takes_enough_steps_on_any_data(tmp_path, capsys, config, epochs, train):
     pairs = train // 20 if config == "finetune_t5" else 0
     fetch.print_next(config, tmp_path, (train, train // 9), "--init_from=M", pairs=pairs,
                      epochs=epochs)
@@ -411,7 +411,7 @@ def test_the_next_command_keeps_the_config_for_enough_data(tmp_path, capsys):
         fetch.print_next(config, tmp_path, counts, pairs=pairs)
         assert capsys.readouterr().out == (
             f"next: python train.py config/{config}.py --dataset={tmp_path}\n")
-    # with 3 epochs of many examples only the number of epochs is added
+    # many examples: only the given number of epochs is added
     fetch.print_next("finetune_task", tmp_path, (10**7, 10**6), epochs=3)
     assert capsys.readouterr().out.endswith(" --epochs=3\n")
 

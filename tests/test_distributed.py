@@ -87,9 +87,9 @@ def torchrun(*command, timeout=120):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """(folder, stdout) of several runs on two processes, which are started only once. "whole" has
-    six steps, "parts" has three and resumes for three more, "stopped" is stopped at step 4 by a
-    signal to rank 1 and is resumed, "masked" has uneven targets."""
+    """(folder, stdout) of several runs on two processes, done once for all tests. "whole" has six
+    steps; "parts" has three and resumes for three more; "stopped" is stopped at step 4 by a signal
+    to rank 1 and is resumed; "masked" has uneven numbers of targets."""
     folder = tmp_path_factory.mktemp("two")
     dataset = write_dataset(folder / "chars")
     masked = write_dataset(folder / "masked")

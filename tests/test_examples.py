@@ -501,7 +501,7 @@ def test_separate_documents_do_not_attend_to_each_other(fields):
         for logits, document in zip(row.split([len(d) for d in order]), order):
             torch.testing.assert_close(logits, model.logits(document[None])[0])
     apart = (model.logits(packed)[0] - plain[0]).abs()
-    assert apart[:5].max() < 1e-5 < 0.1 < apart[5:].max()  # the first document follows no other
+    assert apart[:5].max() < 1e-5 < 0.1 < apart[5:].max()  # nothing precedes the first document
     cached = model.step(packed, model.new_cache(2))
     torch.testing.assert_close(cached, plain[:, -1])
 

@@ -79,7 +79,7 @@ def test_the_experiment_resumes_where_it_stopped(
     del commands[:]
     module.main(arguments)
     assert commands == [] and (tmp_path / "out/results.md").read_text() == first
-    with pytest.raises(UserError, match=r"holds runs with other settings \(--samples was 10000\)"):
+    with pytest.raises(UserError, match=r"has runs with other settings \(--samples was 10000\)"):
         module.main([*arguments, "--samples=50"])
     with pytest.raises(UserError, match=r"--input=gone.csv: no such file"):
         module.main([*arguments, "--input=gone.csv"])

@@ -120,7 +120,7 @@ def test_files_named_almost_like_a_state_are_not_touched(dataset, out, tmp_path)
     assert (tmp_path / "state.1backup.pt").read_bytes() == b"mine"
 
 
-def test_a_checkpoint_that_unpacks_to_much_more_is_refused(out, tmp_path, monkeypatch):
+def test_a_checkpoint_that_unpacks_to_far_more_than_its_size_is_refused(out, tmp_path, monkeypatch):
     """The zip's index has the size, so nothing is unpacked."""
     path = tmp_path / "ckpt.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

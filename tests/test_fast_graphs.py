@@ -20,7 +20,7 @@ PROMPTS = torch.randint(61, (3, 5), generator=torch.Generator().manual_seed(1))
 
 def freeze(step):
     """A stand-in for a CUDA graph on any device: replays the operators of one step() on the same
-    tensors. Numbers that Python computed stay as they were."""
+    tensors. Numbers computed by Python keep the values of the recording."""
     return make_fx(step)()
 
 
@@ -41,7 +41,7 @@ def drawn(model, idx=PROMPTS, new=9, pad=(0, 0, 0), **options):
     return torch.stack(list(stream(model, prompts, new, **options)), 1)
 
 
-@pytest.mark.parametrize("fields, new", [  # 9 fit in the context of 16; 40 slide it 3 times
+@pytest.mark.parametrize("fields, new", [  # 9 fit in the context of 16; with 40 it slides 3 times
     ({}, 40), (dict(bias=False), 9), (dict(tied_head=False), 9), (NEO, 9), (NEO, 40)])
 def test_recorded_steps_draw_the_same_tokens(fields, new):
     model = tiny_gpt(61, **fields)

@@ -98,15 +98,14 @@ def with_offset(model, offset=OFFSET):
 
 
 def models(**fields):
-    """The same model without and with an offset. The head is not tied, so only the logits
-    differ."""
+    """[a model, the same model with an offset]. The head is not tied, so only the logits differ."""
     return [with_offset(tiny_gpt(61, tied_head=False, **fields), offset)
             for offset in (0.0, OFFSET)]
 
 
 @HALF
 def test_a_model_with_an_offset_is_as_close_to_float32_as_one_without(dtype):
-    """For the loss, the logits of evaluation, and the steps of a packed model."""
+    """For the loss, the logits of evaluation, and a step of a packed model."""
     idx = torch.arange(24).view(2, 12) % 61
     errors = []
     for model in models():
@@ -126,7 +125,7 @@ def test_a_model_with_an_offset_is_as_close_to_float32_as_one_without(dtype):
 
 
 def test_a_repetition_penalty_gets_logits_that_include_the_offset():
-    """It divides positive logits and multiplies negative ones, so the offset counts."""
+    """The penalty divides positive logits and multiplies negative ones, so the offset matters."""
     model = models()[1].eval()
     with torch.no_grad():
         expected = list(stream(model, [[1, 2, 3]], 1, temperature=0, repetition_penalty=1.5,

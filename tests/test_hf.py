@@ -187,8 +187,9 @@ def test_tensors_that_do_not_fit_are_refused(neo, change, message, file, write_h
     assert file in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_head_is_not_used_as_a_missing_embedding(write_hf):
-    """save_model of safetensors writes tied weights like this. The error names the tensor."""
+def test_a_head_does_not_replace_a_missing_embedding(write_hf):
+    """safetensors' save_model writes a tied weight once, perhaps as the head. The error names the
+    missing tensor."""
     theirs = hf_model()
     tensors = hf_tensors(theirs)
     tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")

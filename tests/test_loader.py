@@ -210,7 +210,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(bin_path, monkeypatch):
     write(bin_path, list(range(40)) + [49, 50, 65535] + [0] * 40)
     refuse(bin_path, r"train.bin: token 41 is 50, beyond the model's vocabulary of 50")
     assert len(TokenBin(bin_path, 4, 65536)) == 83
-    monkeypatch.setattr(loader, "SCAN_LIMIT", 10)  # large files: checked as they are read
+    monkeypatch.setattr(loader, "SCAN_LIMIT", 10)  # larger files are checked when they are read
     data = TokenBin(bin_path, 4, 50)
     data.read([(0, 0), (36, 0)])
     for start in (37, 38, 41):
@@ -251,7 +251,7 @@ def test_the_fingerprint_of_a_large_file_reads_only_parts_of_it(monkeypatch):
     monkeypatch.setattr(bin_files.zlib, "crc32", lambda data, crc: sizes.append(data.nbytes) or 0)
     data = TokenBin("a name", 4, 2, tokens=np.broadcast_to(np.uint16(1), 10**9))
     assert data.fingerprint == (10**9, 0)
-    assert 32 * 2**20 < sum(sizes) * 3 / 2 <= 64 * 2**20  # a mask adds half as much
+    assert 32 * 2**20 < sum(sizes) * 3 / 2 <= 64 * 2**20  # 3 / 2: a mask adds half as much
 
 
 def test_a_dataset_is_found_by_name_or_path(tmp_path, monkeypatch):

@@ -122,10 +122,10 @@ def test_the_progress_bar_is_drawn_only_on_a_terminal(tmp_path, monkeypatch):
         log.say("a line")
         log.close()
         assert ("| 4/10 [" in stream.getvalue()) == shown
-        assert ("| 3/10 [" in stream.getvalue()) == shown  # the step that a resumed run begins at
+        assert ("| 3/10 [" in stream.getvalue()) == shown  # at the start
 
 
-def test_loss_png_needs_only_iterations_or_only_evaluations(tmp_path):
+def test_loss_png_is_drawn_from_only_iterations_or_only_evaluations(tmp_path):
     evaluation = {"step": 0, "train_loss": 3.0, "val_loss": 3.1}
     for entries in ([{"iter": 0, "loss": 3.0}], [evaluation]):
         draw(entries, tmp_path / "loss.png")

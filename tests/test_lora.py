@@ -21,7 +21,7 @@ NEO = dict(attn_scale=1.0, qkv_bias=False, local_window=4)
 
 
 def shake(model, seed=1):
-    """Give the adapters random values: new ones add nothing."""
+    """Give the adapters random values, because new adapters do not change the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in adapters(model).values():

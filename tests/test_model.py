@@ -201,7 +201,7 @@ def test_loss_and_gradients_equal_those_of_cross_entropy(rows, tied, monkeypatch
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_of_micro_batches_add_up(tied):
-    """backward() scales its gradients in place; this must not change those of another loss."""
+    """backward() of one loss scales gradients in place; those of other losses must not change."""
     model, idx, targets = tiny_gpt(61, tied_head=tied), ids(3, 7), targets_with_gaps(3, 7)
     _, expected = loss_and_gradients(model, reference_loss(model, idx, targets))
     model.zero_grad(set_to_none=True)
@@ -218,7 +218,7 @@ def test_loss_without_targets_is_zero_and_so_are_its_gradients():
     assert loss == 0 and all(not g.any() for g in gradients.values())
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_others_are_the_same():
+def test_a_frozen_head_gets_no_gradient_and_other_gradients_are_the_same():
     model, idx, targets = tiny_gpt(61), ids(3, 7), targets_with_gaps(3, 7)
     model.lm_head.weight.requires_grad_(False)
     _, gradients = loss_and_gradients(model, reference_loss(model, idx, targets))
@@ -394,7 +394,7 @@ def test_a_stop_token_ends_only_its_own_row():
     free = draw()                # (3, 90)
     stop = int(free[0, 3])
     first = [row.index(stop) for row in free.tolist()]
-    assert len(set(first)) == 3 and max(first) < 89  # else choose another seed
+    assert len(set(first)) == 3 and max(first) < 89  # if this fails, choose another seed
     out = draw(stop_token=stop)
     assert out.shape == (3, max(first) + 1)
     for row, expected, end in zip(out.tolist(), free.tolist(), first):

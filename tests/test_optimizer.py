@@ -57,7 +57,7 @@ def test_rounding_gives_one_of_two_neighbours_and_is_right_on_average(value):
     ulp = abs(value) * 2**-7
     assert len(rounded.unique()) == 2
     assert (rounded - value).abs().max() < ulp
-    # within 5 standard errors of the mean: one is at most ulp / 2 / sqrt(n) for n draws
+    # the mean of n draws has a standard error of at most ulp / 2 / sqrt(n); allow 5 of them
     assert rounded.mean().item() == pytest.approx(value, abs=5 * ulp / 2 / 100_000**0.5)
 
 
@@ -95,7 +95,7 @@ def test_rounded_adamw_on_float32_weights_equals_torchs_adamw(monkeypatch, chunk
 
 
 def test_updates_far_below_the_resolution_of_bfloat16_add_up():
-    """Next to 1, bfloat16 has steps of 2^-7 and 2^-8. Rounded to nearest, 1 - 1e-4 is still 1."""
+    """Bfloat16 has steps of 2^-8 below 1 and 2^-7 above. Rounded to nearest, 1 - 1e-4 is 1."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     optimizer = RoundedAdamW([{"params": [p]}], 1e-4, BETAS)
@@ -119,7 +119,7 @@ def test_bfloat16_weights_train_as_float32_ones():
         one.step()
         other.step()
     drift = (ours[0].float() - theirs[0]).detach()
-    assert drift.abs().mean() < 0.01 and abs(drift.mean().item()) < 1e-3  # in steps of 0.01
+    assert drift.abs().mean() < 0.01 and abs(drift.mean().item()) < 1e-3  # after ten steps of 0.01
     state = one.state[ours[0]]
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
     torch.testing.assert_close(state["exp_avg_sq"], other.state[theirs[0]]["exp_avg_sq"])

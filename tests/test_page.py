@@ -150,7 +150,7 @@ def test_the_page_can_be_used_by_keyboard_alone(server, open_page):
     assert page.locator("#tip").is_visible() and page.locator("#tip").inner_text() != first
     page.evaluate("scrollBy(0, 20)")
     page.evaluate("new Promise(requestAnimationFrame)")
-    page.keyboard.press("ArrowRight")  # also after scrolling
+    page.keyboard.press("ArrowRight")  # still works after scrolling
     assert page.locator(".sample span").nth(3).get_attribute("class") == "at"
     assert page.locator(".at").count() == 1
 

@@ -73,8 +73,8 @@ def assert_same_state(a, b, atol=0.0):
     pytest.param(4, "ddp", 1, 8, marks=pytest.mark.slow),
     pytest.param(3, "fsdp", 1, 9, marks=pytest.mark.slow),
 ])
-def test_any_split_among_processes_and_micro_steps_is_the_same_run(make, one, size, parallel,
-                                                                   batch_size, steps):
+def test_any_split_among_processes_and_micro_steps_gives_the_same_run(make, one, size, parallel,
+                                                                      batch_size, steps):
     name = f"{parallel}-{size}-{batch_size}x{steps}"
     out = make(name, size, parallel=parallel, batch_size=batch_size,
                gradient_accumulation_steps=steps)

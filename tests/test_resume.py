@@ -31,7 +31,7 @@ from nanotune.text.loader import TokenBin
 
 # with the same number of threads, sums are bitwise the same
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-# the learning rates do not depend on the step at which a run stops
+# with lr_decay_iters, the learning rates do not depend on max_iters
 FIELDS = dict(lr_decay_iters=6, warmup_iters=2, min_lr=1e-3, dropout=0.2)
 
 
@@ -54,8 +54,8 @@ def out(tmp_path):
 
 
 def assert_same_run(a, b, rel=0.0):
-    """Compare weights, moments, scaler and progress bitwise, and losses within `rel`. It is above 0
-    if sums are in another order."""
+    """Compare weights, moments, scaler and progress bitwise, and losses within `rel`. `rel` is
+    above 0 for runs that add up in another order."""
     for name in ("ckpt.pt", "state.pt"):
         one, other = files.load(a / name), files.load(b / name)
         assert one.keys() == other.keys()
@@ -167,7 +167,7 @@ def test_a_run_that_crashed_during_a_save_resumes_or_starts_again(whole, out, mo
         patch.setattr(files.os, "replace", replace)
         with pytest.raises(Crash):
             train.main(arguments(dataset, out, **FIELDS))
-    if not (out / "state.pt").exists():  # nothing to resume from, which the error says
+    if not (out / "state.pt").exists():  # a resume is refused
         assert at < 5
         with pytest.raises(UserError, match=r"no checkpoint|no state\.pt"):
             run_train(dataset, out, init_from="resume", **FIELDS)

@@ -143,7 +143,8 @@ def test_a_sample_ends_before_the_first_stop_text(server):
 
 
 def test_end_of_text_stops_a_sample_and_is_counted(server, monkeypatch):
-    """It adds no text. Text that might have begun a stop text is sent first."""
+    """End-of-text adds no text. A withheld start of a stop text is sent if the stop text is not
+    completed."""
     engine = server.engines["json"]
     letter, = engine.model.tokenizer.encode("L")
     drawn = [[letter, letter], [letter, engine.model.tokenizer.eot]]

@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def fields(t5_folders):
-    """The fields that make tiny.arguments() a run of T5."""
+    """The fields that tiny.arguments() needs for a run of T5."""
     return dict(init_from=t5_folders[0], dataset=t5_folders[1], block_size=None, eval_iters=0,
                 keep_states=1, gradient_accumulation_steps=4, weight_decay=0.01, decay_lr=False)
 
@@ -93,7 +93,7 @@ def assert_same_run(a, b):
         torch.testing.assert_close(weights_of(a)[key], tensor, rtol=0, atol=2e-3)
 
 
-def test_any_split_into_micro_steps_is_the_same_run(fields, tmp_path):
+def test_any_split_into_micro_steps_gives_the_same_run(fields, tmp_path):
     data, fields = fields.pop("dataset"), fields | dict(dropout=0.0)
     run_train(data, tmp_path / "8", **fields | dict(batch_size=8, gradient_accumulation_steps=1))
     run_train(data, tmp_path / "1", **fields | dict(batch_size=1, gradient_accumulation_steps=8))
@@ -111,8 +111,8 @@ def test_two_ranks_with_adafactor_resume_bitwise(fields, tmp_path):
 
 
 def test_two_ranks_equal_one_process_and_resume_bitwise(fields, tmp_path):
-    """With DDP, also stopped and resumed, and with FSDP, also with samples. Dropout is on; it
-    depends on the micro-step, not on the rank."""
+    """With DDP, also resumed; with FSDP, also while drawing samples. Dropout is on: it depends on
+    the micro-step, not on the rank."""
     alone = {name: value for name, value in fields.items() if name != "dataset"}
     run_train(fields["dataset"], tmp_path / "one", **alone)
     on_ranks(2, tmp_path / "ddp", **fields)

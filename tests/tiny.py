@@ -38,7 +38,7 @@ def write_dataset(folder, n_train=2000, n_val=400, alphabet="\n abcdefghijklmnop
 
 
 def write_pairs(folder, n=40, split="train", longest=(24, 9), seed=0, vocab_size=61):
-    """Write n pairs of random tokens of at least 2, each ended by token 1; return the pairs,
+    """Write n pairs of texts of random ids >= 2; each text ends with id 1. Return the pairs,
     [(source, target)]."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.RandomState(seed)
