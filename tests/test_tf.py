@@ -203,7 +203,7 @@ def test_unknown_missing_and_misshapen_variables_are_named(write_tf, refused):
     del arrays["model/h1/mlp/c_fc/b"]
     assert "lacks model/h1/mlp/c_fc/b" in refused(write_tf(arrays, "fewer"))
     wide = HPARAMS | {"n_ctx": 32}
-    assert "model/wpe is (16, 8)" in refused(write_tf(variables(HPARAMS), "other", wide))
+    assert "model/wpe has shape (16, 8)" in refused(write_tf(variables(HPARAMS), "other", wide))
 
 
 @pytest.mark.parametrize("change, message", [
