@@ -77,7 +77,7 @@ def slow_steps(rank):
 
 
 def wait_for(moment, job, out, step, rng):
-    """Wait for a moment of this kind after `step`; return False if the run ended first."""
+    """Wait for a "start", "step" or "save" after `step`; return False if the run ended first."""
     if moment == "start":
         time.sleep(rng.uniform(0, 1.5))
         return job.alive()

@@ -257,8 +257,8 @@ def hf_tensors(model):
 
 @pytest.fixture
 def write_hf(tmp_path):
-    """write_hf(model, tensors) writes config.json and the weights; `layout` is the file's name, or
-    that of the index of two shards. Returns the folder."""
+    """write_hf(model, tensors) writes config.json and the weights; returns the folder. `layout` is
+    the name of the file of weights, or of the index of two shards."""
     def write(model, tensors=None, layout="model.safetensors", name="hf", **config):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)

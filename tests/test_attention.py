@@ -75,12 +75,11 @@ def test_bfloat16_is_close_to_float32(p):
 
 
 def test_inference_float16_and_compiled_code_use_torchs_attention(monkeypatch):
-    """Also a token with a cache."""
     monkeypatch.setattr(BlockAttention, "apply", lambda *args: pytest.fail("not torch's"))
     q, k, v = qkv(T=5, dtype=torch.float32)
     with torch.no_grad():
         attention.attention(q, k, v, None, None)
-    attention.attention(q[:, :, -1:], k, v, None, None)  # with a cache
+    attention.attention(q[:, :, -1:], k, v, None, None)  # one token with a cache
     half = [t.detach().half().requires_grad_() for t in (q, k, v)]
     attention.attention(*half, None, None)
     torch.compile(lambda *t: attention.attention(*t, None, None), backend="eager")(q, k, v)

@@ -72,7 +72,7 @@ def test_user_memory_and_lost_process_errors_are_one_line(monkeypatch, capsys, e
     assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith(line)
 
 
-def test_first_line_returns_that_of_the_message_or_else_the_type_of_the_error():
+def test_first_line_returns_a_line_of_the_message_or_else_the_type_of_the_error():
     assert first_line(RuntimeError("\n  one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

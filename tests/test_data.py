@@ -191,7 +191,8 @@ def test_a_single_document_is_split_by_characters():
 # encoding
 
 def test_each_document_ends_with_one_end_of_text(gpt2):
-    pieces = [(TEXT * 100, True), ("cut here", False), ("end", True)]      # the first needs slices
+    # the first is cut into slices
+    pieces = [(TEXT * 100, True), ("cut here", False), ("end", True)]
     tokenizer = fetch.choose_tokenizer("gpt2")
     ids = np.concatenate([ids for ids, _ in fetch.encode(
         tokenizer, fetch.read_texts(pieces, True), 0, "")])
@@ -477,7 +478,7 @@ def test_text_may_be_encoded_by_characters(folder, tmp_path):
 
 
 def test_text_takes_the_tokenizer_of_a_run(folder, tmp_path, capsys):
-    """That of the dataset in its settings.json."""
+    """The tokenizer is that of the dataset named in the run's settings.json."""
     prepare("text", input=folder, out_dir=tmp_path / "1", tokenizer="train", vocab_size=300)
     run = tmp_path / "run"
     run.mkdir()

@@ -230,7 +230,7 @@ def make_lora_run(make_run, tmp_path):
     return make
 
 
-in_peft = pytest.mark.filterwarnings(  # of transformers and PEFT
+in_peft = pytest.mark.filterwarnings(  # warnings of transformers and PEFT
     "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Could not find a config file")
 
 
@@ -260,7 +260,8 @@ def test_adapters_give_the_same_logits_in_peft(make_lora_run, tmp_path, fields):
     again, written = (json.loads((path / "adapter_config.json").read_text())
                       for path in (tmp_path / "again", folder))
     different = {key for key in written if written[key] != again[key]}
-    assert different <= {"base_model_name_or_path", "target_modules"}  # a list in any order
+    # target_modules is a list in any order
+    assert different <= {"base_model_name_or_path", "target_modules"}
     assert sorted(again["target_modules"]) == written["target_modules"]
 
 

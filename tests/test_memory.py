@@ -276,8 +276,8 @@ def test_a_run_on_a_cpu_calls_tune_malloc(dataset, tmp_path, monkeypatch):
     ({}, torch.float32), ({}, torch.bfloat16), (dict(weights="bfloat16"), torch.bfloat16),
     (dict(weights="bfloat16"), torch.float32), (dict(recompute=True), torch.float32)])
 def test_predicted_activations_are_those_that_autograd_keeps(fields, compute, dropout):
-    """The bytes of one more layer: within 4 %, or 8 % with dropout, where the bytes of attention
-    depend on the kernel."""
+    """The bytes of one more layer agree within 4 %. With dropout they agree within 8 %, because
+    the bytes of attention then depend on the kernel."""
     cfg = replace(Config(batch_size=2, dropout=dropout), **fields)
     real, predicted = [], []
     for n_layer in (2, 3):

@@ -24,7 +24,8 @@ RATE, BETAS = 1e-2, (0.9, 0.95)
 
 @pytest.fixture
 def torchao(monkeypatch):
-    """torchao; without it the test is skipped. Its update is not compiled, which takes minutes."""
+    """torchao, whose update is not compiled, because compiling takes minutes. Without torchao the
+    test is skipped."""
     module = pytest.importorskip("torchao.optim")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return module

@@ -63,7 +63,8 @@ def assert_same_state(a, b, atol=0.0):
     for ours, theirs in tensors:
         assert type(ours) is type(theirs) is torch.Tensor
         torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
-    assert len({t.data_ptr() for t in a["model"].values()}) == len(a["model"]) - 1  # tied: once
+    # the tied head and the embedding share their data
+    assert len({t.data_ptr() for t in a["model"].values()}) == len(a["model"]) - 1
 
 
 @pytest.mark.parametrize("size, parallel, batch_size, steps", [

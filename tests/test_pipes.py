@@ -28,7 +28,8 @@ def at_step(step, act):
 
 
 def redirect(handle):
-    """Redirect stdout and stderr to a file descriptor. The old sys.stdout expects to seek."""
+    """Redirect stdout and stderr to a file descriptor. Replace sys.stdout too, because the old one
+    expects a file in which it can seek."""
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))

@@ -311,7 +311,7 @@ def test_states_are_saved_every_save_interval_steps(whole, dataset, tmp_path, mo
 
 
 def fail_writes(monkeypatch, name, steps, error):
-    """Make these writes of the file `name`, counted from 0, fail with this error."""
+    """Make writes of the file `name` fail with `error`. `steps` has their numbers, from 0."""
     count, real = [-1], files.write_atomic
 
     def write_atomic(path, write, keep=1):

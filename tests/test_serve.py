@@ -143,8 +143,8 @@ def test_a_sample_ends_before_the_first_stop_text(server):
 
 
 def test_end_of_text_stops_a_sample_and_is_counted(server, monkeypatch):
-    """End-of-text adds no text. A withheld start of a stop text is sent if the stop text is not
-    completed."""
+    """End-of-text adds no text. Text that may begin a stop text is sent once it is clear that the
+    stop text does not follow."""
     engine = server.engines["json"]
     letter, = engine.model.tokenizer.encode("L")
     drawn = [[letter, letter], [letter, engine.model.tokenizer.eot]]

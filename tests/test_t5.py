@@ -122,7 +122,8 @@ PROMPTS = [[5, 9, 33, 1], [7, 8], [*range(2, 40), 1]]  # the second gets its end
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_those_of_transformers(shape, make_t5):
-    """Alone and batched. transformers' cache fails if the decoder has more layers."""
+    """Alone and batched. transformers' cache fails if the decoder has more layers than the
+    encoder."""
     theirs, ours = make_t5(shape)
     batched = greedy(ours, PROMPTS)
     for ids, together in zip(PROMPTS, batched):

@@ -156,7 +156,7 @@ def test_the_plan_counts_epochs_of_pairs_and_warns_of_long_sources(fields, tmp_p
 
 def test_the_predicted_memory_depends_on_the_lengths_of_the_data(t5_folders, fields, tmp_path,
                                                                  monkeypatch, capsys):
-    """Not on the limits of 512 and 512 tokens."""
+    """Not on the limits, which are 512 tokens for sources and for targets."""
     monkeypatch.setattr(plan, "device_memory", lambda device: 350 * 10**6)
     run_train(fields.pop("dataset"), tmp_path / "out", **fields | dict(batch_size=8, max_iters=1))
     assert "may be too small" not in capsys.readouterr().out

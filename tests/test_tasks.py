@@ -58,7 +58,7 @@ def test_each_token_is_a_target_once(n, block_size, data):
     rows, columns = (y >= 0).nonzero(as_tuple=True)
     assert sorted(y[rows, columns].tolist()) == list(range(1, n))
     assert torch.equal(x[rows, columns] + 1, y[rows, columns])
-    later = rows > 0  # except in the first window, each target has this much context
+    later = rows > 0  # except in the first window, each target has at least this much context
     assert not later.any() or int(columns[later].min()) >= block_size - stride
 
 

@@ -21,7 +21,7 @@ def test_spinning_is_limited_unless_the_user_has_set_it(given, expected):
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS - {"runs"}))
-def test_each_script_that_computes_imports_it_before_torch(script):
+def test_each_script_that_computes_imports_threads_before_torch(script):
     """torch and everything that may import it come after threads in the file."""
     lines = (REPO / f"{script}.py").read_text(encoding="utf-8").splitlines()
     at = lines.index("import nanotune.threads  # noqa: F401")

@@ -385,7 +385,8 @@ def test_a_dataset_with_another_tokenizer_than_the_model_is_refused(tmp_path):
                                              r"data/x was made with .*again with --tokenizer=out$"):
             check_same_tokenizer(CharTokenizer("abc"), other, "out", "data/x")
     (tmp_path / "ckpt.pt").touch()
-    with pytest.raises(UserError, match=f"--tokenizer={tmp_path}$"):  # of a file, the folder
+    # for the path of a checkpoint, the message names its folder
+    with pytest.raises(UserError, match=f"--tokenizer={tmp_path}$"):
         check_same_tokenizer(CharTokenizer("abc"), JSON, str(tmp_path / "ckpt.pt"), "data/x")
     with pytest.raises(UserError, match=r"hf has no tokenizer file.*put its tokenizer.json"):
         check_same_tokenizer(None, GPT2Tokenizer(), "hf", "data/x")

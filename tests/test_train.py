@@ -224,7 +224,7 @@ def test_training_lowers_the_loss(dataset, out):
 @pytest.mark.parametrize("eval_iters, expected", [(0, [12, 12]), (3, [3, 3]), (100, [100, 12])])
 def test_eval_iters_0_reads_all_of_val_and_as_many_windows_of_train(
         tmp_path, out, monkeypatch, eval_iters, expected):
-    """Evenly spaced; all windows of a split that has fewer."""
+    """The windows are evenly spaced. A split that has fewer windows is read whole."""
     read = []
     monkeypatch.setattr(train, "evaluate_loss", lambda model, data, windows, *_: read.append(
         (windows, data.windows())) or 1.0)
