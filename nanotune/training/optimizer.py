@@ -72,7 +72,7 @@ def round_stochastically(x: torch.Tensor) -> torch.Tensor:
 
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) for bfloat16 weights, with float32 moments and
-    stochastic rounding. Its state has the names of torch.optim.AdamW's."""
+    stochastic rounding. Its state has the same keys as torch.optim.AdamW's."""
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float],
                  eps: float = 1e-8) -> None:
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
