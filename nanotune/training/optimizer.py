@@ -40,7 +40,7 @@ def make_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float,
     if name == "adamw8bit":
         return make_8bit(groups, lr, betas, in_float32=lacks_bfloat16(device))
     if name == "adafactor":
-        # torch squares the first eps, so this is the paper's 1e-30; None, torch's default, gives
+        # torch squares the first eps, so 1e-15 is the paper's 1e-30. torch's default, None, gives
         # 1e-7, which is larger than the mean squared gradient of a large model
         return without_dynamo(torch.optim.Adafactor)(groups, lr=lr, eps=(1e-15, 1e-3))
     if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
