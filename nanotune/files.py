@@ -145,8 +145,8 @@ def write_folder(path: str | Path, write: Callable[[Path], object], replaceable:
 
 
 def check_replaceable(path: Path, replaceable: Sequence[str], overwrite: bool) -> None:
-    """Raises UserError if `path` is a file or a link, a folder that is not empty without
-    `overwrite`, or a folder with anything but plain files whose names match `replaceable`."""
+    """Raises UserError if `path` is a file, a link, or a folder that is not empty and either
+    `overwrite` is False or not all its entries are plain files that match `replaceable`."""
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link; give the folder that it points to")
     if not path.name:

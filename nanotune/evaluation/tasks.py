@@ -43,7 +43,7 @@ what when where whether which while who whom whose why will with within without 
 yours yourself
 """.split())  # noqa: SIM905
 
-MOST_LABELS = 20  # if most answers differ and there are more of them than this, they are no labels
+MOST_LABELS = 20  # more different completions than this, and than half of all, are not labels
 
 
 # -----------------------------------------------------------------------------
@@ -139,9 +139,9 @@ def until(tokens, end):
 @torch.no_grad()
 def score_labels(model: GPT | OnnxGPT, prompts: list[list[int]], labels: list[list[int]],
                  eot: int | None, batch_size: int) -> torch.Tensor:
-    """Returns log p in nats of each label after each prompt, (N, labels) float32. A label
-    that is the beginning of another would always win over it; `eot`, if not None, is then appended
-    to all."""
+    """Returns log p in nats of each label after each prompt, (N, labels) float32. If a
+    label is the beginning of another, it would always win over the longer one. Then `eot`, if not
+    None, is appended to all labels."""
     begins = any(a != b and b[:len(a)] == a for a in labels for b in labels)
     if begins and eot is not None:
         labels = [[*label, eot] for label in labels]
@@ -290,7 +290,7 @@ def lambada(model: GPT | OnnxGPT, pairs: list[tuple[list[int], list[int]]], stop
             batch_size: int,
             device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (losses, hits, filtered), (N,) each, for pairs of (context ids, last word's ids):
-    -log p of the word in nats; whether each of its tokens is the most likely one; the same if the
+    -log p of the word in nats; whether each of its tokens is the most likely one; `hits` if the
     first token cannot be one of stop_ids (Radford et al. 2019, section 3.3)."""
     losses = torch.zeros(len(pairs))
     hits, filtered = torch.zeros(len(pairs), dtype=torch.bool), torch.zeros(len(pairs)).bool()

@@ -206,8 +206,8 @@ def with_biases(params, layout):
 
 
 def with_head(params, fields):
-    """A T5's parameters. Adds a copy of a tied head whose input is not scaled: transformers before
-    5 scales the input of every tied head."""
+    """A T5's parameters. If the head is tied and its input is not scaled, adds the head as a second
+    tensor: transformers before 5 scales the input of every tied head."""
     tied = fields["tied_head"] and not fields["scale_head"]
     return params | ({"lm_head.weight": params["shared.weight"].clone()} if tied else {})
 

@@ -175,7 +175,7 @@ def t5_fields(hf, where):
     """The T5Config fields of a config.json with defaults. Raises UserError as config_from_hf does.
 
     Before transformers 5, tie_word_embeddings also sets whether the head's input is scaled. Since
-    then it is always true, and scale_decoder_outputs sets the scaling.
+    then tie_word_embeddings is always true, and scale_decoder_outputs sets the scaling.
     """
     heads = hf.get("architectures") or [T5_HEADS[0]]
     if not set(heads) & set(T5_HEADS):

@@ -23,7 +23,7 @@ INLINE_LIMIT = 1.9e9  # bytes; more go to a second file: protobuf's limit is 2 G
 
 def write_onnx(model: GPT, path: str | Path, quantize: str = "none",
                tokenizer_spec: dict | None = None) -> None:
-    """Writes a float32 GPT on the CPU to `path`, and to path.data if it is over 2 GB.
+    """Writes a float32 GPT on the CPU to `path`; weights over INLINE_LIMIT go to path.data.
 
     `quantize` is a key of SCHEMES. The file's metadata holds the config and `tokenizer_spec`, a
     tokenizer's `spec`, so that sampling needs no other file. Raises UserError if the model's sizes

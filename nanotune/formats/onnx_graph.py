@@ -32,7 +32,7 @@ MICROSOFT = "com.microsoft"
 # 4 bits, the latter two would cost as much perplexity as all layers together.
 SCHEMES = {"none": None, "int8": ((8, 128), (8, 128)), "int4": ((4, 32), (8, 128))}
 HEAD = "lm_head.weight"
-CLIPPED = (1, 0.95, 0.9, 0.85, 0.8)  # fractions of a 4-bit block's range to try as its scale
+CLIPPED = (1, 0.95, 0.9, 0.85, 0.8)  # factors of a 4-bit block's scale to try
 
 
 class Tensors:

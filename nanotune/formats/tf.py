@@ -55,8 +55,8 @@ def read_config(folder: Path) -> GPTConfig:
 
 
 def find_prefix(folder):
-    """The checkpoint's path without its suffix: the one that the file `checkpoint` names, possibly
-    by a path on another machine, else the only one. Raises UserError if a file is missing."""
+    """The path, without suffix, of the checkpoint that the file `checkpoint` names (perhaps by a
+    path on another machine), else of the only checkpoint. Raises UserError if a file is missing."""
     indexes = [p.with_suffix("") for p in sorted(folder.glob("*.index"))]
     if (folder / "checkpoint").is_file():
         text = (folder / "checkpoint").read_text(encoding="utf-8")

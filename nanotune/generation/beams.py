@@ -62,7 +62,7 @@ def beam_search(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, n
         logp = logits[:, :n_vocab].log_softmax(-1)                             # (B n, V)
         scores = torch.tensor([search.scores for search in searches], device=logits.device)
         both = (logp + scores.view(-1, 1)).view(len(prompts), -1)              # (B, n V)
-        # 2 n: at most n of them end
+        # 2 n: at most n of them end, so n can continue
         found, at = (part.tolist() for part in both.topk(min(2 * n, both.size(1))))
         for search, best, columns in zip(searches, found, at):
             if not search.done:

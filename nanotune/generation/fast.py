@@ -7,8 +7,8 @@
 Packing: a generated token multiplies each matrix by one row per sample, so most time goes into
 reading the weights. In half precision the weights are cast once, which halves the bytes. On an x86
 CPU oneDNN stores them in its own order, in float32 and, if the CPU supports it, bfloat16. oneDNN
-reads them at nearly the memory bandwidth. On an AMD Zen 3, MKL, torch's default for float32,
-reached half of that for one sample, and a sixth for 10 samples.
+reads them at nearly the memory bandwidth. On an AMD Zen 3, MKL (torch's default for float32)
+reached half of that bandwidth for one sample, and a sixth for 10 samples.
 
 Graphs: a step of one token has hundreds of kernels of a few microseconds each, which a GPU runs
 faster than Python launches them. The step is recorded once as a CUDA graph and then launched as a

@@ -20,7 +20,7 @@ from nanotune.generation.generate import encode_prompt
 from nanotune.serving.engine import Engine, Piece, Request
 from nanotune.text.read import check_surrogates
 
-# {field: (type, allowed numbers)}; if a number is left out or null, Request's default is used
+# {field: (type, allowed numbers)}; a number that is left out or null gets its default
 NUMBERS = {
     "max_tokens": (int, Interval(0)), "temperature": (float, Interval(0, 10, "[]")),
     "top_k": (int, Interval(0, 2**31)), "top_p": (float, Interval(0, 1, "[]")),

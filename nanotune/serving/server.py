@@ -38,7 +38,7 @@ from nanotune.serving.engine import Busy, Engine
 
 MAX_CONNECTIONS = 512             # each has a thread; more are closed at once
 HEADER_BYTES, BODY_BYTES = 16 * 1024, 256 * 1024
-READ_SECONDS, WRITE_SECONDS = 10, 30  # for the headers and again for the body; for each write
+READ_SECONDS, WRITE_SECONDS = 10, 30  # READ: headers, and again the body; WRITE: each write
 DRAIN_BYTES, DRAIN_SECONDS = 16 * 1024**2, 2  # to read the rest of a request after an error
 POLL_SECONDS = 0.25               # how often to check whether a waiting client has disconnected
 PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"),

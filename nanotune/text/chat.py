@@ -19,8 +19,8 @@ text has no white space around it and does not contain the end, so no text can e
 End-of-text comes only after the whole conversation.
 
 Role, text and end are encoded one by one, so training and generation have the same ids. GPT-2's
-pattern splits between them anyway: transformers, which encodes the whole conversation at once with
-the template's jinja(), gets the same ids.
+pattern splits between them anyway, so transformers, which encodes the whole conversation at once
+with the template's jinja(), gets the same ids.
 """
 import json
 from collections.abc import Sequence

@@ -50,9 +50,10 @@ def best_of(entries: list[dict]) -> dict | None:
 
 
 def limits(entries: list[dict]) -> tuple[float, float] | None:
-    """Returns the (lowest, highest) loss to show, or None for all. Leaves out the first quarter of
-    the evaluations, except the best one and the first. Leaves out the first too if the rest would
-    have less than a quarter of the height, as with a loss of 10.9, unless the rest is one point."""
+    """Returns the (lowest, highest) loss to show, or None for all. Covers the best evaluation and
+    those after the first quarter. Covers the very first one too, unless these would then have less
+    than a quarter of the height, as with a first loss of 10.9. If only one evaluation is after the
+    first quarter, always covers the very first."""
     evaluations = [entry for entry in entries if "step" in entry]
     later = evaluations[max(1, len(evaluations) // 4):]
     if not later:

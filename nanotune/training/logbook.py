@@ -43,7 +43,8 @@ class Logbook:
                         disable=not (is_main and sys.stderr.isatty()))
 
     def begin(self) -> None:
-        """Drops the entries of metrics.jsonl after `start`: a resumed run writes them again."""
+        """Drops the entries of metrics.jsonl after `start`, which a resumed run writes again, and
+        writes the lines printed so far to train.log."""
         if self.is_main:
             self.entries = kept_entries(self.metrics_path, self.start)
             self.on_disk(rewrite, self.metrics_path, map(json.dumps, self.entries))
@@ -149,8 +150,8 @@ def kept_entries(path: str | Path, start: int) -> list[dict]:
 
 
 def read_entries(path: str | Path, last: int = 0) -> list[dict]:
-    """Returns the entries of a metrics file, or of its `last` lines. Skips damaged lines, such as
-    one that a crash cut short; the file may be missing."""
+    """Returns the entries of a metrics file, or only of its last `last` lines if `last` is not 0.
+    Skips damaged lines, such as one that a crash cut short; the file may be missing."""
     try:
         lines = Path(path).read_bytes().splitlines()[-last:]
     except OSError:

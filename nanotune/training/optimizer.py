@@ -40,7 +40,7 @@ def make_optimizer(name: str, groups: list[dict], lr: float, betas: tuple[float,
     if name == "adamw8bit":
         return make_8bit(groups, lr, betas, in_float32=lacks_bfloat16(device))
     if name == "adafactor":
-        # torch squares the first eps, so this is the paper's 1e-30; None, torch's default, gives
+        # torch squares the first eps, so 1e-15 is the paper's 1e-30. torch's default, None, gives
         # 1e-7, which is larger than the mean squared gradient of a large model
         return without_dynamo(torch.optim.Adafactor)(groups, lr=lr, eps=(1e-15, 1e-3))
     if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
@@ -72,7 +72,7 @@ def round_stochastically(x: torch.Tensor) -> torch.Tensor:
 
 class RoundedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) for bfloat16 weights, with float32 moments and
-    stochastic rounding. Its state has the names of torch.optim.AdamW's."""
+    stochastic rounding. Its state has the same keys as torch.optim.AdamW's."""
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float],
                  eps: float = 1e-8) -> None:
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))

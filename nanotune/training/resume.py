@@ -103,7 +103,7 @@ def load_start(out_dir: str | Path, dropout: float, dtype: torch.dtype,
                any_run: bool = False) -> Start:
     """Returns the Start of the newest usable state in a folder, its matrices in `dtype`.
 
-    Uses only states of the folder's own run, with `any_run` states of any run. If there is none,
+    Uses only states of the folder's own run, or, with `any_run`, of any run. If there is none,
     raises UserError, which says whether ckpt.pt can be used instead.
     """
     paths = state_files(out_dir) or [Path(out_dir) / MODEL_FILE]
@@ -322,7 +322,7 @@ def begin(out_dir: str | Path, start: Start, best: str) -> None:
         files.link(best_file_of(out_dir, start), Path(out_dir) / best)
         if best == MODEL_FILE:  # else an outdated best.pt would stay
             (Path(out_dir) / BEST_FILE).unlink()
-    for path in start.skipped_states:  # else later saves would delete a good state before these
+    for path in start.skipped_states:  # else saves would delete the good, older states first
         os.replace(path, path.with_suffix(".refused"))
     for name in (STATE_FILE, *REWRITTEN):
         # left by an interrupted save

@@ -248,7 +248,7 @@ def config_to_save(r: Run) -> dict[str, Any]:
 
 
 def set_max_iters(cfg, data):
-    """If --epochs is given, sets max_iters to that many epochs in steps, rounded up."""
+    """If --epochs is given, sets max_iters to the steps of that many epochs, rounded up."""
     if cfg.epochs is not None:
         samples_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
         cfg.max_iters = math.ceil(cfg.epochs * data["train"].n_blocks / samples_per_step)
@@ -267,8 +267,8 @@ def check(cfg: Any) -> World:
 
 def set_up(cfg: Any, argv: list[str], world: World) -> Run:
     """Returns the Run of a checked train.Config and its command line `argv`; rank 0 must hold
-    out_dir_lock. Raises UserError if the model does not fit the config or the data. Checks that
-    need only one process run before the processes join."""
+    out_dir_lock. Raises UserError if the model does not fit the config or the data. Runs
+    the checks that need only one process before the processes join."""
     dtype, folder = pick_dtype(cfg.dtype, world.device), dataset_folder(cfg.dataset)
     if world.device.type == "cpu":
         tune_malloc()

@@ -24,8 +24,8 @@ NOT_RESUMED = ("out_dir", "overwrite", "auto_resume", "force_resume", "eval_only
 # fields that a resume cannot change: the weights or the optimizer's state depend on them. The
 # dtype of the weights can change with force_resume; the results then differ
 FIXED = ("init_from", "n_layer", "n_head", "n_embd", "bias", "weights", "optimizer", "lora_rank")
-# fields that a pretrained model sets: settings.json has the model's values. The state has those of
-# the config, since a resume compares FIXED fields with them
+# fields that a pretrained model sets: settings.json has the model's values. The state keeps the
+# config's values, since a resume compares FIXED fields with them
 SIZES = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 
 

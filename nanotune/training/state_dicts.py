@@ -42,7 +42,8 @@ def optimizer_state(model: nn.Module,
     """Returns {parameter name: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}, {} before the
     first step.
 
-    They are references; of a sharded model rank 0 gets full copies, as in whole_weights.
+    The tensors are references. If the model is sharded, rank 0 gets full copies, as in
+    whole_weights.
     """
     if not is_sharded(model):
         names = {p: name for name, p in model.named_parameters()}
