@@ -120,7 +120,7 @@ def script(name, **fields):
 
 
 # -----------------------------------------------------------------------------
-# measurements: each returns {column: number} of one process
+# measurements of one process, most as {column: number}
 
 def run_train(cfg, folder, until=None, **fields):
     fields = dict(

@@ -407,7 +407,7 @@ def pick_columns(where: str, fields: dict, args: argparse.Namespace,
                  pairs: Sequence[tuple[str | None, str]],
                  wanted: str) -> tuple[str | None, str]:
     """Returns the columns of prompt and completion: those of the options, or the first of `pairs`
-    that the fields have. Raises UserError, which says what is `wanted`, if there are none."""
+    that the fields have. Raises UserError with the text `wanted` if there are none."""
     if args.completion_column:
         pairs = [(args.prompt_column, args.completion_column)]
         wanted = " and ".join(filter(None, pairs[0]))
