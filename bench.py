@@ -108,7 +108,7 @@ def run_process(argv, until=None, cwd=None):
 
 def run_worker(task, **options):
     """Runs one of WORKERS, or of TASKS in experiments/rivals.py, in a new process. Returns its
-    result and its peak memory: the process's, unless the worker measured a GPU's."""
+    result with the peak memory: the process's, unless the result has a GPU's."""
     file = ["bench.py", "worker"] if task in WORKERS else ["experiments/rivals.py"]
     text, _, rss = run_process([sys.executable, ROOT / file[0], *file[1:], task,
                                 json.dumps(options, default=str)])
@@ -120,7 +120,7 @@ def script(name, **fields):
 
 
 # -----------------------------------------------------------------------------
-# measurements: each returns {column: number} of one process
+# measurements of one process, most as {column: number}
 
 def run_train(cfg, folder, until=None, **fields):
     fields = dict(
@@ -394,7 +394,7 @@ def sample_form(cfg, folder, source, dtype):
 
 
 def weights_size(source, dtype):
-    """Bytes of the weights in this format."""
+    """The bytes of the weights: of an .onnx file, or of a folder's float32 weights as `dtype`."""
     if source.is_file():
         return sum(f.stat().st_size for f in source.parent.glob(f"{source.name}*"))
     files = [f for f in source.iterdir() if f.name in ("ckpt.pt", "model.safetensors")]
@@ -416,7 +416,7 @@ SETTINGS = {
 
 
 def memory_cases(cfg, found, folder):
-    cfg = replace(cfg, steps=0)  # the warm-up's second step has gradients, moments, activations
+    cfg = replace(cfg, steps=0)  # the second step of warm-up has gradients, moments, activations
 
     def measure(fields):
         fields = fields | dict(gradient_accumulation_steps=2)

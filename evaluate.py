@@ -171,8 +171,8 @@ def generate_answers(cfg, model, tokenizer, prompts, limit, end=()):
 
 
 def save_predictions(cfg, rows):
-    """Writes out_dir/predictions.jsonl; returns its path. The file of a model other than the run in
-    out_dir has the model's name, so that it does not replace the run's."""
+    """Writes out_dir/predictions.jsonl; with --init_from=MODEL predictions-MODEL.jsonl, so that the
+    file of the run in out_dir is not replaced. Returns the path."""
     out_dir, model = Path(cfg.out_dir), Path(cfg.init_from).absolute().name
     name = "predictions" if cfg.init_from == "resume" else f"predictions-{model}"
     path = (out_dir.parent if out_dir.suffix == ".pt" else out_dir) / f"{name}.jsonl"
@@ -253,7 +253,7 @@ def run_generate(cfg, model, tokenizer, source, world):
 
 
 def print_rouge(rows):
-    """Prints the mean of each ROUGE, and its standard error."""
+    """Prints the mean of each ROUGE score and its standard error."""
     if not rows[0]:
         print("  for ROUGE: pip install rouge-score")
         return

@@ -72,8 +72,8 @@ def check_config(cfg):
 
 
 def cut_padding(model, tokenizer):
-    """Drops the rows with which train.py pads GPT-2's vocabulary: another program may sample them.
-    Keeps other rows without a token, which may belong to added tokens. Prints the result."""
+    """Drops the rows with which train.py pads GPT-2's vocabulary: other programs may sample their
+    ids. Keeps other rows without a token, which may belong to added tokens. Prints the result."""
     tokens, rows = tokenizer.n_vocab, model.config.vocab_size
     if (tokens, rows) == GPT2_VOCAB_SIZES:
         model.crop_vocab(tokens)

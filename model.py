@@ -296,7 +296,7 @@ class GPT(nn.Module):
 
         def mask_for(window=None):
             mask = attention_mask(query, S, seen, to_the_end, window)
-            # with a bool mask, each layer would convert it and keep the result for backward
+            # each layer would convert a bool mask and keep the result for backward
             return None if mask is None else additive(mask, dtype)
 
         whole = mask_for()
@@ -405,7 +405,7 @@ class GPT(nn.Module):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Returns the dtype of the residual stream: float32, as set_dtype leaves the vectors."""
+        """Returns the dtype of the residual stream: float32, as set_dtype() casts only matrices."""
         return self.transformer.ln_f.weight.dtype
 
     @property

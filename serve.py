@@ -64,7 +64,7 @@ def read_token(cfg):
 
 
 def name_sources(text: str) -> dict[str, str]:
-    """{name: source} of comma-separated sources; a name is the end of its path, made unique."""
+    """{name: source} of comma-separated sources; a name is a path's last part, made unique."""
     named = {}
     for source in filter(None, map(str.strip, text.split(","))):
         name = last = Path(source).name or source

@@ -361,8 +361,8 @@ class T5(nn.Module):
     def flops_per_token(self, counted: float = 1.0) -> float:
         """Returns the FLOPs of forward and backward per source or target token: 6 N, where N is
         half of the weights, since a token passes only through the encoder or the decoder; 4 N for
-        frozen weights. The head counts for the `counted` share of tokens, the targets. Attention's
-        products are left out: pairs are short."""
+        frozen weights. The head computes only the share `counted` of the tokens: the targets.
+        Attention's products are left out: pairs are short."""
         head = self.lm_head.weight
         params = [p for p in self.parameters() if p is not head and p is not self.shared.weight]
         flops = sum((6 if p.requires_grad else 4) * p.numel() for p in params) / 2
@@ -420,7 +420,7 @@ class T5(nn.Module):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Returns the dtype of the residual stream: float32, as set_dtype leaves the vectors."""
+        """Returns the dtype of the residual stream: float32, as set_dtype() casts only matrices."""
         return self.decoder.ln_f.weight.dtype
 
     @classmethod

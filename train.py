@@ -59,7 +59,7 @@ from nanotune.training.run import (
 )
 
 MAX_SKIPPED = 10  # the run stops if the float16 scaler skips this many steps in a row
-# without cuDNN: its plan for each new cache length takes longer than a token
+# no cuDNN: it plans each new cache length anew, which takes longer than computing a token
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

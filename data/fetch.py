@@ -72,7 +72,7 @@ from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts
 
 LENGTH = np.dtype("<u4")
 MIN_TOKENS = 8                  # a shorter split is a mistake
-# of the command that prepare.py prints: fewer steps train too little, train.py warns of more epochs
+# for the printed command: fewer steps train too little; train.py warns about more epochs
 MIN_STEPS, MAX_EPOCHS = 30, 20
 # files that describe the .bin files: deleted when the .bin files are replaced
 COMPANIONS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "train.mask.bin",
@@ -167,7 +167,7 @@ def receive(url: str, part: Path, size: int | None, timeout: float) -> None:
                                          unit_scale=True, disable=None) as bar:
             while block := answer.read(1 << 16):
                 bar.update(f.write(block))
-    # http.client takes a connection that closes early for the end of the file
+    # http.client treats an early close of the connection as the end of the file
     if promised and (received := part.stat().st_size) != promised:
         raise UserError(f"received {received:,} of {promised:,} bytes")
 
@@ -219,9 +219,8 @@ def split_documents(documents: Sequence[str | Document], val_fraction: float = 0
                     seed: int = 1337) -> tuple[Pieces, Pieces]:
     """Returns (train, val). val gets random whole documents, up to val_fraction of the characters.
 
-    If they have less than half as many characters (one document, or a few long ones), val also gets
-    the end of the longest training document. Raises UserError if val_fraction is not between 0 and
-    1.
+    If these have less than half of that (one document, or a few long ones), val also gets the end
+    of the longest training document. Raises UserError if val_fraction is not between 0 and 1.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: must be between 0 and 1")
@@ -408,7 +407,7 @@ def pick_columns(where: str, fields: dict, args: argparse.Namespace,
                  pairs: Sequence[tuple[str | None, str]],
                  wanted: str) -> tuple[str | None, str]:
     """Returns the columns of prompt and completion: those of the options, or the first of `pairs`
-    that the fields have. Raises UserError, which says what is `wanted`, if there are none."""
+    that the fields have. Raises UserError with the text `wanted` if there are none."""
     if args.completion_column:
         pairs = [(args.prompt_column, args.completion_column)]
         wanted = " and ".join(filter(None, pairs[0]))

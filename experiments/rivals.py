@@ -63,7 +63,7 @@ def sample_transformers(folder, num_samples, max_new_tokens, device, dtype, comp
                    pad_token_id=model.config.vocab_size - 1)
     if compiled:
         options["cache_implementation"] = "static"
-    timed = []  # a static cache has the length of the sample, and each length compiles again
+    timed = []  # with a static cache, each new length compiles again: warm up with the same one
     for n in (max_new_tokens,) * 3 if compiled else (8, 8, max_new_tokens):
         began = time.perf_counter()
         new = model.generate(idx, max_new_tokens=n, min_new_tokens=n, **options)

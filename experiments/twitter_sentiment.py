@@ -142,8 +142,8 @@ def baseline(folder):
 
 def table(results, tests):
     """Returns {model: [macro F1 of each split]} as a Markdown table; `tests` is the number of test
-    tweets per split. The standard error of the mean is that of a proportion of all test tweets, an
-    approximation for macro F1."""
+    tweets per split. The standard error of the mean is computed as for a proportion of all test
+    tweets, which is an approximation for macro F1."""
     splits = len(next(iter(results.values())))
     lines = ["| macro F1, % | " + " | ".join(f"split {i}" for i in range(splits))
              + " | mean | standard error | standard deviation |",

@@ -98,7 +98,7 @@ def read_examples(rows: Iterator[tuple[str, dict]], tokenizer: fetch.AnyTokenize
 
 
 def warn_about_spaces(examples: list[fetch.Example]) -> None:
-    """Prints a note about the most common mistake in prompts for GPT-2."""
+    """Prints a note if prompts end in a space, or completions begin without one."""
     pairs = [e for e in examples if e.prompt]
     ends = sum(e.prompt.endswith(" ") for e in pairs)
     begins = sum(not e.completion[0].isspace() and not e.prompt[-1].isspace() for e in pairs)
