@@ -36,7 +36,7 @@ class T5Config:
     n_embd: int = 512
     head_size: int = 64               # n_head * head_size need not be n_embd
     n_inner: int = 2048               # width of the MLP
-    gated: bool = False               # MLP with ReLU; True: GELU with a gate (1.1)
+    gated: bool = False               # False: MLP with ReLU; True: GELU with a gate (1.1)
     n_buckets: int = 32               # of relative positions
     max_distance: int = 128           # positions farther apart share a bucket
     dropout: float = 0.0

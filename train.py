@@ -190,9 +190,9 @@ def gradient_norm(r: Run) -> tuple[torch.Tensor, float]:
 
 def update(r: Run, loss: float, norm: torch.Tensor, finite: bool, step: int,
            skipped_in_a_row: int) -> int:
-    """Clips the gradient and updates the weights. Returns the number of steps that the float16
-    scaler skipped in a row. Raises NonFiniteLoss before the update if the loss or the gradient is
-    not finite; all ranks pass the same `loss` and `finite`."""
+    """Clips the gradient and updates the weights. Returns how many steps in a row the float16
+    scaler skipped. Raises NonFiniteLoss if they are MAX_SKIPPED, or before the update if the loss
+    or, without a scaler, the gradient is not finite. All ranks pass the same `loss`, `finite`."""
     if not math.isfinite(loss) or not (finite or r.scaler.is_enabled()):
         what = "gradient norm is not finite" if math.isfinite(loss) else f"loss is {loss}"
         raise NonFiniteLoss(

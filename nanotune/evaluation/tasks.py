@@ -290,8 +290,8 @@ def lambada(model: GPT | OnnxGPT, pairs: list[tuple[list[int], list[int]]], stop
             batch_size: int,
             device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (losses, hits, filtered), (N,) each, for pairs of (context ids, last word's ids):
-    -log p of the word in nats; whether each of its tokens is the most likely one; `hits` if the
-    first token cannot be one of stop_ids (Radford et al. 2019, section 3.3)."""
+    -log p of the word in nats; whether each of its tokens is the most likely one; the same when
+    stop_ids are excluded as its first token (Radford et al. 2019, section 3.3)."""
     losses = torch.zeros(len(pairs))
     hits, filtered = torch.zeros(len(pairs), dtype=torch.bool), torch.zeros(len(pairs)).bool()
     rows = [context + word for context, word in pairs]

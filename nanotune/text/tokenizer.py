@@ -11,7 +11,7 @@ Three classes with one interface, AnyTokenizer, used for data, prompts and evalu
     encode_batch(texts) -> list of arrays of ids, on all cores; texts must have no surrogates
     sliceable     whether a text gives the same ids if cut between a word and a space or newline
     decode(ids)   -> text
-    n_bytes(ids)  -> the UTF-8 bytes of text that the ids decode to; end-of-text counts 0
+    n_bytes(ids)  -> the number of UTF-8 bytes of the ids' text; end-of-text counts 0
     files         {name: content} to keep in a dataset's folder; tokenizer_of_dataset() reads it
     spec          plain data to keep in a checkpoint; tokenizer_from_spec() reads it
     chat          the chat.Template of its dataset or model, or None

@@ -50,10 +50,10 @@ def best_of(entries: list[dict]) -> dict | None:
 
 
 def limits(entries: list[dict]) -> tuple[float, float] | None:
-    """Returns the (lowest, highest) loss to show, or None for all. Covers the best evaluation and
-    those after the first quarter. Covers the very first one too, unless these would then have less
-    than a quarter of the height, as with a first loss of 10.9. If only one evaluation is after the
-    first quarter, always covers the very first."""
+    """Returns the (lowest, highest) loss to show, or None for all. Covers the best validation
+    loss and all evaluations after the first quarter. Covers the very first evaluation too, unless
+    the others would then fill less than a quarter of the height, as with a first loss of 10.9. If
+    only one evaluation is after the first quarter, always covers the very first."""
     evaluations = [entry for entry in entries if "step" in entry]
     later = evaluations[max(1, len(evaluations) // 4):]
     if not later:

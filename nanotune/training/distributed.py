@@ -108,7 +108,7 @@ def fresh_store(store, rank, size, timeout):
     torchrun keeps its store over restarts, so a process could read the address of a dead process
     (pytorch issue 135712). The restart count cannot be the prefix: it differs among machines. So
     each rank writes a random name to hello/RANK. Rank 0 writes its prefix to welcome/NAME for the
-    latest name of each rank, until all ranks have written to the store with that prefix.
+    latest name of each rank, until all other ranks have written here/RANK under that prefix.
     """
     name = uuid.uuid4().hex
     if rank != 0:

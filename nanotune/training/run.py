@@ -226,7 +226,7 @@ def print_choices() -> None:
 
 def read_config(cls: type, argv: list[str]) -> tuple[Any, list[str]]:
     """Returns (the train.Config of a command line, a line for each field of the resumed run that
-    it changes). A resumed run keeps the fields that it was trained with; rank 0 reads them."""
+    argv changes). A resumed run keeps the fields that it was trained with; rank 0 reads them."""
     cfg = configure(cls, argv)
     if cfg.init_from != "resume" and not cfg.auto_resume:
         return cfg, []

@@ -21,8 +21,8 @@ SETTINGS_FILE, VERSION = "settings.json", 1
 # fields that belong to one start of the program: a resume does not restore them
 NOT_RESUMED = ("out_dir", "overwrite", "auto_resume", "force_resume", "eval_only", "dry_run",
                 "device", "backend", "timeout")
-# fields that a resume cannot change: the weights or the optimizer's state depend on them. The
-# dtype of the weights can change with force_resume; the results then differ
+# fields that a resume cannot change: the weights or the optimizer's state depend on them. With
+# force_resume `weights` can change, except in a LoRA run; the results then differ
 FIXED = ("init_from", "n_layer", "n_head", "n_embd", "bias", "weights", "optimizer", "lora_rank")
 # fields that a pretrained model sets: settings.json has the model's values. The state keeps the
 # config's values, since a resume compares FIXED fields with them
