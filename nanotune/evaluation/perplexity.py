@@ -65,7 +65,7 @@ def evaluate_loss(model: GPT | OnnxGPT, data: TokenBin, windows: list[tuple[int,
 @torch.no_grad()
 def row_losses(model, x, y):
     """x, y (B, T) -> the loss summed over each row's targets, (B,) float64 on the CPU. Computed
-    from logits, since packed models and ONNX files have no head_loss()."""
+    from logits, since head_loss() cannot use packed models or ONNX files."""
     row, targets = (y != IGNORED).nonzero()[:, 0].cpu(), y[y != IGNORED]
     losses = [y.new_zeros(0, dtype=torch.float32)]
     for logits in model.logits_at(x, y):

@@ -6,7 +6,7 @@
 
     out_dir/ckpt.pt    the model: weights, model_args, iter_num, best_val_loss, config (nanoGPT's
                        keys), tokenizer, run_id
-    out_dir/best.pt    the same for the best validation loss so far, if ckpt.pt is the latest step
+    out_dir/best.pt    the same for the best validation loss so far, with always_save_checkpoint
     out_dir/state.pt   the latest step for --init_from=resume: also optimizer, scaler, progress
 
 A LoRA run's files hold only the adapters, with the name and the hash of their base. nanoGPT's
