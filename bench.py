@@ -416,7 +416,7 @@ SETTINGS = {
 
 
 def memory_cases(cfg, found, folder):
-    cfg = replace(cfg, steps=0)  # the second step of warm-up has gradients, moments, activations
+    cfg = replace(cfg, steps=0)  # warm-up is enough: its step 2 has gradients, moments, activations
 
     def measure(fields):
         fields = fields | dict(gradient_accumulation_steps=2)

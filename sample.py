@@ -151,8 +151,8 @@ class Sampler:
 
     def stream(self, prompts, generator):
         """Yields (new texts, whether each text has ended), two lists with an item per prompt, after
-        each token. The last pair has the pending text of TextPieces. `prompts` are lists of
-        ids."""
+        each token; for beam search, once. The last pair has the texts that TextPieces has not
+        returned yet. `prompts` are lists of ids."""
         cfg, tokenizer = self.cfg, self.tokenizer
         pieces = [TextPieces(tokenizer, text_before(self.model, ids), self.stops)
                   for ids in prompts]

@@ -72,7 +72,7 @@ from nanotune.text.tokenizer import (  # noqa: E402, F401 (F401: for the scripts
 
 LENGTH = np.dtype("<u4")
 MIN_TOKENS = 8                  # a shorter split is a mistake
-# for the printed command: fewer steps train too little; train.py warns about more epochs
+# limits of the printed command: fewer steps train too little; train.py warns about more epochs
 MIN_STEPS, MAX_EPOCHS = 30, 20
 # files that describe the .bin files: deleted when the .bin files are replaced
 COMPANIONS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "train.mask.bin",
@@ -219,8 +219,9 @@ def split_documents(documents: Sequence[str | Document], val_fraction: float = 0
                     seed: int = 1337) -> tuple[Pieces, Pieces]:
     """Returns (train, val). val gets random whole documents, up to val_fraction of the characters.
 
-    If these have less than half of that (one document, or a few long ones), val also gets the end
-    of the longest training document. Raises UserError if val_fraction is not between 0 and 1.
+    If val then has less than half of that share, because there is one document or a few long ones,
+    it also gets the end of the longest training document. Raises UserError if val_fraction is not
+    between 0 and 1.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: must be between 0 and 1")

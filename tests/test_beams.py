@@ -110,8 +110,8 @@ def test_enough_beams_find_the_most_likely_answer():
 
 
 def test_beams_continue_after_the_context_is_full():
-    """As in stream(). Large weights make one token much more likely than the others, so the search
-    equals greedy generation."""
+    """The window slides as in stream(). Large weights make one token much more likely than
+    the others, so the search equals greedy generation."""
     model = tiny_gpt(9)
     with torch.no_grad():
         model.lm_head.weight *= 30

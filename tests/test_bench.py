@@ -189,7 +189,7 @@ def test_a_failed_process_is_reported_with_its_last_line(tmp_path):
 def test_importing_the_scripts_imports_nothing_slower_than_torch():
     heavy = {"transformers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tiktoken", "wandb",
              "tokenizers", "torchao", "tensorflow", "pandas", "safetensors", "huggingface_hub",
-             "torch._dynamo", "sympy"}  # 2 s and 1 s to import; a model on meta may import them
+             "torch._dynamo", "sympy"}  # these two: 2 s and 1 s; a model on meta may import them
     code = ("import sys, torch, train, sample, evaluate, export, bench\n"
             "from model import GPT, GPTConfig\n"
             "model = GPT.empty(GPTConfig(n_layer=1, n_head=1, n_embd=8), dtype=torch.bfloat16)\n"

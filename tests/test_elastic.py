@@ -84,7 +84,7 @@ def test_all_ranks_stop_before_the_step_if_one_has_a_nan(dataset, tmp_path, para
     statuses, output = run_ranks(2, argv, tmp_path / "log", hook)
     assert statuses == [1, 1], output
     errors = [line for line in output.splitlines() if line.startswith("error")]
-    assert len(errors) == 2  # rank 1 waits before it prints; torchrun would end it first
+    assert len(errors) == 2  # rank 1 waits before it prints; torchrun would end it in that wait
     assert errors[0] == errors[1]
     what = "gradient norm is not finite" if hook is nan_in_a_gradient else "loss is nan"
     assert errors[0].startswith(f"error: step 2: the {what}; stopped before the step")

@@ -90,7 +90,7 @@ def test_tweets_are_split_mixed_and_balanced(gpt2, tweets, tmp_path, capsys):
         sad = "Tweet: sad caf\u00e9" in text and "& rain\nSentiment: negative" in text
         assert sad or ("Tweet: glad" in text and "@user\nSentiment: positive" in text)
     assert {row["completion"] for row in test} == {" positive", " negative"}
-    # the labels are mixed, or a window would contain only one of them
+    # the labels must be mixed; otherwise a window would contain only one of them
     labels = [text.endswith("positive") for text in train]
     assert 90 < sum(a != b for a, b in itertools.pairwise(labels)) < 170
 

@@ -41,7 +41,8 @@ def drawn(model, idx=PROMPTS, new=9, pad=(0, 0, 0), **options):
     return torch.stack(list(stream(model, prompts, new, **options)), 1)
 
 
-@pytest.mark.parametrize("fields, new", [  # 9 fit in the context of 16; with 40 it slides 3 times
+# 9 new tokens fit in the context of 16; with 40 the window slides 3 times
+@pytest.mark.parametrize("fields, new", [
     ({}, 40), (dict(bias=False), 9), (dict(tied_head=False), 9), (NEO, 9), (NEO, 40)])
 def test_recorded_steps_draw_the_same_tokens(fields, new):
     model = tiny_gpt(61, **fields)

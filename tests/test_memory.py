@@ -246,7 +246,7 @@ def returned_when_freed(size):
 
 
 def which_blocks_are_returned(pipe):
-    torch.ones(7 * 2**20)  # 28 MB: after its release, glibc keeps freed blocks of up to that size
+    torch.ones(7 * 2**20)  # 28 MB: once it is freed, glibc keeps freed blocks of up to that size
     for tuned in (False, True):
         if tuned:
             devices.tune_malloc()

@@ -361,7 +361,7 @@ def change_metadata(path, change):
 def test_damaged_metadata_is_refused(refused, folder, fields):
     change_metadata(folder / "decoder.onnx", lambda meta: meta | fields)
     refused(folder / "decoder.onnx")
-    if "partner" not in fields:  # the encoder still names the right partner
+    if "partner" not in fields:  # else the encoder still names the right partner
         refused(folder / "encoder.onnx")
 
 

@@ -252,8 +252,8 @@ def test_untested_pairs_of_options_are_refused():
 
 
 def other_fields(rank, argv):
-    """Rank 1 gets further arguments, as if another command was typed on its machine. It does not
-    wait for rank 0 to print first."""
+    """Rank 1 gets further arguments, as if another command was typed on its machine. Rank 1
+    does not wait for rank 0 to print first."""
     if rank == 1:
         cli.time.sleep = lambda seconds: None
         for script in (run, evaluate):

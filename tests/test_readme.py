@@ -233,7 +233,7 @@ def test_make_runs_the_commands_that_are_shown_without_make(target, name, title)
     # after Ctrl-C the same target resumes
     assert all("--auto_resume=True" in arguments for script, arguments in found
                if script == "train.py")
-    at = 2 if target == "chat" else 0  # make chat begins with two of the quickstart
+    at = 2 if target == "chat" else 0  # make chat begins with two commands of quickstart
     assert list(dict.fromkeys(map(str, made[at:]))) == list(map(str, typed))
 
 

@@ -316,7 +316,7 @@ def test_a_client_that_disconnects_leaves_the_queue(slow):
     for connection in (running, waiting[1]):
         connection.close()
     wait_until(lambda: not slow.engine.waiting and not slow.engine.running)
-    assert len(slow.engine.model.fast.starts) <= 2  # the request that left was never started
+    assert len(slow.engine.model.fast.starts) <= 2  # waiting[0] was never started
 
 
 def test_the_thread_of_a_model_sets_its_gpu(monkeypatch):

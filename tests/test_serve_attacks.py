@@ -244,7 +244,7 @@ def test_silent_connections_delay_nobody_and_are_closed(server, monkeypatch):
 
 
 def test_connections_beyond_the_limit_are_closed(server, monkeypatch):
-    wait_until(lambda: not handler_threads())  # else an old thread releases a new slot
+    wait_until(lambda: not handler_threads())  # else these threads would release new slots
     monkeypatch.setattr(server_module, "READ_SECONDS", 60)
     monkeypatch.setattr(server, "slots", threading.BoundedSemaphore(2))
     connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]

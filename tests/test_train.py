@@ -111,7 +111,7 @@ def test_the_rate_rises_then_falls_for_any_warmup_decay_and_max_iters(warmup, de
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_batch_of_eight_equals_eight_micro_batches_of_one(tmp_path, dataset, masked):
-    if masked:  # long parts have no target: micro-batches have unequal numbers of them
+    if masked:  # long parts have no target: micro-batches have unequal numbers of targets
         keep = np.repeat(np.random.RandomState(0).rand(50) < 0.4, 40)
         keep.astype(np.uint8).tofile(dataset / "train.mask.bin")
     shapes = ((8, 1), (1, 8), (2, 4))

@@ -65,7 +65,7 @@ def to_examples(where: str, fields: dict, tokenizer: fetch.AnyTokenizer,
                 args: argparse.Namespace) -> list[fetch.Example]:
     """Returns the example of a line, or one for each document of a plain text. End-of-text at the
     end of a completion is removed, because each example gets one. Raises UserError if a text is
-    missing, empty or holds end-of-text."""
+    missing or holds end-of-text, or if the completion or plain text is empty."""
     prompt_column, column = find_columns(where, fields, args)
     completion = fetch.as_text(where, fields, column)
     if prompt_column is None:

@@ -109,8 +109,9 @@ def find_named(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
 
 def find_subjects(library: dict[str, ast.Module],
                   splits: dict[str, set[str]]) -> Iterator[tuple[str, tuple]]:
-    """Yields (split, (module, name, node, answer)) of each public class or function with a short
-    docstring. `split` names the split with the docstring; `answer` is the first paragraph."""
+    """Yields (split, (module, name, node, answer)) of each public class or function whose
+    docstring has a first paragraph, `answer`, of 20 to LONGEST_ANSWER characters. `split` names the
+    split with the docstring."""
     for path, tree in library.items():
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         if any(part.startswith("_") for part in module.split(".")):
