@@ -375,8 +375,8 @@ class T5(nn.Module):
 
         A norm keeps its input and the normalized input, both in float32, and its output. Attention
         with a bias that needs a gradient keeps q, k, v and the weights of all pairs of tokens, all
-        in float32; with dropout, three copies of the weights. Dropout keeps a mask, autocast the
-        matrices that it converted. With recompute only the inputs of the blocks are kept.
+        in float32; with dropout, three copies of the weights. Dropout keeps a mask; autocast keeps
+        the matrices that it converted. With recompute only the inputs of the blocks are kept.
         """
         c, e, drops = self.config, dtype.itemsize, bool(self.config.dropout)
         S, T, width = c.source_length, c.target_length, c.n_head * c.head_size

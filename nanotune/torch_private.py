@@ -1,7 +1,7 @@
 """The private names of torch that the project uses, each with its fallback.
 
-Subclasses in training/optimizer.py override two more: _unscale_grads_ of GradScaler and
-_new_buffer of torchao's AdamW8bit.
+Others: subclasses in training/optimizer.py override _unscale_grads_ of GradScaler and _new_buffer
+of torchao's AdamW8bit, and head.py reads a tensor's _version.
 """
 import contextlib
 import inspect

@@ -43,7 +43,7 @@ what when where whether which while who whom whose why will with within without 
 yours yourself
 """.split())  # noqa: SIM905
 
-MOST_LABELS = 20  # more different completions than this, and than half of all, are not labels
+MOST_LABELS = 20  # if over this many, and over half of all, completions differ, they are not labels
 
 
 # -----------------------------------------------------------------------------

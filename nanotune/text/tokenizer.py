@@ -182,7 +182,7 @@ class JsonTokenizer:
         return self.tokenizer.to_str()
 
     def known(self, special, vocab):
-        """{key: the first of its tokens that the vocabulary has}, for eos_token END_NAMES last."""
+        """{key: its first token in the vocabulary}; for eos_token, END_NAMES are tried last."""
         found = {}
         for key, value in [*special, *(("eos_token", token) for token in END_NAMES)]:
             is_id = type(value) is int and 0 <= value < 2**32

@@ -192,7 +192,7 @@ def open_splits(cfg, folder, config):
                                 global_batch=global_batch) for split in SPLITS}
 
 
-# fields that may differ among ranks: paths, and fields that only rank 0 uses
+# fields that may differ among ranks: paths, options of a machine, fields that only rank 0 uses
 MAY_DIFFER = ("out_dir", "init_from", "overwrite", "auto_resume", "force_resume", "keep_states",
               "log_interval", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name",
               "dataset", "backend", "timeout", "device")
