@@ -9,7 +9,7 @@ dataset = "twitter_sentiment"
 init_from = "google-t5/t5-base"
 always_save_checkpoint = False  # keep the best by validation loss; the test set is not used
 
-# 32 tweets per step; 9,025 tweets: 1 epoch = 282 steps
+# 32 tweets per step; 9,024 tweets: 1 epoch = 282 steps
 batch_size = 32
 gradient_accumulation_steps = 1
 max_iters = 846  # 3 epochs

@@ -125,7 +125,7 @@ def test_masked_targets_do_not_count():
 
 
 def test_perplexity_of_a_file_per_token_byte_and_word(make_dataset, make_run, tmp_path, capsys):
-    """Words are separated by spaces."""
+    """Words are separated by whitespace."""
     _, tokenizer = make_dataset("chars")
     out_dir, model = make_run(tokenizer)
     text = "Line 3: what's more, it ends.\n"

@@ -171,7 +171,7 @@ def test_ids_and_special_tokens_equal_those_of_transformers(odd):
 def test_a_long_text_is_not_cut_and_a_short_one_not_padded(odd):
     text = "Line 7: it ends.\n" * 50
     assert len(odd[2].encode(text)) > 8 * len(odd[2].encode("Line 7: it ends.\n")) >= 8
-    assert len(odd[2].encode("Line")) < 8  # nor padded
+    assert len(odd[2].encode("Line")) < 8  # not padded
 
 
 def test_a_dataset_and_a_checkpoint_keep_the_tokenizer(odd, tmp_path):

@@ -292,7 +292,7 @@ def test_overfitting_gives_one_warning_with_the_best_step(dataset, out, monkeypa
 
 @pytest.mark.parametrize("pairs", [
     [(3, 3), (2.5, 2), (2.7, 2.2), (2.8, 2.3)],  # both splits rise
-    [(3, 3), (2.5, 2), (2.4, 2.001), (2.3, 2.019)],  # by less than 1 %
+    [(3, 3), (2.5, 2), (2.4, 2.001), (2.3, 2.019)],  # validation rises by less than 1 %
 ])
 def test_a_loss_that_rises_little_or_on_both_splits_is_not_overfitting(
         dataset, out, monkeypatch, capsys, pairs):
