@@ -246,10 +246,6 @@ def timed_load(load):
     return {"seconds": seconds, "memory/weights": (devices.peak_memory(cpu) - before) / weights}
 
 
-def gpu_memory(device):
-    return {"memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
-
-
 def machine(device, dtype, model, block_size):
     """The device, its name, native dtypes, measured peak and bandwidth; the model's cost per
     token."""

@@ -36,6 +36,7 @@ from nanotune.errors import UserError
 from nanotune.evaluation import perplexity, tasks
 from nanotune.files import write_atomic
 from nanotune.formats.checkpoint import check_dtype, history_of, load_model, pick_source
+from nanotune.generation.beams import check_length_penalty
 from nanotune.generation.fast import pack
 from nanotune.text import chat
 from nanotune.text.loader import dataset_folder, open_dataset, open_tokens, prepared
@@ -84,8 +85,7 @@ def check_config(cfg, world):
                                       or cfg.method == "likelihood"):
         raise UserError("--num_beams is for generated answers: --task=generate, or --task=classify "
                         "with --method=generate")
-    if cfg.num_beams is None and cfg.length_penalty != 1:
-        raise UserError("--length_penalty ranks beams: give --num_beams too, such as --num_beams=4")
+    check_length_penalty(cfg)
     if cfg.task == "classify":
         tasks.check_sklearn()
     if cfg.task != "perplexity" and world.size > 1:

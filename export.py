@@ -326,7 +326,7 @@ def main(argv: list[str]) -> None:
     if tokenizer is not None and cfg.format != "peft":  # adapters have no vocabulary
         cut_padding(model, tokenizer)
 
-    name = Path(cfg.export_dir).name
+    name, history = Path(cfg.export_dir).name, history_of(source)
 
     def write(folder):
         if cfg.format == "hf":
@@ -342,13 +342,13 @@ def main(argv: list[str]) -> None:
             use = ONNX_USE.format(name=name, kind=kind) if not pairs else (
                 ONNX_USE_PAIRS.format(name=name, kind=kind, start=model.config.start_id,
                                       end=model.config.end_id))
-        text = card(cfg, source, model, history_of(source), use)
+        text = card(cfg, source, model, history, use)
         Path(folder, "README.md").write_text(text, encoding="utf-8")
 
     write_folder(cfg.export_dir, write, WRITTEN, cfg.overwrite)
     size = sum(file.stat().st_size for file in Path(cfg.export_dir).glob("*model*"))
     print(f"wrote {cfg.export_dir} (weights {format_bytes(size)})")
-    dataset = (history_of(source).get("config") or {}).get("dataset")
+    dataset = (history.get("config") or {}).get("dataset")
     if cfg.format == "onnx" and dataset:
         argv = ["python", "evaluate.py", f"--init_from={cfg.export_dir}", f"--dataset={dataset}"]
         print(f"check its loss: {shlex.join(argv)}")

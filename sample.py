@@ -37,7 +37,7 @@ from nanotune.cli import run
 from nanotune.device import DtypeName, autocast, pick_compile, pick_device, pick_dtype
 from nanotune.errors import UserError
 from nanotune.formats.checkpoint import pick_source
-from nanotune.generation.beams import beam_search
+from nanotune.generation.beams import beam_search, check_length_penalty
 from nanotune.generation.fast import open_model
 from nanotune.generation.generate import TextPieces, encode_prompt, stream, text_before
 from nanotune.text.chat import (
@@ -93,8 +93,7 @@ def read_prompt(start):
 
 def check_beams(cfg):
     """Raises UserError if --num_beams contradicts other options; sets num_samples if it is None."""
-    if cfg.num_beams is None and cfg.length_penalty != 1:
-        raise UserError("--length_penalty ranks beams: give --num_beams too, such as --num_beams=4")
+    check_length_penalty(cfg)
     if cfg.num_beams is not None and cfg.num_samples not in (None, 1):
         raise UserError(f"--num_beams finds one answer per prompt: leave --num_samples="
                         f"{cfg.num_samples} out")

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
+from nanotune.errors import UserError
+
 NEVER = -1e9  # the score of a beam that must not be chosen
+
+
+def check_length_penalty(cfg: Any) -> None:
+    """Raises UserError if a script's config has a length_penalty, but no num_beams."""
+    if cfg.num_beams is None and cfg.length_penalty != 1:
+        raise UserError("--length_penalty ranks beams: give --num_beams too, such as --num_beams=4")
 
 
 class Search:
