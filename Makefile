@@ -7,7 +7,7 @@
 # make test         the test suite; make test-slow runs the longer tests
 # make test-browser test serve.py's page in Chromium, which must be installed (Debian: apt-get
 #                   install chromium); CHROMIUM=/path sets another Chromium-based browser
-# make chaos        kill a tiny run 100 times at random, damage 200 checkpoints, and more: over 20 minutes
+# make chaos        kill a tiny run 100 times at random, damage 200 checkpoints, and more: minutes
 # make bench        speed and memory of GPT-2 124M, and of transformers' GPT-2; ARGS: see bench.py
 # make lint         ruff
 #
